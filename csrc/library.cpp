@@ -1,0 +1,49 @@
+// lvrpo._C: build facts for Python, and every C++ op's schema on one page. Kernels register themselves in
+// csrc/cpu/<op>.cpp and csrc/cuda/<op>.cu; fakes and autograd are in lvrpo/ops/<op>.py.
+#include <pybind11/pybind11.h>
+#include <torch/csrc/stable/library.h>
+
+#include <string>
+
+STABLE_TORCH_LIBRARY(lvrpo, m) {
+  // softcap = 0 means none; entropy is empty unless asked for.
+  m.def(
+      "gather_logprobs_fwd(Tensor logits, Tensor token_ids, Tensor? row_index, Tensor? vocab_range, "
+      "float temperature, float softcap, int ignore_index, bool with_entropy) "
+      "-> (Tensor logprobs, Tensor lse, Tensor entropy)");
+  m.def(
+      "gather_logprobs_bwd(Tensor dlogprobs, Tensor? dentropy, Tensor logits, Tensor token_ids, Tensor? row_index, "
+      "Tensor? vocab_range, Tensor lse, Tensor? entropy, float temperature, float softcap, int ignore_index) "
+      "-> Tensor dlogits");
+}
+
+namespace {
+
+// The widest instruction set this CPU runs, among those the ops are compiled for.
+std::string cpu_capability() {
+#if defined(__x86_64__) && defined(__GNUC__)
+  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl")) return "avx512";
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return "avx2";
+#endif
+  return "baseline";
+}
+
+pybind11::dict build_info() {
+  pybind11::dict info;
+  info["compiler"] = std::string(__VERSION__);
+  info["stable_abi"] = "torch >= 2.10";
+#ifdef LVRPO_WITH_CUDA
+  info["cuda"] = true;
+#else
+  info["cuda"] = false;
+#endif
+  return info;
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_C, m) {
+  m.doc() = "Compiled ops of lvrpo; importing it registers torch.ops.lvrpo.*";
+  m.def("build_info", &build_info, "How this extension was built.");
+  m.def("cpu_capability", &cpu_capability, "'avx512', 'avx2' or 'baseline': what the CPU ops run as here.");
+}

@@ -1,0 +1,1 @@
+"""Data sets: the embedded digit scenes and a user's own JSONL."""

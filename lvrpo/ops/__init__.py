@@ -1,0 +1,1 @@
+"""The ops, one module each: contract, checks, fake, autograd function, functional."""

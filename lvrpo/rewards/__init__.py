@@ -1,0 +1,1 @@
+"""Rewards of the LVRPO method: semantic grounding, rule checks, knowledge consistency."""

@@ -1,0 +1,1 @@
+"""The LVRPO training loop and what it needs."""

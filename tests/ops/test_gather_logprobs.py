@@ -1,0 +1,196 @@
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import pytest
+import torch
+from mutants.gather_logprobs import MUTANTS
+from torch import Tensor
+
+import lvrpo
+from lvrpo.reference.gather_logprobs import gather_logprobs as reference
+from lvrpo.testing import check_op
+
+pytestmark = pytest.mark.usefixtures("poison_empty")
+
+# rows, vocabulary, tokens or None for one per row
+SHAPES = {
+    "one row, tiny vocabulary": (1, 3, None),
+    "vocabulary not a multiple of any block": (5, 1003, None),
+    "more than one block per row": (3, 5000, None),
+    "rows shared by a group": (4, 129, 32),
+    "more rows than tokens": (9, 64, 3),
+}
+
+
+def make_inputs(rows: int, vocab: int, tokens: int | None, dtype: torch.dtype) -> dict[str, Any]:
+    generator = torch.Generator().manual_seed(rows * vocab)
+    logits = (torch.randn(rows, vocab, generator=generator) * 3).to(dtype)
+    count = rows if tokens is None else tokens
+    token_ids = torch.randint(0, vocab, (count,), generator=generator)
+    inputs: dict[str, Any] = {"logits": logits, "token_ids": token_ids, "return_entropy": True}
+    if tokens is not None:
+        inputs["row_index"] = torch.randint(0, rows, (count,), generator=generator)
+    return inputs
+
+
+def scales(inputs: dict[str, Any]) -> dict[str, Tensor | float]:
+    # A log-prob is a difference of two numbers of the size of the scaled logits, so p = exp(z - lse)
+    # has a relative error of that many ulps. A gradient adds up p times upstream values of the
+    # order 1 / outputs; its entropy part is once more a difference.
+    cap = inputs.get("softcap", torch.inf)
+    z = inputs["logits"].double()
+    z = (z if cap == torch.inf else cap * torch.tanh(z / cap)) / inputs.get("temperature", 1.0)
+    largest = 1 + float(z.abs().max())
+    ids, rows = inputs["token_ids"], inputs.get("row_index", torch.arange(len(z)))
+    dlogits = z.softmax(dim=1) * largest**2 * (1 + rows.bincount(minlength=len(z))[:, None])
+    dlogits[rows, ids] += largest
+    dlogits /= len(ids)
+    return {"out0": largest, "out1": largest, "dlogits": dlogits}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES.keys())
+@pytest.mark.parametrize(
+    "options", [{}, {"temperature": 0.7}, {"softcap": 5.0, "temperature": 1.3}], ids=str
+)
+def test_matches_reference(backend, shape, dtype, options):
+    inputs = make_inputs(*shape, dtype) | options
+    op = functools.partial(lvrpo.gather_logprobs, backend=backend)
+    check_op(op, reference, inputs, differentiable=["logits"], scales=scales(inputs))
+
+
+def test_vocab_range(backend):
+    inputs = make_inputs(6, 300, None, torch.float32)
+    low = torch.tensor([0, 100, 250, 0, 7, 299])
+    high = torch.tensor([300, 200, 251, 1, 290, 300])
+    inputs["vocab_range"] = torch.stack([low, high], dim=1)
+    inputs["token_ids"] = low
+    op = functools.partial(lvrpo.gather_logprobs, backend=backend)
+    check_op(op, reference, inputs, differentiable=["logits"], scales=scales(inputs))
+    logits = inputs["logits"].clone().requires_grad_()
+    op(**inputs | {"logits": logits})[0].sum().backward()
+    outside = (torch.arange(300) < low[:, None]) | (torch.arange(300) >= high[:, None])
+    assert (logits.grad[outside] == 0).all()
+
+
+def test_ignored_token_is_zero_and_has_no_gradient(backend):
+    logits = torch.randn(3, 50, requires_grad=True)
+    logprobs = lvrpo.gather_logprobs(logits, torch.tensor([4, -100, 7]), backend=backend)
+    logprobs.sum().backward()
+    assert logprobs[1] == 0
+    assert (logits.grad[1] == 0).all()
+    assert (logits.grad[0] != 0).any()
+
+
+def test_large_common_offset_keeps_its_digits(backend):
+    logits = torch.randn(4, 200)
+    ids = torch.randint(0, 200, (4,))
+    shifted = (logits.double() + 4096).float()
+    exact = reference(shifted.double(), ids)
+    ours = lvrpo.gather_logprobs(shifted, ids, backend=backend)
+    assert (ours - exact).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("vocab", [1, 700])
+def test_empty_input(backend, vocab):
+    logits = torch.randn(0, vocab, requires_grad=True)
+    logprobs, entropy = lvrpo.gather_logprobs(
+        logits, torch.zeros(0, dtype=torch.int64), return_entropy=True, backend=backend
+    )
+    (logprobs.sum() + entropy.sum()).backward()
+    assert logprobs.shape == entropy.shape == (0,)
+    assert logits.grad.shape == logits.shape
+
+
+def test_non_contiguous_logits_and_stride_0_gradient(backend):
+    base = torch.randn(5, 400, requires_grad=True)
+    ids = torch.randint(0, 100, (5,))
+    ours = lvrpo.gather_logprobs(base[:, ::4], ids, backend=backend)
+    ours.backward(torch.ones(1).expand(5))
+    ours_gradient, base.grad = base.grad, None
+    reference(base[:, ::4], ids).sum().backward()
+    torch.testing.assert_close(ours_gradient, base.grad)
+
+
+def test_a_row_alone_equals_the_row_in_a_batch():
+    logits = torch.randn(16, 3000)
+    ids = torch.randint(0, 3000, (16,))
+    batch = lvrpo.gather_logprobs(logits, ids)
+    alone = torch.cat([lvrpo.gather_logprobs(logits[i : i + 1], ids[i : i + 1]) for i in range(16)])
+    assert torch.equal(batch, alone)
+
+
+def test_gradcheck(backend):
+    logits = torch.randn(4, 11, dtype=torch.float64, requires_grad=True)
+    ids = torch.tensor([3, 0, 10, 5, 5])
+    rows = torch.tensor([0, 1, 1, 3, 3])
+
+    def function(x: Tensor) -> tuple[Tensor, Tensor]:
+        return lvrpo.gather_logprobs(
+            x, ids, rows, temperature=0.8, softcap=4.0, return_entropy=True, backend=backend
+        )
+
+    torch.autograd.gradcheck(function, (logits,))
+
+
+def test_opcheck():
+    logits = torch.randn(4, 11)
+    ids = torch.tensor([3, 0, 10, 5])
+    torch.library.opcheck(
+        torch.ops.lvrpo.gather_logprobs_fwd.default,
+        (logits, ids, None, None, 1.0, 0.0, -100, True),
+    )
+    _, lse, entropy = torch.ops.lvrpo.gather_logprobs_fwd(
+        logits, ids, None, None, 1.0, 0.0, -100, True
+    )
+    arguments = (torch.randn(4), torch.randn(4), logits, ids, None, None, lse, entropy, 1.0, 0.0)
+    torch.library.opcheck(torch.ops.lvrpo.gather_logprobs_bwd.default, (*arguments, -100))
+
+
+def test_compiles_without_a_graph_break(backend):
+    def function(x: Tensor) -> Tensor:
+        logprobs, entropy = lvrpo.gather_logprobs(
+            x, torch.tensor([3, 0]), return_entropy=True, backend=backend
+        )
+        return (logprobs + entropy).sum()
+
+    compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
+    ours = torch.randn(2, 17, requires_grad=True)
+    eager = ours.detach().clone().requires_grad_()
+    compiled(ours).backward()
+    function(eager).backward()
+    torch.testing.assert_close(ours.grad, eager.grad)
+
+
+@pytest.mark.parametrize("mutant", MUTANTS.values(), ids=MUTANTS.keys())
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rule_rejects_mutant(mutant, dtype):
+    inputs = make_inputs(8, 1003, 24, dtype) | {"temperature": 0.7}
+    with pytest.raises(AssertionError):
+        check_op(mutant, reference, inputs, differentiable=["logits"], scales=scales(inputs))
+
+
+BAD = {
+    "token outside the vocabulary": ({"token_ids": torch.tensor([0, 9])}, r"token_ids\[1\] is 9"),
+    "negative token": ({"token_ids": torch.tensor([-1, 0])}, r"token_ids\[0\] is -1"),
+    "token outside its range": ({"vocab_range": (2, 5)}, r"token_ids\[0\] is 0.*range"),
+    "range beyond the vocabulary": ({"vocab_range": (0, 10)}, r"vocab_range\[0\] is \[0, 10\]"),
+    "row index out of range": ({"row_index": torch.tensor([0, 2])}, r"row_index\[1\] is 2"),
+    "rows and tokens differ": ({"token_ids": torch.tensor([0])}, "1 token_ids for 2 rows"),
+    "int32 tokens": ({"token_ids": torch.tensor([0, 1], dtype=torch.int32)}, "int32"),
+    "integer logits": ({"logits": torch.zeros(2, 9, dtype=torch.int64)}, "logits is torch.int64"),
+    "temperature zero": ({"temperature": 0.0}, "temperature is 0.0"),
+    "negative softcap": ({"softcap": -1.0}, "softcap is -1.0"),
+    "+inf": ({"logits": torch.tensor([[0.0] * 9, [torch.inf] * 9])}, "row 1 of logits"),
+    "NaN": ({"logits": torch.tensor([[torch.nan] * 9, [0.0] * 9])}, "row 0 of logits"),
+    "unknown backend": ({"backend": "cudnn"}, "backend is 'cudnn'"),
+}
+
+
+@pytest.mark.parametrize(("change", "message"), BAD.values(), ids=BAD.keys())
+def test_bad_input(backend, change, message):
+    arguments = {"logits": torch.zeros(2, 9), "token_ids": torch.tensor([0, 1]), "backend": backend}
+    with pytest.raises(ValueError, match=message):
+        lvrpo.gather_logprobs(**arguments | change)
