@@ -120,7 +120,7 @@ class LossSection:
     preset: str = "grpo"
     text_weight: float = 1.0
     image_weight: float = 1.0
-    text_clip: float = 0.2
+    text_clip: float = 0.0  # 0: the preset's own
     image_clip: float = 0.2
     text_kl: float = 0.0
     image_kl: float = 0.0

@@ -25,7 +25,7 @@ from lvrpo.trainer.evaluate import evaluate
 from lvrpo.trainer.experience import gather_experience
 from lvrpo.trainer.records import RunWriter, read_evals, save_gallery
 from lvrpo.trainer.state import TrainState
-from lvrpo.trainer.task import Task
+from lvrpo.trainer.task import Task, flow_schedule
 from lvrpo.trainer.update import Objective, policy_gradient
 from lvrpo.trainer.warm_start import supervised_gradient
 
@@ -123,7 +123,7 @@ def _warm_start(run: Run) -> None:
 def _grpo(run: Run) -> None:
     config, state = run.config, run.state
     reference = _reference(run)
-    schedule = FlowSchedule.from_rollout(config.rollout)
+    schedule = flow_schedule(config.rollout)
     objective = Objective.from_config(config)
     _evaluate_once(run, WARM_START, config.warm_start.steps, reference, schedule)
     while state.step < run.total and not run.interrupted():
@@ -185,7 +185,15 @@ def _evaluate_once(
     if any(row.get("label") == label for row in read_evals(run.directory)):
         return
     run.listener.message(f"evaluating on held-out digits and prompts: {label}")
-    row, gallery = evaluate(policy, run.task, run.config, schedule)
+    row, gallery = evaluate(
+        policy,
+        run.task,
+        run.config.rollout,
+        schedule,
+        items=run.config.run.eval_items,
+        gallery_items=run.config.run.gallery_items,
+        seed=run.config.run.seed,
+    )
     save_gallery(run.directory, label, gallery)
     run.log.write_eval({"step": step, "label": label, **row})
 

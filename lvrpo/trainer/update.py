@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections import defaultdict
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from lvrpo.models.flow import FlowSchedule
 from lvrpo.models.policy import Policy
-from lvrpo.ops.flow_policy_loss import FlowLossParams, flow_policy_loss
+from lvrpo.ops.flow_policy_loss import (
+    FlowLossMetrics,
+    FlowLossParams,
+    FlowPolicyLoss,
+    flow_policy_loss,
+)
 from lvrpo.ops.gather_logprobs import gather_logprobs
-from lvrpo.ops.grpo_loss import LossParams, grpo_loss
+from lvrpo.ops._policy_loss import LossMetrics, LossParams, PolicyLoss
+from lvrpo.ops.grpo_loss import grpo_loss
 from lvrpo.trainer.config import TrainConfig
-from lvrpo.trainer.pack import Pack, pack_groups
+from lvrpo.models.groups import Pack, pack_groups
 from lvrpo.trainer.rollout import Answers, Pictures
 
 
@@ -48,12 +54,12 @@ class Objective:
     def from_config(cls, config: TrainConfig) -> Objective:
         """The objective that a configuration describes."""
         loss = config.loss
-        text = replace(
-            LossParams.preset(loss.preset),
-            eps_low=loss.text_clip,
-            eps_high=loss.text_clip,
-            beta=loss.text_kl,
-        )
+        changes: dict[str, Any] = {"beta": loss.text_kl}
+        if loss.text_clip:
+            changes |= {"clip_low": loss.text_clip, "clip_high": loss.text_clip}
+        if loss.preset == "dr_grpo":
+            changes["max_length"] = config.rollout.max_answer_tokens
+        text = LossParams.preset(loss.preset, **changes)
         image = FlowLossParams(
             eps_low=loss.image_clip,
             eps_high=loss.image_clip,
@@ -169,19 +175,18 @@ def _text_loss(
     logprobs, entropy = logprobs_of(policy, text)
     with torch.no_grad():
         ref_logprobs, _ = logprobs_of(reference, reference_text)
-        result = grpo_loss(
+        per_token = objective.text.aggregation == "token_mean"
+    result = grpo_loss(
         logprobs,
         answers.logprobs[pack.tokens],
         advantages[pack.completions].float(),
         pack.cu_seqlens,
         ref_logprobs=ref_logprobs,
-        denominator=float(len(answers.token_ids)),
+        denominator=float(len(answers.logprobs if per_token else answers.token_ids)),
         params=objective.text,
         backend=policy.backend,
     )
-    share = len(pack.token_ids) / max(1, len(answers.logprobs))
-    metrics.add_loss("text", result.loss, result.metrics, share)
-    metrics.add_mean("entropy/text", float(entropy.detach().mean()), share)
+    metrics.add_text(result, entropy.detach(), len(pack.token_ids) / len(answers.logprobs))
     return result.loss
 
 
@@ -213,33 +218,41 @@ def _image_loss(
         params=objective.image,
         backend=policy.backend,
     )
-    share = len(at) / total
-    metrics.add_loss("image", result.loss, result.metrics, share)
+    metrics.add_image(result)
     return result.loss
 
 
 class _Metrics:
-    """Collects what the packs of one update report: sums, extremes and weighted means."""
+    """Puts together what the packs of one update report: sums, weighted means and extremes."""
 
     def __init__(self) -> None:
         self.sums: dict[str, float] = defaultdict(float)
-        self.maxima: dict[str, float] = {}
+        self.lowest: dict[str, float] = {}
+        self.highest: dict[str, float] = {}
 
-    def add_loss(self, modality: str, loss: Tensor, metrics: object, share: float) -> None:
-        self.sums[f"loss/{modality}"] += float(loss.detach())
-        values = dataclasses.asdict(metrics) if dataclasses.is_dataclass(metrics) else {}  # type: ignore[arg-type]
-        for name, value in values.items():
-            number = float(value)
-            if name in ("ratio_max", "ratio_min"):
-                key = f"ratio/{modality}/{name[6:]}"
-                sign = 1.0 if name == "ratio_max" else -1.0
-                self.maxima[key] = sign * max(sign * self.maxima.get(key, number), sign * number)
-            elif name.startswith(("kl", "clip", "ratio", "policy")):
-                head, _, tail = name.partition("_")
-                self.add_mean(f"{head}/{modality}" + (f"/{tail}" if tail else ""), number, share)
+    def add_text(self, result: PolicyLoss, entropy: Tensor, share: float) -> None:
+        """`share` is this pack's part of the tokens: its metrics are means over its own."""
+        found = result.metrics
+        self.sums["loss/text"] += float(result.loss.detach())
+        self.sums["kl/text"] += share * float(found.kl)
+        self.sums["entropy/text"] += share * float(entropy.mean())
+        self.sums["clip/text"] += share * float(found.clip_fraction_low + found.clip_fraction_high)
+        self._extremes("text", found)
 
-    def add_mean(self, key: str, value: float, share: float) -> None:
-        self.sums[key] += value * share
+    def add_image(self, result: FlowPolicyLoss) -> None:
+        """Metrics of pictures are sums over the shared denominator already."""
+        found = result.metrics
+        self.sums["loss/image"] += float(result.loss.detach())
+        self.sums["kl/image"] += float(found.kl_velocity_mse)
+        self.sums["kl_gaussian/image"] += float(found.kl_gaussian)
+        self.sums["clip/image"] += float(found.clip_fraction_low + found.clip_fraction_high)
+        self._extremes("image", found)
+
+    def _extremes(self, modality: str, found: LossMetrics | FlowLossMetrics) -> None:
+        low, high = f"ratio/{modality}/min", f"ratio/{modality}/max"
+        self.lowest[low] = min(self.lowest.get(low, 1.0), float(found.ratio_min))
+        self.highest[high] = max(self.highest.get(high, 1.0), float(found.ratio_max))
 
     def result(self) -> dict[str, float]:
-        return {**self.sums, **self.maxima}
+        """All metrics by name."""
+        return {**self.sums, **self.lowest, **self.highest}

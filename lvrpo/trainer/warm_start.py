@@ -12,7 +12,7 @@ from lvrpo.data.example import Example
 from lvrpo.models.flow import interpolate, velocity_target
 from lvrpo.models.policy import Policy
 from lvrpo.ops.gather_logprobs import gather_logprobs
-from lvrpo.trainer.pack import pack_groups
+from lvrpo.models.groups import pack_groups
 
 
 def supervised_gradient(
