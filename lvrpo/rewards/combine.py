@@ -84,17 +84,15 @@ class Samples:
 
 @runtime_checkable
 class Reward(Protocol):
-    """One column of scores.
-
-    `name` is for reports. `may_be_nan` says that NaN ("does not apply") is meant; elsewhere a NaN
-    is taken for a bug and refused.
-    """
+    """One column of scores."""
 
     @property
-    def name(self) -> str: ...
+    def name(self) -> str:
+        """For reports."""
 
     @property
-    def may_be_nan(self) -> bool: ...
+    def may_be_nan(self) -> bool:
+        """Whether NaN means "does not apply"; without it a NaN is taken for a bug and refused."""
 
     def __call__(self, samples: Samples) -> Tensor:
         """[B] fp32, one score per sample."""
