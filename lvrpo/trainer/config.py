@@ -43,8 +43,11 @@ class DataSection:
     """Where prompts come from."""
 
     source: str = "scenes"  # or the path of a JSONL file
-    eval_source: str = ""  # JSONL for the evaluation; empty: the scenes' test split
-    rows: int = 2  # cells of the canvas
+    eval_source: str = ""  # JSONL file that a run on a JSONL file is evaluated with
+    channels: int = 1  # of a JSONL run's pictures, which are converted and resized
+    height: int = 32
+    width: int = 32
+    rows: int = 2  # cells of a scene
     columns: int = 2
     questions: dict[str, float] = field(
         default_factory=lambda: {"name": 0.45, "count_of": 0.15, "compare": 0.25, "sum": 0.15}
@@ -111,6 +114,8 @@ class RewardSection:
         default_factory=lambda: {"r_ins": 1.0, "r_sem": 0.25, "r_kn": 0.25}
     )
     advantage: str = "decoupled"  # or "paper": Eq 3 of the paper, sum then normalise
+    strict_weight: float = 0.5  # of r_ins; the rest is the partial score, and 1 the paper's choice
+    semantic_pool: str = "softmax"  # of r_sem over patches; "max" is the paper's choice
 
 
 @dataclass(frozen=True)
