@@ -5,8 +5,8 @@
     gallery/           the same prompts and seeds at several times: <label>.json and its PNGs
     tensorboard/       the same scalars for TensorBoard, one run per phase
 
-A run killed at any moment and resumed leaves the same `metrics.jsonl` as one that was not, up to the
-keys under "time/": everything measured by a clock belongs there. Keys: docs/report.md.
+A run killed at any moment and resumed leaves the same `metrics.jsonl` as one that was not, up to
+the keys under "time/": everything measured by a clock belongs there. Keys: docs/report.md.
 """
 
 from __future__ import annotations
@@ -39,9 +39,9 @@ class RunWriter:
 
     Args:
         run_dir: made if absent.
-        resume_from: the last step whose effect is in the weights the run goes on from. Later rows are
-            cut off, and so is a last line that a kill left half-written; -1 keeps no row of `phase`.
-            None: a new run.
+        resume_from: the last step whose effect is in the weights the run goes on from. Later rows
+            are cut off, and so is a last line that a kill left half-written; -1 keeps no row of
+            `phase`. None: a new run.
         phase: the phase `resume_from` counts in. Rows of earlier phases stay, of later ones go, so
             steps may be counted through or anew in each phase.
         tensorboard: also write `tensorboard/`.
@@ -256,7 +256,7 @@ def _as_bytes(item: GalleryItem) -> np.ndarray:
         raise ValueError(
             f"save_gallery: image of {item.uid} has shape {image.shape}, expected [1 or 3, H, W]"
         )
-    pixels = np.rint(np.nan_to_num(image).clip(0, 1) * 255).astype(np.uint8)
+    pixels: np.ndarray = np.rint(np.nan_to_num(image).clip(0, 1) * 255).astype(np.uint8)
     return pixels[0] if len(pixels) == 1 else pixels.transpose(1, 2, 0)
 
 

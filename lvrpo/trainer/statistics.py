@@ -1,7 +1,7 @@
 """Intervals for the rates a run reports: Wilson for one rate, Newcombe for a difference of two.
 
-Both stay inside what is possible ([0, 1], [-1, 1]) and keep their coverage near 0 % and 100 %, where
-the textbook "plus or minus two standard errors" collapses to a width of zero.
+Both stay inside what is possible ([0, 1], [-1, 1]) and keep their coverage near 0 % and 100 %,
+where the textbook "plus or minus two standard errors" collapses to a width of zero.
 """
 
 from __future__ import annotations
@@ -47,8 +47,8 @@ def wilson_interval(successes: float, total: int, *, z: float = Z_95) -> Interva
     """(p + z²/2n ± z sqrt(p(1-p)/n + z²/4n²)) / (1 + z²/n), the score interval of a rate p = s/n.
 
     Args:
-        successes: s in [0, total]. A sum of graded scores in [0, 1] is welcome: their variance is at
-            most p(1-p), so the interval is then wider than need be, never too narrow.
+        successes: s in [0, total]. A sum of graded scores in [0, 1] is welcome: their variance
+            is at most p(1-p), so the interval is then wider than need be, never too narrow.
         total: n trials, taken as independent. 0 trials say nothing: [0, 1].
         z: quantile of the standard normal; 1.96 is 95 %.
 
@@ -72,7 +72,7 @@ def wilson_interval(successes: float, total: int, *, z: float = Z_95) -> Interva
 def compare_rates(
     before: tuple[float, int], after: tuple[float, int], *, z: float = Z_95
 ) -> Change:
-    """after - before with Newcombe's hybrid score interval (his method 10, no continuity correction).
+    """after - before with Newcombe's hybrid score interval (method 10, no continuity correction).
 
     d ± sqrt of the squared distances from each rate to the bound of its Wilson interval on the side
     that matters. The two samples are taken as independent; when both answered the same prompts the
