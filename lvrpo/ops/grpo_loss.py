@@ -1,0 +1,179 @@
+"""The clipped policy loss of GRPO and its relatives: loss, metrics and gradient in one pass.
+
+T packed tokens, B sequences. Derivation: docs/ops/grpo_loss.md.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from lvrpo.ops import _backend, _checks
+from lvrpo.ops._policy_loss import (
+    LOSS_PRESETS,
+    LossMetrics,
+    LossParams,
+    PolicyLoss,
+)
+from lvrpo.reference._precision import widen
+from lvrpo.reference.grpo_loss import grpo_loss as reference_grpo_loss
+
+OP = "grpo_loss"
+__all__ = ["LOSS_PRESETS", "LossMetrics", "LossParams", "PolicyLoss", "grpo_loss"]
+
+_DEFAULT = LossParams()
+
+
+def grpo_loss(
+    logprobs: Tensor,
+    old_logprobs: Tensor | None,
+    advantages: Tensor,
+    cu_seqlens: Tensor,
+    *,
+    ref_logprobs: Tensor | None = None,
+    entropy: Tensor | None = None,
+    token_weights: Tensor | None = None,
+    denominator: float | Tensor | None = None,
+    params: LossParams = _DEFAULT,
+    backend: str | None = None,
+) -> PolicyLoss:
+    """Sum of -min(ratio A, clip(ratio) A) + beta KL - entropy_coef H over tokens, aggregated.
+
+    Differentiable in `logprobs` and `entropy`; everything else is data.
+
+    Args:
+        logprobs: [T] log-probs of the sampled tokens under the policy, nats, any floating dtype.
+        old_logprobs: [T] the same under the policy that sampled them. None: that is this policy,
+            the ratio is exactly 1 and its gradient is that of the log-prob.
+        advantages: [B] per sequence, or [T] per token; read as per sequence when B equals T.
+        cu_seqlens: [B + 1] int64 offsets of the sequences; a sequence may be empty.
+        ref_logprobs: [T] log-probs under the reference policy; needed when beta > 0, and otherwise
+            only for the KL metric.
+        entropy: [T] entropy at each token, nats; needed when entropy_coef is not 0.
+        token_weights: [T] factors >= 0 of the policy term, or a bool mask: a mask and any sampler
+            correction in one. A weight of 0 leaves the token out altogether: no KL, no entropy, not
+            counted, and its log-probs may hold anything.
+        denominator: replaces the number that the outer mean divides by: the active tokens for
+            "token_mean", the sequences for the others. Give the count of the whole optimiser step
+            when a call sees a part of it (gradient accumulation, ranks, modalities); a sum of such
+            losses is then the loss of the whole. A tensor is not read on the host.
+        params: the loss.
+        backend: "cpp", "torch", or None for the first that can run.
+
+    Returns:
+        PolicyLoss in fp32 (fp64 from fp64 log-probs).
+
+    Raises:
+        ValueError: shapes or dtypes do not match, or `params` asks for an input that is not given;
+            on a CPU also when an advantage is not finite, a weight is negative, offsets do not fit,
+            or an active token's log-prob or entropy is not finite.
+    """
+    optional = {
+        "old_logprobs": old_logprobs,
+        "ref_logprobs": ref_logprobs,
+        "entropy": entropy,
+        "token_weights": token_weights,
+    }
+    _check(logprobs, advantages, cu_seqlens, optional, denominator, params)
+    logp = widen(logprobs)
+    as_logp = {name: x if x is None else x.to(logp.dtype) for name, x in optional.items()}
+    # Dividing by a tensor afterwards keeps the op free of a read from the device.
+    host = 1.0 if isinstance(denominator, Tensor) else denominator
+    _backend.resolve(OP, (logprobs, *optional.values(), advantages, cu_seqlens), backend)
+    run = _reference
+    loss, metrics = run(logp, advantages.detach().to(logp.dtype), cu_seqlens, as_logp, host, params)
+    if _checks.check_values(loss) and not bool(loss.detach().isfinite()):
+        _refuse_tokens(logprobs, optional)
+    fields = list(metrics.unbind())
+    if isinstance(denominator, Tensor):
+        divisor = denominator.detach().to(loss.dtype).reshape(())
+        loss, fields[0] = loss / divisor, fields[0] / divisor
+    return PolicyLoss(loss, LossMetrics(*fields))
+
+
+def _reference(
+    logprobs: Tensor,
+    advantages: Tensor,
+    cu_seqlens: Tensor,
+    optional: dict[str, Tensor | None],
+    denominator: float | None,
+    params: LossParams,
+) -> tuple[Tensor, Tensor]:
+    return reference_grpo_loss(
+        logprobs,
+        advantages=advantages,
+        cu_seqlens=cu_seqlens,
+        denominator=denominator,
+        params=params,
+        **optional,
+    )
+
+
+def _check(
+    logprobs: Tensor,
+    advantages: Tensor,
+    cu_seqlens: Tensor,
+    optional: dict[str, Tensor | None],
+    denominator: float | Tensor | None,
+    params: LossParams,
+) -> None:
+    _checks.check_shape(OP, "logprobs", logprobs, ("T",))
+    _checks.check_floating(OP, "logprobs", logprobs)
+    tokens = logprobs.shape[0]
+    for name, tensor in optional.items():
+        if tensor is not None:
+            _checks.check_shape(OP, name, tensor, (tokens,))
+            if name != "token_weights" or tensor.dtype != torch.bool:
+                _checks.check_floating(OP, name, tensor)
+    _checks.check_same_device(
+        OP, logprobs=logprobs, advantages=advantages, cu_seqlens=cu_seqlens, **optional
+    )
+    _checks.check_offsets(OP, "cu_seqlens", cu_seqlens, tokens)
+    sequences = cu_seqlens.shape[0] - 1
+    _checks.check_floating(OP, "advantages", advantages)
+    if advantages.dim() != 1 or advantages.shape[0] not in (sequences, tokens):
+        raise ValueError(
+            f"{OP}: advantages has shape {tuple(advantages.shape)}, expected [B] = [{sequences}] "
+            f"or [T] = [{tokens}]"
+        )
+    if params.beta > 0 and optional["ref_logprobs"] is None:
+        raise ValueError(f"{OP}: ref_logprobs is None, but beta is {params.beta}")
+    if params.entropy_coef != 0 and optional["entropy"] is None:
+        raise ValueError(f"{OP}: entropy is None, but entropy_coef is {params.entropy_coef}")
+    _check_denominator(denominator)
+    if _checks.check_values(advantages):
+        _refuse_first(advantages, ~advantages.isfinite(), "advantages", "a finite number")
+    weights = optional["token_weights"]
+    if weights is not None and weights.is_floating_point() and _checks.check_values(weights):
+        bad = ~((weights >= 0) & weights.isfinite())
+        _refuse_first(weights, bad, "token_weights", "finite and >= 0")
+
+
+def _check_denominator(denominator: float | Tensor | None) -> None:
+    if isinstance(denominator, Tensor):
+        if denominator.numel() != 1:
+            shape = tuple(denominator.shape)
+            raise ValueError(f"{OP}: denominator has shape {shape}, expected one number")
+        if not _checks.check_values(denominator):
+            return
+        denominator = float(denominator)
+    if denominator is not None and not 0 < denominator < math.inf:
+        raise ValueError(f"{OP}: denominator is {denominator}, expected finite and > 0, or None")
+
+
+def _refuse_tokens(logprobs: Tensor, optional: dict[str, Tensor | None]) -> None:
+    """Name the active token that made the loss infinite or NaN."""
+    weights = optional["token_weights"]
+    active = torch.ones_like(logprobs, dtype=torch.bool) if weights is None else weights != 0
+    for name, tensor in ({"logprobs": logprobs} | optional).items():
+        if tensor is not None:
+            bad = active & ~tensor.isfinite()
+            _refuse_first(tensor, bad, name, "a finite number where token_weights is not 0")
+
+
+def _refuse_first(values: Tensor, bad: Tensor, name: str, expected: str) -> None:
+    if bool(bad.any()):
+        at = int(bad.nonzero()[0])
+        raise ValueError(f"{OP}: {name}[{at}] is {values[at].tolist()}, expected {expected}")
