@@ -1,0 +1,120 @@
+"""Attention over a packed buffer of texts, images, documents and shared prompts, from a SpanMask.
+
+L tokens of the buffer, Lq query rows (L unless selected), Hq / Hkv query / key heads, D / Dv head
+widths. Derivation: docs/ops/packed_attention.md.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Literal, overload
+
+from torch import Tensor
+
+from lvrpo.masks import SpanMask
+from lvrpo.ops import _backend, _checks
+from lvrpo.reference.packed_attention import packed_attention as reference_packed_attention
+
+OP = "packed_attention"
+
+
+@overload
+def packed_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: SpanMask,
+    *,
+    scale: float | None = ...,
+    softcap: float = ...,
+    return_lse: Literal[False] = ...,
+    backend: str | None = ...,
+) -> Tensor: ...
+
+
+@overload
+def packed_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: SpanMask,
+    *,
+    scale: float | None = ...,
+    softcap: float = ...,
+    return_lse: Literal[True],
+    backend: str | None = ...,
+) -> tuple[Tensor, Tensor]: ...
+
+
+def packed_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: SpanMask,
+    *,
+    scale: float | None = None,
+    softcap: float = 0.0,
+    return_lse: bool = False,
+    backend: str | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """softmax(scale * q k^T) v over the keys that the mask lets each query see.
+
+    Query head h reads key head h // (Hq / Hkv). The work is that of the visible pairs; no [Lq, L]
+    tensor is formed. Differentiable in q, k and v, through both results. Deterministic.
+
+    Args:
+        q: [Lq, Hq, D] fp32, fp64, bf16 or fp16; row i is buffer row mask.rows[i].
+        k: [L, Hkv, D], same dtype; Hq is a multiple of Hkv.
+        v: [L, Hkv, Dv], same dtype.
+        mask: a `SpanMask` of length L, on the device of q.
+        scale: multiplies the scores; None means D^-0.5.
+        softcap: scores become softcap * tanh(score / softcap) before the softmax; 0 means none.
+        return_lse: also return the log-sum-exp of every row's scores.
+        backend: "cpp", "torch", or None for the first that can run.
+
+    Returns:
+        out: [Lq, Hq, Dv] in q's dtype; 0 in a row that sees no key, which gets no gradient.
+        lse: [Lq, Hq] fp32 (fp64 from fp64 inputs), nats, only with `return_lse`; -inf in a row that
+            sees no key.
+
+    Raises:
+        ValueError: shapes, dtypes or devices do not match each other or the mask; scale is not
+            finite; softcap is negative or not finite.
+    """
+    scale = q.shape[-1] ** -0.5 if scale is None and q.dim() and q.shape[-1] else scale
+    scale = 1.0 if scale is None else float(scale)
+    _check(q, k, v, mask, scale, softcap)
+    _backend.resolve(OP, (q, k, v), backend)
+    return reference_packed_attention(
+        q, k, v, mask, scale=scale, softcap=softcap, return_lse=return_lse
+    )
+
+
+def _check(q: Tensor, k: Tensor, v: Tensor, mask: SpanMask, scale: float, softcap: float) -> None:
+    for name, tensor, shape in (
+        ("q", q, ("Lq", "Hq", "D")),
+        ("k", k, ("L", "Hkv", "D")),
+        ("v", v, ("L", "Hkv", "Dv")),
+    ):
+        _checks.check_shape(OP, name, tensor, shape)
+        _checks.check_floating(OP, name, tensor)
+        if tensor.dtype != q.dtype:
+            raise ValueError(f"{OP}: {name} is {tensor.dtype}, q is {q.dtype}")
+    if not isinstance(mask, SpanMask):
+        raise ValueError(f"{OP}: mask is a {type(mask).__name__}, expected a SpanMask")
+    _checks.check_same_device(OP, q=q, k=k, v=v, mask=mask.q_lo)
+    if q.shape[0] != mask.num_queries:
+        raise ValueError(f"{OP}: q has {q.shape[0]} rows, the mask {mask.num_queries} queries")
+    for name, tensor in (("k", k), ("v", v)):
+        if tensor.shape[0] != mask.length:
+            raise ValueError(f"{OP}: {name} has {tensor.shape[0]} rows, the mask {mask.length}")
+    if k.shape[1] != v.shape[1]:
+        raise ValueError(f"{OP}: k has {k.shape[1]} heads, v has {v.shape[1]}")
+    if k.shape[2] != q.shape[2]:
+        raise ValueError(f"{OP}: k has head width {k.shape[2]}, q has {q.shape[2]}")
+    if k.shape[1] == 0 or q.shape[1] % k.shape[1]:
+        raise ValueError(f"{OP}: q has {q.shape[1]} heads, not a multiple of k's {k.shape[1]}")
+    if not math.isfinite(scale):
+        raise ValueError(f"{OP}: scale is {scale}, expected a finite number")
+    if not (softcap >= 0 and math.isfinite(softcap)):
+        raise ValueError(f"{OP}: softcap is {softcap}, expected >= 0; 0 means no cap")
