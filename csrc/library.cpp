@@ -15,6 +15,21 @@ STABLE_TORCH_LIBRARY(lvrpo, m) {
       "gather_logprobs_bwd(Tensor dlogprobs, Tensor? dentropy, Tensor logits, Tensor token_ids, Tensor? row_index, "
       "Tensor? vocab_range, Tensor lse, Tensor? entropy, float temperature, float softcap, int ignore_index) "
       "-> Tensor dlogits");
+  // noise is absent when every step is deterministic.
+  m.def(
+      "flow_step_fwd(Tensor velocity, Tensor x_t, Tensor? noise, Tensor c_x, Tensor c_v, Tensor std) "
+      "-> (Tensor x_next, Tensor logprob)");
+  m.def("flow_step_bwd(Tensor dx_next, Tensor dlogprob, Tensor? noise, Tensor std) -> Tensor dmean");
+  // variant and kl number the names of lvrpo/ops/flow_policy_loss.py; log_ratio_scale = 0 means "mean". directions [N, 3]
+  // are the factors of noise, velocity - velocity_old and velocity - velocity_ref in d loss / d velocity.
+  m.def(
+      "flow_policy_loss_fwd(Tensor velocity, Tensor velocity_old, Tensor noise, Tensor? velocity_ref, Tensor c_v, "
+      "Tensor std, Tensor dt, Tensor advantages, Tensor? sample_weights, Tensor? denominator, int variant, int kl, "
+      "float eps_low, float eps_high, float adv_clip, float log_ratio_scale, float tau, float beta) "
+      "-> (Tensor loss, Tensor metrics, Tensor directions)");
+  m.def(
+      "flow_policy_loss_bwd(Tensor dloss, Tensor velocity, Tensor velocity_old, Tensor noise, Tensor? velocity_ref, "
+      "Tensor directions) -> Tensor dvelocity");
 }
 
 namespace {

@@ -1,0 +1,189 @@
+"""One reverse step of a flow-matching sampler and its log-probability: one pass over the latents.
+
+N images, D elements in each. Flow-SDE, Dance-SDE, CPS and ODE steps are all affine in the velocity,
+so one op serves every dynamics. Derivation: docs/ops/flow_step.md.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from lvrpo.ops import _backend, _checks, _library
+from lvrpo.reference._precision import widen
+from lvrpo.reference.flow_step import flow_step as reference_flow_step
+
+OP = "flow_step"
+
+
+@dataclass(frozen=True)
+class StepCoefficients:
+    """x_next = c_x x + c_v v + std z, one entry per image: fp32 or fp64 [n].
+
+    `lvrpo.models.flow.FlowSchedule` makes them for every known dynamics.
+
+    Attributes:
+        c_x: factor of the latent.
+        c_v: factor of the velocity, in units of time (negative: time runs from 1 to 0).
+        std: standard deviation of the noise; 0 marks a deterministic step.
+        t: time before the step, 1 is noise and 0 is data.
+        dt: length of the step, negative.
+    """
+
+    c_x: Tensor
+    c_v: Tensor
+    std: Tensor
+    t: Tensor
+    dt: Tensor
+
+    def __len__(self) -> int:
+        return len(self.std)
+
+    def to(self, *args: Any, **kwargs: Any) -> StepCoefficients:
+        """As `Tensor.to`."""
+        return StepCoefficients(*(c.to(*args, **kwargs) for c in self._tensors()))
+
+    def select(self, index: Tensor | slice) -> StepCoefficients:
+        """The entries at `index`: int64 positions (repeats allowed), a bool mask or a slice."""
+        return StepCoefficients(*(c[index] for c in self._tensors()))
+
+    def _tensors(self) -> tuple[Tensor, ...]:
+        return tuple(getattr(self, field.name) for field in fields(self))
+
+
+def flow_step(
+    velocity: Tensor,
+    x_t: Tensor,
+    coeffs: StepCoefficients,
+    noise: Tensor | None = None,
+    *,
+    backend: str | None = None,
+) -> tuple[Tensor, Tensor]:
+    """x_next = c_x x_t + c_v velocity + std noise, and log N(x_next; mean, std^2) per element.
+
+    The log-probability is the mean over the D elements of an image, as every flow RL system uses
+    it; multiply by D for the log-density of the image. A deterministic step (std 0) has no density:
+    its log-probability is 0 by convention, its noise is not read and its gradient is 0.
+
+    Gradients: `x_next` is differentiable in `velocity` and `x_t`. `logprob` treats the drawn
+    `x_next` as data: its gradient reaches `velocity` and `x_t` through the mean only. None to
+    `noise` or `coeffs`.
+
+    Args:
+        velocity: [N, ...] fp32, fp64, bf16 or fp16; dx/dt, from data to noise.
+        x_t: [N, ...] any floating dtype; the latents at time `coeffs.t`.
+        coeffs: [N], or [1] for one step shared by all images.
+        noise: [N, ...] standard normal. None when every std is 0.
+        backend: "cpp", "torch", or None for the first that can run.
+
+    Returns:
+        x_next: [N, ...] fp32 (fp64 from an fp64 velocity).
+        logprob: [N] same dtype, nats per element.
+
+    Raises:
+        ValueError: shapes, dtypes or devices do not match; on a CPU also when noise is missing
+            for a stochastic step or a std is negative or not finite.
+    """
+    _check(velocity, x_t, coeffs, noise)
+    chosen = _backend.resolve(OP, (velocity, x_t, noise, coeffs.std), backend)
+    if chosen == "torch":
+        return reference_flow_step(velocity, x_t, coeffs, noise)
+    dtype = widen(velocity).dtype
+    return _FlowStep.apply(  # type: ignore[no-untyped-call,no-any-return]
+        velocity,
+        x_t.to(dtype),
+        None if noise is None else noise.detach().to(dtype),
+        *(c.detach().to(dtype) for c in (coeffs.c_x, coeffs.c_v, coeffs.std)),
+    )
+
+
+class _FlowStep(torch.autograd.Function):
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: Any,
+        velocity: Tensor,
+        x_t: Tensor,
+        noise: Tensor | None,
+        c_x: Tensor,
+        c_v: Tensor,
+        std: Tensor,
+    ) -> tuple[Tensor, Tensor]:
+        x_next, logprob = torch.ops.lvrpo.flow_step_fwd(velocity, x_t, noise, c_x, c_v, std)
+        ctx.save_for_backward(noise, c_x, c_v, std)
+        ctx.velocity_dtype = velocity.dtype
+        return x_next, logprob
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dx_next: Tensor, dlogprob: Tensor) -> tuple[Any, ...]:
+        noise, c_x, c_v, std = ctx.saved_tensors
+        dmean = torch.ops.lvrpo.flow_step_bwd(dx_next, dlogprob, noise, std)
+        shape = (-1, *[1] * (dmean.dim() - 1))
+        dvelocity = dx_t = None
+        if ctx.needs_input_grad[0]:
+            dvelocity = (c_v.reshape(shape) * dmean).to(ctx.velocity_dtype)
+        if ctx.needs_input_grad[1]:
+            dx_t = c_x.reshape(shape) * dmean
+        return dvelocity, dx_t, None, None, None, None
+
+
+@_library.register_fake("flow_step_fwd")
+def _fwd_fake(velocity: Tensor, x_t: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+    return x_t.new_empty(x_t.shape), x_t.new_empty(x_t.shape[0])
+
+
+@_library.register_fake("flow_step_bwd")
+def _bwd_fake(dx_next: Tensor, *_: Any) -> Tensor:
+    return dx_next.new_empty(dx_next.shape)
+
+
+def check_coefficients(op: str, coeffs: StepCoefficients, samples: int) -> None:
+    """Fields [samples] or [1], fp32 or fp64; std finite and not negative."""
+    for field in fields(coeffs):
+        values = getattr(coeffs, field.name)
+        name = f"coeffs.{field.name}"
+        if values.dtype not in (torch.float32, torch.float64):
+            raise ValueError(f"{op}: {name} is {values.dtype}, expected torch.float32 or float64")
+        if values.shape != (1,):
+            _checks.check_shape(op, name, values, (samples,))
+    if len({getattr(coeffs, field.name).shape for field in fields(coeffs)}) > 1:
+        lengths = ", ".join(f"{f.name} {len(getattr(coeffs, f.name))}" for f in fields(coeffs))
+        raise ValueError(f"{op}: coeffs fields have different lengths: {lengths}")
+    if _checks.check_values(coeffs.std):
+        bad = ~(torch.isfinite(coeffs.std) & (coeffs.std >= 0))
+        if bool(bad.any()):
+            at = int(bad.nonzero()[0])
+            value = float(coeffs.std[at])
+            raise ValueError(f"{op}: coeffs.std[{at}] is {value}, expected a finite number >= 0")
+
+
+def check_latents(op: str, velocity: Tensor, **others: Tensor | None) -> None:
+    """[N, ...] floating latents of one shape, with at least one element per sample."""
+    _checks.check_floating(op, "velocity", velocity)
+    if velocity.dim() == 0 or (velocity.shape[0] > 0 and velocity.numel() == 0):
+        raise ValueError(
+            f"{op}: velocity has shape {tuple(velocity.shape)}, expected [N, ...] with at least "
+            "one element per sample"
+        )
+    for name, tensor in others.items():
+        if tensor is not None:
+            _checks.check_floating(op, name, tensor)
+            _checks.check_shape(op, name, tensor, tuple(velocity.shape))
+
+
+def _check(velocity: Tensor, x_t: Tensor, coeffs: StepCoefficients, noise: Tensor | None) -> None:
+    check_latents(OP, velocity, x_t=x_t, noise=noise)
+    check_coefficients(OP, coeffs, len(velocity))
+    _checks.check_same_device(OP, velocity=velocity, x_t=x_t, noise=noise, coeffs=coeffs.std)
+    if noise is None and len(velocity) and _checks.check_values(coeffs.std):
+        stochastic = coeffs.std > 0
+        if bool(stochastic.any()):
+            at = int(stochastic.nonzero()[0])
+            raise ValueError(
+                f"{OP}: noise is None, but coeffs.std[{at}] is {float(coeffs.std[at]):.4g}; only a "
+                "deterministic step needs no noise"
+            )

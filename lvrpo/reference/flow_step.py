@@ -1,0 +1,43 @@
+"""One reverse step of a flow-matching sampler, and the log-density of what it drew."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from lvrpo.reference._precision import widen
+
+if TYPE_CHECKING:
+    from lvrpo.ops.flow_step import StepCoefficients
+
+
+def per_sample(values: Tensor, like: Tensor) -> Tensor:
+    """[N] or [1] as [N or 1, 1, ...] in the dtype of `like` [N, ...]."""
+    return values.detach().to(like.dtype).reshape(-1, *[1] * (like.dim() - 1))
+
+
+def flow_step(
+    velocity: Tensor,  # [N, ...]
+    x_t: Tensor,  # [N, ...]
+    coeffs: StepCoefficients,  # [N] or [1]
+    noise: Tensor | None = None,  # [N, ...]
+) -> tuple[Tensor, Tensor]:
+    """See `lvrpo.flow_step`."""
+    v = widen(velocity)
+    c_x, c_v, std = (per_sample(c, v) for c in (coeffs.c_x, coeffs.c_v, coeffs.std))
+    mean = c_x * x_t.to(v.dtype) + c_v * v
+    if noise is None:
+        return mean, v.new_zeros(len(v))
+
+    stochastic = std > 0
+    deviation = torch.where(stochastic, std * noise.detach().to(v.dtype), 0.0)
+    x_next = mean + deviation
+    # The sample is data to its own density: x_next - mean, with a gradient through the mean alone.
+    residual = deviation + (mean.detach() - mean)
+    safe_std = torch.where(stochastic, std, 1.0)
+    log_density = -(residual**2) / (2 * safe_std**2) - safe_std.log() - math.log(2 * math.pi) / 2
+    logprob = torch.where(stochastic, log_density, 0.0).flatten(1).mean(dim=1)
+    return x_next, logprob
