@@ -1,0 +1,74 @@
+# `make train` and `make test` set everything up first: a virtual environment, the pinned packages of
+# constraints.txt, the C++ extension. Later calls only redo what changed.
+SHELL := bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+
+PYTHON ?= python3
+# Installed before everything else, so that the build sees it and nothing else chooses a version.
+TORCH ?= torch==2.13.0
+# Where `make train` writes; the first of runs/digits, runs/digits-2, ... that is not there yet.
+RUN ?= $(shell run=runs/digits; n=1; while [ -e "$$run" ]; do n=$$((n + 1)); run=runs/digits-$$n; done; echo "$$run")
+
+BIN := .venv/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
+export LVRPO_BUILD ?= auto
+
+# The names of the stamps hold a hash of what the step reads: contents decide, not file times.
+hash = $(shell { $(1); } 2>&1 | sha256sum | cut -c 1-16)
+PACKAGES := .venv/.packages-$(call hash,$(PYTHON) -VV; echo "$(TORCH)"; cat constraints.txt pyproject.toml)
+EXTENSION := .venv/.extension-$(call hash,echo "$(PACKAGES) $(LVRPO_BUILD)"; find csrc -type f | sort | xargs cat setup.py)
+
+.PHONY: help setup train test bench lint types clean
+
+help:  ## this list
+	@sed -n 's/^\([a-z]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 16
+	@echo "  Variables: PYTHON=$(PYTHON) TORCH=$(TORCH) RUN=$(RUN) LVRPO_BUILD=$(LVRPO_BUILD)"
+
+setup: $(EXTENSION)  ## virtual environment, packages, C++ extension
+
+train: setup  ## warm start and LVRPO on real handwritten digits, then the report
+	$(BIN)/lvrpo train "$(RUN)"
+
+test: setup  ## every test, and the benchmarks at small size
+	$(BIN)/pytest
+	$(BIN)/pytest benchmarks --benchmark-only
+
+bench: setup  ## the benchmarks at full size
+	$(BIN)/pytest benchmarks --benchmark-only --size=full
+
+lint: setup  ## ruff
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: setup  ## mypy
+	$(BIN)/mypy
+
+clean:  ## remove everything that set-up made; runs/ stays
+	rm -rf .venv build lvrpo.egg-info lvrpo/_C*.so .mypy_cache .pytest_cache .ruff_cache .hypothesis .benchmarks
+
+$(PACKAGES):
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' \
+	  || { echo "lvrpo needs Python >= 3.10, $(PYTHON) is $$($(PYTHON) -V); try make PYTHON=python3.12" >&2; exit 1; }
+	@echo "Setting up .venv (once; some minutes where packages must be downloaded) ..."
+	@rm -f .venv/.packages-* .venv/.extension-*
+	@# An environment of another Python is replaced, an interrupted one repaired.
+	@if [ "$$($(BIN)/python -VV 2>&1)" = "$$($(PYTHON) -VV)" ]; \
+	  then $(PYTHON) -m venv .venv; else $(PYTHON) -m venv --clear .venv; fi
+	@echo "  $(TORCH)"
+	@$(PIP) install -c constraints.txt "$(TORCH)"
+	@echo "  everything else in constraints.txt"
+	@$(PIP) install -c constraints.txt setuptools pybind11 ninja
+	@LVRPO_BUILD=off $(PIP) install -c constraints.txt --no-build-isolation -e '.[train,dev]'
+	@touch $@
+
+# Not through pip, which would recompile every file each time.
+$(EXTENSION): $(PACKAGES)
+	@echo "Building the C++ extension ..."
+	@rm -f .venv/.extension-* lvrpo/_C*.so
+	@mkdir -p build
+	@$(BIN)/python setup.py build_ext --inplace > build/extension.log 2>&1 \
+	  || { cat build/extension.log >&2; exit 1; }
+	@grep '^lvrpo:' build/extension.log || true
+	@touch $@

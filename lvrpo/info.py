@@ -1,0 +1,163 @@
+"""`python -m lvrpo.info`: what is installed, which backend runs which op here, and why not others.
+
+Needs torch only, so it works when nothing else does.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import pkgutil
+import platform
+import re
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import lvrpo
+import lvrpo.ops
+from lvrpo.ops import _backend, _library
+
+
+def environment() -> dict[str, Any]:
+    """The facts a result should be published with, ready for JSON."""
+    facts: dict[str, Any] = {
+        "lvrpo": lvrpo.__version__,
+        "commit": commit(),
+        "path": str(Path(lvrpo.__file__).parent),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "platform": platform.platform(),
+        "cpu": _cpu_name(),
+        "threads": torch.get_num_threads(),
+        "cuda": torch.version.cuda,
+        "gpus": [],
+        "extension": None,
+    }
+    if torch.cuda.is_available():
+        for index in range(torch.cuda.device_count()):
+            major, minor = torch.cuda.get_device_capability(index)
+            facts["gpus"].append(f"{torch.cuda.get_device_name(index)} (sm_{major}{minor})")
+    if _library.EXTENSION is not None:
+        facts["extension"] = {
+            "file": _library.EXTENSION.__file__,
+            "cpu_capability": _library.EXTENSION.cpu_capability(),
+            **_library.EXTENSION.build_info(),
+        }
+    return facts
+
+
+def commit() -> str | None:
+    """The commit of the checkout that lvrpo runs from, ending in "-dirty" with changes on top.
+
+    None for an installed copy and where git is missing.
+    """
+    root = Path(lvrpo.__file__).resolve().parent.parent
+    if not (root / ".git").exists():
+        return None
+    command = ["git", "-C", str(root), "describe", "--always", "--abbrev=12", "--dirty"]
+    try:
+        # --exclude '*': a hash even where tags exist.
+        result = subprocess.run([*command, "--exclude", "*"], capture_output=True, text=True)
+    except OSError:
+        return None
+    return result.stdout.strip() or None
+
+
+def op_names() -> list[str]:
+    """Every op of this version: the modules of `lvrpo.ops`."""
+    modules = (module.name for module in pkgutil.iter_modules(lvrpo.ops.__path__))
+    return sorted(name for name in modules if not name.startswith("_"))
+
+
+def backends_of(op: str) -> list[str]:
+    """The backends that `op` has in this build; "torch" is the reference and always there."""
+    names = {name.split(".")[0] for name in torch._C._dispatch_get_all_op_names()}
+    compiled = names & {f"lvrpo::{op}", f"lvrpo::{op}_fwd"}
+    found = []
+    for backend in _backend.BACKENDS:
+        key = {"cpp": "CPU", "cuda": "CUDA"}.get(backend)
+        has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key
+        if backend == "torch" or (key and any(has_kernel(name, key) for name in compiled)):
+            found.append(backend)
+    return found
+
+
+def optional_packages() -> dict[str, dict[str, str | None]]:
+    """By extra of `pip install lvrpo[...]`: each package and its installed version, or None."""
+    try:
+        requirements = importlib.metadata.requires("lvrpo") or []
+    except importlib.metadata.PackageNotFoundError:
+        return {}
+    extras: dict[str, dict[str, str | None]] = {}
+    for requirement in requirements:
+        name = re.match(r"[A-Za-z0-9._-]+", requirement)
+        extra = re.search(r"extra == ['\"]([^'\"]+)['\"]", requirement)
+        if name is None or extra is None:
+            continue
+        try:
+            version: str | None = importlib.metadata.version(name[0])
+        except importlib.metadata.PackageNotFoundError:
+            version = None
+        # `tomli` is asked for on old Pythons only and says nothing elsewhere.
+        if version is not None or "python_version" not in requirement:
+            extras.setdefault(extra[1], {})[name[0]] = version
+    return extras
+
+
+def describe() -> str:
+    """The whole report as text."""
+    facts = environment()
+    extension = facts["extension"]
+    lines = [
+        f"lvrpo      {facts['lvrpo']}{_in_parentheses(facts['commit'])}",
+        f"  from     {facts['path']}",
+        f"python     {facts['python']} on {facts['platform']}",
+        f"torch      {facts['torch']}, CUDA {facts['cuda'] or 'none (CPU build)'}",
+        f"cpu        {facts['cpu']}, {facts['threads']} threads",
+        f"gpu        {', '.join(facts['gpus']) or 'none visible to torch'}",
+    ]
+    if extension is None:
+        lines.append(f"lvrpo._C   missing: {_library.MISSING}")
+    else:
+        lines += [
+            f"lvrpo._C   {extension['file']}",
+            f"  built    by {extension['compiler']}, for {extension['stable_abi']}, "
+            f"{'with' if extension['cuda'] else 'without'} CUDA ops",
+            f"  runs as  {extension['cpu_capability']}",
+        ]
+
+    lines += ["", "Backends, in order of preference:"]
+    for backend in _backend.BACKENDS:
+        reasons = _backend.why_not(backend, [])
+        lines.append(f"  {backend:8} {'; '.join(reasons) or 'available'}")
+
+    width = max(len(op) for op in op_names())
+    lines += ["", "Ops:"]
+    lines += [f"  {op:{width}}  {', '.join(backends_of(op))}" for op in op_names()]
+
+    lines += ["", "Optional packages (pip install 'lvrpo[EXTRA]'):"]
+    for extra, packages in optional_packages().items():
+        listed = ", ".join(f"{name} {version or 'MISSING'}" for name, version in packages.items())
+        lines.append(f"  {extra}: {listed}")
+    if lines[-1].startswith("Optional"):
+        lines.append("  unknown: lvrpo is not installed, it runs from a folder on the path")
+    return "\n".join(lines)
+
+
+def _cpu_name() -> str:
+    try:
+        cpuinfo = Path("/proc/cpuinfo").read_text(encoding="utf-8")
+    except OSError:
+        cpuinfo = ""
+    match = re.search(r"^model name\s*:\s*(.+)$", cpuinfo, re.MULTILINE)
+    return match[1] if match else platform.processor() or platform.machine()
+
+
+def _in_parentheses(text: str | None) -> str:
+    return f" ({text})" if text else ""
+
+
+if __name__ == "__main__":
+    print(describe())
