@@ -15,6 +15,14 @@ STABLE_TORCH_LIBRARY(lvrpo, m) {
       "gather_logprobs_bwd(Tensor dlogprobs, Tensor? dentropy, Tensor logits, Tensor token_ids, Tensor? row_index, "
       "Tensor? vocab_range, Tensor lse, Tensor? entropy, float temperature, float softcap, int ignore_index) "
       "-> Tensor dlogits");
+  // q_lo ... runs are the tables of a SpanMask; softcap = 0 means none.
+  m.def(
+      "packed_attention_fwd(Tensor q, Tensor k, Tensor v, Tensor q_lo, Tensor q_hi, Tensor rows, Tensor spans, "
+      "Tensor runs, float scale, float softcap) -> (Tensor out, Tensor lse)");
+  m.def(
+      "packed_attention_bwd(Tensor dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, "
+      "Tensor q_lo, Tensor q_hi, Tensor rows, Tensor spans, Tensor runs, float scale, float softcap) "
+      "-> (Tensor dq, Tensor dk, Tensor dv)");
 }
 
 namespace {
