@@ -1,0 +1,169 @@
+"""The `lvrpo` command: train, eval, sample, report, info.
+
+Wrong input ends with one line on standard error and exit code 2; Ctrl-C with 130 after the step is
+finished and saved.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, NoReturn
+
+import typer
+
+app = typer.Typer(
+    name="lvrpo",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    help="Align a model that reads and draws by group relative policy optimization (LVRPO).",
+)
+
+ConfigFile = Annotated[
+    Path | None,
+    typer.Option("--config", "-c", help="TOML file; `lvrpo train --print-config` prints one."),
+]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Option("--set", "-s", metavar="SECTION.KEY=VALUE", help="One key; may be repeated."),
+]
+
+
+@app.command(
+    epilog="Examples:  lvrpo train runs/digits  |  lvrpo train runs/short --steps 40 --seed 1  |  "
+    "lvrpo train runs/mine -s data.source=mine.jsonl  |  lvrpo train runs/control --shuffle-rewards"
+)
+def train(
+    run: Annotated[Path, typer.Argument(help="Run directory; an unfinished run goes on.")],
+    config: ConfigFile = None,
+    set_: Overrides = None,
+    steps: Annotated[int | None, typer.Option(help="Policy updates (run.steps).")] = None,
+    seed: Annotated[int | None, typer.Option(help="Seed of the whole run (run.seed).")] = None,
+    shuffle_rewards: Annotated[
+        bool, typer.Option("--shuffle-rewards", help="Control: permute rewards within each group.")
+    ] = False,
+    report: Annotated[bool, typer.Option(help="Write the report at the end.")] = True,
+    print_config: Annotated[
+        bool, typer.Option("--print-config", help="Print the resolved configuration and stop.")
+    ] = False,
+) -> None:
+    """Warm start, then LVRPO, then a report. On an existing run directory: go on where it stopped."""
+    from lvrpo.trainer.run import open_run, run_training
+
+    overrides = list(set_ or [])
+    overrides += [] if steps is None else [f"run.steps={steps}"]
+    overrides += [] if seed is None else [f"run.seed={seed}"]
+    overrides += ["run.shuffle_rewards=true"] if shuffle_rewards else []
+    with one_line_errors():
+        if print_config:
+            from lvrpo.trainer.config import load_config, to_toml
+
+            typer.echo(to_toml(load_config(config, overrides)), nl=False)
+            return
+        with open_run(run, config, overrides) as opened:
+            finished = run_training(opened)
+        if not finished:
+            typer.echo(f"stopped after a finished step; go on with: lvrpo train {run}", err=True)
+            raise typer.Exit(130)
+        if report:
+            _write_report(run, [])
+
+
+@app.command(name="eval", epilog="Example:  lvrpo eval runs/digits --items 2048 --seed 7")
+def evaluate(
+    run: Annotated[Path, typer.Argument(help="Run directory with a checkpoint.")],
+    items: Annotated[int, typer.Option(help="Questions and drawing prompts, each.")] = 1024,
+    seed: Annotated[int, typer.Option(help="Seed of the samples.")] = 0,
+    data: Annotated[Path | None, typer.Option(help="JSONL file instead of the test split.")] = None,
+) -> None:
+    """Score the newest checkpoint on held-out prompts, with 95 % intervals."""
+    from lvrpo.trainer.run import evaluate_run
+
+    with one_line_errors():
+        for line in evaluate_run(run, items=items, seed=seed, data=data):
+            typer.echo(line)
+
+
+@app.command(
+    epilog='Examples:  lvrpo sample runs/digits "draw 3 at top left and 7 at bottom right"  |  '
+    'lvrpo sample runs/digits "what digit is at top left" --image scene.png'
+)
+def sample(
+    run: Annotated[Path, typer.Argument(help="Run directory with a checkpoint.")],
+    prompt: Annotated[str, typer.Argument(help="What to draw, or the question about --image.")],
+    image: Annotated[
+        Path | None, typer.Option(help="Picture that the question is about.")
+    ] = None,
+    count: Annotated[int, typer.Option("--count", "-n", min=1, help="Samples.")] = 1,
+    seed: Annotated[int, typer.Option(help="Seed of the samples.")] = 0,
+    output: Annotated[
+        Path, typer.Option("--output", "-o", help="PNG file of the drawing.")
+    ] = Path("drawing.png"),
+) -> None:
+    """Draw a prompt, or answer a question about an image file."""
+    from lvrpo.trainer.run import answer_question, draw_prompt
+
+    with one_line_errors():
+        if image is None:
+            for path in draw_prompt(run, prompt, count=count, seed=seed, output=output):
+                typer.echo(path)
+        else:
+            for answer in answer_question(run, prompt, image, count=count, seed=seed):
+                typer.echo(answer)
+
+
+@app.command(epilog="Example:  lvrpo report runs/digits --compare runs/control")
+def report(
+    run: Annotated[Path, typer.Argument(help="Run directory.")],
+    compare: Annotated[
+        list[Path] | None, typer.Option(help="Other runs to set beside it; may be repeated.")
+    ] = None,
+) -> None:
+    """Write report.html and its figures into the run directory."""
+    with one_line_errors():
+        _write_report(run, compare or [])
+
+
+@app.command()
+def info() -> None:
+    """Versions, the compiled extension, and which backend runs which op here."""
+    from lvrpo.info import report_lines
+
+    typer.echo("\n".join(report_lines()))
+
+
+def _write_report(run: Path, compare: list[Path]) -> None:
+    from lvrpo.trainer.report import write_report
+
+    typer.echo(f"report: {write_report(run, compare=compare)}")
+
+
+class one_line_errors:  # noqa: N801 - reads as a statement
+    """Turn an error that the user can mend into one line and exit code 2."""
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: Any) -> None:
+        if error is None or isinstance(error, typer.Exit):
+            return
+        from lvrpo.trainer.errors import USER_ERRORS
+
+        if isinstance(error, USER_ERRORS):
+            fail(str(error))
+
+
+def fail(message: str) -> NoReturn:
+    """Print one line and end with exit code 2."""
+    typer.echo(f"lvrpo: {' '.join(message.split())}", err=True)
+    raise typer.Exit(2)
+
+
+def main() -> None:
+    """Entry point of the `lvrpo` command."""
+    app()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,166 @@
+"""From texts, pictures and noisy latents to one `PackedBatch`.
+
+Spans are added in depth-first preorder, each under a parent: a group is a prompt with its G
+completions as children, and a completion may be text or a noisy image. Position ids follow BAGEL:
+text advances by one per token, a picture shares one id and then advances by one, a noisy image takes
+the next id and does not advance, since nothing outside it may see it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from einops import rearrange
+from torch import Tensor
+
+from lvrpo.masks import SpanMask
+from lvrpo.models.unified import PackedBatch, UnifiedConfig
+
+ROOT = -1
+
+
+@dataclass
+class PackBuilder:
+    """Collects spans; `build` lays them out.
+
+    Every method that adds a span returns its number, which is what `parent` takes and what `start`
+    and `span_rows` answer for.
+    """
+
+    config: UnifiedConfig
+    lengths: list[int] = field(default_factory=list)
+    parents: list[int] = field(default_factory=list)
+    modes: list[str] = field(default_factory=list)
+    _next_position: list[int] = field(default_factory=list)  # by span: id after it
+    _starts: list[int] = field(default_factory=lambda: [0])
+    _position_ids: list[int] = field(default_factory=list)
+    _token_ids: list[int] = field(default_factory=list)
+    _text_rows: list[int] = field(default_factory=list)
+    _patches: list[np.ndarray] = field(default_factory=list)
+    _patch_rows: list[int] = field(default_factory=list)
+    _patch_grid: list[np.ndarray] = field(default_factory=list)
+    _latent_rows: list[int] = field(default_factory=list)
+    _latent_grid: list[np.ndarray] = field(default_factory=list)
+
+    @property
+    def rows(self) -> int:
+        """Rows laid out so far."""
+        return self._starts[-1]
+
+    def start(self, span: int) -> int:
+        """First row of a span."""
+        return self._starts[span]
+
+    def end(self, span: int) -> int:
+        """Row after the last of a span."""
+        return self._starts[span + 1]
+
+    def text(self, token_ids: Sequence[int], parent: int = ROOT) -> int:
+        """A causal span of tokens."""
+        first = self._position_after(parent)
+        count = len(token_ids)
+        rows = range(self.rows, self.rows + count)
+        self._token_ids.extend(token_ids)
+        self._text_rows.extend(rows)
+        self._position_ids.extend(range(first, first + count))
+        return self._add(count, parent, "causal", first + count)
+
+    def picture(
+        self, pixels: np.ndarray, opening: int, closing: int, parent: int = ROOT
+    ) -> int:
+        """A full span: an opening token, the patches of a picture to be read, a closing token.
+
+        Args:
+            pixels: [C, H, W] in [0, 1]; H and W are multiples of the model's patch.
+            opening: token id of the marker before the patches; likewise `closing`.
+            parent: see the class.
+        """
+        channels, height, width = pixels.shape
+        patch = self.config.image_patch
+        if channels != self.config.image_channels or height % patch or width % patch:
+            raise ValueError(
+                f"a picture is {list(pixels.shape)}, expected {self.config.image_channels} "
+                f"channels and sides that are multiples of {patch}"
+            )
+        patches = rearrange(pixels, "c (h p) (w q) -> (h w) (p q c)", p=patch, q=patch)
+        count, row = len(patches), self.rows
+        self._token_ids.extend((opening, closing))
+        self._text_rows.extend((row, row + count + 1))
+        self._patches.append(np.asarray(patches, dtype=np.float32))
+        self._patch_rows.extend(range(row + 1, row + 1 + count))
+        self._patch_grid.append(grid(height // patch, width // patch))
+        return self._add_at_one_position(count + 2, parent, advance=1)
+
+    def noise(self, height: int, width: int, parent: int = ROOT) -> int:
+        """A full span of height * width noisy latent tokens; a leaf."""
+        count = height * width
+        self._latent_rows.extend(range(self.rows, self.rows + count))
+        self._latent_grid.append(grid(height, width))
+        return self._add_at_one_position(count, parent, advance=0)
+
+    def build(
+        self, latents: Tensor | None = None, timesteps: Tensor | None = None
+    ) -> PackedBatch:
+        """Lay out everything that was added.
+
+        Args:
+            latents: [n_latent, latent_dim], all noisy images in the order they were added.
+            timesteps: [n_latent] in [0, 1].
+        """
+        config = self.config
+        patch_width = config.image_channels * config.image_patch**2
+        if latents is None:
+            latents = torch.zeros(len(self._latent_rows), config.latent_dim)
+        if timesteps is None:
+            timesteps = latents.new_zeros(len(self._latent_rows))
+        return PackedBatch(
+            token_ids=as_index(self._token_ids),
+            text_rows=as_index(self._text_rows),
+            patches=torch.from_numpy(stack(self._patches, patch_width, np.float32)),
+            patch_rows=as_index(self._patch_rows),
+            patch_grid=torch.from_numpy(stack(self._patch_grid, 2, np.int64)),
+            latents=latents,
+            latent_rows=as_index(self._latent_rows),
+            latent_grid=torch.from_numpy(stack(self._latent_grid, 2, np.int64)),
+            timesteps=timesteps,
+            position_ids=as_index(self._position_ids),
+            mask=self.mask(),
+        )
+
+    def mask(self) -> SpanMask:
+        """Who sees whom."""
+        return SpanMask.from_spans(self.lengths, self.parents, self.modes)
+
+    def _position_after(self, parent: int) -> int:
+        return 0 if parent == ROOT else self._next_position[parent]
+
+    def _add_at_one_position(self, count: int, parent: int, advance: int) -> int:
+        position = self._position_after(parent)
+        self._position_ids.extend([position] * count)
+        return self._add(count, parent, "full", position + advance)
+
+    def _add(self, count: int, parent: int, mode: str, next_position: int) -> int:
+        self.lengths.append(count)
+        self.parents.append(parent)
+        self.modes.append(mode)
+        self._next_position.append(next_position)
+        self._starts.append(self._starts[-1] + count)
+        return len(self.lengths) - 1
+
+
+def as_index(values: Sequence[int]) -> Tensor:
+    """int64 tensor of row numbers or ids."""
+    return torch.tensor(values, dtype=torch.int64)
+
+
+def grid(height: int, width: int) -> np.ndarray:
+    """[height * width, 2] int64 (row, column), row-major."""
+    return np.stack(np.divmod(np.arange(height * width, dtype=np.int64), width), axis=1)
+
+
+def stack(arrays: list[np.ndarray], width: int, dtype: type) -> np.ndarray:
+    """Concatenate [n, width] arrays; an empty list gives [0, width]."""
+    return np.concatenate(arrays) if arrays else np.zeros((0, width), dtype)

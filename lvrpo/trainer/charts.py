@@ -1,0 +1,327 @@
+"""Which figures a report has: from the keys of a run's log to charts.
+
+A chart is left out when the log has none of its keys; names the user added (rewards, tasks, stages)
+are picked up from the keys themselves.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import matplotlib as mpl
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from lvrpo.trainer.figures import (
+    WIDTH,
+    Chart,
+    Line,
+    Panel,
+    Theme,
+    colour_of,
+    duration,
+    line_chart,
+)
+from lvrpo.trainer.records import Row, Score, eval_scores
+from lvrpo.trainer.statistics import wilson_interval
+
+TASKS = {"understand": "Understanding (answers in words)", "generate": "Generation (pictures)"}
+MODALITIES = {"text": "Text tokens", "image": "Image flow steps"}
+
+
+def task_name(task: str) -> str:
+    """The heading of a task; a user's own task keeps its name."""
+    return TASKS.get(task, task or "All tasks")
+
+
+def training_charts(rows: Sequence[Row]) -> list[Chart]:
+    """Every chart the GRPO rows of metrics.jsonl have data for, the most telling first."""
+    wanted = [
+        _reward_chart(rows),
+        _score_chart(rows),
+        _share_chart(rows),
+        _constant_chart(rows),
+        _kl_chart(rows),
+        _ratio_chart(rows),
+        _optimiser_chart(rows),
+    ]
+    return [chart for chart in wanted if chart]
+
+
+def warm_start_chart(rows: Sequence[Row]) -> Chart | None:
+    """The supervised losses before the reinforcement learning."""
+    names = {"loss/text": "text", "loss/image": "image"}
+    panels = [
+        Panel(heading, lines(rows, {key: name}))
+        for (key, name), heading in zip(
+            names.items(),
+            ("Text: cross-entropy, nats per token", "Image: squared error of the velocity"),
+            strict=True,
+        )
+    ]
+    reading = "Both should fall and flatten: what imitation cannot teach is left to the rewards."
+    return line_chart("warm-start", "Supervised warm start", reading, panels)
+
+
+def eval_chart(evals: Sequence[Row]) -> Chart | None:
+    """The headline scores of every evaluation, when there are more than before and after."""
+    if len(evals) < 3:
+        return None
+    headline = [
+        {score.name: score for score in eval_scores(row) if not score.kind} for row in evals
+    ]
+    names = dict.fromkeys(name for scores in headline for name in scores)
+    panels: dict[str, list[Line]] = {}
+    for name in names:
+        task, measure = name.rsplit("/", 1)
+        found = [scores.get(name) for scores in headline]
+        values = np.array([s.successes / s.total if s and s.total else math.nan for s in found])
+        steps = np.array([row["step"] for row in evals])
+        if np.isfinite(values).any():
+            panels.setdefault(task, []).append(Line(measure, steps, values))
+    return line_chart(
+        "held-out",
+        "Held-out scores during training",
+        "Measured on data the training never saw; a score that rises in training and not here is "
+        "being memorised or cheated.",
+        [Panel(task_name(task), found, percent=True) for task, found in panels.items()],
+    )
+
+
+def time_chart(rows: Sequence[Row]) -> tuple[Chart, float] | None:
+    """The mean seconds of every stage, slowest first, and of a whole step; None without a clock."""
+    names = {key for row in rows for key in row if key.count("/") == 1 and key.startswith("time/")}
+    means = {key.removeprefix("time/"): mean(rows, key) for key in sorted(names)}
+    total = means.pop("total", None) or sum(means.values())
+    if not total or not math.isfinite(total):
+        return None
+    rest = total - sum(means.values())
+    if means and rest > 0.01 * total:
+        means["the rest"] = rest
+    stages = sorted(means.items(), key=lambda stage: -stage[1]) or [("whole step", total)]
+    return stage_chart(stages, total), total
+
+
+def change_chart(before: Sequence[Score], after: Sequence[Score], names: Sequence[str]) -> Chart:
+    """Every score before and after with its 95 % interval, one row each.
+
+    Args:
+        before: scores of the first evaluation.
+        after: the same scores of the last one, in the same order.
+        names: the label of each row.
+    """
+    rates = [
+        f"{n}: {_rate(b):.1%} to {_rate(a):.1%}"
+        for n, b, a in zip(names, before, after, strict=True)
+    ]
+
+    def draw(theme: Theme) -> Figure:
+        figure = Figure(figsize=(WIDTH * 1.45, 0.95 + 0.42 * len(names)), layout="constrained")
+        axes = figure.subplots()
+        for row, (old, new) in enumerate(zip(before, after, strict=True)):
+            colour = colour_of(new.task, theme)
+            _draw_rate(axes, old, row - 0.15, theme.muted, filled=False)
+            _draw_rate(axes, new, row + 0.15, colour, filled=True)
+        axes.set_yticks(range(len(names)), list(names))
+        axes.set_ylim(len(names) - 0.45, -0.75)
+        axes.set_xlim(0, 1)
+        axes.xaxis.set_major_formatter(mpl.ticker.PercentFormatter(1.0, decimals=0))
+        axes.tick_params(axis="y", length=0, labelcolor=theme.ink)
+        axes.grid(visible=False, axis="y")
+        axes.spines[["left", "bottom"]].set_visible(False)
+        for offset, text, style in ((-0.15, "before", "muted"), (0.15, "after", "ink")):
+            score = (before if text == "before" else after)[0]
+            axes.annotate(
+                text,
+                (wilson_interval(score.successes, score.total).high, offset),
+                xytext=(6, 0),
+                textcoords="offset points",
+                va="center",
+                fontsize=9,
+                color=getattr(theme, style),
+            )
+        return figure
+
+    return Chart(
+        "before-after",
+        "Held-out scores before and after",
+        "The dot is the measured rate, the bar its 95 % interval; if the bars of a pair do not "
+        "overlap, the change is larger than chance explains.",
+        "Held-out scores before and after. " + "; ".join(rates) + ".",
+        draw,
+    )
+
+
+def stage_chart(stages: Sequence[tuple[str, float]], total: float) -> Chart:
+    """Seconds per stage of a step as horizontal bars, in the order given."""
+
+    def draw(theme: Theme) -> Figure:
+        figure = Figure(figsize=(WIDTH, 0.5 + 0.34 * len(stages)), layout="constrained")
+        axes = figure.subplots()
+        seconds = [value for _, value in stages]
+        axes.barh(range(len(stages)), seconds, height=0.62, color=theme.lines[0])
+        for row, value in enumerate(seconds):
+            text = f" {duration(value)}  ({value / total:.0%})"
+            axes.text(value, row, text, va="center", fontsize=9.5, color=theme.ink)
+        axes.set_yticks(range(len(stages)), [name for name, _ in stages])
+        axes.set_ylim(len(stages) - 0.45, -0.55)
+        axes.set_xlim(0, max(seconds) * 1.25 or 1)
+        axes.tick_params(axis="y", length=0, labelcolor=theme.ink)
+        axes.grid(visible=False)
+        axes.set_xticks([])
+        axes.spines[:].set_visible(False)
+        return figure
+
+    said = ", ".join(f"{name} {duration(value)} ({value / total:.0%})" for name, value in stages)
+    return Chart(
+        "time-per-stage",
+        "Where the time of a step goes",
+        f"Mean over all steps, slowest stage first; one step takes {duration(total)}.",
+        f"Where the time of a step goes. {said}.",
+        draw,
+    )
+
+
+def line(rows: Sequence[Row], key: str, name: str) -> Line | None:
+    """The values of `key` over the rows; None when no row has a finite one."""
+    values = np.array([number(row.get(key)) for row in rows], dtype=np.float64)
+    if not np.isfinite(values).any():
+        return None
+    return Line(name, np.array([row["step"] for row in rows]), values)
+
+
+def lines(rows: Sequence[Row], keys: Mapping[str, str]) -> list[Line]:
+    """The lines of {key: name} that have values."""
+    found = (line(rows, key, name) for key, name in keys.items())
+    return [each for each in found if each is not None]
+
+
+def mean(rows: Sequence[Row], key: str) -> float:
+    """The mean of the finite values of `key`; 0 when there is none."""
+    values = [v for v in (number(row.get(key)) for row in rows) if math.isfinite(v)]
+    return sum(values) / len(values) if values else 0.0
+
+
+def number(value: Any) -> float:
+    """The value of a log entry as a float, NaN when it is absent or no number."""
+    return float(value) if isinstance(value, (int, float)) else math.nan
+
+
+def by_task(rows: Sequence[Row], prefix: str) -> dict[str, dict[str, str]]:
+    """{task: {key: name}} of the keys "<prefix>/<task>/<name>"; task "" for "<prefix>/<name>"."""
+    found: dict[str, dict[str, str]] = {}
+    for key in dict.fromkeys(key for row in rows for key in row):
+        head, _, rest = key.partition("/")
+        if head == prefix and rest:
+            task, _, name = rest.rpartition("/")
+            found.setdefault(task, {})[key] = name
+    known = list(TASKS)
+    order = sorted(found, key=lambda task: known.index(task) if task in known else len(known))
+    return {task: found[task] for task in order}
+
+
+def _reward_chart(rows: Sequence[Row]) -> Chart | None:
+    panels = [Panel(task_name(t), lines(rows, keys)) for t, keys in by_task(rows, "reward").items()]
+    return line_chart(
+        "rewards",
+        "Rewards",
+        "Mean reward of the sampled outputs: faint is each step, bold a running mean. Rising is "
+        "what training optimises; held-out scores say whether it is real.",
+        panels,
+    )
+
+
+def _score_chart(rows: Sequence[Row]) -> Chart | None:
+    measures = ("strict", "partial", "gold")
+    panels = [
+        Panel(heading, lines(rows, {f"{each}/{task}": each for each in measures}), percent=True)
+        for task, heading in TASKS.items()
+    ]
+    return line_chart(
+        "scores",
+        "Scores of the sampled outputs",
+        "Strict: all of the request is right; partial: its share that is; gold: a judge that no "
+        "reward comes from. If strict rises and gold does not, the reward is being gamed.",
+        panels,
+    )
+
+
+def _share_chart(rows: Sequence[Row]) -> Chart | None:
+    panels = [
+        Panel(task_name(task), lines(rows, keys), percent=True, stacked=True)
+        for task, keys in by_task(rows, "share").items()
+    ]
+    return line_chart(
+        "reward-shares",
+        "Each reward's share of the advantage variance",
+        "The height of a band is how much that reward decides which outputs are reinforced; a "
+        "reward with a thin band is drowned by the others.",
+        panels,
+    )
+
+
+def _constant_chart(rows: Sequence[Row]) -> Chart | None:
+    keys = {f"constant_groups/{task}": task for task in TASKS}
+    return line_chart(
+        "constant-groups",
+        "Groups without a signal",
+        "Share of prompts whose outputs all earned the same reward and so teach nothing; near "
+        "100 % the task is solved, or far too hard.",
+        [Panel("Constant groups", lines(rows, keys), percent=True)],
+    )
+
+
+def _kl_chart(rows: Sequence[Row]) -> Chart | None:
+    panels = [
+        Panel(heading, lines(rows, {f"kl/{modality}": modality}))
+        for modality, heading in MODALITIES.items()
+    ]
+    return line_chart(
+        "kl",
+        "Distance from the warm start (KL)",
+        "How far the policy has moved from the model it started as; a slow rise is learning, a "
+        "sudden jump is a run going wrong. The two scales differ and are not comparable.",
+        panels,
+    )
+
+
+def _ratio_chart(rows: Sequence[Row]) -> Chart | None:
+    panels = [
+        Panel(f"{heading}: largest ratio", lines(rows, {f"ratio/{modality}/max": modality}))
+        for modality, heading in MODALITIES.items()
+    ]
+    clips = lines(rows, {f"clip/{modality}": modality for modality in MODALITIES})
+    return line_chart(
+        "ratio",
+        "Ratio of new to old policy, and clipping",
+        "A ratio of 1 means that the outputs were sampled by the very weights being updated; the "
+        "clipped share is what the update ignores.",
+        [*panels, Panel("Clipped share", clips, percent=True)],
+    )
+
+
+def _optimiser_chart(rows: Sequence[Row]) -> Chart | None:
+    return line_chart(
+        "optimiser",
+        "Size of the updates",
+        "Gradient norm before clipping, and learning rate; a norm of zero means that nothing is "
+        "being learned, a spike is worth a look at that step.",
+        [
+            Panel("Gradient norm", lines(rows, {"grad_norm": "norm"})),
+            Panel("Learning rate", lines(rows, {"lr": "rate"})),
+        ],
+    )
+
+
+def _draw_rate(axes: Axes, score: Score, height: float, colour: str, *, filled: bool) -> None:
+    low, high = wilson_interval(score.successes, score.total)
+    axes.plot([low, high], [height, height], color=colour, linewidth=2.4, alpha=0.55)
+    face = colour if filled else axes.get_facecolor()
+    axes.plot(_rate(score), height, "o", markersize=6, markerfacecolor=face, markeredgecolor=colour)
+
+
+def _rate(score: Score) -> float:
+    return score.successes / score.total

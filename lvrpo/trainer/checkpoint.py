@@ -1,0 +1,164 @@
+"""Checkpoints that survive anything: written whole or not at all, verified when read.
+
+A checkpoint is a folder `checkpoints/step-00000120` with `tensors.safetensors` and `state.json`. It
+is written under a temporary name, flushed to the disk and renamed, so a folder of that name is
+complete; `state.json` holds the SHA-256 of the tensors.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+FORMAT = "lvrpo-checkpoint-1"
+_TENSORS, _STATE = "tensors.safetensors", "state.json"
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint that cannot be written or read; one line naming it."""
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """What `load_checkpoint` returns."""
+
+    path: Path
+    step: int
+    tensors: dict[str, Tensor]
+    state: dict[str, Any]
+
+
+def save_checkpoint(
+    folder: Path, step: int, tensors: Mapping[str, Tensor], state: Mapping[str, Any], keep: int
+) -> Path:
+    """Write `folder/step-<step>` and then delete all but the newest `keep` checkpoints.
+
+    Raises:
+        CheckpointError: the disk is full or not writable; earlier checkpoints are untouched.
+    """
+    final = folder / f"step-{step:08d}"
+    temporary = folder / f".writing-{step:08d}"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for leftover in folder.glob(".writing-*"):
+            shutil.rmtree(leftover)
+        temporary.mkdir()
+        write_tensors(temporary / _TENSORS, tensors)
+        content = {
+            "format": FORMAT,
+            "step": step,
+            "sha256": sha256(temporary / _TENSORS),
+            **state,
+        }
+        write_text(temporary / _STATE, json.dumps(content, indent=1, sort_keys=True) + "\n")
+        if final.exists():
+            shutil.rmtree(final)
+        os.replace(temporary, final)
+        _sync_folder(folder)
+    except OSError as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise CheckpointError(_write_failed(final, error)) from error
+    for old in checkpoints(folder)[:-keep]:
+        shutil.rmtree(old)
+    return final
+
+
+def checkpoints(folder: Path) -> list[Path]:
+    """Complete checkpoints, oldest first."""
+    return sorted(path for path in folder.glob("step-*") if path.is_dir())
+
+
+def load_checkpoint(path: Path) -> Checkpoint:
+    """Read and verify one checkpoint.
+
+    Raises:
+        CheckpointError: it is missing, not an lvrpo checkpoint, or its checksum does not match.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        state = json.loads((path / _STATE).read_text(encoding="utf-8"))
+    except OSError as error:
+        reason = f"{error.strerror}: {_STATE}"
+        raise CheckpointError(f"{path} is not a checkpoint: {reason}") from error
+    except ValueError as error:
+        raise CheckpointError(f"{path} is corrupt: {_STATE} is not JSON") from error
+    if not isinstance(state, dict) or state.get("format") != FORMAT:
+        found = state.get("format") if isinstance(state, dict) else type(state).__name__
+        raise CheckpointError(f"{path} is foreign: its format is {found!r}, expected {FORMAT!r}")
+    try:
+        digest = sha256(path / _TENSORS)
+        if digest != state["sha256"]:
+            raise CheckpointError(
+                f"{path} is corrupt: the checksum of {_TENSORS} is {digest[:12]}..., expected "
+                f"{state['sha256'][:12]}...; delete the folder to resume from an earlier one"
+            )
+        tensors = load_file(path / _TENSORS)
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{path} is corrupt: {_TENSORS}: {error}") from error
+    return Checkpoint(path, int(state["step"]), tensors, state)
+
+
+def load_newest(folder: Path) -> Checkpoint | None:
+    """The newest checkpoint of a run, or None when there is none yet."""
+    found = checkpoints(folder)
+    return load_checkpoint(found[-1]) if found else None
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Write a safetensors file atomically and flush it to the disk."""
+    from safetensors.torch import save
+
+    write_bytes(path, save({name: t.detach().contiguous() for name, t in tensors.items()}))
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file atomically and flush it to the disk."""
+    write_bytes(path, text.encode())
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """Write a file under a temporary name, flush it and rename it: whole or not at all."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        with open(temporary, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def sha256(path: Path) -> str:
+    """Hex digest of a file."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _sync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _write_failed(path: Path, error: OSError) -> str:
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return f"{path}: no space left on the disk; the checkpoints before it are kept"
+    return f"{path}: {error.strerror or error}; the checkpoints before it are kept"

@@ -1,0 +1,284 @@
+"""What a run does: one frozen dataclass per section, read from TOML and from `section.key=value`.
+
+`lvrpo train --help` and docs/configuration.md explain the keys; a run directory holds the resolved
+file. An unknown section or key is an error that names it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, get_args, get_origin, get_type_hints
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:  # pragma: no cover
+    import tomli as tomllib
+
+
+class ConfigError(ValueError):
+    """A configuration that cannot be run; one line naming the key."""
+
+
+@dataclass(frozen=True)
+class RunSection:
+    """How long, how often, and from which random stream."""
+
+    seed: int = 0
+    steps: int = 140
+    checkpoint_every: int = 20
+    keep_checkpoints: int = 2
+    eval_items: int = 1024
+    gallery_items: int = 12
+    threads: int = 0  # 0: torch's own choice
+    backend: str = ""  # of every op; empty: the first that can run
+    shuffle_rewards: bool = False  # the control: rewards are permuted within each group
+
+
+@dataclass(frozen=True)
+class DataSection:
+    """Where prompts come from."""
+
+    source: str = "scenes"  # or the path of a JSONL file
+    eval_source: str = ""  # JSONL file that a run on a JSONL file is evaluated with
+    channels: int = 1  # of a JSONL run's pictures, which are converted and resized
+    height: int = 32
+    width: int = 32
+    rows: int = 2  # cells of a scene
+    columns: int = 2
+    questions: dict[str, float] = field(
+        default_factory=lambda: {"name": 0.45, "count_of": 0.15, "compare": 0.25, "sum": 0.15}
+    )
+    requests: dict[str, float] = field(default_factory=lambda: {"place": 1.0})
+
+
+@dataclass(frozen=True)
+class ModelSection:
+    """Size of the unified model; the fields of `UnifiedConfig` that are not implied by the data."""
+
+    hidden: int = 96
+    layers: int = 3
+    heads: int = 4
+    kv_heads: int = 2
+    head_dim: int = 24
+    mlp: int = 256
+    vision_layers: int = 0
+    image_patch: int = 8
+    latent_patch: int = 8
+    latent_dim: int = 12
+
+
+@dataclass(frozen=True)
+class WarmStartSection:
+    """Supervised training before the first reward.
+
+    The labels are noisy on purpose: the model learns to draw and to answer, and honestly imitates
+    the noise, which more supervised training cannot remove and a verifier can.
+    """
+
+    steps: int = 600
+    lr: float = 2e-3
+    understand_batch: int = 96
+    generate_batch: int = 64
+    noise_draws: int = 4  # (noise, time) pairs per target picture and step
+    label_noise_understand: float = 0.3
+    label_noise_generate: float = 0.3
+    ema: float = 0.995
+
+
+@dataclass(frozen=True)
+class RolloutSection:
+    """Sampling of groups."""
+
+    group_size: int = 8
+    understand_prompts: int = 48
+    generate_prompts: int = 32
+    temperature: float = 1.0
+    max_answer_tokens: int = 4
+    denoise_steps: int = 10
+    shift: float = 3.0
+    dynamics: str = "flow_sde"
+    noise_level: float = 0.7
+    stochastic_steps: int = 5  # the first of them; all of these are trained
+
+
+@dataclass(frozen=True)
+class RewardSection:
+    """Which rewards, and how they become advantages."""
+
+    understand: dict[str, float] = field(default_factory=lambda: {"r_ins": 1.0})
+    generate: dict[str, float] = field(
+        default_factory=lambda: {"r_ins": 1.0, "r_sem": 0.25, "r_kn": 0.25}
+    )
+    advantage: str = "decoupled"  # or "paper": Eq 3 of the paper, sum then normalise
+    strict_weight: float = 0.5  # of r_ins; the rest is the partial score, and 1 the paper's choice
+    semantic_pool: str = "softmax"  # of r_sem over patches; "max" is the paper's choice
+
+
+@dataclass(frozen=True)
+class LossSection:
+    """The objective; text and image terms have their own weight, clip and KL."""
+
+    preset: str = "grpo"
+    text_weight: float = 1.0
+    image_weight: float = 1.0
+    text_clip: float = 0.0  # 0: the preset's own
+    image_clip: float = 0.2
+    text_kl: float = 0.0
+    image_kl: float = 0.0
+    image_kl_form: str = "velocity_mse"
+    image_log_ratio_scale: float = 0.05  # of the true sum; 0 means the element mean
+    advantage_clip: float = 5.0
+
+
+@dataclass(frozen=True)
+class OptimizerSection:
+    """AdamW for the policy update."""
+
+    lr: float = 2e-4
+    final_lr_fraction: float = 0.3
+    warmup_steps: int = 5
+    grad_clip: float = 1.0
+    weight_decay: float = 0.0
+    ema: float = 0.95  # of the weights that are evaluated and published
+    updates_per_rollout: int = 1
+    max_rows: int = 16384  # token budget of one packed buffer; more rows take several
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """All sections of a run."""
+
+    run: RunSection = field(default_factory=RunSection)
+    data: DataSection = field(default_factory=DataSection)
+    model: ModelSection = field(default_factory=ModelSection)
+    warm_start: WarmStartSection = field(default_factory=WarmStartSection)
+    rollout: RolloutSection = field(default_factory=RolloutSection)
+    rewards: RewardSection = field(default_factory=RewardSection)
+    loss: LossSection = field(default_factory=LossSection)
+    optimizer: OptimizerSection = field(default_factory=OptimizerSection)
+
+    def __post_init__(self) -> None:
+        rollout = self.rollout
+        for key in ("group_size", "denoise_steps", "max_answer_tokens"):
+            _require(getattr(rollout, key) >= 1, f"rollout.{key}", getattr(rollout, key), ">= 1")
+        _require(rollout.temperature > 0, "rollout.temperature", rollout.temperature, "> 0")
+        _require(
+            0 < rollout.stochastic_steps <= rollout.denoise_steps,
+            "rollout.stochastic_steps",
+            rollout.stochastic_steps,
+            f"1 to denoise_steps = {rollout.denoise_steps}",
+        )
+        _require(
+            rollout.understand_prompts + rollout.generate_prompts > 0,
+            "rollout.understand_prompts + rollout.generate_prompts",
+            0,
+            "at least one prompt a step",
+        )
+        for key in ("steps", "checkpoint_every", "keep_checkpoints"):
+            _require(getattr(self.run, key) >= (key != "steps"), f"run.{key}",
+                     getattr(self.run, key), ">= 1" if key != "steps" else ">= 0")
+        for key in ("label_noise_understand", "label_noise_generate"):
+            value = getattr(self.warm_start, key)
+            _require(0 <= value <= 1, f"warm_start.{key}", value, "a probability")
+        _require(
+            self.rewards.advantage in ("decoupled", "paper"),
+            "rewards.advantage",
+            repr(self.rewards.advantage),
+            "'decoupled' or 'paper'",
+        )
+
+
+def _require(holds: bool, key: str, value: object, expected: str) -> None:
+    if not holds:
+        raise ConfigError(f"{key} is {value}, expected {expected}")
+
+
+def load_config(path: Path | None = None, overrides: Iterable[str] = ()) -> TrainConfig:
+    """Defaults, then the TOML file, then `section.key=value` overrides (values in TOML syntax).
+
+    Raises:
+        ConfigError: the file cannot be read, or a key is unknown or of the wrong type.
+    """
+    table: dict[str, Any] = {}
+    if path is not None:
+        try:
+            table = tomllib.loads(path.read_text(encoding="utf-8"))
+        except OSError as error:
+            raise ConfigError(f"{path}: {error.strerror}") from error
+        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+            raise ConfigError(f"{path}: not TOML: {error}") from error
+    for override in overrides:
+        key, equals, text = override.partition("=")
+        section, dot, name = key.strip().partition(".")
+        if not equals or not dot:
+            raise ConfigError(f"{override!r} is not of the form section.key=value")
+        table.setdefault(section, {})
+        if not isinstance(table[section], dict):
+            raise ConfigError(f"{section} is not a section")
+        table[section][name] = _parse_value(text.strip())
+    return from_table(table)
+
+
+def _parse_value(text: str) -> Any:
+    try:
+        return tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        return text  # a bare word is a string
+
+
+def from_table(table: Mapping[str, Any]) -> TrainConfig:
+    """Build the configuration from nested tables; every key must be known."""
+    sections = {f.name: f for f in dataclasses.fields(TrainConfig)}
+    hints = get_type_hints(TrainConfig)
+    built = {}
+    for name, values in table.items():
+        if name not in sections:
+            raise ConfigError(f"unknown section [{name}]; there are {', '.join(sections)}")
+        if not isinstance(values, Mapping):
+            raise ConfigError(f"{name} is {values!r}, expected a section [{name}]")
+        built[name] = _section(hints[name], name, values)
+    return TrainConfig(**built)
+
+
+def _section(kind: type, section: str, values: Mapping[str, Any]) -> Any:
+    hints = get_type_hints(kind)
+    for key, value in values.items():
+        if key not in hints:
+            raise ConfigError(f"unknown key {section}.{key}; [{section}] has {', '.join(hints)}")
+        if not _is(value, hints[key]):
+            expected = getattr(hints[key], "__name__", str(hints[key]))
+            raise ConfigError(f"{section}.{key} is {value!r}, expected {expected}")
+    return kind(**{key: _coerce(value, hints[key]) for key, value in values.items()})
+
+
+def _is(value: Any, hint: Any) -> bool:
+    if get_origin(hint) is dict:
+        inner = get_args(hint)[1]
+        return isinstance(value, Mapping) and all(_is(item, inner) for item in value.values())
+    if hint is float:
+        return isinstance(value, (int, float)) and not isinstance(value, bool)
+    if hint is int:
+        return isinstance(value, int) and not isinstance(value, bool)
+    return isinstance(value, hint)
+
+
+def _coerce(value: Any, hint: Any) -> Any:
+    if get_origin(hint) is dict:
+        return {key: float(item) for key, item in value.items()}
+    return float(value) if hint is float else value
+
+
+def to_table(config: TrainConfig) -> dict[str, Any]:
+    """Nested tables, the inverse of `from_table`."""
+    return dataclasses.asdict(config)
+
+
+def to_toml(config: TrainConfig) -> str:
+    """The resolved configuration as a TOML file."""
+    import tomli_w
+
+    return tomli_w.dumps(to_table(config))

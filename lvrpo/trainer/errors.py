@@ -1,0 +1,24 @@
+"""The errors that a user can mend: the commands turn them into one line."""
+
+from __future__ import annotations
+
+from lvrpo.data.jsonl import DataError
+from lvrpo.rewards.combine import RewardError
+from lvrpo.trainer.checkpoint import CheckpointError
+from lvrpo.trainer.config import ConfigError
+from lvrpo.trainer.loop import SelfTestError
+from lvrpo.trainer.run_directory import RunDirectoryError
+from lvrpo.trainer.update import ScheduleMismatch
+
+USER_ERRORS: tuple[type[Exception], ...] = (
+    CheckpointError,
+    ConfigError,
+    DataError,
+    RewardError,
+    RunDirectoryError,
+    ScheduleMismatch,
+    SelfTestError,
+    # Every op, preset and file reader refuses a wrong value with a ValueError that names it.
+    ValueError,
+    OSError,
+)

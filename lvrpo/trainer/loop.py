@@ -1,0 +1,244 @@
+"""The whole run: supervised warm start, then rollout, rewards, advantages, update, over and over.
+
+Steps are counted through both phases. Everything a step draws is keyed by (seed, step), so a run
+that is killed and resumed continues bit for bit on a CPU: a checkpoint holds the weights, their
+running average, the optimizer and the step number, and nothing else is needed.
+"""
+
+from __future__ import annotations
+
+import signal
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+
+from lvrpo.models.flow import FlowSchedule
+from lvrpo.trainer.checkpoint import load_newest, save_checkpoint
+from lvrpo.trainer.config import TrainConfig
+from lvrpo.trainer.evaluate import evaluate
+from lvrpo.trainer.experience import gather_experience
+from lvrpo.trainer.records import RunWriter, read_evals, save_gallery
+from lvrpo.trainer.state import TrainState
+from lvrpo.trainer.task import Task, flow_schedule
+from lvrpo.trainer.update import Objective, policy_gradient
+from lvrpo.trainer.warm_start import supervised_gradient
+
+WARM_START, AFTER = "warm start", "after"
+
+
+@dataclass(frozen=True)
+class Progress:
+    """One finished step, for whoever shows it."""
+
+    step: int
+    total: int
+    phase: str
+    metrics: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Listener:
+    """Where a run tells how it goes; the default says nothing."""
+
+    progress: Callable[[Progress], None] = lambda progress: None
+    message: Callable[[str], None] = lambda message: None
+
+
+@dataclass
+class Run:
+    """What the functions below share."""
+
+    config: TrainConfig
+    task: Task
+    directory: Path
+    state: TrainState
+    log: RunWriter
+    listener: Listener
+    interrupted: Callable[[], bool]
+
+    @property
+    def total(self) -> int:
+        """Steps of both phases."""
+        return self.config.warm_start.steps + self.config.run.steps
+
+
+def train(config: TrainConfig, task: Task, directory: Path, listener: Listener) -> bool:
+    """Run, or go on with, the training that `config` describes.
+
+    Returns:
+        True at the end of the run, False when Ctrl-C stopped it after a step (a checkpoint holds
+        that step).
+
+    Raises:
+        CheckpointError: the newest checkpoint is damaged or foreign, or the disk is full.
+        RewardError: a reward function failed.
+    """
+    state = TrainState.initial(config, task)
+    newest = load_newest(directory / "checkpoints")
+    if newest is not None:
+        state.restore(newest, config)
+        listener.message(f"going on after step {state.step}")
+    resume_from = None
+    if newest is not None or (directory / "metrics.jsonl").exists():
+        resume_from = state.step
+    phase = "warm_start" if state.step <= config.warm_start.steps else "grpo"
+    with (
+        interruptible() as interrupted,
+        RunWriter(directory, resume_from=resume_from, phase=phase) as log,
+    ):
+        run = Run(config, task, directory, state, log, listener, interrupted)
+        for stage in (_warm_start, _grpo):
+            stage(run)
+            if interrupted():
+                return False
+    return True
+
+
+def _warm_start(run: Run) -> None:
+    section, state = run.config.warm_start, run.state
+    while state.step < section.steps and not run.interrupted():
+        started = time.perf_counter()
+        step = state.step + 1
+        questions = run.task.warm_start_examples("understand", section.understand_batch, step)
+        drawings = run.task.warm_start_examples("generate", section.generate_batch, step)
+        metrics: dict[str, Any] = supervised_gradient(
+            run.task.policy(state.model),
+            questions,
+            drawings,
+            noise_draws=section.noise_draws,
+            seed=run.config.run.seed,
+            step=step,
+        )
+        metrics |= state.supervised_step(run.config)
+        metrics["time/total"] = time.perf_counter() - started
+        _finish_step(run, "warm_start", metrics)
+
+
+def _grpo(run: Run) -> None:
+    config, state = run.config, run.state
+    reference = _reference(run)
+    schedule = flow_schedule(config.rollout)
+    objective = Objective.from_config(config)
+    _evaluate_once(run, WARM_START, config.warm_start.steps, reference, schedule)
+    while state.step < run.total and not run.interrupted():
+        started = time.perf_counter()
+        step = state.step + 1
+        policy = run.task.policy(state.model)
+        experience, metrics = gather_experience(policy, reference, run.task, config, schedule, step)
+        update_started = time.perf_counter()
+        for update in range(config.optimizer.updates_per_rollout):
+            metrics |= policy_gradient(policy, reference, experience, schedule, objective)
+            if update == 0 and step == config.warm_start.steps + 1:
+                check_ratio(metrics)
+            metrics |= state.policy_step(config)
+        metrics["time/update"] = time.perf_counter() - update_started
+        metrics["time/total"] = time.perf_counter() - started
+        _finish_step(run, "grpo", metrics)
+    if not run.interrupted():
+        _evaluate_once(run, AFTER, run.total, run.task.policy(state.average), schedule)
+
+
+def _finish_step(run: Run, phase: str, metrics: dict[str, Any]) -> None:
+    state = run.state
+    state.step += 1
+    run.log.write_metrics({"step": state.step, "phase": phase, **metrics})
+    last = state.step in (run.config.warm_start.steps, run.total)
+    if last or state.step % run.config.run.checkpoint_every == 0 or run.interrupted():
+        save_checkpoint(
+            run.directory / "checkpoints",
+            state.step,
+            state.tensors(),
+            {"fingerprint": state.fingerprint},
+            keep=run.config.run.keep_checkpoints,
+        )
+    run.listener.progress(Progress(state.step, run.total, phase, metrics))
+
+
+def _reference(run: Run) -> Any:
+    """The policy of the end of the warm start: the KL's reference, and the frozen answerer.
+
+    It is kept in a folder of its own, because the checkpoints of the warm start are deleted.
+    """
+    folder, state = run.directory / "reference", run.state
+    model = run.task.new_model()
+    if state.step == run.config.warm_start.steps:
+        state.begin_policy_phase(run.config)
+        save_checkpoint(
+            folder, state.step, state.model.state_dict(), {"fingerprint": state.fingerprint}, keep=1
+        )
+    saved = load_newest(folder)
+    if saved is None:
+        raise FileNotFoundError(f"{folder}: the reference policy of this run is missing")
+    model.load_state_dict(saved.tensors)
+    return run.task.policy(model.requires_grad_(False))
+
+
+def _evaluate_once(
+    run: Run, label: str, step: int, policy: Any, schedule: FlowSchedule
+) -> None:
+    if any(row.get("label") == label for row in read_evals(run.directory)):
+        return
+    run.listener.message(f"evaluating on held-out digits and prompts: {label}")
+    row, gallery = evaluate(
+        policy,
+        run.task,
+        run.config.rollout,
+        schedule,
+        items=run.config.run.eval_items,
+        gallery_items=run.config.run.gallery_items,
+        seed=run.config.run.seed,
+    )
+    save_gallery(run.directory, label, gallery)
+    run.log.write_eval({"step": step, "label": label, **row})
+
+
+class SelfTestError(RuntimeError):
+    """The update does not reproduce the log-probabilities of the rollout."""
+
+
+#: Two fp32 passes over the same tokens differ by rounding; a wrong mask, position or schedule
+#: differs by orders of magnitude more.
+SELF_TEST_TOLERANCE = 1e-3
+
+
+def check_ratio(metrics: dict[str, Any]) -> None:
+    """Before the first update the policy is the sampler, so every ratio must be one.
+
+    Raises:
+        SelfTestError: it is not; training on such ratios goes wrong slowly and in silence.
+    """
+    for key, value in metrics.items():
+        is_extreme = key.startswith("ratio/") and key.endswith(("/min", "/max"))
+        if is_extreme and not abs(value - 1) <= SELF_TEST_TOLERANCE:
+            raise SelfTestError(
+                f"self test: {key} is {value:.6g} before the first update, expected 1 within "
+                f"{SELF_TEST_TOLERANCE}: rollout and update disagree about the same tokens"
+            )
+
+
+@contextmanager
+def interruptible() -> Iterator[Callable[[], bool]]:
+    """Turn Ctrl-C into a question that is asked between steps; a second one kills as usual."""
+    pressed = False
+
+    def remember(signum: int, frame: FrameType | None) -> None:
+        nonlocal pressed
+        if pressed:
+            raise KeyboardInterrupt
+        pressed = True
+
+    try:
+        previous = signal.signal(signal.SIGINT, remember)
+    except ValueError:  # not the main thread: nobody to press Ctrl-C
+        yield lambda: False
+        return
+    try:
+        yield lambda: pressed
+    finally:
+        signal.signal(signal.SIGINT, previous)

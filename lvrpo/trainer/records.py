@@ -1,0 +1,332 @@
+"""The logs of a run directory, and the only code that reads or writes them.
+
+    metrics.jsonl      one flat JSON object per step; keys are joined by slashes
+    evals.jsonl        one flat JSON object per evaluation on held-out data
+    gallery/           the same prompts and seeds at several times: <label>.json and its PNGs
+    tensorboard/       the same scalars for TensorBoard, one run per phase
+
+A run killed at any moment and resumed leaves the same `metrics.jsonl` as one that was not, up to
+the keys under "time/": everything measured by a clock belongs there. Keys: docs/report.md.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import math
+import os
+import re
+import shutil
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Literal
+
+import numpy as np
+
+Row = dict[str, Any]
+PHASES = ("warm_start", "grpo")
+
+METRICS = "metrics.jsonl"
+EVALS = "evals.jsonl"
+GALLERY = "gallery"
+TENSORBOARD = "tensorboard"
+
+
+class RunWriter:
+    """Appends rows to the logs of one run; a context manager.
+
+    Args:
+        run_dir: made if absent.
+        resume_from: the last step whose effect is in the weights the run goes on from. Later rows
+            are cut off, and so is a last line that a kill left half-written; -1 keeps no row of
+            `phase`. None: a new run.
+        phase: the phase `resume_from` counts in. Rows of earlier phases stay, of later ones go, so
+            steps may be counted through or anew in each phase.
+        tensorboard: also write `tensorboard/`.
+
+    Raises:
+        ValueError: a new run in a directory that has a log, or a log that is damaged in the middle.
+    """
+
+    def __init__(
+        self,
+        run_dir: str | Path,
+        *,
+        resume_from: int | None = None,
+        phase: str = "grpo",
+        tensorboard: bool = True,
+    ) -> None:
+        self.run_dir = Path(run_dir)
+        self.run_dir.mkdir(parents=True, exist_ok=True)
+        self._purge: dict[str, int] = {}
+        self._scalars: dict[str, Any] = {}
+        self._tensorboard = tensorboard
+        if resume_from is None:
+            if (self.run_dir / METRICS).exists():
+                raise ValueError(
+                    f"{self.run_dir} already has a log ({METRICS}): resume that run, or give "
+                    "another directory"
+                )
+            return
+        last = _position({"step": resume_from, "phase": phase})
+        for name in (METRICS, EVALS):
+            _keep_rows(self.run_dir / name, lambda row: _position(row) <= last)
+        self._purge[phase] = resume_from + 1
+        for later in PHASES[PHASES.index(phase) + 1 :]:
+            shutil.rmtree(self.run_dir / TENSORBOARD / later, ignore_errors=True)
+
+    def write_metrics(self, row: Mapping[str, Any]) -> None:
+        """Append one step: "step", optionally "phase" (default "grpo"), and any scalars.
+
+        0-d tensors and arrays become numbers; NaN and infinities become null, read back as NaN.
+        """
+        plain = _plain_row(row)
+        _append(self.run_dir / METRICS, plain)
+        self._add_scalars(plain, {k: v for k, v in plain.items() if k != "step"})
+
+    def write_eval(self, row: Mapping[str, Any]) -> None:
+        """Append one evaluation: "step", "label", and counts such as "generate/strict".
+
+        A row of the same step and label is replaced: an evaluation made again after a resume counts
+        once.
+        """
+        plain = _plain_row(row)
+        path, name = self.run_dir / EVALS, (plain["step"], plain.get("label"))
+        _keep_rows(path, lambda old: (old["step"], old.get("label")) != name)
+        _append(path, plain)
+        rates = {f"eval/{s.name}": s.successes / s.total for s in eval_scores(plain) if s.total}
+        self._add_scalars(plain, rates)
+
+    def close(self) -> None:
+        """Flush TensorBoard's events; the JSON lines are on disk already."""
+        for writer in self._scalars.values():
+            writer.close()
+        self._scalars.clear()
+
+    def __enter__(self) -> RunWriter:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        at: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def _add_scalars(self, row: Row, values: Mapping[str, Any]) -> None:
+        if not self._tensorboard:
+            return
+        phase = row.get("phase", "grpo")
+        if phase not in self._scalars:
+            from torch.utils.tensorboard import SummaryWriter  # slow import, needed only here
+
+            self._scalars[phase] = SummaryWriter(
+                str(self.run_dir / TENSORBOARD / phase), purge_step=self._purge.get(phase)
+            )
+        for key, value in values.items():
+            if isinstance(value, (int, float)) and not isinstance(value, bool):
+                self._scalars[phase].add_scalar(key, value, row["step"])
+
+
+def read_metrics(run_dir: str | Path) -> list[Row]:
+    """Every complete row of metrics.jsonl in order; [] when there is none.
+
+    Raises:
+        ValueError: a line that is not a JSON object with a step, by file and line number.
+    """
+    return [row for _, row in _read_lines(Path(run_dir) / METRICS)]
+
+
+def read_evals(run_dir: str | Path) -> list[Row]:
+    """Every complete row of evals.jsonl in order; as `read_metrics`."""
+    return [row for _, row in _read_lines(Path(run_dir) / EVALS)]
+
+
+@dataclass(frozen=True)
+class Score:
+    """One rate of an evaluation row.
+
+    Attributes:
+        task: "understand", "generate", or a task of the user's.
+        kind: the kind of prompt, "" for all of them.
+        measure: "correct", "strict", "gold", "partial", ...
+        successes: right ones, or the sum of graded scores.
+        total: how many were tried.
+    """
+
+    task: str
+    kind: str
+    measure: str
+    successes: float
+    total: int
+
+    @property
+    def name(self) -> str:
+        """The key of the row it came from."""
+        return "/".join(part for part in (self.task, self.kind, self.measure) if part)
+
+
+def eval_scores(row: Mapping[str, Any]) -> list[Score]:
+    """The rates of an evaluation row: whatever stands beside a "<task>[/<kind>]/total".
+
+    An integer is a count; a float is a mean, as "partial" is.
+    """
+    scores = []
+    for key, value in row.items():
+        prefix, _, measure = key.rpartition("/")
+        total = row.get(f"{prefix}/total")
+        if measure == "total" or not isinstance(total, int) or isinstance(value, (bool, str)):
+            continue
+        task, _, kind = prefix.partition("/")
+        successes = value if isinstance(value, int) else value * total
+        if math.isfinite(successes) and 0 <= successes <= total:
+            scores.append(Score(task, kind, measure, successes, total))
+    return scores
+
+
+@dataclass(frozen=True)
+class GalleryItem:
+    """One prompt with what the model made of it.
+
+    Attributes:
+        task: "understand" or "generate".
+        uid: of the prompt, the same before and after.
+        prompt: as the model read it.
+        seed: of the sampling, the same before and after.
+        image: [C, H, W] floats in [0, 1], C 1 or 3: the picture drawn, or the one asked about.
+        answer: the model's words (understand).
+        expected: the right answer, or the requirement in words.
+        right: the judge's verdict.
+    """
+
+    task: Literal["understand", "generate"]
+    uid: str
+    prompt: str
+    seed: int
+    image: np.ndarray
+    answer: str | None
+    expected: str | None
+    right: bool
+
+
+def save_gallery(run_dir: str | Path, label: str, items: Iterable[GalleryItem]) -> Path:
+    """Write gallery/<label>.json, whose pictures are PNGs beside it; returns its path.
+
+    Raises:
+        ValueError: an image that is not [1 or 3, H, W].
+    """
+    from PIL import Image
+
+    folder = Path(run_dir) / GALLERY
+    folder.mkdir(parents=True, exist_ok=True)
+    stem = re.sub(r"[^A-Za-z0-9]+", "-", label).strip("-").lower() or "gallery"
+    rows = []
+    for number, item in enumerate(items):
+        name = f"{stem}-{number:03d}.png"
+        Image.fromarray(_as_bytes(item)).save(folder / name)
+        rows.append({**asdict(item), "image": name})
+    path = folder / f"{stem}.json"
+    write_atomically(path, json.dumps({"label": label, "items": rows}, indent=1).encode())
+    return path
+
+
+def load_gallery(run_dir: str | Path) -> dict[str, list[GalleryItem]]:
+    """The saved galleries by label, pictures as [C, H, W] floats; {} when there are none."""
+    from PIL import Image
+
+    galleries: dict[str, list[GalleryItem]] = {}
+    for path in sorted((Path(run_dir) / GALLERY).glob("*.json")):
+        saved = json.loads(path.read_bytes())
+        items = []
+        for row in saved["items"]:
+            with Image.open(path.parent / row["image"]) as picture:
+                pixels = np.asarray(picture, dtype=np.float32) / 255
+            image = pixels[None] if pixels.ndim == 2 else pixels.transpose(2, 0, 1)
+            items.append(GalleryItem(**{**row, "image": image}))
+        galleries[saved["label"]] = items
+    return galleries
+
+
+def _as_bytes(item: GalleryItem) -> np.ndarray:
+    image = np.asarray(item.image, dtype=np.float32)
+    if image.ndim != 3 or image.shape[0] not in (1, 3):
+        raise ValueError(
+            f"save_gallery: image of {item.uid} has shape {image.shape}, expected [1 or 3, H, W]"
+        )
+    pixels: np.ndarray = np.rint(np.nan_to_num(image).clip(0, 1) * 255).astype(np.uint8)
+    return pixels[0] if len(pixels) == 1 else pixels.transpose(1, 2, 0)
+
+
+def _position(row: Mapping[str, Any]) -> tuple[int, int]:
+    return PHASES.index(row.get("phase", "grpo")), row["step"]
+
+
+def _plain_row(row: Mapping[str, Any]) -> Row:
+    if not isinstance(row.get("step"), int):
+        raise ValueError(f"a log row needs an int step, got {row.get('step')!r}")
+    if row.get("phase", "grpo") not in PHASES:
+        raise ValueError(f"phase of a log row is {row['phase']!r}, expected one of {PHASES}")
+    return {key: _plain(key, value) for key, value in row.items()}
+
+
+def _plain(key: str, value: Any) -> Any:
+    if isinstance(value, (list, tuple)):
+        return [_plain(key, each) for each in value]
+    if hasattr(value, "item"):  # a 0-d tensor, or a numpy scalar
+        value = value.item()
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if value is None or isinstance(value, (bool, int, str)):
+        return value
+    raise ValueError(f"{key} of a log row is a {type(value).__name__}, expected a scalar")
+
+
+def _append(path: Path, row: Row) -> None:
+    """Add one line in a single write, or nothing at all."""
+    line = json.dumps(row, allow_nan=False).encode() + b"\n"
+    with path.open("ab", buffering=0) as file:
+        end = file.seek(0, os.SEEK_END)
+        if file.write(line) != len(line):
+            file.truncate(end)
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+
+
+def _read_lines(path: Path) -> list[tuple[bytes, Row]]:
+    """(line, row) pairs. What follows the last newline was never finished and is left out."""
+    if not path.exists():
+        return []
+    lines = path.read_bytes().split(b"\n")[:-1]
+    pairs = []
+    for number, line in enumerate(lines, 1):
+        try:
+            row = json.loads(line)
+        except ValueError:
+            row = None
+        if not isinstance(row, dict) or not isinstance(row.get("step"), int):
+            raise ValueError(f"{path}, line {number}: not a JSON object with an int step")
+        pairs.append((line, {k: math.nan if v is None else v for k, v in row.items()}))
+    return pairs
+
+
+def _keep_rows(path: Path, keep: Callable[[Row], bool]) -> None:
+    """Leave the rows for which `keep` holds, byte for byte, and no unfinished line."""
+    if path.exists():
+        kept = b"".join(line + b"\n" for line, row in _read_lines(path) if keep(row))
+        if len(kept) != path.stat().st_size:
+            write_atomically(path, kept)
+
+
+def write_atomically(path: Path, data: bytes) -> None:
+    """Replace a file so that at every moment the old or the new one is there, never a part."""
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        with partial.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)

@@ -1,0 +1,206 @@
+"""Sample groups: G answers per question, G pictures per drawing prompt.
+
+A prompt is computed once; its keys and values serve the whole group and all denoising steps. Random
+numbers come from counter-based streams keyed by (seed, step, prompt, sample), so a sample does not
+depend on what else is in the batch.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lvrpo import random
+from lvrpo.data.example import Example
+from lvrpo.models.flow import FlowSchedule
+from lvrpo.models.policy import CachedPass, Policy, take_rows
+from lvrpo.models.tokenizer import EOS
+from lvrpo.ops.flow_step import flow_step
+from lvrpo.ops.gather_logprobs import gather_logprobs
+
+
+@dataclass(frozen=True)
+class Answers:
+    """Sampled texts, group by group: sample g of prompt p is at p * G + g."""
+
+    examples: list[Example]  # [P]
+    group_size: int
+    token_ids: list[list[int]]  # [P * G] sampled tokens, the end token included
+    texts: list[str]  # [P * G]
+    logprobs: Tensor  # [T] nats, of all tokens one after the other
+
+    def groups(self) -> list[tuple[Example, list[list[int]]]]:
+        """Every prompt with the tokens of its samples."""
+        size = self.group_size
+        return [
+            (example, self.token_ids[p * size : (p + 1) * size])
+            for p, example in enumerate(self.examples)
+        ]
+
+
+@dataclass(frozen=True)
+class Pictures:
+    """Sampled pictures and the stochastic steps they took; same order as `Answers`.
+
+    N = P * G pictures, K stochastic steps, n latent tokens of c numbers.
+    """
+
+    examples: list[Example]  # [P]
+    group_size: int
+    images: Tensor  # [N, C, H, W] in [0, 1]
+    latents: Tensor  # [N, K, n, c] x_t before each stochastic step
+    velocities: Tensor  # [N, K, n, c] of the sampling weights
+    noise: Tensor  # [N, K, n, c] that each step drew
+    steps: list[int]  # [K] step numbers in the schedule
+    fingerprint: str  # of the schedule
+
+
+@torch.no_grad()
+def sample_answers(
+    policy: Policy,
+    examples: Sequence[Example],
+    group_size: int,
+    *,
+    max_tokens: int,
+    temperature: float,
+    seed: int,
+    step: int,
+) -> Answers:
+    """Sample `group_size` answers to every question, each until its end token or `max_tokens`."""
+    builder = policy.builder()
+    last_prompt_row, child_start, prompt_rows = [], [], []
+    for example in examples:
+        first = builder.rows
+        prompt = policy.add_prompt(builder, example)
+        prompt_rows.extend(range(first, builder.rows))
+        for _ in range(group_size):
+            last_prompt_row.append(builder.end(prompt) - 1)
+            child = builder.text([0] * max_tokens, prompt)
+            child_start.append(builder.start(child))
+    layout = builder.build()
+    run = CachedPass(policy, layout, torch.tensor(prompt_rows))
+
+    uniform = random.uniform(
+        [
+            random.stream(seed, "answer", step, example.uid, sample)
+            for example in examples
+            for sample in range(group_size)
+        ],
+        (max_tokens,),
+    )
+    # The row of the prompts' text hidden states that predicts each sample's first token.
+    prompt_text_rows = layout.text_rows[torch.isin(layout.text_rows, torch.tensor(prompt_rows))]
+    source = torch.searchsorted(prompt_text_rows, torch.tensor(last_prompt_row))
+    hidden, row_index = run.prompt_text, source
+    starts = torch.tensor(child_start)
+    active = torch.arange(len(starts))
+    tokens: list[list[int]] = [[] for _ in starts]
+    logprobs: list[list[float]] = [[] for _ in starts]
+    for position in range(max_tokens):
+        ids, token_logprobs = _sample_tokens(
+            policy, hidden, row_index, uniform[active, position], temperature
+        )
+        for sample, token, logprob in zip(
+            active.tolist(), ids.tolist(), token_logprobs.tolist(), strict=True
+        ):
+            tokens[sample].append(token)
+            logprobs[sample].append(logprob)
+        going_on = ids != EOS
+        active = active[going_on]
+        if position + 1 == max_tokens or not len(active):
+            break
+        rows = starts[active] + position
+        batch = dataclasses.replace(take_rows(layout, rows), token_ids=ids[going_on])
+        hidden, _ = run.run(batch, rows)
+        row_index = torch.arange(len(active))
+    return Answers(
+        examples=list(examples),
+        group_size=group_size,
+        token_ids=tokens,
+        texts=[policy.decode_answer(ids) for ids in tokens],
+        logprobs=torch.tensor([value for sample in logprobs for value in sample]),
+    )
+
+
+def _sample_tokens(
+    policy: Policy, hidden: Tensor, row_index: Tensor, uniform: Tensor, temperature: float
+) -> tuple[Tensor, Tensor]:
+    """Draw one token per entry of `row_index` by inverting the cumulative distribution."""
+    used, inverse = row_index.unique(return_inverse=True)
+    logits = policy.model.logits(hidden[used])
+    low, high = policy.answer_range
+    probabilities = (logits[:, low:high].double() / temperature).softmax(dim=-1)
+    cumulative = probabilities.cumsum(dim=-1)[inverse]
+    ids = torch.searchsorted(cumulative, uniform.double()[:, None]).squeeze(1)
+    ids = ids.clamp(max=high - low - 1) + low
+    logprobs = gather_logprobs(
+        logits,
+        ids,
+        inverse,
+        temperature=temperature,
+        vocab_range=(low, high),
+        backend=policy.backend,
+    )
+    return ids, logprobs
+
+
+@torch.no_grad()
+def sample_pictures(
+    policy: Policy,
+    examples: Sequence[Example],
+    group_size: int,
+    schedule: FlowSchedule,
+    *,
+    seed: int,
+    step: int,
+) -> Pictures:
+    """Denoise `group_size` pictures for every drawing prompt."""
+    builder = policy.builder()
+    prompt_rows: list[int] = []
+    for example in examples:
+        first = builder.rows
+        prompt = policy.add_prompt(builder, example)
+        prompt_rows.extend(range(first, builder.rows))
+        for _ in range(group_size):
+            builder.noise(*policy.latent_grid, parent=prompt)
+    layout = builder.build()
+    run = CachedPass(policy, layout, torch.tensor(prompt_rows))
+    rows = layout.latent_rows
+    batch = take_rows(layout, rows)
+
+    # One draw holds a sample's starting noise and then the noise of each step.
+    drawn = random.normal(
+        [
+            random.stream(seed, "picture", step, example.uid, sample)
+            for example in examples
+            for sample in range(group_size)
+        ],
+        (1 + schedule.num_steps, *policy.latent_shape),
+    )
+    x = drawn[:, 0]
+    latents, velocities, noise, steps = [], [], [], []
+    for k in range(schedule.num_steps):
+        coefficients = schedule.coefficients(k)
+        velocity = run.run_latents(batch, rows, x, float(schedule.times[k]))
+        stochastic = k in schedule.stochastic_steps
+        z = drawn[:, 1 + k] if stochastic else None
+        if stochastic:
+            latents.append(x)
+            velocities.append(velocity)
+            noise.append(drawn[:, 1 + k])
+            steps.append(k)
+        x, _ = flow_step(velocity, x, coefficients, z, backend=policy.backend)
+    return Pictures(
+        examples=list(examples),
+        group_size=group_size,
+        images=policy.autoencoder.decode(x).clamp(0, 1),
+        latents=torch.stack(latents, dim=1) if latents else x.new_zeros(len(x), 0, *x.shape[1:]),
+        velocities=torch.stack(velocities, dim=1) if latents else x.new_zeros(0),
+        noise=torch.stack(noise, dim=1) if latents else x.new_zeros(0),
+        steps=steps,
+        fingerprint=schedule.fingerprint(),
+    )

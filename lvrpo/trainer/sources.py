@@ -1,0 +1,130 @@
+"""Where prompts come from: the embedded digit scenes, or a user's JSONL files."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from pathlib import Path
+
+from lvrpo import random
+from lvrpo.data.digits import Split
+from lvrpo.data.example import Example, Task
+from lvrpo.data.jsonl import read_jsonl
+from lvrpo.data.phrases import scene_words
+from lvrpo.data.scenes import SceneConfig, scene_examples, with_label_noise
+from lvrpo.models.tokenizer import Tokenizer
+from lvrpo.trainer.config import ConfigError, DataSection
+
+
+class Source(ABC):
+    """Prompts of both tasks, drawn by seed."""
+
+    words: Sequence[str]  # that cost one token each; all others are spelled in bytes
+    picture_shape: tuple[int, int, int]  # [C, H, W]
+
+    @staticmethod
+    def from_config(section: DataSection) -> Source:
+        """The source that a configuration names."""
+        if section.source == "scenes":
+            return SceneSource(section)
+        return JsonlSource(section)
+
+    @abstractmethod
+    def examples(self, split: Split, task: Task, count: int, seed: int) -> list[Example]:
+        """`count` prompts of one task; fewer where the evaluation file has fewer."""
+
+    @abstractmethod
+    def labelled(self, task: Task, count: int, noise: float, seed: int) -> list[Example]:
+        """Training examples to imitate; each label is wrong with probability `noise`."""
+
+    @abstractmethod
+    def answer_range(self, tokenizer: Tokenizer) -> tuple[int, int]:
+        """[low, high) of the tokens that answers are sampled from."""
+
+
+class SceneSource(Source):
+    """The embedded data set; its test split has other digits and other requests."""
+
+    def __init__(self, section: DataSection) -> None:
+        self.config = SceneConfig(
+            rows=section.rows,
+            cols=section.columns,
+            understand=tuple(section.questions.items()),
+            generate=tuple(section.requests.items()),
+        )
+        self.words = scene_words()
+        self.picture_shape = self.config.picture_shape
+
+    def examples(self, split: Split, task: Task, count: int, seed: int) -> list[Example]:
+        """See `Source`."""
+        return scene_examples(self.config, split, task, count, seed)
+
+    def labelled(self, task: Task, count: int, noise: float, seed: int) -> list[Example]:
+        """See `Source`."""
+        rng = random.stream(seed, "label noise")
+        return [
+            with_label_noise(example, noise, rng, config=self.config)
+            for example in self.examples("train", task, count, seed)
+        ]
+
+    def answer_range(self, tokenizer: Tokenizer) -> tuple[int, int]:
+        """Words only: no answer needs bytes."""
+        return tokenizer.word_token_range
+
+
+class JsonlSource(Source):
+    """A user's file; the evaluation file is separate and must not overlap with it."""
+
+    def __init__(self, section: DataSection) -> None:
+        if not section.eval_source:
+            raise ConfigError(
+                "data.eval_source is empty, expected the JSONL file that a run on "
+                f"{section.source} is evaluated with"
+            )
+        self.picture_shape = (section.channels, section.height, section.width)
+        self.files: dict[str, list[Example]] = {
+            "train": read_jsonl(Path(section.source), self.picture_shape),
+            "test": read_jsonl(Path(section.eval_source), self.picture_shape),
+        }
+        texts = [
+            text
+            for example in self.files["train"]
+            for text in (example.prompt, example.answer)
+            if text
+        ]
+        self.words = common_words(texts)
+
+    def examples(self, split: Split, task: Task, count: int, seed: int) -> list[Example]:
+        """See `Source`; training prompts are drawn with replacement."""
+        of_task = [example for example in self.files[split] if example.task == task]
+        if split == "test":
+            return of_task[:count]
+        return self._draw(of_task, task, count, seed)
+
+    def labelled(self, task: Task, count: int, noise: float, seed: int) -> list[Example]:
+        """See `Source`; the file's labels are taken as they are."""
+        of_task = [
+            example
+            for example in self.files["train"]
+            if example.task == task and (example.answer or example.target is not None)
+        ]
+        return self._draw(of_task, task, count, seed) if of_task else []
+
+    def _draw(self, of_task: list[Example], task: Task, count: int, seed: int) -> list[Example]:
+        if count and not of_task:
+            raise ConfigError(f"data: the training file has no {task} example")
+        picks = random.stream(seed, "draw", task).integers(len(of_task), size=count)
+        return [of_task[i] for i in picks.tolist()]
+
+    def answer_range(self, tokenizer: Tokenizer) -> tuple[int, int]:
+        """Words and bytes."""
+        return tokenizer.text_token_range
+
+
+def common_words(texts: Sequence[str], most: int = 4096) -> list[str]:
+    """The most frequent words of ASCII letters and digits, by count and then by spelling."""
+    import re
+    from collections import Counter
+
+    counts = Counter(word for text in texts for word in re.findall(r"[A-Za-z0-9]+", text))
+    return [word for word, _ in sorted(counts.items(), key=lambda kv: (-kv[1], kv[0]))[:most]]

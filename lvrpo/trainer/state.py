@@ -1,0 +1,137 @@
+"""What changes from step to step, and so what a checkpoint holds."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import json
+import math
+from dataclasses import asdict, dataclass
+
+import torch
+from torch import Tensor, nn
+
+from lvrpo.models.unified import UnifiedModel
+from lvrpo.trainer.checkpoint import Checkpoint, CheckpointError
+from lvrpo.trainer.config import TrainConfig
+from lvrpo.trainer.task import Task
+
+_MOMENTS = ("step", "exp_avg", "exp_avg_sq")
+
+
+@dataclass
+class TrainState:
+    """Weights, their running average, the optimizer and the number of finished steps."""
+
+    model: UnifiedModel
+    average: UnifiedModel  # what is evaluated, sampled from and published
+    optimizer: torch.optim.AdamW
+    step: int
+    fingerprint: str  # of everything that decides the weights, to refuse another run's checkpoint
+
+    @classmethod
+    def initial(cls, config: TrainConfig, task: Task) -> TrainState:
+        """Freshly initialised weights, drawn from the run's seed."""
+        model = task.new_model()
+        average = copy.deepcopy(model).requires_grad_(False)
+        optimizer = torch.optim.AdamW(
+            model.parameters(), lr=config.warm_start.lr, betas=(0.9, 0.95), weight_decay=0.01
+        )
+        return cls(model, average, optimizer, 0, fingerprint(config))
+
+    def supervised_step(self, config: TrainConfig) -> dict[str, float]:
+        """Clip, step and average; returns the gradient's norm and the learning rate."""
+        section = config.warm_start
+        done = (self.step + 1) / max(1, section.steps)
+        warmup = min(1.0, done / 0.05)
+        lr = section.lr * warmup * (0.05 + 0.95 * (1 + math.cos(math.pi * done)) / 2)
+        # The average must forget the first steps even in a short run.
+        decay = min(section.ema, (1 + self.step) / (10 + self.step))
+        return self._step(lr, config.optimizer.grad_clip, decay)
+
+    def begin_policy_phase(self, config: TrainConfig) -> None:
+        """Start the policy from the average of the warm start, with a new optimizer."""
+        self.model.load_state_dict(self.average.state_dict())
+        self.optimizer = torch.optim.AdamW(
+            self.model.parameters(),
+            lr=config.optimizer.lr,
+            betas=(0.9, 0.95),
+            weight_decay=config.optimizer.weight_decay,
+        )
+
+    def policy_step(self, config: TrainConfig) -> dict[str, float]:
+        """As `supervised_step`, for a policy gradient."""
+        section = config.optimizer
+        done = self.step - config.warm_start.steps
+        progress = done / max(1, config.run.steps)
+        decayed = 1 - (1 - section.final_lr_fraction) * progress
+        lr = section.lr * min(1.0, (done + 1) / max(1, section.warmup_steps)) * decayed
+        return self._step(lr, section.grad_clip, section.ema)
+
+    def _step(self, lr: float, grad_clip: float, decay: float) -> dict[str, float]:
+        norm = nn.utils.clip_grad_norm_(self.model.parameters(), grad_clip)
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        with torch.no_grad():
+            averages, weights = list(self.average.parameters()), list(self.model.parameters())
+            torch._foreach_lerp_(averages, weights, 1 - decay)
+        return {"grad_norm": float(norm), "lr": lr}
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Everything a checkpoint needs, by name."""
+        tensors = {f"model.{name}": t for name, t in self.model.state_dict().items()}
+        tensors |= {f"average.{name}": t for name, t in self.average.state_dict().items()}
+        for name, parameter in self.model.named_parameters():
+            for moment, value in self.optimizer.state.get(parameter, {}).items():
+                tensors[f"optimizer.{moment}.{name}"] = value
+        return tensors
+
+    def restore(self, checkpoint: Checkpoint, config: TrainConfig) -> None:
+        """Go on from a checkpoint of this run.
+
+        Raises:
+            CheckpointError: it belongs to a run with another configuration.
+        """
+        found = checkpoint.state.get("fingerprint")
+        if found != self.fingerprint:
+            raise CheckpointError(
+                f"{checkpoint.path} is foreign: it was written by a run of another configuration "
+                f"({found}, this one is {self.fingerprint})"
+            )
+        if checkpoint.step > config.warm_start.steps:
+            self.begin_policy_phase(config)
+        load_weights(self.model, checkpoint, "model.")
+        load_weights(self.average, checkpoint, "average.")
+        for name, parameter in self.model.named_parameters():
+            moments = {m: checkpoint.tensors.get(f"optimizer.{m}.{name}") for m in _MOMENTS}
+            if moments["step"] is not None:
+                self.optimizer.state[parameter] = {m: t.clone() for m, t in moments.items()}
+        self.step = checkpoint.step
+
+
+def load_weights(model: UnifiedModel, checkpoint: Checkpoint, prefix: str) -> None:
+    """Copy the tensors that start with `prefix` into a model.
+
+    Raises:
+        CheckpointError: names or shapes are not those of this model.
+    """
+    weights = {
+        name.removeprefix(prefix): tensor
+        for name, tensor in checkpoint.tensors.items()
+        if name.startswith(prefix)
+    }
+    try:
+        model.load_state_dict(weights)
+    except RuntimeError as error:
+        reason = str(error).splitlines()[1].strip() if "\n" in str(error) else str(error)
+        raise CheckpointError(f"{checkpoint.path} is of another model: {reason}") from error
+
+
+def fingerprint(config: TrainConfig) -> str:
+    """A short hash of every key that changes the weights."""
+    table = asdict(config)
+    for key in ("checkpoint_every", "keep_checkpoints", "eval_items", "gallery_items"):
+        del table["run"][key]
+    return hashlib.sha256(json.dumps(table, sort_keys=True).encode()).hexdigest()[:16]

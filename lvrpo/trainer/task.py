@@ -1,0 +1,222 @@
+"""What a run learns: its prompts, its rewards, and the frozen parts of its policy."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lvrpo import random
+from lvrpo.data.example import Example
+from lvrpo.data.example import Task as TaskName
+from lvrpo.models.answering import answer_probability
+from lvrpo.models.flow import FlowSchedule
+from lvrpo.models.latents import LinearAutoencoder
+from lvrpo.models.policy import Policy
+from lvrpo.models.tokenizer import Tokenizer
+from lvrpo.models.unified import UnifiedConfig, UnifiedModel
+from lvrpo.rewards.combine import Reward, Samples, load_reward
+from lvrpo.rewards.judge import gold_reader
+from lvrpo.rewards.knowledge import KnowledgeReward
+from lvrpo.rewards.rules import RuleReward, check_samples
+from lvrpo.rewards.semantic import DualEncoder, SemanticReward
+from lvrpo.trainer.config import ConfigError, RolloutSection, TrainConfig
+from lvrpo.trainer.sources import Source
+
+#: Rewards that come with lvrpo; any other name is imported as "module:function".
+BUILT_IN = ("r_ins", "r_sem", "r_kn")
+
+
+def flow_schedule(rollout: RolloutSection) -> FlowSchedule:
+    """The schedule that a configuration describes: the first steps stochastic, the rest ODE."""
+    return FlowSchedule(
+        num_steps=rollout.denoise_steps,
+        shift=rollout.shift,
+        dynamics=rollout.dynamics,  # type: ignore[arg-type]
+        noise_level=rollout.noise_level,
+        window=(0, rollout.stochastic_steps - 1),
+    )
+
+
+class Task:
+    """Everything of a run that is fixed before its first step.
+
+    The autoencoder and the semantic reward's encoder are fitted on training data once and kept in
+    the run directory, so a resumed run and a later `lvrpo sample` use the same ones.
+    """
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        source: Source,
+        autoencoder: LinearAutoencoder,
+        encoder: DualEncoder | None,
+    ) -> None:
+        self.config, self.source = config, source
+        self.tokenizer = Tokenizer(source.words)
+        self.autoencoder, self.encoder = autoencoder, encoder
+        self._rewards: dict[TaskName, list[Reward]] | None = None
+
+    def model_config(self) -> UnifiedConfig:
+        """The model's shape: the configuration's sizes, the data's channels and vocabulary."""
+        section = self.config.model
+        return UnifiedConfig(
+            vocab_size=len(self.tokenizer),
+            hidden=section.hidden,
+            layers=section.layers,
+            heads=section.heads,
+            kv_heads=section.kv_heads,
+            head_dim=section.head_dim,
+            mlp=section.mlp,
+            vision_layers=section.vision_layers,
+            image_channels=self.source.picture_shape[0],
+            image_patch=section.image_patch,
+            latent_dim=section.latent_dim,
+        )
+
+    def new_model(self) -> UnifiedModel:
+        """A model initialised from the run's seed; torch's own random state is left alone."""
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(self.config.run.seed)
+            return UnifiedModel(self.model_config())
+
+    def policy(self, model: UnifiedModel) -> Policy:
+        """A model with the frozen parts around it."""
+        _, height, width = self.source.picture_shape
+        patch = self.config.model.latent_patch
+        return Policy(
+            model=model,
+            tokenizer=self.tokenizer,
+            autoencoder=self.autoencoder,
+            latent_grid=(height // patch, width // patch),
+            answer_range=self.source.answer_range(self.tokenizer),
+            backend=self.config.run.backend or None,
+        )
+
+    def training_examples(self, task: TaskName, count: int, step: int) -> list[Example]:
+        """Prompts of one policy step."""
+        return self.source.examples("train", task, count, self._seed("policy", step))
+
+    def warm_start_examples(self, task: TaskName, count: int, step: int) -> list[Example]:
+        """Labelled examples of one supervised step, some of the labels wrong on purpose."""
+        section, seed = self.config.warm_start, self._seed("warm start", step)
+        noise = getattr(section, f"label_noise_{task}")
+        return self.source.labelled(task, count, noise, seed)
+
+    def evaluation_examples(self, task: TaskName, count: int) -> list[Example]:
+        """Held-out prompts: the same for every seed, before and after."""
+        return self.source.examples("test", task, count, 0)
+
+    def _seed(self, *ids: int | str) -> int:
+        return int(random.stream(self.config.run.seed, *ids).integers(1 << 62))
+
+    def rewards(self, reference: Policy) -> Mapping[TaskName, list[Reward]]:
+        """The rewards of each modality, in the order of the configuration's weights."""
+        if self._rewards is None:
+            section = self.config.rewards
+            self._rewards = {
+                "understand": [self._reward(name, reference) for name in section.understand],
+                "generate": [self._reward(name, reference) for name in section.generate],
+            }
+        return self._rewards
+
+    def _reward(self, name: str, reference: Policy) -> Reward:
+        if name == "r_ins":
+            return RuleReward(strict_weight=self.config.rewards.strict_weight)
+        if name == "r_sem":
+            if self.encoder is None:
+                raise ConfigError("rewards: r_sem needs training pictures to fit its encoder on")
+            return SemanticReward(self.encoder, pool=self.config.rewards.semantic_pool)
+        if name == "r_kn":
+            return KnowledgeReward(partial(answer_probability, reference))
+        if ":" not in name:
+            raise ConfigError(
+                f"rewards: unknown reward {name!r}; expected one of {', '.join(BUILT_IN)} or "
+                "'module:function'"
+            )
+        return load_reward(name)
+
+    def is_right(self, samples: Samples) -> Tensor:
+        """[B] 1 where everything is right, 0 where not, NaN where no rule tells."""
+        return check_samples(samples).strict
+
+    def measure(self, samples: Samples) -> dict[str, float]:
+        """Strict, partial and gold scores of a batch: watched in training, never trained on."""
+        task = samples.examples[0].task
+        checks = check_samples(samples)
+        metrics = {f"strict/{task}": _mean(checks.strict)}
+        if task == "generate":
+            metrics["partial/generate"] = _mean(checks.partial)
+            metrics["gold/generate"] = _mean(check_samples(samples, gold_reader()).strict)
+        return {name: value for name, value in metrics.items() if not math.isnan(value)}
+
+    def count(self, samples: Samples) -> dict[str, Any]:
+        """How many samples are right, in all and by kind of prompt, as a row of evals.jsonl."""
+        task = samples.examples[0].task
+        measure = "correct" if task == "understand" else "strict"
+        checks = check_samples(samples)
+        row: dict[str, Any] = {}
+        by_kind: dict[str, list[int]] = {"": list(range(len(samples)))}
+        for i, example in enumerate(samples.examples):
+            if example.kind:
+                by_kind.setdefault(example.kind, []).append(i)
+        if len(by_kind) == 2:  # a single kind is the whole
+            by_kind = {"": by_kind[""]}
+        for kind, members in by_kind.items():
+            strict = checks.strict[members]
+            prefix = f"{task}/{kind}" if kind else task
+            row[f"{prefix}/{measure}"] = int(strict.nansum())
+            row[f"{prefix}/total"] = int((~strict.isnan()).sum())
+        if task == "generate":
+            row["generate/gold"] = int(check_samples(samples, gold_reader()).strict.nansum())
+            row["generate/partial"] = float(checks.partial.nanmean())
+        return row
+
+
+def _mean(values: Tensor) -> float:
+    return float(values.nanmean())
+
+
+def load_or_fit_task(config: TrainConfig, run_dir: Path) -> Task:
+    """The task of a run; its fitted parts are read from, or written to, `run_dir/task`."""
+    from lvrpo.trainer.checkpoint import load_newest, save_checkpoint
+
+    source = Source.from_config(config.data)
+    section = config.model
+    channels, height, width = source.picture_shape
+    wants_encoder = "r_sem" in (*config.rewards.understand, *config.rewards.generate)
+    saved = load_newest(run_dir / "task")
+    if saved is not None:
+        autoencoder = LinearAutoencoder(
+            channels, height, width, patch=section.latent_patch, dim=section.latent_dim
+        )
+        autoencoder.load_state_dict(_with_prefix(saved.tensors, "autoencoder."))
+        encoder = None
+        if wants_encoder:
+            encoder = DualEncoder.from_tensors(_with_prefix(saved.tensors, "encoder."))
+        return Task(config, source, autoencoder, encoder)
+
+    labelled = source.labelled("generate", 1024, 0.0, 0)
+    if not labelled:
+        raise ConfigError("data: no drawing prompt has a target picture to fit the latents on")
+    pictures = torch.stack([torch.from_numpy(example.target) for example in labelled])
+    autoencoder = LinearAutoencoder.fit(pictures, section.latent_patch, section.latent_dim)
+    encoder = DualEncoder.fit(labelled, seed=config.run.seed) if wants_encoder else None
+    tensors = {f"autoencoder.{name}": t for name, t in autoencoder.state_dict().items()}
+    if encoder is not None:
+        tensors |= {f"encoder.{name}": t for name, t in encoder.to_tensors().items()}
+    save_checkpoint(run_dir / "task", 0, tensors, {}, keep=1)
+    return Task(config, source, autoencoder, encoder)
+
+
+def _with_prefix(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {
+        name.removeprefix(prefix): tensor
+        for name, tensor in tensors.items()
+        if name.startswith(prefix)
+    }

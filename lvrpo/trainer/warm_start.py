@@ -1,0 +1,88 @@
+"""Supervised training before the first reward: answers by cross entropy, pictures by flow matching."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from lvrpo import random
+from lvrpo.data.example import Example
+from lvrpo.models.flow import interpolate, velocity_target
+from lvrpo.models.policy import Policy
+from lvrpo.ops.gather_logprobs import gather_logprobs
+from lvrpo.models.groups import pack_groups
+
+
+def supervised_gradient(
+    policy: Policy,
+    questions: Sequence[Example],
+    drawings: Sequence[Example],
+    *,
+    noise_draws: int,
+    seed: int,
+    step: int,
+) -> dict[str, float]:
+    """Add the gradient of cross entropy plus velocity error to the model's parameters.
+
+    Args:
+        policy: its model is trained.
+        questions: examples with an answer.
+        drawings: examples with a target picture.
+        noise_draws: (noise, time) pairs per target; the prompt is computed once for all of them.
+        seed: of the run.
+        step: number of this step; with `seed` it fixes the noise.
+
+    Returns:
+        "loss/text" in nats per token and "loss/image", the mean squared velocity error.
+    """
+    latents = times = target = None
+    if drawings:
+        latents, times, target = _noisy_targets(policy, drawings, noise_draws, seed, step)
+    (pack,) = pack_groups(
+        policy,
+        [(example, [policy.answer_ids(_answer(example))]) for example in questions],
+        [(example, noise_draws) for example in drawings],
+        latents,
+        times,
+    )
+    text, latent = policy.model(pack.batch, backend=policy.backend)
+    metrics, total = {}, text.new_zeros(())
+    if questions:
+        logprobs = gather_logprobs(
+            policy.model.logits(text[pack.predictor]), pack.token_ids, backend=policy.backend
+        )
+        loss = -logprobs.mean()
+        metrics["loss/text"] = float(loss.detach())
+        total = total + loss
+    if target is not None:
+        loss = (policy.model.velocity(latent) - target.flatten(0, 1)).square().mean()
+        metrics["loss/image"] = float(loss.detach())
+        total = total + loss
+    total.backward()  # type: ignore[no-untyped-call]
+    return metrics
+
+
+def _noisy_targets(
+    policy: Policy, drawings: Sequence[Example], draws: int, seed: int, step: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """x_t [D * draws, n, c], t [D * draws] and the velocity they should predict."""
+    pictures = torch.stack([torch.from_numpy(_target(example)) for example in drawings])
+    clean = policy.autoencoder.encode(pictures).repeat_interleave(draws, dim=0)
+    generator = random.stream(seed, "warm start", step)
+    noise = torch.from_numpy(generator.standard_normal(clean.shape, dtype="float32"))
+    times = torch.from_numpy(generator.random(len(clean), dtype="float32"))
+    return interpolate(clean, noise, times), times, velocity_target(clean, noise)
+
+
+def _answer(example: Example) -> str:
+    if example.answer is None:
+        raise ValueError(f"{example.uid}: a question without an answer cannot be learned from")
+    return example.answer
+
+
+def _target(example: Example):  # type: ignore[no-untyped-def]
+    if example.target is None:
+        raise ValueError(f"{example.uid}: a drawing prompt without a target cannot be learned from")
+    return example.target
