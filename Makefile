@@ -8,8 +8,10 @@ SHELL := bash
 PYTHON ?= python3
 # Installed before everything else, so that the build sees it and nothing else chooses a version.
 TORCH ?= torch==2.13.0
-# Where `make train` writes; the first of runs/digits, runs/digits-2, ... that is not there yet.
-RUN ?= $(shell run=runs/digits; n=1; while [ -e "$$run" ]; do n=$$((n + 1)); run=runs/digits-$$n; done; echo "$$run")
+# Where `make train` writes: the first of runs/digits, runs/digits-2, ... without a report, so that an
+# interrupted run goes on and a finished one stays.
+RUN ?= $(shell run=runs/digits; n=1; \
+  while [ -e "$$run/report.html" ]; do n=$$((n + 1)); run=runs/digits-$$n; done; echo "$$run")
 
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet

@@ -1,0 +1,73 @@
+"""Attention over groups that share a prompt: prompts of text and image, completions of either."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from _providers import Case
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+
+from lvrpo.masks import SpanMask
+
+PEERS = ("sdpa",)
+# groups, completions, prompt tokens (text, image), completion tokens (text, image), heads, width
+SHAPES = {
+    "small": {"two groups of 8": (2, 8, (24, 16), (12, 16), (4, 2), 32)},
+    "full": {
+        "8 groups of 8, tiny heads": (8, 8, (24, 36), (12, 36), (4, 2), 32),
+        "2 groups of 8, wide heads": (2, 8, (128, 256), (64, 256), (8, 2), 128),
+    },
+}
+
+
+def make_mask(
+    groups: int, completions: int, prompt: tuple[int, int], completion: tuple[int, int]
+) -> SpanMask:
+    """Half of the completions of a group are texts, half are noisy images."""
+    trunk = [(prompt[1], "full"), (prompt[0], "causal")]
+    texts = [[(completion[0], "causal")]] * (completions // 2)
+    images = [[(completion[1], "full")]] * (completions - len(texts))
+    return SpanMask.from_groups([(trunk, texts + images)] * groups)
+
+
+def sdpa(q: Tensor, k: Tensor, v: Tensor, mask: SpanMask) -> Tensor:
+    """torch's attention with a dense mask, which is what a packed group costs without SpanMask."""
+    heads_first = (x.transpose(0, 1)[None] for x in (q, k, v))
+    out = scaled_dot_product_attention(*heads_first, attn_mask=mask.to_dense(), enable_gqa=True)
+    return out[0].transpose(0, 1)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def bench_packed_attention(measure, provider, direction, shape, dtype):
+    *layout, (q_heads, kv_heads), width = shape
+    mask = make_mask(*layout)
+
+    def call(functional: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return functional(q, k, v, mask)
+
+    length = mask.length
+    inputs = {
+        name: torch.randn(length, heads, width).to(dtype)
+        for name, heads in {"q": q_heads, "k": kv_heads, "v": kv_heads}.items()
+    }
+    pairs = int((mask.q_hi - mask.q_lo).sum())
+    flops = 4 * pairs * q_heads * width
+    moved = sum(x.nbytes for x in inputs.values()) + inputs["q"].nbytes
+    case = Case(
+        "packed_attention",
+        inputs,
+        ("q", "k", "v"),
+        call=call,
+        # Two products per visible pair; the backward has five.
+        flops={"forward": flops, "forward+backward": 7 * flops // 2},
+        bytes_moved={"forward": moved, "forward+backward": 3 * moved},
+        peers={"sdpa": sdpa},
+        scales={
+            "out0": 4.0,
+            **{f"d{name}": 4.0 * width**0.5 / (length * q_heads) for name in inputs},
+        },
+    )
+    measure(case, provider, direction)

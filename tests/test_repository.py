@@ -1,0 +1,254 @@
+"""Guard rails of the repository's shape: what review would otherwise have to remember."""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import importlib
+import inspect
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+
+import lvrpo
+from lvrpo import info
+
+ROOT = Path(__file__).parents[1]
+
+#: One op is one stem; every layer has a file for it.
+LAYERS = (
+    "lvrpo/ops/{}.py",
+    "lvrpo/reference/{}.py",
+    "csrc/cpu/{}.cpp",
+    "tests/ops/test_{}.py",
+    "tests/mutants/{}.py",
+    "docs/ops/{}.md",
+    "benchmarks/bench_{}.py",
+)
+#: Lines a reader can hold. An exception is raised here, with the reason it deserves.
+FILE_LINES, FUNCTION_LINES = 350, 80
+BUDGETS = {"setup.py": 120, "README.md": 200}
+EXCEPTIONS: dict[str, tuple[int, str]] = {}
+#: Modules that users run or import themselves, and nothing inside lvrpo needs to.
+DOORS = {"lvrpo", "lvrpo.cli", "lvrpo.info", "lvrpo.testing"}
+ENVIRONMENT_VARIABLES = {"LVRPO_BACKEND", "LVRPO_BUILD", "LVRPO_CHECK"}
+TOOLCHAIN_VARIABLES = {"CXX", "TORCH_CUDA_ARCH_LIST"}  # read by setup.py, defined by others
+
+
+def tracked() -> list[Path]:
+    """Files of the repository, new ones included and ignored ones not."""
+    command = ["git", "-C", str(ROOT), "ls-files", "--cached", "--others", "--exclude-standard"]
+    try:
+        listed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    except (OSError, subprocess.CalledProcessError):
+        pytest.skip("not a git checkout", allow_module_level=True)
+    paths = [ROOT / line for line in listed.splitlines()]
+    return [path for path in paths if path.is_file() and not path.is_symlink()]
+
+
+FILES = tracked()
+PYTHON = [path for path in FILES if path.suffix == ".py"]
+PACKAGE = [path for path in PYTHON if path.is_relative_to(ROOT / "lvrpo")]
+SOURCES = [p for p in FILES if p.suffix in (".py", ".cpp", ".h", ".cu", ".cuh")]
+HERE = Path(__file__)
+
+
+def name_of(path: Path) -> str:
+    return str(path.relative_to(ROOT))
+
+
+def module_of(path: Path) -> str:
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def lines_of(path: Path) -> list[str]:
+    return path.read_text(encoding="utf-8").splitlines()
+
+
+def where(pattern: str, paths: list[Path]) -> list[str]:
+    """`file:line: text` of every match outside this file."""
+    return [
+        f"{name_of(path)}:{number}: {line.strip()}"
+        for path in paths
+        if path != HERE
+        for number, line in enumerate(lines_of(path), 1)
+        if re.search(pattern, line)
+    ]
+
+
+@pytest.mark.parametrize("layer", LAYERS)
+def test_every_op_is_a_whole_slice(layer):
+    missing = [op for op in info.op_names() if not (ROOT / layer.format(op)).exists()]
+    assert not missing, f"no {layer} for these ops"
+
+
+@pytest.mark.parametrize("layer", LAYERS)
+def test_no_layer_has_a_file_without_an_op(layer):
+    folder, pattern = (ROOT / layer).parent, Path(layer).name
+    prefix, suffix = pattern.split("{}")
+    files = folder.glob(pattern.replace("{}", "*"))
+    stems = {path.name.removeprefix(prefix).removesuffix(suffix) for path in files}
+    strangers = {stem for stem in stems if not stem.startswith("_")} - set(info.op_names())
+    if layer.startswith("benchmarks"):
+        strangers -= {"train_step"}  # the whole step, not an op
+    assert not strangers
+
+
+def test_every_op_is_public():
+    assert set(info.op_names()) <= set(lvrpo.__all__)
+
+
+def test_files_and_functions_are_short():
+    long = []
+    for path in [*SOURCES, ROOT / "README.md"]:
+        name = name_of(path)
+        budget, _ = EXCEPTIONS.get(name, (BUDGETS.get(name, FILE_LINES), ""))
+        if len(lines_of(path)) > budget:
+            long.append(f"{name}: {len(lines_of(path))} lines, budget {budget}")
+    for path in PYTHON:
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+                name = f"{name_of(path)}:{node.name}"
+                lines = node.end_lineno - node.lineno + 1
+                if lines > EXCEPTIONS.get(name, (FUNCTION_LINES, ""))[0]:
+                    long.append(f"{name}: {lines} lines, budget {FUNCTION_LINES}")
+    assert not long, "\n".join(long)
+
+
+def test_every_exception_is_needed_and_has_a_reason():
+    for name, (_, reason) in EXCEPTIONS.items():
+        assert len(reason) > 20, name
+        assert (ROOT / name.split(":")[0]).exists(), name
+
+
+def imports_of(path: Path) -> set[str]:
+    """Names of modules that a file may import: for `from a import b` both `a` and `a.b`."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            found |= {node.module} | {f"{node.module}.{alias.name}" for alias in node.names}
+    return found
+
+
+def test_every_module_is_used():
+    users = [path for path in PYTHON if not path.is_relative_to(ROOT / "tests")]
+    imported: dict[Path, set[str]] = {path: imports_of(path) for path in users}
+    unused = []
+    for path in PACKAGE:
+        module = module_of(path)
+        others = set().union(*(names for user, names in imported.items() if user != path))
+        packages_only = path.name == "__init__.py" or module.startswith("lvrpo.integrations.")
+        if module not in others | DOORS and not packages_only:
+            unused.append(module)
+    assert not unused, "nothing but tests imports these modules"
+
+
+def test_environment_variables_are_on_the_register():
+    pattern = r"""(?:environ(?:\.\w+)?|getenv)\s*[\[(]\s*["'](\w+)["']"""
+    for path in [*PACKAGE, ROOT / "setup.py", *(p for p in SOURCES if "csrc" in p.parts)]:
+        allowed = ENVIRONMENT_VARIABLES | (
+            TOOLCHAIN_VARIABLES if path.name == "setup.py" else set()
+        )
+        found = set(re.findall(pattern, path.read_text(encoding="utf-8")))
+        assert found <= allowed, f"{name_of(path)} reads {found - allowed}"
+
+
+def test_tolerances_are_in_one_place():
+    found = where(r"\b(atol|rtol)\s*=", PYTHON)
+    assert [line for line in found if not line.startswith("lvrpo/testing.py")] == []
+
+
+def test_notes_to_oneself_have_a_link():
+    found = where(r"\b(TODO|FIXME|XXX|HACK)\b", SOURCES)
+    assert [line for line in found if "http" not in line] == []
+
+
+def test_kernels_are_packaged_by_a_link():
+    assert (ROOT / "lvrpo/kernels").readlink() == Path("../kernels")
+    # With an __init__.py it would shadow the package `kernels` of others; see test_import.py.
+    assert not (ROOT / "kernels/__init__.py").exists()
+
+
+def test_no_path_of_somebodys_machine():
+    text = [p for p in FILES if p.suffix in (".py", ".md", ".toml", ".h", ".cpp", ".txt", "")]
+    assert where(r"(?<![\w.])/(root|home|Users|work|tmp)/\w", text) == []
+
+
+def test_version_is_the_same_everywhere():
+    pyproject = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    assert f'\nversion = "{lvrpo.__version__}"\n' in pyproject
+    assert f"\n## {lvrpo.__version__}" in (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+
+
+def test_every_direct_dependency_is_pinned():
+    pyproject = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    pinned = {line.split("==")[0] for line in lines_of(ROOT / "constraints.txt") if "==" in line}
+    groups = re.findall(r"^(?:dependencies|train|dev) = \[(.*?)\]$", pyproject, re.M | re.S)
+    wanted = {name.lower() for g in groups for name in re.findall(r'"([A-Za-z0-9_-]+)', g)}
+    assert len(groups) == 3
+    assert wanted <= pinned
+
+
+def documented(docstring: str, section: str) -> list[str]:
+    """Names that a Google docstring lists under `section`, in order."""
+    match = re.search(rf"^{section}:\n((?:[ ]+.*\n?|\n)+)", inspect.cleandoc(docstring), re.M)
+    if match is None:
+        return []
+    entries = re.findall(r"^ {4}(\*{0,2}\w+(?:, \w+)*):", match[1], re.M)
+    return [name.lstrip("*") for entry in entries for name in entry.split(", ")]
+
+
+def public_objects() -> list[tuple[str, object]]:
+    found = []
+    for path in PACKAGE:
+        module = importlib.import_module(module_of(path))
+        for name, thing in vars(module).items():
+            if getattr(thing, "__module__", None) != module.__name__ or name.startswith("_"):
+                continue
+            if inspect.isclass(thing):
+                found.append((f"{module.__name__}.{name}", thing))
+                methods = inspect.getmembers(thing, callable)
+                found += [
+                    (f"{module.__name__}.{name}.{method_name}", method)
+                    for method_name, method in methods
+                    if method_name in vars(thing) and not method_name.startswith("_")
+                ]
+            elif inspect.isfunction(thing):
+                found.append((f"{module.__name__}.{name}", thing))
+    return found
+
+
+def test_docstrings_name_what_is_there():
+    wrong = []
+    for name, thing in public_objects():
+        docstring = vars(thing).get("__doc__") or getattr(thing, "__doc__", None) or ""
+        if inspect.isclass(thing):
+            listed = set(documented(docstring, "Attributes"))
+            if dataclasses.is_dataclass(thing):
+                actual = {field.name for field in dataclasses.fields(thing)}
+                actual |= {key for key, value in vars(thing).items() if isinstance(value, property)}
+            else:
+                continue
+            wrong += [f"{name}: {entry} is no field" for entry in sorted(listed - actual)]
+            continue
+        listed = documented(docstring, "Args")
+        parameters = [p for p in inspect.signature(thing).parameters if p not in ("self", "cls")]
+        if listed and listed != parameters:
+            wrong.append(f"{name}: documents {listed}, takes {parameters}")
+    assert not wrong, "\n".join(wrong)
+
+
+def test_every_config_field_is_read():
+    config = pytest.importorskip("lvrpo.trainer.config", reason="the trainer's extra is missing")
+    reading = "\n".join(
+        path.read_text(encoding="utf-8") for path in PACKAGE if path.name != "config.py"
+    )
+    sections = [field.default_factory for field in dataclasses.fields(config.TrainConfig)]
+    fields = [(s.__name__, f.name) for s in sections for f in dataclasses.fields(s)]
+    unread = [pair for pair in fields if not re.search(rf"\.{pair[1]}\b", reading)]
+    assert not unread
