@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 from lvrpo.trainer.charts import TASKS
 from lvrpo.trainer.environment import read_environment
 from lvrpo.trainer.records import (
+    EVALS,
     METRICS,
     GalleryItem,
     Row,
@@ -133,7 +134,7 @@ def load_run(run_dir: str | Path) -> Run:
     path = Path(run_dir)
     if not path.is_dir():
         raise ValueError(f"{path} is not a directory: give the run directory `lvrpo train` made")
-    if not (path / METRICS).exists() and not (path / CONFIG).exists():
+    if not any((path / name).exists() for name in (METRICS, EVALS, CONFIG)):
         raise ValueError(
             f"{path} is not a run directory (it has neither {METRICS} nor {CONFIG}): give the one "
             "`lvrpo train` made"
@@ -203,11 +204,14 @@ def collect_alarms(rows: Sequence[Row]) -> list[Alarm]:
 
 def pair_gallery(run: Run) -> dict[str, list[Pair]]:
     """{task: pairs of the same prompt and seed}, in the order they were saved."""
-    labels = [str(row.get("label")) for row in run.before_after() if row]
-    if len(run.gallery) <= 2 and not set(labels) <= set(run.gallery):
-        labels = sorted(run.gallery, key=lambda label: label == AFTER)
-    sides = [{(i.task, i.uid, i.seed): i for i in run.gallery.get(label, [])} for label in labels]
-    sides += [{}] * (2 - len(sides))
+    labels: list[str | None] = [row.get("label") if row else None for row in run.before_after()]
+    if not any(label in run.gallery for label in labels):
+        saved = list(run.gallery)
+        labels = [BEFORE, AFTER] if {BEFORE, AFTER} & set(saved) else [*saved, None, None][:2]
+    sides = [
+        {(item.task, item.uid, item.seed): item for item in run.gallery.get(label or "", [])}
+        for label in labels
+    ]
     pairs: dict[str, list[Pair]] = {}
     for key in dict.fromkeys([*sides[0], *sides[1]]):
         pairs.setdefault(key[0], []).append(Pair(sides[0].get(key), sides[1].get(key)))
