@@ -222,11 +222,6 @@ def _mean(rows: Sequence[Row], key: str) -> float:
     return sum(v for v in (_number(row.get(key)) for row in rows) if math.isfinite(v)) / len(rows)
 
 
-def total_seconds(rows: Sequence[Row]) -> float:
-    """The seconds of all steps together, 0 when nothing was timed."""
-    return sum(t for t in (_number(row.get("time/total")) for row in rows) if math.isfinite(t))
-
-
 def _number(value: Any) -> float:
     """The value of a log entry as a float, NaN when it is absent or no number."""
     return float(value) if isinstance(value, (int, float)) else math.nan

@@ -71,6 +71,11 @@ class Run:
         """Whether this is the control run with shuffled rewards."""
         return bool(_find(self.config, "shuffle_rewards"))
 
+    @property
+    def seconds(self) -> float:
+        """What all steps took together, 0 when they were not timed."""
+        return float(sum(row.get("time/total", 0.0) for row in self.metrics))
+
     def before_after(self) -> tuple[Row | None, Row | None]:
         """The evaluations to compare: by label, else the first and the last."""
         if not self.evals:

@@ -147,11 +147,10 @@ def _facts(run: Run) -> dict[str, str]:
     commit = known.get("commit")
     if commit:
         commit = commit[:12] + (" and local changes" if known.get("dirty") else "")
-    seconds = charts.total_seconds(run.metrics)
     facts = {
         "Seed": run.seed,
         "Steps": f"{steps['warm_start']} supervised and {steps['grpo']} GRPO steps",
-        "Time in steps": duration(seconds) if seconds else None,
+        "Time in steps": duration(run.seconds) if run.seconds else None,
         "Started": known.get("started"),
         "Device": known.get("device"),
         "CPU": f"{known['cpu']}, {known.get('threads')} threads" if known.get("cpu") else None,
