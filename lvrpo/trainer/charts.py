@@ -57,14 +57,13 @@ def training_charts(metrics: Sequence[Row], evals: Sequence[Row]) -> list[Chart]
 
 def _warm_start_chart(rows: Sequence[Row]) -> Chart | None:
     """The supervised losses before the reinforcement learning."""
-    names = {"loss/text": "text", "loss/image": "image"}
+    headings = {
+        "text": "Text: cross-entropy, nats per token",
+        "image": "Image: squared error of the velocity",
+    }
     panels = [
-        Panel(heading, _lines(rows, {key: name}))
-        for (key, name), heading in zip(
-            names.items(),
-            ("Text: cross-entropy, nats per token", "Image: squared error of the velocity"),
-            strict=True,
-        )
+        Panel(heading, _lines(rows, {f"loss/{modality}": modality}))
+        for modality, heading in headings.items()
     ]
     reading = "Both should fall and flatten: what imitation cannot teach is left to the rewards."
     return line_chart("warm-start", "Supervised warm start", reading, panels)
