@@ -1,7 +1,6 @@
 """Which figures a report has: from the keys of a run's log to charts.
 
-A chart is left out when the log has none of its keys; names the user added (rewards, tasks, stages)
-are picked up from the keys themselves.
+A chart is left out when the log has none of its keys; a user's own names are read off the keys.
 """
 
 from __future__ import annotations
@@ -65,7 +64,7 @@ def _warm_start_chart(rows: Sequence[Row]) -> Chart | None:
         Panel(heading, _lines(rows, {f"loss/{modality}": modality}))
         for modality, heading in headings.items()
     ]
-    reading = "Both should fall and flatten: what imitation cannot teach is left to the rewards."
+    reading = "Both should fall and flatten: what imitation cannot teach is left to rewards."
     return line_chart("warm-start", "Supervised warm start", reading, panels)
 
 
@@ -113,8 +112,8 @@ def time_chart(metrics: Sequence[Row]) -> Chart | None:
     rest = total - sum(means.values())
     if means and rest > 0.01 * total:
         means["the rest"] = rest
-    stages = sorted(means.items(), key=lambda stage: -stage[1]) or [("whole step", total)]
-    return stage_chart(stages, total)
+    means = means or {"whole step": total}
+    return stage_chart(sorted(means.items(), key=lambda stage: -stage[1]), total)
 
 
 def in_phase(rows: Sequence[Row], phase: str) -> list[Row]:
@@ -213,7 +212,7 @@ def _line(rows: Sequence[Row], key: str, name: str) -> Line | None:
 def _lines(rows: Sequence[Row], keys: Mapping[str, str]) -> list[Line]:
     """The lines of {key: name} that have values."""
     found = (_line(rows, key, name) for key, name in keys.items())
-    return [each for each in found if each is not None]
+    return [each for each in found if each]
 
 
 def _mean(rows: Sequence[Row], key: str) -> float:
@@ -282,13 +281,13 @@ def _share_chart(rows: Sequence[Row]) -> Chart | None:
 
 
 def _constant_chart(rows: Sequence[Row]) -> Chart | None:
-    keys = {f"constant_groups/{task}": task for task in TASKS}
+    groups = _lines(rows, {f"constant_groups/{task}": task for task in TASKS})
     return line_chart(
         "constant-groups",
         "Groups without a signal",
         "Share of prompts whose outputs all earned the same reward and so teach nothing; near "
         "100 % the task is solved, or far too hard.",
-        [Panel("Constant groups", _lines(rows, keys), percent=True)],
+        [Panel("Constant groups", groups, percent=True)],
     )
 
 
