@@ -92,14 +92,12 @@ def evaluate(
 def sample(
     run: Annotated[Path, typer.Argument(help="Run directory with a checkpoint.")],
     prompt: Annotated[str, typer.Argument(help="What to draw, or the question about --image.")],
-    image: Annotated[
-        Path | None, typer.Option(help="Picture that the question is about.")
-    ] = None,
+    image: Annotated[Path | None, typer.Option(help="Picture that the question is about.")] = None,
     count: Annotated[int, typer.Option("--count", "-n", min=1, help="Samples.")] = 1,
     seed: Annotated[int, typer.Option(help="Seed of the samples.")] = 0,
-    output: Annotated[
-        Path, typer.Option("--output", "-o", help="PNG file of the drawing.")
-    ] = Path("drawing.png"),
+    output: Annotated[Path, typer.Option("--output", "-o", help="PNG file of the drawing.")] = Path(
+        "drawing.png"
+    ),
 ) -> None:
     """Draw a prompt, or answer a question about an image file."""
     from lvrpo.trainer.run import answer_question, draw_prompt
@@ -139,13 +137,15 @@ def _write_report(run: Path, compare: list[Path]) -> None:
     typer.echo(f"report: {write_report(run, compare=compare)}")
 
 
-class one_line_errors:  # noqa: N801 - reads as a statement
+class one_line_errors:
     """Turn an error that the user can mend into one line and exit code 2."""
 
     def __enter__(self) -> None:
         return None
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: Any) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, at: Any
+    ) -> None:
         if error is None or isinstance(error, typer.Exit):
             return
         from lvrpo.trainer.errors import USER_ERRORS

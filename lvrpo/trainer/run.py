@@ -118,9 +118,7 @@ def load_policy(directory: Path) -> tuple[TrainConfig, Task, Policy]:
     return config, task, task.policy(model.requires_grad_(False))
 
 
-def evaluate_run(
-    directory: Path, *, items: int, seed: int, data: Path | None
-) -> list[str]:
+def evaluate_run(directory: Path, *, items: int, seed: int, data: Path | None) -> list[str]:
     """Lines with the score of a run on held-out prompts, or on a JSONL file."""
     config, task, policy = load_policy(directory)
     if data is not None:
@@ -138,15 +136,11 @@ def evaluate_run(
     for found in eval_scores(row):
         low, high = wilson_interval(found.successes, found.total)
         rate = found.successes / found.total
-        lines.append(
-            f"{found.name:<32} {rate:6.1%}  [{low:.1%}, {high:.1%}]  of {found.total}"
-        )
+        lines.append(f"{found.name:<32} {rate:6.1%}  [{low:.1%}, {high:.1%}]  of {found.total}")
     return lines
 
 
-def draw_prompt(
-    directory: Path, prompt: str, *, count: int, seed: int, output: Path
-) -> list[Path]:
+def draw_prompt(directory: Path, prompt: str, *, count: int, seed: int, output: Path) -> list[Path]:
     """Draw a prompt `count` times into PNG files, `name-1.png`, ... for more than one."""
     from PIL import Image
 
@@ -161,9 +155,9 @@ def draw_prompt(
         image = Image.fromarray(pixels[0] if len(pixels) == 1 else pixels.transpose(1, 2, 0))
         scale = max(1, 128 // image.height)
         try:
-            image.resize((image.width * scale, image.height * scale), Image.Resampling.NEAREST).save(
-                path
-            )
+            image.resize(
+                (image.width * scale, image.height * scale), Image.Resampling.NEAREST
+            ).save(path)
         except (OSError, ValueError) as error:
             raise RunDirectoryError(f"{path}: cannot be written: {error}") from error
         paths.append(path)
@@ -174,10 +168,10 @@ def answer_question(
     directory: Path, question: str, image: Path, *, count: int, seed: int
 ) -> list[str]:
     """Sample `count` answers to a question about an image file."""
-    from lvrpo.data.jsonl import read_picture
+    from lvrpo.data.jsonl import load_picture
 
     config, task, policy = load_policy(directory)
-    pixels = read_picture(image, task.source.picture_shape)
+    pixels = load_picture(image, task.source.picture_shape)
     example = Example("understand", "command line", question, image=pixels, answer="")
     return sample_answers(
         policy,

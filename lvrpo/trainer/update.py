@@ -10,7 +10,9 @@ import torch
 from torch import Tensor
 
 from lvrpo.models.flow import FlowSchedule
+from lvrpo.models.groups import Pack, pack_groups
 from lvrpo.models.policy import Policy
+from lvrpo.ops._policy_loss import LossMetrics, LossParams, PolicyLoss
 from lvrpo.ops.flow_policy_loss import (
     FlowLossMetrics,
     FlowLossParams,
@@ -18,10 +20,8 @@ from lvrpo.ops.flow_policy_loss import (
     flow_policy_loss,
 )
 from lvrpo.ops.gather_logprobs import gather_logprobs
-from lvrpo.ops._policy_loss import LossMetrics, LossParams, PolicyLoss
 from lvrpo.ops.grpo_loss import grpo_loss
 from lvrpo.trainer.config import TrainConfig
-from lvrpo.models.groups import Pack, pack_groups
 from lvrpo.trainer.rollout import Answers, Pictures
 
 
@@ -61,8 +61,8 @@ class Objective:
             changes["max_length"] = config.rollout.max_answer_tokens
         text = LossParams.preset(loss.preset, **changes)
         image = FlowLossParams(
-            eps_low=loss.image_clip,
-            eps_high=loss.image_clip,
+            clip_low=loss.image_clip,
+            clip_high=loss.image_clip,
             adv_clip=loss.advantage_clip,
             log_ratio_scale=loss.image_log_ratio_scale or "mean",
             kl=loss.image_kl_form,
@@ -134,14 +134,18 @@ def _pack_loss(
     if len(pack.token_ids):
         terms.append(
             objective.text_weight
-            * _text_loss(policy, reference, experience, objective, pack, text, reference_text, metrics)
+            * _text_loss(
+                policy, reference, experience, objective, pack, text, reference_text, metrics
+            )
         )
     if len(pack.batch.latents):
         velocity = policy.model.velocity(latent)
         velocity_ref = reference.model.velocity(reference_latent).detach()
         terms.append(
             objective.image_weight
-            * _image_loss(policy, experience, schedule, objective, pack, velocity, velocity_ref, metrics)
+            * _image_loss(
+                policy, experience, schedule, objective, pack, velocity, velocity_ref, metrics
+            )
         )
     return torch.stack(terms).sum()
 
@@ -206,7 +210,9 @@ def _image_loss(
     steps = len(pictures.steps)
     total = len(pictures.latents) * steps
     at = torch.arange(total)[pack.pictures]
-    velocity, velocity_ref = (v.view(len(at), *policy.latent_shape) for v in (velocity, velocity_ref))
+    velocity, velocity_ref = (
+        v.view(len(at), *policy.latent_shape) for v in (velocity, velocity_ref)
+    )
     result = flow_policy_loss(
         velocity,
         pictures.velocities.flatten(0, 1)[at],
