@@ -2,8 +2,8 @@
 
 Spans are added in depth-first preorder, each under a parent: a group is a prompt with its G
 completions as children, and a completion may be text or a noisy image. Position ids follow BAGEL:
-text advances by one per token, a picture shares one id and then advances by one, a noisy image takes
-the next id and does not advance, since nothing outside it may see it.
+text advances by one per token, a picture shares one id and then advances by one, a noisy image
+takes the next id and does not advance, since nothing outside it may see it.
 """
 
 from __future__ import annotations

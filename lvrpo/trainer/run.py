@@ -63,8 +63,9 @@ def open_run(directory: Path, config_file: Path | None, overrides: list[str]) ->
             named = config_file is not None or bool(overrides)
             if named and fingerprint(given) != fingerprint(config):
                 raise ConfigError(
-                    f"{directory} was started with another configuration ({_difference(config, given)}"
-                    "); leave the flags away to go on with its own, or give a new directory"
+                    f"{directory} was started with another configuration "
+                    f"({_difference(config, given)}); leave the flags away to go on with its own, "
+                    "or give a new directory"
                 )
         yield OpenRun(directory, config)
 
@@ -142,8 +143,6 @@ def evaluate_run(directory: Path, *, items: int, seed: int, data: Path | None) -
 
 def draw_prompt(directory: Path, prompt: str, *, count: int, seed: int, output: Path) -> list[Path]:
     """Draw a prompt `count` times into PNG files, `name-1.png`, ... for more than one."""
-    from PIL import Image
-
     config, _, policy = load_policy(directory)
     example = Example("generate", "command line", prompt)
     schedule = flow_schedule(config.rollout)
@@ -151,17 +150,23 @@ def draw_prompt(directory: Path, prompt: str, *, count: int, seed: int, output: 
     paths = []
     for number, picture in enumerate(drawn.numpy(), start=1):
         path = output if count == 1 else output.with_stem(f"{output.stem}-{number}")
-        pixels = (picture * 255).round().astype(np.uint8)
-        image = Image.fromarray(pixels[0] if len(pixels) == 1 else pixels.transpose(1, 2, 0))
-        scale = max(1, 128 // image.height)
         try:
-            image.resize(
-                (image.width * scale, image.height * scale), Image.Resampling.NEAREST
-            ).save(path)
+            save_enlarged(picture, path)
         except (OSError, ValueError) as error:
             raise RunDirectoryError(f"{path}: cannot be written: {error}") from error
         paths.append(path)
     return paths
+
+
+def save_enlarged(picture: np.ndarray, path: Path) -> None:
+    """Write a [C, H, W] picture, small ones with pixels as squares."""
+    from PIL import Image
+
+    pixels = (picture * 255).round().astype(np.uint8)
+    image = Image.fromarray(pixels[0] if len(pixels) == 1 else pixels.transpose(1, 2, 0))
+    scale = max(1, 128 // image.height)
+    size = image.width * scale, image.height * scale
+    image.resize(size, Image.Resampling.NEAREST).save(path)
 
 
 def answer_question(

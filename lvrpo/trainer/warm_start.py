@@ -1,4 +1,4 @@
-"""Supervised training before the first reward: answers by cross entropy, pictures by flow matching."""
+"""Supervised training before the first reward: cross entropy for answers, flow matching to draw."""
 
 from __future__ import annotations
 
