@@ -85,14 +85,11 @@ class FlowLossMetrics:
 
     Attributes:
         policy_loss: the loss without its KL term.
-        kl_velocity_mse: distance to the reference, see `FlowLossParams.kl`; 0 without one.
-        kl_gaussian: same.
-        kl_no_dt: same.
-        kl_dmu2: same.
+        kl_velocity_mse, kl_gaussian, kl_no_dt, kl_dmu2: the distances to the reference that
+            `FlowLossParams.kl` names; 0 without one.
         kl_old: exact KL to the sampling policy, mean (c_v (v - v_old))^2 / (2 std^2).
         ratio_mean: of rho.
-        ratio_min: over the active samples.
-        ratio_max: over the active samples.
+        ratio_min, ratio_max: over the active samples.
         abs_log_ratio: mean |log rho|.
         clip_fraction_low: share with A < 0 whose policy gradient was cut.
         clip_fraction_high: share with A > 0 whose policy gradient was cut.
