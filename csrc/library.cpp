@@ -30,6 +30,14 @@ STABLE_TORCH_LIBRARY(lvrpo, m) {
   m.def(
       "flow_policy_loss_bwd(Tensor dloss, Tensor velocity, Tensor velocity_old, Tensor noise, Tensor? velocity_ref, "
       "Tensor directions) -> Tensor dvelocity");
+  // q_lo ... runs are the tables of a SpanMask; softcap = 0 means none.
+  m.def(
+      "packed_attention_fwd(Tensor q, Tensor k, Tensor v, Tensor q_lo, Tensor q_hi, Tensor rows, Tensor spans, "
+      "Tensor runs, float scale, float softcap) -> (Tensor out, Tensor lse)");
+  m.def(
+      "packed_attention_bwd(Tensor dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, "
+      "Tensor q_lo, Tensor q_hi, Tensor rows, Tensor spans, Tensor runs, float scale, float softcap) "
+      "-> (Tensor dq, Tensor dk, Tensor dv)");
 }
 
 namespace {

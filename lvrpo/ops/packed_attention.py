@@ -7,12 +7,14 @@ widths. Derivation: docs/ops/packed_attention.md.
 from __future__ import annotations
 
 import math
-from typing import Literal, overload
+from typing import Any, Literal, overload
 
+import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from lvrpo.masks import SpanMask
-from lvrpo.ops import _backend, _checks
+from lvrpo.ops import _backend, _checks, _library
 from lvrpo.reference.packed_attention import packed_attention as reference_packed_attention
 
 OP = "packed_attention"
@@ -84,10 +86,47 @@ def packed_attention(
     scale = q.shape[-1] ** -0.5 if scale is None and q.dim() and q.shape[-1] else scale
     scale = 1.0 if scale is None else float(scale)
     _check(q, k, v, mask, scale, softcap)
-    _backend.resolve(OP, (q, k, v), backend)
-    return reference_packed_attention(
-        q, k, v, mask, scale=scale, softcap=softcap, return_lse=return_lse
-    )
+    chosen = _backend.resolve(OP, (q, k, v), backend)
+    if chosen == "torch":
+        return reference_packed_attention(
+            q, k, v, mask, scale=scale, softcap=softcap, return_lse=return_lse
+        )
+    tables = (mask.q_lo, mask.q_hi, mask.rows, mask.spans, mask.runs)
+    out, lse = _PackedAttention.apply(q, k, v, *tables, scale, float(softcap))
+    return (out, lse) if return_lse else out
+
+
+class _PackedAttention(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, Tensor]:
+        out, lse = torch.ops.lvrpo.packed_attention_fwd(*inputs)
+        *tensors, ctx.scale, ctx.softcap = inputs
+        ctx.save_for_backward(*tensors[:3], out, lse, *tensors[3:])
+        ctx.set_materialize_grads(False)
+        return out, lse
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Any, ...]:
+        dout = torch.zeros_like(ctx.saved_tensors[3]) if dout is None else dout
+        gradients = torch.ops.lvrpo.packed_attention_bwd(
+            dout, dlse, *ctx.saved_tensors, ctx.scale, ctx.softcap
+        )
+        return (*gradients, *[None] * 7)
+
+
+@_library.register_fake("packed_attention_fwd")
+def _fwd_fake(q: Tensor, k: Tensor, v: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+    lse_dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
+    out = q.new_empty(q.shape[0], q.shape[1], v.shape[2])
+    return out, q.new_empty(q.shape[:2], dtype=lse_dtype)
+
+
+@_library.register_fake("packed_attention_bwd")
+def _bwd_fake(
+    dout: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, *_: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
 
 
 def _check(q: Tensor, k: Tensor, v: Tensor, mask: SpanMask, scale: float, softcap: float) -> None:

@@ -1,0 +1,395 @@
+// Attention over a SpanMask. A unit is a run of query tiles of one document and one key head; threads take units from a
+// counter, and the keys' gradients of a document cut into several units are added in unit order.
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+
+#include <atomic>
+#include <cstdlib>
+#include <optional>
+#include <tuple>
+#include <vector>
+
+#include "common/check.h"
+#include "common/dispatch.h"
+#include "cpu/packed_attention_tile.h"
+
+namespace lvrpo {
+namespace {
+
+using std::optional;
+
+// Scratch of one thread, handed out in steps of 64 bytes.
+template <typename acc>
+class Arena {
+ public:
+  explicit Arena(int64_t capacity) : storage_(capacity + Vector<acc>::width) {
+    const auto address = reinterpret_cast<uintptr_t>(storage_.data());
+    next_ = storage_.data() + (64 - address % 64) % 64 / sizeof(acc);
+  }
+  acc* mark() const { return next_; }
+  void rewind(acc* mark) { next_ = mark; }
+  acc* take(int64_t count) {
+    acc* taken = next_;
+    next_ += round_to_vector<acc>(count);
+    return taken;
+  }
+
+ private:
+  std::vector<acc> storage_;
+  acc* next_;
+};
+
+// [rows, heads, width] with any strides but a contiguous last dimension.
+template <typename scalar_t>
+struct HeadRows {
+  scalar_t* data;
+  int64_t row_stride, head_stride, width;
+  scalar_t* at(int64_t row, int64_t head) const { return data + row * row_stride + head * head_stride; }
+};
+
+template <typename scalar_t>
+HeadRows<const scalar_t> head_rows(const Tensor& t) {
+  return {t.const_data_ptr<scalar_t>(), t.stride(0), t.stride(1), t.size(2)};
+}
+
+template <typename scalar_t>
+HeadRows<scalar_t> mutable_head_rows(Tensor& t) {
+  return {t.mutable_data_ptr<scalar_t>(), t.stride(0), t.stride(1), t.size(2)};
+}
+
+Tensor with_contiguous_heads(const Tensor& t) {
+  return t.size(2) > 1 && t.stride(2) != 1 ? torch::stable::contiguous(t) : t;
+}
+
+// Query heads per key head, and how they are laid out in lanes.
+struct HeadGroups {
+  int64_t kv_heads, per_kv, per_tile, rows_per_tile;
+};
+
+HeadGroups head_groups(const Tensor& q, const Tensor& k) {
+  const int64_t heads = q.size(1), kv_heads = k.size(1);
+  LVRPO_CHECK(kv_heads > 0 && heads % kv_heads == 0, "q has ", heads, " heads, not a multiple of k's ", kv_heads);
+  const int64_t per_kv = heads / kv_heads, per_tile = std::clamp<int64_t>(per_kv, 1, BLOCK_LANES);
+  return {kv_heads, per_kv, per_tile, BLOCK_LANES / per_tile};
+}
+
+void check_inputs(const Tensor& q, const Tensor& k, const Tensor& v, const SpanLayout& layout) {
+  LVRPO_CHECK(q.dim() == 3 && k.dim() == 3 && v.dim() == 3, "q, k and v must be [rows, heads, width]");
+  check_size(q, 0, layout.num_queries, "q");
+  check_size(k, 0, layout.length, "k");
+  check_size(v, 0, layout.length, "v");
+  check_size(v, 1, k.size(1), "v");
+  check_size(k, 2, q.size(2), "k");
+  check_dtype(k, q.scalar_type(), "k");
+  check_dtype(v, q.scalar_type(), "v");
+}
+
+// Calls run(job, arena) once for each job = unit * kv_heads + kv_head, on as many threads as there is work for.
+template <typename acc, typename Run>
+void for_each_job(const TilePlan& plan, int64_t kv_heads, int64_t arena_size, const Run& run) {
+  constexpr int64_t PAIRS_PER_THREAD = 1 << 12;
+  const int64_t jobs = plan.units.size() * kv_heads;
+  int64_t pairs = 0;
+  for (const QueryTile& tile : plan.tiles) pairs += tile.pairs * kv_heads;
+  const int64_t threads = std::min<int64_t>({jobs, pairs / PAIRS_PER_THREAD + 1, torch::stable::get_num_threads()});
+  std::atomic<int64_t> next{0};
+  torch::stable::parallel_for(0, threads, 1, [&](int64_t, int64_t) {
+    Arena<acc> arena(arena_size);
+    for (int64_t job = next++; job < jobs; job = next++) {
+      acc* mark = arena.mark();
+      run(job, arena);
+      arena.rewind(mark);
+    }
+  });
+}
+
+// What both directions need of one call.
+template <typename scalar_t>
+struct Attention {
+  using acc = acc_t<scalar_t>;
+  HeadRows<const scalar_t> q, k, v;
+  SpanLayout layout;
+  TilePlan plan;
+  HeadGroups groups;
+  acc scale, softcap;
+
+  Attention(const Tensor& q, const Tensor& k, const Tensor& v, const SpanLayout& layout, double scale, double softcap)
+      : q(head_rows<scalar_t>(q)),
+        k(head_rows<scalar_t>(k)),
+        v(head_rows<scalar_t>(v)),
+        layout(layout),
+        groups(head_groups(q, k)),
+        scale(static_cast<acc>(scale)),
+        softcap(static_cast<acc>(softcap)) {
+    plan = plan_tiles(layout, groups.rows_per_tile, groups.kv_heads);
+  }
+
+  int64_t padded() const { return round_to_vector<acc>(q.width); }
+  int64_t v_padded() const { return round_to_vector<acc>(v.width); }
+
+  Lanes lanes(const QueryTile& tile, int64_t first_of_group) const {
+    const int64_t rows = tile.row_end - tile.row_begin;
+    const int64_t heads = std::min(groups.per_tile, groups.per_kv - first_of_group);
+    return {rows, heads, rows * heads, round_to_vector<acc>(rows * heads)};
+  }
+};
+
+template <typename scalar_t, typename acc>
+void forward_tile(const Attention<scalar_t>& at, const QueryTile& tile, int64_t kv_head, int64_t first_of_group,
+                  HeadRows<scalar_t> out, acc* lse, Arena<acc>& arena) {
+  const Lanes lanes = at.lanes(tile, first_of_group);
+  const int64_t head = kv_head * at.groups.per_kv + first_of_group, heads = at.groups.kv_heads * at.groups.per_kv;
+  acc *q_rows = arena.take(lanes.padded * at.padded()), *k_copy = arena.take(BLOCK_KEYS * at.padded());
+  acc* v_copy = arena.take(BLOCK_KEYS * at.v_padded());
+  ForwardState<acc> state{arena.take(at.q.width * lanes.padded), arena.take(BLOCK_KEYS * lanes.padded),
+                          arena.take(lanes.padded * at.v_padded()), arena.take(lanes.padded), arena.take(lanes.padded),
+                          arena.take(lanes.padded), arena.take(lanes.padded)};
+  load_lanes<scalar_t, acc>(at.q.at(tile.row_begin, head), at.q.row_stride, at.q.head_stride, lanes, at.q.width,
+                            at.scale, q_rows, state.q_t);
+  std::fill_n(state.out, lanes.padded * at.v_padded(), acc(0));
+  std::fill_n(state.max, lanes.padded, -std::numeric_limits<acc>::infinity());
+  std::fill_n(state.sum, lanes.padded, acc(0));
+
+  KeyBlock block;
+  KeyCursor cursor(at.layout, at.plan, tile, lanes);
+  while (cursor.next(block)) {
+    const Rows<acc> k = key_rows(at.k.at(0, kv_head), at.k.row_stride, block, at.k.width, false, k_copy);
+    const Rows<acc> v = key_rows(at.v.at(0, kv_head), at.v.row_stride, block, at.v.width, true, v_copy);
+    forward_block(block, k, v, at.q.width, at.v.width, lanes, at.softcap, state);
+  }
+  finish_forward(at.v.width, lanes, state);
+  store_lanes<scalar_t, acc>(state.out, acc(1), lanes, at.v.width, out.at(tile.row_begin, head), out.row_stride,
+                             out.head_stride);
+  for (int64_t m = 0; m < lanes.count; ++m)
+    lse[(tile.row_begin + m / lanes.heads) * heads + head + m % lanes.heads] = state.shift[m];
+}
+
+// Rows of documents come first; what is left is padding.
+int64_t rows_of_documents(const SpanLayout& layout) {
+  return layout.num_spans ? layout.spans[layout.num_spans - 1].row_end : 0;
+}
+
+std::tuple<Tensor, Tensor> packed_attention_fwd(Tensor q, Tensor k, Tensor v, Tensor q_lo, Tensor q_hi, Tensor rows,
+                                                Tensor spans, Tensor runs, double scale, double softcap) {
+  const SpanLayout layout = span_layout(q_lo, q_hi, rows, spans, runs);
+  check_inputs(q, k, v, layout);
+  q = with_contiguous_heads(q);
+  k = with_contiguous_heads(k);
+  v = with_contiguous_heads(v);
+  const int64_t heads = q.size(1), v_width = v.size(2);
+  Tensor out = torch::stable::new_empty(q, {q.size(0), heads, v_width});
+  const ScalarType lse_dtype = q.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+  Tensor lse = torch::stable::new_empty(q, {q.size(0), heads}, lse_dtype);
+
+  LVRPO_DISPATCH_FLOATING(q.scalar_type(), scalar_t, [&] {
+    using acc = acc_t<scalar_t>;
+    const Attention<scalar_t> at(q, k, v, layout, scale, softcap);
+    const HeadRows<scalar_t> out_rows = mutable_head_rows<scalar_t>(out);
+    acc* lse_data = lse.mutable_data_ptr<acc>();
+    const int64_t padding = rows_of_documents(layout);
+    std::fill(out_rows.at(padding, 0), out_rows.at(q.size(0), 0), scalar_t(0));
+    std::fill(lse_data + padding * heads, lse_data + q.size(0) * heads, -std::numeric_limits<acc>::infinity());
+    const int64_t arena_size = BLOCK_LANES * (3 * at.padded() + 2 * at.v_padded() + BLOCK_KEYS + 4) + 256;
+    for_each_job<acc>(at.plan, at.groups.kv_heads, arena_size, [&](int64_t job, Arena<acc>& arena) {
+      const WorkUnit& unit = at.plan.units[job / at.groups.kv_heads];
+      acc* mark = arena.mark();
+      for (int64_t t = unit.tile_begin; t < unit.tile_end; ++t) {
+        for (int64_t first = 0; first < at.groups.per_kv; first += at.groups.per_tile) {
+          arena.rewind(mark);
+          forward_tile<scalar_t, acc>(at, at.plan.tiles[t], job % at.groups.kv_heads, first, out_rows, lse_data, arena);
+        }
+      }
+    });
+  });
+  return {out, lse};
+}
+
+template <typename scalar_t>
+struct Upstream {
+  using acc = acc_t<scalar_t>;
+  HeadRows<const scalar_t> dout, out;
+  const acc *dlse, *lse;  // [Lq, Hq]; dlse may be null
+};
+
+template <typename scalar_t, typename acc>
+void backward_tile(const Attention<scalar_t>& at, const Upstream<scalar_t>& up, const QueryTile& tile, int64_t kv_head,
+                   int64_t first_of_group, HeadRows<scalar_t> dq, acc* dk, acc* dv, int64_t first_key,
+                   Arena<acc>& arena) {
+  const Lanes lanes = at.lanes(tile, first_of_group);
+  const int64_t head = kv_head * at.groups.per_kv + first_of_group, heads = at.groups.kv_heads * at.groups.per_kv;
+  acc *k_copy = arena.take(BLOCK_KEYS * at.padded()), *v_copy = arena.take(BLOCK_KEYS * at.v_padded());
+  BackwardState<acc> state{arena.take(lanes.padded * at.padded()),
+                           arena.take(at.q.width * lanes.padded),
+                           arena.take(lanes.padded * at.v_padded()),
+                           arena.take(at.v.width * lanes.padded),
+                           arena.take(BLOCK_KEYS * lanes.padded),
+                           arena.take(BLOCK_KEYS * lanes.padded),
+                           arena.take(GEMM_ROWS * std::max(at.padded(), at.v_padded())),
+                           arena.take(lanes.padded),
+                           arena.take(lanes.padded),
+                           arena.take(lanes.padded * at.padded()),
+                           dk,
+                           dv,
+                           first_key};
+  load_lanes<scalar_t, acc>(at.q.at(tile.row_begin, head), at.q.row_stride, at.q.head_stride, lanes, at.q.width,
+                            at.scale, state.q, state.q_t);
+  load_lanes<scalar_t, acc>(up.dout.at(tile.row_begin, head), up.dout.row_stride, up.dout.head_stride, lanes,
+                            at.v.width, acc(1), state.dout, state.dout_t);
+  std::fill_n(state.dq, lanes.padded * at.padded(), acc(0));
+  std::fill_n(state.lse, lanes.padded, acc(0));
+  std::fill_n(state.delta, lanes.padded, acc(0));
+  for (int64_t m = 0; m < lanes.count; ++m) {
+    const int64_t row = tile.row_begin + m / lanes.heads, column = head + m % lanes.heads;
+    state.lse[m] = up.lse[row * heads + column];
+    state.delta[m] = row_dot<scalar_t, acc>(state.dout + m * at.v_padded(), up.out.at(row, column), at.v.width) -
+                     (up.dlse ? up.dlse[row * heads + column] : acc(0));
+  }
+
+  KeyBlock block;
+  KeyCursor cursor(at.layout, at.plan, tile, lanes);
+  while (cursor.next(block)) {
+    const Rows<acc> k = key_rows(at.k.at(0, kv_head), at.k.row_stride, block, at.k.width, true, k_copy);
+    const Rows<acc> v = key_rows(at.v.at(0, kv_head), at.v.row_stride, block, at.v.width, false, v_copy);
+    backward_block(block, k, v, at.q.width, at.v.width, lanes, at.softcap, state);
+  }
+  store_lanes<scalar_t, acc>(state.dq, at.scale, lanes, at.q.width, dq.at(tile.row_begin, head), dq.row_stride,
+                             dq.head_stride);
+}
+
+// Zeroes rows [begin, end) of a contiguous gradient.
+template <typename scalar_t>
+void zero_rows(HeadRows<scalar_t> x, int64_t begin, int64_t end) {
+  std::fill(x.at(begin, 0), x.at(end, 0), scalar_t(0));
+}
+
+// Sums over a unit's queries for the keys from its document's first on: dk [keys, D], then dv [keys, Dv].
+template <typename scalar_t>
+struct KeyGradients {
+  using acc = acc_t<scalar_t>;
+  HeadRows<scalar_t> dk, dv;
+  int64_t padded, v_padded;
+
+  void store(const acc* sums, int64_t keys, int64_t first_key, int64_t kv_head) const {
+    const Lanes lanes{keys, 1, keys, keys};
+    store_lanes<scalar_t, acc>(sums, acc(1), lanes, dk.width, dk.at(first_key, kv_head), dk.row_stride, 0);
+    store_lanes<scalar_t, acc>(sums + keys * padded, acc(1), lanes, dv.width, dv.at(first_key, kv_head), dv.row_stride,
+                               0);
+  }
+};
+
+// Adds the sums of a document's units in order, and stores them.
+template <typename scalar_t, typename acc>
+void reduce_units(const TilePlan& plan, int64_t first_unit, int64_t kv_heads,
+                  const std::vector<std::vector<acc>>& partial, const KeyGradients<scalar_t>& gradients) {
+  const int64_t document = plan.units[first_unit].document;
+  const Document& keys_of = plan.documents[document];
+  const int64_t width = gradients.padded + gradients.v_padded, keys = keys_of.key_end - keys_of.key_begin;
+  const int64_t units = plan.units.size();
+  torch::stable::parallel_for(0, kv_heads, 1, [&](int64_t begin, int64_t end) {
+    std::vector<acc> total(keys * width);
+    for (int64_t kv_head = begin; kv_head < end; ++kv_head) {
+      std::fill(total.begin(), total.end(), acc(0));
+      for (int64_t u = first_unit; u < units && plan.units[u].document == document; ++u) {
+        const std::vector<acc>& sums = partial[u * kv_heads + kv_head];
+        const int64_t seen = sums.size() / width;
+        add_values(total.data(), sums.data(), seen * gradients.padded);
+        add_values(total.data() + keys * gradients.padded, sums.data() + seen * gradients.padded,
+                   seen * gradients.v_padded);
+      }
+      gradients.store(total.data(), keys, keys_of.key_begin, kv_head);
+    }
+  });
+}
+
+template <typename scalar_t>
+void backward(const Attention<scalar_t>& at, const Upstream<scalar_t>& up, HeadRows<scalar_t> dq, HeadRows<scalar_t> dk,
+              HeadRows<scalar_t> dv) {
+  using acc = acc_t<scalar_t>;
+  const TilePlan& plan = at.plan;
+  const int64_t kv_heads = at.groups.kv_heads, units = plan.units.size();
+  const KeyGradients<scalar_t> gradients{dk, dv, at.padded(), at.v_padded()};
+  const int64_t width = gradients.padded + gradients.v_padded;
+  const auto is_whole = [&](const WorkUnit& unit) {
+    const Document& document = plan.documents[unit.document];
+    return unit.tile_begin == document.tile_begin && unit.tile_end == document.tile_end;
+  };
+  int64_t whole_keys = 0, last_key = 0;
+  for (const Document& document : plan.documents) {
+    if (document.tile_begin == document.tile_end) {
+      zero_rows(dk, document.key_begin, document.key_end);
+      zero_rows(dv, document.key_begin, document.key_end);
+    }
+    last_key = document.key_end;
+  }
+  zero_rows(dk, last_key, at.layout.length);
+  zero_rows(dv, last_key, at.layout.length);
+  zero_rows(dq, rows_of_documents(at.layout), at.layout.num_queries);
+  for (const WorkUnit& unit : plan.units) {
+    const Document& document = plan.documents[unit.document];
+    if (is_whole(unit)) whole_keys = std::max(whole_keys, document.key_end - document.key_begin);
+  }
+
+  std::vector<std::vector<acc>> partial(units * kv_heads);
+  const int64_t arena_size = whole_keys * width + BLOCK_LANES * (5 * width + 2 * BLOCK_KEYS) + 512;
+  for_each_job<acc>(plan, kv_heads, arena_size, [&](int64_t job, Arena<acc>& arena) {
+    const WorkUnit& unit = plan.units[job / kv_heads];
+    const Document& document = plan.documents[unit.document];
+    const bool whole = is_whole(unit);
+    int64_t key_end = whole ? document.key_end : document.key_begin;
+    for (int64_t t = unit.tile_begin; !whole && t < unit.tile_end; ++t)
+      key_end = std::max<int64_t>(key_end, plan.ranges[plan.tiles[t].range_end - 1].end);
+    const int64_t keys = key_end - document.key_begin;
+    if (!whole) partial[job].resize(keys * width);
+    acc* dk_sums = whole ? arena.take(keys * width) : partial[job].data();
+    if (whole) std::fill_n(dk_sums, keys * width, acc(0));
+    acc* dv_sums = dk_sums + keys * gradients.padded;
+    acc* mark = arena.mark();
+    for (int64_t t = unit.tile_begin; t < unit.tile_end; ++t) {
+      for (int64_t first = 0; first < at.groups.per_kv; first += at.groups.per_tile) {
+        arena.rewind(mark);
+        backward_tile<scalar_t, acc>(at, up, plan.tiles[t], job % kv_heads, first, dq, dk_sums, dv_sums,
+                                     document.key_begin, arena);
+      }
+    }
+    if (whole) gradients.store(dk_sums, keys, document.key_begin, job % kv_heads);
+  });
+  for (int64_t u = 0; u < units; ++u) {
+    const bool first = u == 0 || plan.units[u - 1].document != plan.units[u].document;
+    if (first && !is_whole(plan.units[u])) reduce_units(plan, u, kv_heads, partial, gradients);
+  }
+}
+
+std::tuple<Tensor, Tensor, Tensor> packed_attention_bwd(Tensor dout, optional<Tensor> dlse, Tensor q, Tensor k,
+                                                        Tensor v, Tensor out, Tensor lse, Tensor q_lo, Tensor q_hi,
+                                                        Tensor rows, Tensor spans, Tensor runs, double scale,
+                                                        double softcap) {
+  const SpanLayout layout = span_layout(q_lo, q_hi, rows, spans, runs);
+  check_inputs(q, k, v, layout);
+  q = with_contiguous_heads(q);
+  k = with_contiguous_heads(k);
+  v = with_contiguous_heads(v);
+  dout = with_contiguous_heads(dout);
+  out = with_contiguous_heads(out);
+  lse = torch::stable::contiguous(lse);
+  if (dlse) dlse = torch::stable::contiguous(*dlse);
+  Tensor dq = torch::stable::new_empty(q, {q.size(0), q.size(1), q.size(2)});
+  Tensor dk = torch::stable::new_empty(k, {k.size(0), k.size(1), k.size(2)});
+  Tensor dv = torch::stable::new_empty(v, {v.size(0), v.size(1), v.size(2)});
+
+  LVRPO_DISPATCH_FLOATING(q.scalar_type(), scalar_t, [&] {
+    using acc = acc_t<scalar_t>;
+    const Attention<scalar_t> at(q, k, v, layout, scale, softcap);
+    const Upstream<scalar_t> up{head_rows<scalar_t>(dout), head_rows<scalar_t>(out),
+                                dlse ? dlse->const_data_ptr<acc>() : nullptr, lse.const_data_ptr<acc>()};
+    backward(at, up, mutable_head_rows<scalar_t>(dq), mutable_head_rows<scalar_t>(dk), mutable_head_rows<scalar_t>(dv));
+  });
+  return {dq, dk, dv};
+}
+
+}  // namespace
+}  // namespace lvrpo
+
+STABLE_TORCH_LIBRARY_IMPL(lvrpo, CPU, m) {
+  m.impl("packed_attention_fwd", TORCH_BOX(&lvrpo::packed_attention_fwd));
+  m.impl("packed_attention_bwd", TORCH_BOX(&lvrpo::packed_attention_bwd));
+}

@@ -1,0 +1,354 @@
+// One tile of attention: 64 lanes (query row, head) against 64 keys at a time. The lanes are the vector dimension of the
+// scores, so that maxima and sums over keys need no horizontal step. Formulas: docs/ops/packed_attention.md.
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <limits>
+#include <type_traits>
+
+#include "common/simd.h"
+#include "common/span_layout.h"
+#include "common/tile_gemm.h"
+
+namespace lvrpo {
+
+inline constexpr int64_t BLOCK_LANES = 64;
+inline constexpr int64_t BLOCK_KEYS = 64;
+inline constexpr int64_t BLOCK_GROUPS = BLOCK_LANES / GEMM_ROWS;
+
+// Rows of a tile times query heads of one key head; lane = row * heads + head, padded with zeros to whole vectors.
+struct Lanes {
+  int64_t rows, heads, count, padded;
+};
+
+// Up to BLOCK_KEYS keys, and for each the lanes that see it.
+struct KeyBlock {
+  int64_t count;
+  bool contiguous;
+  int32_t key[BLOCK_KEYS];
+  int32_t lane_begin[BLOCK_KEYS], lane_end[BLOCK_KEYS];
+  // Per GEMM_ROWS lanes: from the first to the last key that one of them sees.
+  int32_t group_begin[BLOCK_GROUPS], group_end[BLOCK_GROUPS];
+};
+
+// Walks the key ranges of a tile block by block.
+class KeyCursor {
+ public:
+  KeyCursor(const SpanLayout& layout, const TilePlan& plan, const QueryTile& tile, const Lanes& lanes)
+      : layout_(layout), tile_(tile), lanes_(lanes), ranges_(plan.ranges.data()), range_(tile.range_begin) {
+    if (range_ < tile.range_end) key_ = ranges_[range_].begin;
+    const int32_t* rows = layout.rows + tile.row_begin;
+    dense_ = rows[lanes.rows - 1] - rows[0] + 1 == lanes.rows;
+  }
+
+  bool next(KeyBlock& block) {
+    block.count = 0;
+    while (block.count < BLOCK_KEYS && range_ < tile_.range_end) {
+      const int32_t end = ranges_[range_].end;
+      while (block.count < BLOCK_KEYS && key_ < end) block.key[block.count++] = key_++;
+      if (key_ == end && ++range_ < tile_.range_end) key_ = ranges_[range_].begin;
+    }
+    if (block.count == 0) return false;
+    block.contiguous = block.key[block.count - 1] - block.key[0] + 1 == block.count;
+    find_lanes(block);
+    return true;
+  }
+
+ private:
+  // First row of the tile at or after a buffer row.
+  int32_t row_at(int32_t token) const {
+    const int32_t* rows = layout_.rows + tile_.row_begin;
+    if (dense_) return std::clamp<int32_t>(token - rows[0], 0, lanes_.rows);
+    return std::lower_bound(rows, rows + lanes_.rows, token) - rows;
+  }
+
+  void find_lanes(KeyBlock& block) const {
+    std::fill_n(block.group_begin, BLOCK_GROUPS, 0);
+    std::fill_n(block.group_end, BLOCK_GROUPS, 0);
+    bool all = true;
+    const int32_t heads = lanes_.heads, count = lanes_.count;
+    for (int64_t n = 0; n < block.count; ++n) {
+      block.lane_begin[n] = row_at(layout_.q_lo[block.key[n]]) * heads;
+      block.lane_end[n] = row_at(layout_.q_hi[block.key[n]]) * heads;
+      all &= block.lane_begin[n] == 0 && block.lane_end[n] == count;
+    }
+    const int32_t groups = (count + GEMM_ROWS - 1) / GEMM_ROWS;
+    if (all) {
+      std::fill_n(block.group_end, groups, static_cast<int32_t>(block.count));
+      return;
+    }
+    for (int64_t n = block.count - 1; n >= 0; --n) {
+      if (block.lane_begin[n] >= block.lane_end[n]) continue;
+      const int32_t last = (block.lane_end[n] - 1) / GEMM_ROWS;
+      for (int32_t g = block.lane_begin[n] / GEMM_ROWS; g <= last; ++g) {
+        block.group_begin[g] = n;
+        block.group_end[g] = std::max<int32_t>(block.group_end[g], n + 1);
+      }
+    }
+  }
+
+  const SpanLayout& layout_;
+  const QueryTile& tile_;
+  const Lanes& lanes_;
+  const TokenRange* ranges_;
+  int64_t range_;
+  int32_t key_ = 0;
+  bool dense_;
+};
+
+// Matrix rows in acc: the tensor's own memory, or a copy.
+template <typename acc>
+struct Rows {
+  const acc* data;
+  int64_t stride;
+};
+
+template <typename scalar_t, typename acc>
+LVRPO_MULTIVERSION void copy_rows(const scalar_t* source, int64_t stride, const int32_t* index, int64_t count,
+                                  int64_t width, int64_t padded, acc* out) {
+  for (int64_t n = 0; n < count; ++n) {
+    const scalar_t* row = source + index[n] * stride;
+#pragma omp simd
+    for (int64_t i = 0; i < width; ++i) out[n * padded + i] = static_cast<acc>(row[i]);
+    for (int64_t i = width; i < padded; ++i) out[n * padded + i] = acc(0);
+  }
+}
+
+// The rows of a block of keys, copied only where they are scattered, narrow or `whole_vectors` are needed and not there.
+template <typename scalar_t, typename acc>
+Rows<acc> key_rows(const scalar_t* source, int64_t stride, const KeyBlock& block, int64_t width, bool whole_vectors,
+                   acc* copy) {
+  const int64_t padded = round_to_vector<acc>(width);
+  if constexpr (std::is_same_v<scalar_t, acc>) {
+    if (block.contiguous && (!whole_vectors || width == padded)) return {source + block.key[0] * stride, stride};
+  }
+  copy_rows<scalar_t, acc>(source, stride, block.key, block.count, width, padded, copy);
+  return {copy, padded};
+}
+
+// Lanes of q (or dout) as rows, `out` [padded lanes, round_to_vector(width)], and transposed, `out_t` [width, padded lanes].
+template <typename scalar_t, typename acc>
+LVRPO_MULTIVERSION void load_lanes(const scalar_t* source, int64_t row_stride, int64_t head_stride, Lanes lanes,
+                                   int64_t width, acc scale, acc* out, acc* out_t) {
+  const int64_t padded = round_to_vector<acc>(width);
+  for (int64_t r = 0; r < lanes.rows; ++r) {
+    for (int64_t h = 0; h < lanes.heads; ++h) {
+      const scalar_t* x = source + r * row_stride + h * head_stride;
+      acc* y = out + (r * lanes.heads + h) * padded;
+#pragma omp simd
+      for (int64_t i = 0; i < width; ++i) y[i] = static_cast<acc>(x[i]) * scale;
+      for (int64_t i = width; i < padded; ++i) y[i] = acc(0);
+    }
+  }
+  for (int64_t i = lanes.count * padded; i < lanes.padded * padded; ++i) out[i] = acc(0);
+  for (int64_t i = 0; i < width; ++i)
+    for (int64_t m = 0; m < lanes.padded; ++m) out_t[i * lanes.padded + m] = out[m * padded + i];
+}
+
+template <typename scalar_t, typename acc>
+LVRPO_MULTIVERSION void store_lanes(const acc* x, acc factor, Lanes lanes, int64_t width, scalar_t* out,
+                                    int64_t row_stride, int64_t head_stride) {
+  const int64_t padded = round_to_vector<acc>(width);
+  for (int64_t r = 0; r < lanes.rows; ++r) {
+    for (int64_t h = 0; h < lanes.heads; ++h) {
+      const int64_t m = r * lanes.heads + h;
+      scalar_t* y = out + r * row_stride + h * head_stride;
+#pragma omp simd
+      for (int64_t i = 0; i < width; ++i) y[i] = static_cast<scalar_t>(x[m * padded + i] * factor);
+    }
+  }
+}
+
+template <typename scalar_t, typename acc>
+LVRPO_MULTIVERSION acc row_dot(const acc* x, const scalar_t* y, int64_t width) {
+  acc sum = 0;
+#pragma omp simd reduction(+ : sum)
+  for (int64_t i = 0; i < width; ++i) sum += x[i] * static_cast<acc>(y[i]);
+  return sum;
+}
+
+template <typename acc>
+LVRPO_MULTIVERSION void add_values(acc* sum, const acc* x, int64_t count) {
+#pragma omp simd
+  for (int64_t i = 0; i < count; ++i) sum[i] += x[i];
+}
+
+// Lanes, in whole vectors, in which the GEMM_ROWS keys from n on have a score.
+template <typename acc>
+LVRPO_INLINE void scored_lanes(const KeyBlock& block, int64_t n, int64_t& begin, int64_t& end) {
+  begin = BLOCK_LANES;
+  end = 0;
+  for (int64_t i = n; i < n + GEMM_ROWS && i < block.count; ++i) {
+    if (block.lane_begin[i] >= block.lane_end[i]) continue;
+    begin = block.lane_begin[i] < begin ? block.lane_begin[i] : begin;
+    end = block.lane_end[i] > end ? block.lane_end[i] : end;
+  }
+  if (begin > end) begin = end;
+  begin = begin / Vector<acc>::width * Vector<acc>::width;
+  end = round_to_vector<acc>(end);
+}
+
+// s[n][m] = rows[n] . lanes_t[:, m]
+template <typename acc>
+LVRPO_INLINE void dot_keys(const KeyBlock& block, Rows<acc> rows, const acc* lanes_t, int64_t width, int64_t lanes,
+                           acc* s) {
+  for (int64_t n = 0; n < block.count; n += GEMM_ROWS) {
+    int64_t begin, end;
+    scored_lanes<acc>(block, n, begin, end);
+    const acc* a[GEMM_ROWS];
+    for (int64_t i = 0; i < GEMM_ROWS; ++i) a[i] = rows.data + (n + i < block.count ? n + i : block.count - 1) * rows.stride;
+    gemm_rows(a, 1, lanes_t + begin, lanes, s + n * lanes + begin, lanes, end - begin, width, false);
+  }
+}
+
+// out[m] += sum_n w[n][m] rows[n]
+template <typename acc>
+LVRPO_INLINE void add_weighted_keys(const KeyBlock& block, const acc* w, Rows<acc> rows, int64_t width, Lanes lanes,
+                                    acc* out) {
+  for (int64_t g = 0; g * GEMM_ROWS < lanes.count; ++g) {
+    const int64_t begin = block.group_begin[g], depth = block.group_end[g] - begin;
+    const acc* a[GEMM_ROWS];
+    for (int64_t i = 0; i < GEMM_ROWS; ++i) a[i] = w + begin * lanes.padded + g * GEMM_ROWS + i;
+    gemm_rows(a, lanes.padded, rows.data + begin * rows.stride, rows.stride, out + g * GEMM_ROWS * width, width, width,
+              depth, true);
+  }
+}
+
+// sums[key[n] - first_key] += sum_m w[n][m] lanes[m]; `product` holds a block.
+template <typename acc>
+LVRPO_INLINE void add_to_keys(const KeyBlock& block, const acc* w, const acc* lane_rows, int64_t width, int64_t lanes,
+                              acc* product, acc* sums, int64_t first_key) {
+  for (int64_t n = 0; n < block.count; n += GEMM_ROWS) {
+    int64_t begin, end;
+    scored_lanes<acc>(block, n, begin, end);
+    const acc* a[GEMM_ROWS];
+    for (int64_t i = 0; i < GEMM_ROWS; ++i) a[i] = w + (n + i) * lanes + begin;
+    gemm_rows(a, 1, lane_rows + begin * width, width, product, width, width, end - begin, false);
+    for (int64_t i = n; i < n + GEMM_ROWS && i < block.count; ++i) {
+      acc* sum = sums + (block.key[i] - first_key) * width;
+      const acc* row = product + (i - n) * width;
+#pragma omp simd
+      for (int64_t d = 0; d < width; ++d) sum[d] += row[d];
+    }
+  }
+}
+
+// Score of key n in lane m, ready for exp: cap, and -inf where the lane does not see the key.
+template <typename acc>
+LVRPO_INLINE void finish_scores(const KeyBlock& block, int64_t n, int64_t begin, int64_t end, acc softcap, acc* s) {
+  const acc minus_infinity = -std::numeric_limits<acc>::infinity();
+  if (softcap > acc(0))
+    for (int64_t m = begin; m < end; ++m) s[m] = softcap * std::tanh(s[m] / softcap);
+  for (int64_t m = begin; m < block.lane_begin[n] && m < end; ++m) s[m] = minus_infinity;
+  for (int64_t m = block.lane_end[n] > begin ? block.lane_end[n] : begin; m < end; ++m) s[m] = minus_infinity;
+}
+
+// Running softmax of the lanes of one tile.
+template <typename acc>
+struct ForwardState {
+  acc *q_t, *s, *out;            // [D, lanes], [BLOCK_KEYS, lanes], [lanes, Dv]
+  acc *max, *sum, *shift, *factor;  // [lanes]
+};
+
+template <typename acc>
+LVRPO_MULTIVERSION void forward_block(const KeyBlock& block, Rows<acc> k, Rows<acc> v, int64_t width, int64_t v_width,
+                                      Lanes lanes, acc softcap, const ForwardState<acc>& state) {
+  const int64_t count = lanes.padded;
+  acc *s = state.s, *max = state.max, *sum = state.sum, *shift = state.shift, *factor = state.factor;
+  dot_keys(block, k, state.q_t, width, count, s);
+  for (int64_t m = 0; m < count; ++m) shift[m] = max[m];
+  int64_t begin, end;
+  for (int64_t n = 0; n < block.count; ++n) {
+    if (n % GEMM_ROWS == 0) scored_lanes<acc>(block, n, begin, end);
+    acc* row = s + n * count;
+    finish_scores(block, n, begin, end, softcap, row);
+#pragma omp simd
+    for (int64_t m = begin; m < end; ++m) shift[m] = row[m] > shift[m] ? row[m] : shift[m];
+  }
+  bool rescale = false;
+  for (int64_t m = 0; m < count; ++m) {
+    const acc old = max[m];
+    max[m] = shift[m];
+    // A lane that has seen no key yet keeps the maximum -inf, and subtracts 0 from its scores of -inf.
+    if (shift[m] == -std::numeric_limits<acc>::infinity()) shift[m] = acc(0);
+    factor[m] = exp_fast(old - shift[m]);
+    sum[m] *= factor[m];
+    rescale |= factor[m] != acc(1);
+  }
+  for (int64_t n = 0; n < block.count; ++n) {
+    if (n % GEMM_ROWS == 0) scored_lanes<acc>(block, n, begin, end);
+    acc* row = s + n * count;
+    for (int64_t m = 0; m < begin; ++m) row[m] = acc(0);
+#pragma omp simd
+    for (int64_t m = begin; m < end; ++m) {
+      row[m] = exp_fast(row[m] - shift[m]);
+      sum[m] += row[m];
+    }
+    for (int64_t m = end; m < count; ++m) row[m] = acc(0);
+  }
+  const int64_t padded = round_to_vector<acc>(v_width);
+  if (rescale) {
+    for (int64_t m = 0; m < lanes.count; ++m) {
+#pragma omp simd
+      for (int64_t i = 0; i < padded; ++i) state.out[m * padded + i] *= factor[m];
+    }
+  }
+  add_weighted_keys(block, s, v, padded, lanes, state.out);
+}
+
+// Divides by the sums and leaves the log-sum-exps in `shift`.
+template <typename acc>
+LVRPO_MULTIVERSION void finish_forward(int64_t v_width, Lanes lanes, const ForwardState<acc>& state) {
+  const int64_t padded = round_to_vector<acc>(v_width);
+  for (int64_t m = 0; m < lanes.count; ++m) {
+    state.shift[m] = state.max[m] + std::log(state.sum[m]);
+    const acc inverse = acc(1) / state.sum[m];
+#pragma omp simd
+    for (int64_t i = 0; i < padded; ++i) state.out[m * padded + i] *= inverse;
+  }
+}
+
+template <typename acc>
+struct BackwardState {
+  acc *q, *q_t, *dout, *dout_t;      // [lanes, D], [D, lanes], [lanes, Dv], [Dv, lanes]
+  acc *p, *ds, *product;             // [BLOCK_KEYS, lanes] x 2, [GEMM_ROWS, D or Dv]
+  acc *lse, *delta, *dq;             // [lanes] x 2, [lanes, D]
+  acc *dk, *dv;                      // sums from first_key on: [keys, D], [keys, Dv]
+  int64_t first_key;
+};
+
+template <typename acc>
+LVRPO_MULTIVERSION void backward_block(const KeyBlock& block, Rows<acc> k, Rows<acc> v, int64_t width, int64_t v_width,
+                                       Lanes lanes, acc softcap, const BackwardState<acc>& state) {
+  const int64_t count = lanes.padded;
+  dot_keys(block, k, state.q_t, width, count, state.p);
+  dot_keys(block, v, state.dout_t, v_width, count, state.ds);
+  int64_t begin, end;
+  for (int64_t n = 0; n < block.count; ++n) {
+    if (n % GEMM_ROWS == 0) scored_lanes<acc>(block, n, begin, end);
+    acc *p = state.p + n * count, *ds = state.ds + n * count;
+    finish_scores(block, n, begin, end, softcap, p);
+    for (int64_t m = 0; m < begin; ++m) p[m] = ds[m] = acc(0);
+    if (softcap > acc(0)) {
+      for (int64_t m = begin; m < end; ++m) {
+        const acc z = p[m], prob = exp_fast(z - state.lse[m]), t = z / softcap;
+        p[m] = prob;
+        ds[m] = prob > acc(0) ? prob * (ds[m] - state.delta[m]) * (acc(1) - t) * (acc(1) + t) : acc(0);
+      }
+    } else {
+#pragma omp simd
+      for (int64_t m = begin; m < end; ++m) {
+        p[m] = exp_fast(p[m] - state.lse[m]);
+        ds[m] = p[m] * (ds[m] - state.delta[m]);
+      }
+    }
+    for (int64_t m = end; m < count; ++m) p[m] = ds[m] = acc(0);
+  }
+  const int64_t padded = round_to_vector<acc>(width), v_padded = round_to_vector<acc>(v_width);
+  add_weighted_keys(block, state.ds, k, padded, lanes, state.dq);
+  add_to_keys(block, state.ds, state.q, padded, count, state.product, state.dk, state.first_key);
+  add_to_keys(block, state.p, state.dout, v_padded, count, state.product, state.dv, state.first_key);
+}
+
+}  // namespace lvrpo
