@@ -19,7 +19,9 @@ STABLE_TORCH_LIBRARY(lvrpo, m) {
   m.def(
       "flow_step_fwd(Tensor velocity, Tensor x_t, Tensor? noise, Tensor c_x, Tensor c_v, Tensor std) "
       "-> (Tensor x_next, Tensor logprob)");
-  m.def("flow_step_bwd(Tensor dx_next, Tensor dlogprob, Tensor? noise, Tensor std) -> Tensor dmean");
+  m.def(
+      "flow_step_bwd(Tensor dx_next, Tensor dlogprob, Tensor? noise, Tensor c_x, Tensor c_v, Tensor std) "
+      "-> (Tensor dvelocity, Tensor dx_t)");
   // variant and kl number the names of lvrpo/ops/flow_policy_loss.py; log_ratio_scale = 0 means "mean". directions [N, 3]
   // are the factors of noise, velocity - velocity_old and velocity - velocity_ref in d loss / d velocity.
   m.def(

@@ -35,7 +35,10 @@ class UnifiedConfig:
     kv_heads: int = 2
     head_dim: int = 24
     mlp: int = 256
-    vision_layers: int = 0
+    vision_layers: int = 0  # 0: patches go straight to the connector
+    vision_hidden: int = 96
+    vision_heads: int = 4
+    vision_mlp: int = 256
     image_channels: int = 1
     image_patch: int = 8
     latent_dim: int = 16
@@ -54,9 +57,16 @@ class UnifiedConfig:
             )
         if self.head_dim % 2:
             raise ValueError(f"model.head_dim is {self.head_dim}, RoPE needs an even number")
-        if self.hidden % 4:
+        for name in ("hidden", "vision_hidden"):
+            if getattr(self, name) % 4:
+                raise ValueError(
+                    f"model.{name} is {getattr(self, name)}, the 2-D position table needs a "
+                    "multiple of 4"
+                )
+        if self.vision_hidden % self.vision_heads:
             raise ValueError(
-                f"model.hidden is {self.hidden}, the 2-D position table needs a multiple of 4"
+                f"model.vision_hidden is {self.vision_hidden}, expected a multiple of "
+                f"vision_heads = {self.vision_heads}"
             )
 
     @classmethod
@@ -66,6 +76,9 @@ class UnifiedConfig:
             "layers": 28,
             "head_dim": 128,
             "vision_layers": 26,
+            "vision_hidden": 1152,
+            "vision_heads": 16,
+            "vision_mlp": 4304,
             "image_channels": 3,
             "image_patch": 14,
             "latent_dim": 64,
@@ -134,25 +147,25 @@ class KVCache:
 class Expert(nn.Module):
     """One parameter set of a layer: attention projections with q/k norms, and a SwiGLU."""
 
-    def __init__(self, config: UnifiedConfig) -> None:
+    def __init__(
+        self, width: int, heads: int, kv_heads: int, head_dim: int, mlp: int, eps: float
+    ) -> None:
         super().__init__()
-        self.config = config
-        width, query_width = config.hidden, config.heads * config.head_dim
-        qkv_heads = config.heads + 2 * config.kv_heads
-        self.attention_norm = nn.RMSNorm(width, eps=config.norm_eps)
-        self.qkv = nn.Linear(width, qkv_heads * config.head_dim)
-        self.query_norm = nn.RMSNorm(config.head_dim, eps=config.norm_eps)
-        self.key_norm = nn.RMSNorm(config.head_dim, eps=config.norm_eps)
-        self.out = nn.Linear(query_width, width, bias=False)
-        self.mlp_norm = nn.RMSNorm(width, eps=config.norm_eps)
-        self.gate_up = nn.Linear(width, 2 * config.mlp, bias=False)
-        self.down = nn.Linear(config.mlp, width, bias=False)
+        self.heads = [heads, kv_heads, kv_heads]
+        self.head_dim = head_dim
+        self.attention_norm = nn.RMSNorm(width, eps=eps)
+        self.qkv = nn.Linear(width, sum(self.heads) * head_dim)
+        self.query_norm = nn.RMSNorm(head_dim, eps=eps)
+        self.key_norm = nn.RMSNorm(head_dim, eps=eps)
+        self.out = nn.Linear(heads * head_dim, width, bias=False)
+        self.mlp_norm = nn.RMSNorm(width, eps=eps)
+        self.gate_up = nn.Linear(width, 2 * mlp, bias=False)
+        self.down = nn.Linear(mlp, width, bias=False)
 
     def project(self, x: Tensor, rope: tuple[Tensor, Tensor] | None) -> Tensor:
         """[n, hidden] -> queries, keys and values [n, Hq + 2 Hkv, D], normed and rotated."""
-        heads, kv_heads = self.config.heads, self.config.kv_heads
-        qkv = rearrange(self.qkv(self.attention_norm(x)), "n (h d) -> n h d", d=self.config.head_dim)
-        query, key, value = qkv.split([heads, kv_heads, kv_heads], dim=1)
+        qkv = rearrange(self.qkv(self.attention_norm(x)), "n (h d) -> n h d", d=self.head_dim)
+        query, key, value = qkv.split(self.heads, dim=1)
         rotated = torch.cat([self.query_norm(query), self.key_norm(key)], dim=1)
         if rope is not None:
             rotated = rotate(rotated, *rope)
@@ -173,17 +186,33 @@ class UnifiedModel(nn.Module):
         self.config = config
         width = config.hidden
         self.embedding = nn.Embedding(config.vocab_size, width)
-        self.patch_in = nn.Linear(config.image_channels * config.image_patch**2, width)
-        self.vision = nn.ModuleList(Expert(config) for _ in range(config.vision_layers))
+        vision_width, vision_heads = config.vision_hidden, config.vision_heads
+        self.patch_in = nn.Linear(config.image_channels * config.image_patch**2, vision_width)
+        self.vision = nn.ModuleList(
+            Expert(
+                vision_width,
+                vision_heads,
+                vision_heads,
+                vision_width // vision_heads,
+                config.vision_mlp,
+                config.norm_eps,
+            )
+            for _ in range(config.vision_layers)
+        )
         self.connector = nn.Sequential(
-            nn.Linear(width, width), nn.GELU(approximate="tanh"), nn.Linear(width, width)
+            nn.Linear(vision_width, width), nn.GELU(approximate="tanh"), nn.Linear(width, width)
         )
         self.latent_in = nn.Linear(config.latent_dim, width)
         self.timestep_in = nn.Sequential(
             nn.Linear(config.timestep_dim, width), nn.SiLU(), nn.Linear(width, width)
         )
-        self.understand = nn.ModuleList(Expert(config) for _ in range(config.layers))
-        self.generate = nn.ModuleList(Expert(config) for _ in range(config.layers))
+        heads = config.heads, config.kv_heads, config.head_dim
+        self.understand, self.generate = (
+            nn.ModuleList(
+                Expert(width, *heads, config.mlp, config.norm_eps) for _ in range(config.layers)
+            )
+            for _ in range(2)
+        )
         self.text_norm = nn.RMSNorm(width, eps=config.norm_eps)
         self.latent_norm = nn.RMSNorm(width, eps=config.norm_eps)
         self.head = nn.Linear(width, config.vocab_size, bias=False)
@@ -237,7 +266,6 @@ class UnifiedModel(nn.Module):
         cos, sin = rope_table(batch.position_ids[rows], config.head_dim, config.rope_theta)
         split = [len(x_und), len(x_gen)]
         rope_und, rope_gen = zip(cos.split(split), sin.split(split), strict=True)
-        heads, kv_heads = config.heads, config.kv_heads
 
         for layer, (und, gen) in enumerate(zip(self.understand, self.generate, strict=True)):
             assert isinstance(und, Expert)
@@ -249,7 +277,7 @@ class UnifiedModel(nn.Module):
                 if len(x)
             ]
             qkv = torch.cat(parts).index_select(0, packed_order)
-            query, key, value = qkv.split([heads, kv_heads, kv_heads], dim=1)
+            query, key, value = qkv.split(und.heads, dim=1)
             if cache is not None:
                 assert cache_rows is not None
                 key, value = cache.write(layer, cache_rows, key, value)
@@ -271,17 +299,15 @@ class UnifiedModel(nn.Module):
 
     def _encode_patches(self, batch: PackedBatch, backend: str | None) -> Tensor:
         x = self.patch_in(batch.patches.to(self.patch_in.weight.dtype))
-        x = x + grid_table(batch.patch_grid, self.config.hidden).to(x)
+        x = x + grid_table(batch.patch_grid, self.config.vision_hidden).to(x)
         if self.vision and len(x):
             # A patch with grid position (0, 0) starts an image; images do not see each other.
             starts = (batch.patch_grid == 0).all(dim=1).nonzero().flatten().tolist()
             mask = SpanMask.from_cu_seqlens([*starts, len(x)], causal=False).to(x.device)
-            config = self.config
             for expert in self.vision:
                 assert isinstance(expert, Expert)
-                qkv = expert.project(x, None)
-                heads = qkv.split([config.heads, config.kv_heads, config.kv_heads], dim=1)
-                attended = packed_attention(*heads, mask, backend=backend)
+                query, key, value = expert.project(x, None).split(expert.heads, dim=1)
+                attended = packed_attention(query, key, value, mask, backend=backend)
                 x = expert.finish(x, attended.flatten(1))
         return self.connector(x)  # type: ignore[no-any-return]
 

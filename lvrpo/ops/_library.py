@@ -33,6 +33,11 @@ def register_fake(name: str) -> Callable[[Fake], Fake]:
 
     def decorate(fake: Fake) -> Fake:
         if EXTENSION is not None:
+            if not hasattr(torch.ops.lvrpo, name):
+                raise ImportError(
+                    f"lvrpo._C has no op {name}: it was built from older sources; build it again "
+                    "(pip install -e .)"
+                )
             torch.library.register_fake(f"lvrpo::{name}", fake)
         return fake
 

@@ -236,7 +236,9 @@ class _FlowPolicyLoss(torch.autograd.Function):
             denominator,
             *scalars,
         )
-        ctx.save_for_backward(velocity, velocity_old, noise, velocity_ref, directions)
+        beta = scalars[-1]
+        reference = velocity_ref if beta > 0 else None
+        ctx.save_for_backward(velocity, velocity_old, noise, reference, directions)
         ctx.mark_non_differentiable(metrics)
         return loss, metrics
 

@@ -120,15 +120,8 @@ class _FlowStep(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dx_next: Tensor, dlogprob: Tensor) -> tuple[Any, ...]:
-        noise, c_x, c_v, std = ctx.saved_tensors
-        dmean = torch.ops.lvrpo.flow_step_bwd(dx_next, dlogprob, noise, std)
-        shape = (-1, *[1] * (dmean.dim() - 1))
-        dvelocity = dx_t = None
-        if ctx.needs_input_grad[0]:
-            dvelocity = (c_v.reshape(shape) * dmean).to(ctx.velocity_dtype)
-        if ctx.needs_input_grad[1]:
-            dx_t = c_x.reshape(shape) * dmean
-        return dvelocity, dx_t, None, None, None, None
+        dvelocity, dx_t = torch.ops.lvrpo.flow_step_bwd(dx_next, dlogprob, *ctx.saved_tensors)
+        return dvelocity.to(ctx.velocity_dtype), dx_t, None, None, None, None
 
 
 @_library.register_fake("flow_step_fwd")
@@ -137,8 +130,8 @@ def _fwd_fake(velocity: Tensor, x_t: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
 
 
 @_library.register_fake("flow_step_bwd")
-def _bwd_fake(dx_next: Tensor, *_: Any) -> Tensor:
-    return dx_next.new_empty(dx_next.shape)
+def _bwd_fake(dx_next: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+    return dx_next.new_empty(dx_next.shape), dx_next.new_empty(dx_next.shape)
 
 
 def check_coefficients(op: str, coeffs: StepCoefficients, samples: int) -> None:
@@ -164,7 +157,7 @@ def check_coefficients(op: str, coeffs: StepCoefficients, samples: int) -> None:
 def check_latents(op: str, velocity: Tensor, **others: Tensor | None) -> None:
     """[N, ...] floating latents of one shape, with at least one element per sample."""
     _checks.check_floating(op, "velocity", velocity)
-    if velocity.dim() == 0 or (velocity.shape[0] > 0 and velocity.numel() == 0):
+    if velocity.dim() < 2 or (velocity.shape[0] > 0 and velocity.numel() == 0):
         raise ValueError(
             f"{op}: velocity has shape {tuple(velocity.shape)}, expected [N, ...] with at least "
             "one element per sample"

@@ -1,11 +1,11 @@
 """Which figures a report has: from the keys of a run's log to charts.
 
-A chart is left out when the log has none of its keys; names the user added (rewards, tasks, stages)
-are picked up from the keys themselves.
+A chart is left out when the log has none of its keys; a user's own names are read off the keys.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -21,14 +21,14 @@ from lvrpo.trainer.figures import (
     Line,
     Panel,
     Theme,
-    colour_of,
+    colours_of,
     duration,
     line_chart,
 )
 from lvrpo.trainer.records import Row, Score, eval_scores
 from lvrpo.trainer.statistics import wilson_interval
 
-TASKS = {"understand": "Understanding (answers in words)", "generate": "Generation (pictures)"}
+TASKS = {"understand": "Understanding", "generate": "Generation"}
 MODALITIES = {"text": "Text tokens", "image": "Image flow steps"}
 
 
@@ -37,9 +37,11 @@ def task_name(task: str) -> str:
     return TASKS.get(task, task or "All tasks")
 
 
-def training_charts(rows: Sequence[Row]) -> list[Chart]:
-    """Every chart the GRPO rows of metrics.jsonl have data for, the most telling first."""
+def training_charts(metrics: Sequence[Row], evals: Sequence[Row]) -> list[Chart]:
+    """Every chart that the logs have data for, the most telling first."""
+    rows = in_phase(metrics, "grpo")
     wanted = [
+        _eval_chart(evals),
         _reward_chart(rows),
         _score_chart(rows),
         _share_chart(rows),
@@ -47,62 +49,76 @@ def training_charts(rows: Sequence[Row]) -> list[Chart]:
         _kl_chart(rows),
         _ratio_chart(rows),
         _optimiser_chart(rows),
+        _warm_start_chart(in_phase(metrics, "warm_start")),
     ]
     return [chart for chart in wanted if chart]
 
 
-def warm_start_chart(rows: Sequence[Row]) -> Chart | None:
+def _warm_start_chart(rows: Sequence[Row]) -> Chart | None:
     """The supervised losses before the reinforcement learning."""
-    names = {"loss/text": "text", "loss/image": "image"}
+    headings = {
+        "text": "Text: cross-entropy, nats per token",
+        "image": "Image: squared error of the velocity",
+    }
     panels = [
-        Panel(heading, lines(rows, {key: name}))
-        for (key, name), heading in zip(
-            names.items(),
-            ("Text: cross-entropy, nats per token", "Image: squared error of the velocity"),
-            strict=True,
-        )
+        Panel(heading, _lines(rows, {f"loss/{modality}": modality}))
+        for modality, heading in headings.items()
     ]
-    reading = "Both should fall and flatten: what imitation cannot teach is left to the rewards."
+    reading = "Both should fall and flatten: what imitation cannot teach is left to rewards."
     return line_chart("warm-start", "Supervised warm start", reading, panels)
 
 
-def eval_chart(evals: Sequence[Row]) -> Chart | None:
+def _eval_chart(evals: Sequence[Row]) -> Chart | None:
     """The headline scores of every evaluation, when there are more than before and after."""
     if len(evals) < 3:
         return None
     headline = [
-        {score.name: score for score in eval_scores(row) if not score.kind} for row in evals
+        {score.name: score for score in eval_scores(row) if score.total and not score.kind}
+        for row in evals
     ]
-    names = dict.fromkeys(name for scores in headline for name in scores)
     panels: dict[str, list[Line]] = {}
-    for name in names:
+    for name in dict.fromkeys(name for scores in headline for name in scores):
         task, measure = name.rsplit("/", 1)
-        found = [scores.get(name) for scores in headline]
-        values = np.array([s.successes / s.total if s and s.total else math.nan for s in found])
-        steps = np.array([row["step"] for row in evals])
-        if np.isfinite(values).any():
-            panels.setdefault(task, []).append(Line(measure, steps, values))
+        found = [
+            (row["step"], s[name]) for row, s in zip(evals, headline, strict=True) if name in s
+        ]
+        bounds = np.array([wilson_interval(s.successes, s.total) for _, s in found])
+        panels.setdefault(task, []).append(
+            Line(
+                measure,
+                steps=np.array([step for step, _ in found]),
+                values=np.array([_rate(score) for _, score in found]),
+                low=bounds[:, 0],
+                high=bounds[:, 1],
+            )
+        )
     return line_chart(
         "held-out",
         "Held-out scores during training",
-        "Measured on data the training never saw; a score that rises in training and not here is "
-        "being memorised or cheated.",
+        "Measured on data the training never saw, with 95 % intervals; a score that rises in "
+        "training and not here is being memorised or cheated.",
         [Panel(task_name(task), found, percent=True) for task, found in panels.items()],
     )
 
 
-def time_chart(rows: Sequence[Row]) -> tuple[Chart, float] | None:
-    """The mean seconds of every stage, slowest first, and of a whole step; None without a clock."""
+def time_chart(metrics: Sequence[Row]) -> Chart | None:
+    """The mean seconds of every stage of a GRPO step; None when nothing was timed."""
+    rows = in_phase(metrics, "grpo")
     names = {key for row in rows for key in row if key.count("/") == 1 and key.startswith("time/")}
-    means = {key.removeprefix("time/"): mean(rows, key) for key in sorted(names)}
-    total = means.pop("total", None) or sum(means.values())
-    if not total or not math.isfinite(total):
+    means = {key.removeprefix("time/"): _mean(rows, key) for key in names}
+    total = means.pop("total", 0.0) or sum(means.values())
+    if not total:
         return None
     rest = total - sum(means.values())
     if means and rest > 0.01 * total:
         means["the rest"] = rest
-    stages = sorted(means.items(), key=lambda stage: -stage[1]) or [("whole step", total)]
-    return stage_chart(stages, total), total
+    means = means or {"whole step": total}
+    return stage_chart(sorted(means.items(), key=lambda stage: -stage[1]), total)
+
+
+def in_phase(rows: Sequence[Row], phase: str) -> list[Row]:
+    """The rows of one phase; a row that names none is of GRPO."""
+    return [row for row in rows if row.get("phase", "grpo") == phase]
 
 
 def change_chart(before: Sequence[Score], after: Sequence[Score], names: Sequence[str]) -> Chart:
@@ -119,10 +135,10 @@ def change_chart(before: Sequence[Score], after: Sequence[Score], names: Sequenc
     ]
 
     def draw(theme: Theme) -> Figure:
-        figure = Figure(figsize=(WIDTH * 1.45, 0.95 + 0.42 * len(names)), layout="constrained")
+        figure = Figure(figsize=(2.1 * WIDTH, 0.6 + 0.4 * len(names)), layout="constrained")
         axes = figure.subplots()
         for row, (old, new) in enumerate(zip(before, after, strict=True)):
-            colour = colour_of(new.task, theme)
+            colour = colours_of([new.task], theme)[0]
             _draw_rate(axes, old, row - 0.15, theme.muted, filled=False)
             _draw_rate(axes, new, row + 0.15, colour, filled=True)
         axes.set_yticks(range(len(names)), list(names))
@@ -159,7 +175,7 @@ def stage_chart(stages: Sequence[tuple[str, float]], total: float) -> Chart:
     """Seconds per stage of a step as horizontal bars, in the order given."""
 
     def draw(theme: Theme) -> Figure:
-        figure = Figure(figsize=(WIDTH, 0.5 + 0.34 * len(stages)), layout="constrained")
+        figure = Figure(figsize=(WIDTH, 0.4 + 0.32 * len(stages)), layout="constrained")
         axes = figure.subplots()
         seconds = [value for _, value in stages]
         axes.barh(range(len(stages)), seconds, height=0.62, color=theme.lines[0])
@@ -185,32 +201,31 @@ def stage_chart(stages: Sequence[tuple[str, float]], total: float) -> Chart:
     )
 
 
-def line(rows: Sequence[Row], key: str, name: str) -> Line | None:
+def _line(rows: Sequence[Row], key: str, name: str) -> Line | None:
     """The values of `key` over the rows; None when no row has a finite one."""
-    values = np.array([number(row.get(key)) for row in rows], dtype=np.float64)
+    values = np.array([_number(row.get(key)) for row in rows], dtype=np.float64)
     if not np.isfinite(values).any():
         return None
     return Line(name, np.array([row["step"] for row in rows]), values)
 
 
-def lines(rows: Sequence[Row], keys: Mapping[str, str]) -> list[Line]:
+def _lines(rows: Sequence[Row], keys: Mapping[str, str]) -> list[Line]:
     """The lines of {key: name} that have values."""
-    found = (line(rows, key, name) for key, name in keys.items())
-    return [each for each in found if each is not None]
+    found = (_line(rows, key, name) for key, name in keys.items())
+    return [each for each in found if each]
 
 
-def mean(rows: Sequence[Row], key: str) -> float:
-    """The mean of the finite values of `key`; 0 when there is none."""
-    values = [v for v in (number(row.get(key)) for row in rows) if math.isfinite(v)]
-    return sum(values) / len(values) if values else 0.0
+def _mean(rows: Sequence[Row], key: str) -> float:
+    """The mean of `key` over all rows, 0 where a row lacks it, so that means of parts add up."""
+    return sum(v for v in (_number(row.get(key)) for row in rows) if math.isfinite(v)) / len(rows)
 
 
-def number(value: Any) -> float:
+def _number(value: Any) -> float:
     """The value of a log entry as a float, NaN when it is absent or no number."""
     return float(value) if isinstance(value, (int, float)) else math.nan
 
 
-def by_task(rows: Sequence[Row], prefix: str) -> dict[str, dict[str, str]]:
+def _by_task(rows: Sequence[Row], prefix: str) -> dict[str, dict[str, str]]:
     """{task: {key: name}} of the keys "<prefix>/<task>/<name>"; task "" for "<prefix>/<name>"."""
     found: dict[str, dict[str, str]] = {}
     for key in dict.fromkeys(key for row in rows for key in row):
@@ -224,7 +239,9 @@ def by_task(rows: Sequence[Row], prefix: str) -> dict[str, dict[str, str]]:
 
 
 def _reward_chart(rows: Sequence[Row]) -> Chart | None:
-    panels = [Panel(task_name(t), lines(rows, keys)) for t, keys in by_task(rows, "reward").items()]
+    panels = [
+        Panel(task_name(t), _lines(rows, keys)) for t, keys in _by_task(rows, "reward").items()
+    ]
     return line_chart(
         "rewards",
         "Rewards",
@@ -237,7 +254,7 @@ def _reward_chart(rows: Sequence[Row]) -> Chart | None:
 def _score_chart(rows: Sequence[Row]) -> Chart | None:
     measures = ("strict", "partial", "gold")
     panels = [
-        Panel(heading, lines(rows, {f"{each}/{task}": each for each in measures}), percent=True)
+        Panel(heading, _lines(rows, {f"{each}/{task}": each for each in measures}), percent=True)
         for task, heading in TASKS.items()
     ]
     return line_chart(
@@ -251,8 +268,8 @@ def _score_chart(rows: Sequence[Row]) -> Chart | None:
 
 def _share_chart(rows: Sequence[Row]) -> Chart | None:
     panels = [
-        Panel(task_name(task), lines(rows, keys), percent=True, stacked=True)
-        for task, keys in by_task(rows, "share").items()
+        Panel(task_name(task), _lines(rows, keys), percent=True, stacked=True)
+        for task, keys in _by_task(rows, "share").items()
     ]
     return line_chart(
         "reward-shares",
@@ -264,19 +281,19 @@ def _share_chart(rows: Sequence[Row]) -> Chart | None:
 
 
 def _constant_chart(rows: Sequence[Row]) -> Chart | None:
-    keys = {f"constant_groups/{task}": task for task in TASKS}
+    groups = _lines(rows, {f"constant_groups/{task}": task for task in TASKS})
     return line_chart(
         "constant-groups",
         "Groups without a signal",
         "Share of prompts whose outputs all earned the same reward and so teach nothing; near "
         "100 % the task is solved, or far too hard.",
-        [Panel("Constant groups", lines(rows, keys), percent=True)],
+        [Panel("Constant groups", groups, percent=True)],
     )
 
 
 def _kl_chart(rows: Sequence[Row]) -> Chart | None:
     panels = [
-        Panel(heading, lines(rows, {f"kl/{modality}": modality}))
+        Panel(heading, _lines(rows, {f"kl/{modality}": modality}))
         for modality, heading in MODALITIES.items()
     ]
     return line_chart(
@@ -290,15 +307,21 @@ def _kl_chart(rows: Sequence[Row]) -> Chart | None:
 
 def _ratio_chart(rows: Sequence[Row]) -> Chart | None:
     panels = [
-        Panel(f"{heading}: largest ratio", lines(rows, {f"ratio/{modality}/max": modality}))
+        Panel(
+            f"{heading}: largest ratio, minus 1",
+            [
+                dataclasses.replace(each, values=each.values - 1)
+                for each in _lines(rows, {f"ratio/{modality}/max": modality})
+            ],
+        )
         for modality, heading in MODALITIES.items()
     ]
-    clips = lines(rows, {f"clip/{modality}": modality for modality in MODALITIES})
+    clips = _lines(rows, {f"clip/{modality}": modality for modality in MODALITIES})
     return line_chart(
         "ratio",
         "Ratio of new to old policy, and clipping",
-        "A ratio of 1 means that the outputs were sampled by the very weights being updated; the "
-        "clipped share is what the update ignores.",
+        "Zero (a ratio of 1) means that the outputs were sampled by the very weights being "
+        "updated; the clipped share is what the update ignores.",
         [*panels, Panel("Clipped share", clips, percent=True)],
     )
 
@@ -310,8 +333,8 @@ def _optimiser_chart(rows: Sequence[Row]) -> Chart | None:
         "Gradient norm before clipping, and learning rate; a norm of zero means that nothing is "
         "being learned, a spike is worth a look at that step.",
         [
-            Panel("Gradient norm", lines(rows, {"grad_norm": "norm"})),
-            Panel("Learning rate", lines(rows, {"lr": "rate"})),
+            Panel("Gradient norm", _lines(rows, {"grad_norm": "norm"})),
+            Panel("Learning rate", _lines(rows, {"lr": "rate"})),
         ],
     )
 

@@ -28,7 +28,7 @@ class RunSection:
     """How long, how often, and from which random stream."""
 
     seed: int = 0
-    steps: int = 140
+    steps: int = 120
     checkpoint_every: int = 20
     keep_checkpoints: int = 2
     eval_items: int = 1024
@@ -79,10 +79,10 @@ class WarmStartSection:
     the noise, which more supervised training cannot remove and a verifier can.
     """
 
-    steps: int = 600
+    steps: int = 1000
     lr: float = 2e-3
-    understand_batch: int = 96
-    generate_batch: int = 64
+    understand_batch: int = 256
+    generate_batch: int = 32
     noise_draws: int = 4  # (noise, time) pairs per target picture and step
     label_noise_understand: float = 0.3
     label_noise_generate: float = 0.3
@@ -94,7 +94,7 @@ class RolloutSection:
     """Sampling of groups."""
 
     group_size: int = 8
-    understand_prompts: int = 48
+    understand_prompts: int = 32
     generate_prompts: int = 32
     temperature: float = 1.0
     max_answer_tokens: int = 4
@@ -139,11 +139,10 @@ class OptimizerSection:
     """AdamW for the policy update."""
 
     lr: float = 2e-4
-    final_lr_fraction: float = 0.3
+    final_lr_fraction: float = 0.0
     warmup_steps: int = 5
     grad_clip: float = 1.0
     weight_decay: float = 0.0
-    ema: float = 0.95  # of the weights that are evaluated and published
     updates_per_rollout: int = 1
     max_rows: int = 16384  # token budget of one packed buffer; more rows take several
 

@@ -17,7 +17,7 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-WIDTH = 6.4  # inches, at which the font sizes below read like the page's own text
+WIDTH = 5.2  # inches of a half-width figure: its 9.5 pt then read like the page's small print
 
 
 @dataclass(frozen=True)
@@ -68,11 +68,16 @@ _COLOURS = {
 
 @dataclass(frozen=True)
 class Line:
-    """One quantity over the steps of a run, [N] each; NaN where it was not measured."""
+    """One quantity over the steps of a run, [N] each; NaN where it was not measured.
+
+    `low` and `high` are its interval, if it has one.
+    """
 
     name: str
     steps: np.ndarray
     values: np.ndarray
+    low: np.ndarray | None = None
+    high: np.ndarray | None = None
 
 
 @dataclass(frozen=True)
@@ -122,7 +127,7 @@ def line_chart(name: str, title: str, reading: str, panels: Sequence[Panel]) -> 
     said = "; ".join(_in_words(panel, line) for panel in panels for line in panel.lines)
 
     def draw(theme: Theme) -> Figure:
-        figure = Figure(figsize=(WIDTH, 0.55 + 1.95 * len(panels)), layout="constrained")
+        figure = Figure(figsize=(WIDTH, 0.45 + 1.55 * len(panels)), layout="constrained")
         axes = figure.subplots(len(panels), 1, sharex=True, squeeze=False)[:, 0]
         for axis, panel in zip(axes, panels, strict=True):
             _draw_panel(axis, panel, theme)
@@ -157,30 +162,35 @@ def duration(seconds: float) -> str:
     return f"{minutes} min {rest} s" if minutes < 120 else f"{minutes // 60} h {minutes % 60} min"
 
 
-def colour_of(name: str, theme: Theme, fallback: int = 5) -> str:
-    """The colour a quantity has on the whole page; by position for names of the user's own."""
-    return theme.lines[_COLOURS.get(name, fallback) % len(theme.lines)]
+def colours_of(names: Sequence[str], theme: Theme) -> list[str]:
+    """The colour each quantity has on the whole page; names of the user's own get a free one."""
+    free = [i for i in range(len(theme.lines)) if i not in {_COLOURS.get(name) for name in names}]
+    own = [name for name in names if name not in _COLOURS]
+    chosen = {name: free[i % len(free)] if free else i for i, name in enumerate(own)}
+    return [theme.lines[(_COLOURS | chosen)[name] % len(theme.lines)] for name in names]
 
 
 def _draw_panel(axes: Axes, panel: Panel, theme: Theme) -> None:
     axes.set_title(panel.heading)
-    taken = {_COLOURS[each.name] for each in panel.lines if each.name in _COLOURS}
-    spare: Iterator[int] = iter([5, 6, 0, 1, 2, 3, 4] * len(panel.lines))
-    colours = []
-    for each in panel.lines:
-        index = _COLOURS.get(each.name)
-        if index is None:
-            index = next(i for i in spare if i not in taken or len(taken) >= len(theme.lines))
-        colours.append(theme.lines[index])
-    if panel.percent:
-        axes.set_ylim(-0.02, 1.02)
-        axes.yaxis.set_major_formatter(mpl.ticker.PercentFormatter(1.0, decimals=0))
+    colours = colours_of([each.name for each in panel.lines], theme)
     ends = _stack(axes, panel, colours) if panel.stacked else _plot(axes, panel, colours)
     axes.margins(x=0)
     axes.locator_params(axis="x", integer=True, nbins=7)
-    if not panel.percent:
-        axes.locator_params(axis="y", nbins=4)
+    _scale(axes, panel)
     _label_ends(axes, ends)
+
+
+def _scale(axes: Axes, panel: Panel) -> None:
+    low, high = axes.get_ylim()
+    if panel.stacked:
+        low, high = 0.0, 1.0
+    elif panel.percent:  # no less than 20 points high, lest noise look like a trend
+        centre = min(max((low + high) / 2, 0.1), 0.9)
+        reach = max((high - low) / 2, 0.1)
+        low, high = max(centre - reach, -0.01), min(centre + reach, 1.01)
+    axes.set_ylim(low, high)
+    axes.yaxis.set_major_locator(mpl.ticker.MaxNLocator(4))
+    axes.yaxis.set_major_formatter(lambda value, _: _written(value, panel.percent, 6))
 
 
 def _plot(axes: Axes, panel: Panel, colours: Sequence[str]) -> list[tuple[float, str, str]]:
@@ -190,6 +200,10 @@ def _plot(axes: Axes, panel: Panel, colours: Sequence[str]) -> list[tuple[float,
         marker = "o" if len(each.steps) < 10 else ""
         axes.plot(each.steps, each.values, color=colour, alpha=0.25, linewidth=0.8)
         axes.plot(each.steps, smoothed, color=colour, marker=marker, markersize=3.5)
+        if each.low is not None and each.high is not None:
+            axes.fill_between(
+                each.steps, each.low, each.high, color=colour, alpha=0.15, linewidth=0
+            )
         last = float(smoothed[np.isfinite(smoothed)][-1])
         ends.append((last, f"{each.name}  {_written(last, panel.percent)}", colour))
     return ends
@@ -235,8 +249,10 @@ def _in_words(panel: Panel, each: Line) -> str:
     return f"{panel.heading}, {each.name}: {first} at first, {last} at last"
 
 
-def _written(value: float, percent: bool) -> str:
-    return f"{value:.0%}" if percent else f"{value:.3g}"
+def _written(value: float, percent: bool, digits: int = 3) -> str:
+    if percent:
+        return f"{value:.0%}"
+    return f"{value:.{digits}g}".replace("e-0", "e-").replace("-", "\N{MINUS SIGN}")
 
 
 @contextmanager

@@ -12,6 +12,7 @@ the keys under "time/": everything measured by a clock belongs there. Keys: docs
 from __future__ import annotations
 
 import errno
+import io
 import json
 import math
 import os
@@ -218,19 +219,34 @@ def save_gallery(run_dir: str | Path, label: str, items: Iterable[GalleryItem]) 
     Raises:
         ValueError: an image that is not [1 or 3, H, W].
     """
-    from PIL import Image
-
     folder = Path(run_dir) / GALLERY
     folder.mkdir(parents=True, exist_ok=True)
     stem = re.sub(r"[^A-Za-z0-9]+", "-", label).strip("-").lower() or "gallery"
     rows = []
     for number, item in enumerate(items):
         name = f"{stem}-{number:03d}.png"
-        Image.fromarray(_as_bytes(item)).save(folder / name)
+        (folder / name).write_bytes(to_png(item))
         rows.append({**asdict(item), "image": name})
     path = folder / f"{stem}.json"
     write_atomically(path, json.dumps({"label": label, "items": rows}, indent=1).encode())
     return path
+
+
+def to_png(item: GalleryItem) -> bytes:
+    """The item's picture as a PNG of its own size, values cut to [0, 1]."""
+    from PIL import Image
+
+    image = np.asarray(item.image, dtype=np.float32)
+    if image.ndim != 3 or image.shape[0] not in (1, 3):
+        raise ValueError(
+            f"gallery: image of {item.uid} has shape {image.shape}, expected [1 or 3, H, W]"
+        )
+    pixels = np.rint(np.nan_to_num(image).clip(0, 1) * 255).astype(np.uint8)
+    buffer = io.BytesIO()
+    Image.fromarray(pixels[0] if len(pixels) == 1 else pixels.transpose(1, 2, 0)).save(
+        buffer, "PNG"
+    )
+    return buffer.getvalue()
 
 
 def load_gallery(run_dir: str | Path) -> dict[str, list[GalleryItem]]:
@@ -248,16 +264,6 @@ def load_gallery(run_dir: str | Path) -> dict[str, list[GalleryItem]]:
             items.append(GalleryItem(**{**row, "image": image}))
         galleries[saved["label"]] = items
     return galleries
-
-
-def _as_bytes(item: GalleryItem) -> np.ndarray:
-    image = np.asarray(item.image, dtype=np.float32)
-    if image.ndim != 3 or image.shape[0] not in (1, 3):
-        raise ValueError(
-            f"save_gallery: image of {item.uid} has shape {image.shape}, expected [1 or 3, H, W]"
-        )
-    pixels: np.ndarray = np.rint(np.nan_to_num(image).clip(0, 1) * 255).astype(np.uint8)
-    return pixels[0] if len(pixels) == 1 else pixels.transpose(1, 2, 0)
 
 
 def _position(row: Mapping[str, Any]) -> tuple[int, int]:

@@ -24,7 +24,7 @@ class TrainState:
     """Weights, their running average, the optimizer and the number of finished steps."""
 
     model: UnifiedModel
-    average: UnifiedModel  # what is evaluated, sampled from and published
+    average: UnifiedModel  # of the warm start; in the policy phase it is the weights themselves
     optimizer: torch.optim.AdamW
     step: int
     fingerprint: str  # of everything that decides the weights, to refuse another run's checkpoint
@@ -35,7 +35,7 @@ class TrainState:
         model = task.new_model()
         average = copy.deepcopy(model).requires_grad_(False)
         optimizer = torch.optim.AdamW(
-            model.parameters(), lr=config.warm_start.lr, betas=(0.9, 0.95), weight_decay=0.01
+            model.parameters(), lr=config.warm_start.lr, betas=(0.9, 0.98), weight_decay=0.01
         )
         return cls(model, average, optimizer, 0, fingerprint(config))
 
@@ -44,7 +44,7 @@ class TrainState:
         section = config.warm_start
         done = (self.step + 1) / max(1, section.steps)
         warmup = min(1.0, done / 0.05)
-        lr = section.lr * warmup * (0.05 + 0.95 * (1 + math.cos(math.pi * done)) / 2)
+        lr = section.lr * warmup * (0.02 + 0.98 * (1 + math.cos(math.pi * done)) / 2)
         # The average must forget the first steps even in a short run.
         decay = min(section.ema, (1 + self.step) / (10 + self.step))
         return self._step(lr, config.optimizer.grad_clip, decay)
@@ -66,7 +66,7 @@ class TrainState:
         progress = done / max(1, config.run.steps)
         decayed = 1 - (1 - section.final_lr_fraction) * progress
         lr = section.lr * min(1.0, (done + 1) / max(1, section.warmup_steps)) * decayed
-        return self._step(lr, section.grad_clip, section.ema)
+        return self._step(lr, section.grad_clip, decay=0.0)
 
     def _step(self, lr: float, grad_clip: float, decay: float) -> dict[str, float]:
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), grad_clip)

@@ -1,0 +1,275 @@
+// Three sums per sample carry everything the loss and its metrics need; the gradient is one more elementwise pass.
+// Formulas: docs/ops/flow_policy_loss.md.
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+
+#include <algorithm>
+#include <optional>
+#include <tuple>
+#include <vector>
+
+#include "common/check.h"
+#include "common/dispatch.h"
+#include "common/simd.h"
+#include "cpu/latents.h"
+
+namespace lvrpo {
+namespace {
+
+using std::optional;
+
+// In the order of VARIANTS and KL_FORMS in lvrpo/ops/flow_policy_loss.py.
+enum Variant : int64_t { PPO, GUARD, DPPO };
+enum KlForm : int64_t { VELOCITY_MSE, GAUSSIAN, NO_DT, DMU2 };
+// In the order of FlowLossMetrics.
+enum Metric {
+  POLICY_LOSS,
+  KL_VELOCITY_MSE,
+  KL_GAUSSIAN,
+  KL_NO_DT,
+  KL_DMU2,
+  KL_OLD,
+  RATIO_MEAN,
+  RATIO_MIN,
+  RATIO_MAX,
+  ABS_LOG_RATIO,
+  CLIP_FRACTION_LOW,
+  CLIP_FRACTION_HIGH,
+  ACTIVE_SAMPLES,
+  METRICS
+};
+
+constexpr double LOG_RATIO_LIMIT = 20.0;
+
+struct Params {
+  int64_t variant, kl;
+  double eps_low, eps_high, adv_clip, log_ratio_scale, tau, beta;
+};
+
+struct Sums {
+  double noise = 0;      // z (v - v_old)
+  double old = 0;        // (v - v_old)^2
+  double reference = 0;  // (v - v_ref)^2
+
+  Sums& operator+=(const Sums& other) {
+    noise += other.noise;
+    old += other.old;
+    reference += other.reference;
+    return *this;
+  }
+};
+
+template <typename scalar_t, typename acc>
+LVRPO_MULTIVERSION Sums block_sums(const scalar_t* v, const acc* v_old, const acc* z, const acc* v_ref, int64_t n) {
+  double noise = 0, old = 0, reference = 0;
+#pragma omp simd reduction(+ : noise, old)
+  for (int64_t i = 0; i < n; ++i) {
+    const double d = static_cast<double>(static_cast<acc>(v[i])) - static_cast<double>(v_old[i]);
+    noise += static_cast<double>(z[i]) * d;
+    old += d * d;
+  }
+  if (v_ref != nullptr) {
+#pragma omp simd reduction(+ : reference)
+    for (int64_t i = 0; i < n; ++i) {
+      const double d = static_cast<double>(static_cast<acc>(v[i])) - static_cast<double>(v_ref[i]);
+      reference += d * d;
+    }
+  }
+  return {noise, old, reference};
+}
+
+// d loss / d velocity = noise z + old (v - v_old) + reference (v - v_ref).
+template <typename acc>
+struct Direction {
+  acc noise, old, reference;
+  bool is_zero() const { return noise == acc(0) && old == acc(0) && reference == acc(0); }
+};
+
+template <typename scalar_t, typename acc>
+LVRPO_MULTIVERSION void block_gradient(const scalar_t* v, const acc* v_old, const acc* z, const acc* v_ref,
+                                       scalar_t* dv, int64_t n, Direction<acc> by) {
+  if (v_ref == nullptr) {
+#pragma omp simd
+    for (int64_t i = 0; i < n; ++i)
+      dv[i] = static_cast<scalar_t>(by.noise * z[i] + by.old * (static_cast<acc>(v[i]) - v_old[i]));
+    return;
+  }
+#pragma omp simd
+  for (int64_t i = 0; i < n; ++i) {
+    const acc x = static_cast<acc>(v[i]);
+    dv[i] = static_cast<scalar_t>(by.noise * z[i] + by.old * (x - v_old[i]) + by.reference * (x - v_ref[i]));
+  }
+}
+
+// One (image, step) pair, from its sums to its terms of the loss and the metrics.
+struct Sample {
+  double elements, c_v, std, abs_dt, advantage;
+  Sums sums;
+
+  double kl_old() const { return c_v * c_v * sums.old / (2 * std * std * elements); }
+
+  // Every form is a factor times the mean of (v - v_ref)^2.
+  double kl_factor(int64_t form) const {
+    switch (form) {
+      case VELOCITY_MSE: return 1;
+      case GAUSSIAN: return c_v * c_v / (2 * std * std);
+      case NO_DT: return c_v * c_v / (2 * std * std) * abs_dt;
+      default: return c_v * c_v;
+    }
+  }
+  double kl(int64_t form) const { return kl_factor(form) * sums.reference / elements; }
+};
+
+struct Policy {
+  double loss, log_ratio, ratio;
+  bool low, high;             // the gradient is cut, at A < 0 or at A > 0
+  double dnoise, dold;        // d loss / d v = dnoise z + dold (v - v_old)
+};
+
+Policy policy_of(const Sample& x, const Params& params) {
+  const double scale = params.log_ratio_scale > 0 ? params.log_ratio_scale * x.elements : 1;
+  // log rho = noise sums.noise + old sums.old / 2
+  const bool guard = params.variant == GUARD;
+  const double noise = scale * x.c_v / ((guard ? 1 : x.std) * x.elements);
+  const double old = guard ? 0 : -scale * x.c_v * x.c_v / (x.std * x.std * x.elements);
+  Policy p{};
+  p.log_ratio = noise * x.sums.noise + old * x.sums.old / 2;
+  p.ratio = std::exp(std::clamp(p.log_ratio, -LOG_RATIO_LIMIT, LOG_RATIO_LIMIT));
+
+  const double a = std::clamp(x.advantage, -params.adv_clip, params.adv_clip);
+  double weight = 1;
+  if (params.variant == DPPO) {
+    const bool diverged = x.kl_old() >= params.tau;
+    p.low = diverged && a < 0 && p.ratio < 1;
+    p.high = diverged && a > 0 && p.ratio > 1;
+    p.loss = p.low || p.high ? 0 : -a * p.ratio;
+  } else {
+    p.low = a < 0 && p.ratio < 1 - params.eps_low;
+    p.high = a > 0 && p.ratio > 1 + params.eps_high;
+    p.loss = -a * (p.low ? 1 - params.eps_low : p.high ? 1 + params.eps_high : p.ratio);
+    if (guard) weight = 1 / x.abs_dt;
+  }
+  p.loss *= weight;
+  const bool flat = p.low || p.high || std::abs(p.log_ratio) > LOG_RATIO_LIMIT;
+  const double dlog_ratio = flat ? 0 : -a * p.ratio * weight;
+  p.dnoise = dlog_ratio * noise;
+  p.dold = dlog_ratio * old;
+  return p;
+}
+
+std::tuple<Tensor, Tensor, Tensor> flow_policy_loss_fwd(
+    Tensor velocity, Tensor velocity_old, Tensor noise, optional<Tensor> velocity_ref, Tensor c_v, Tensor std,
+    Tensor dt, Tensor advantages, optional<Tensor> sample_weights, optional<Tensor> denominator, int64_t variant,
+    int64_t kl, double eps_low, double eps_high, double adv_clip, double log_ratio_scale, double tau, double beta) {
+  LVRPO_CHECK(variant >= PPO && variant <= DPPO, "variant is ", variant);
+  LVRPO_CHECK(kl >= VELOCITY_MSE && kl <= DMU2, "kl is ", kl);
+  const Params params{variant, kl, eps_low, eps_high, adv_clip, log_ratio_scale, tau, beta};
+  const Latents size(velocity);
+  velocity = torch::stable::contiguous(velocity);
+  velocity_old = size.contiguous(velocity_old, "velocity_old");
+  noise = size.contiguous(noise, "noise");
+  if (velocity_ref) velocity_ref = size.contiguous(*velocity_ref, "velocity_ref");
+  check_size(advantages, 0, size.samples, "advantages");
+  if (sample_weights) check_size(*sample_weights, 0, size.samples, "sample_weights");
+  Tensor loss = torch::stable::new_empty(velocity_old, {});
+  Tensor metrics = torch::stable::new_empty(velocity_old, {METRICS}, ScalarType::Float);
+  Tensor directions = torch::stable::new_empty(velocity_old, {size.samples, 3});
+
+  LVRPO_DISPATCH_FLOATING(velocity.scalar_type(), scalar_t, [&] {
+    using acc = acc_t<scalar_t>;
+    const PerSample<acc> factor(c_v, size.samples, "c_v"), deviation(std, size.samples, "std");
+    const PerSample<acc> step(dt, size.samples, "dt"), advantage(advantages, size.samples, "advantages");
+    optional<PerSample<acc>> weights;
+    if (sample_weights) weights.emplace(*sample_weights, size.samples, "sample_weights");
+    const auto weight_of = [&](int64_t n) { return weights ? static_cast<double>((*weights)[n]) : 1.0; };
+
+    const scalar_t* v = velocity.const_data_ptr<scalar_t>();
+    const acc* v_old = data<acc>(velocity_old, "velocity_old");
+    const acc* z = data<acc>(noise, "noise");
+    const acc* v_ref = velocity_ref ? data<acc>(*velocity_ref, "velocity_ref") : nullptr;
+    std::vector<Sums> partial(size.blocks());
+    size.for_each_block([&](int64_t block, int64_t sample, int64_t begin, int64_t n) {
+      if (!(weight_of(sample) > 0)) return;
+      partial[block] =
+          block_sums<scalar_t, acc>(v + begin, v_old + begin, z + begin, v_ref ? v_ref + begin : nullptr, n);
+    });
+
+    double total = 0;
+    for (int64_t n = 0; n < size.samples; ++n) total += weight_of(n);
+    if (denominator) total = data<acc>(*denominator, "denominator")[0];
+    acc* direction = directions.mutable_data_ptr<acc>();
+    std::fill_n(direction, 3 * size.samples, acc(0));
+    double sum[METRICS] = {};
+    double total_loss = 0, active = 0;
+    double lowest = std::numeric_limits<double>::infinity(), highest = -lowest;
+    for (int64_t n = 0; n < size.samples; ++n) {
+      if (!(weight_of(n) > 0)) continue;
+      const double w = weight_of(n) / total;
+      const Sample sample{static_cast<double>(size.elements), factor[n],    deviation[n],
+                          std::abs(static_cast<double>(step[n])), advantage[n], size.sum_of(partial, n)};
+      const Policy policy = policy_of(sample, params);
+      total_loss += w * (policy.loss + beta * sample.kl(kl));
+      direction[3 * n] = static_cast<acc>(w * policy.dnoise);
+      direction[3 * n + 1] = static_cast<acc>(w * policy.dold);
+      direction[3 * n + 2] = static_cast<acc>(w * beta * 2 * sample.kl_factor(kl) / sample.elements);
+      active += 1;
+      lowest = std::min(lowest, policy.ratio);
+      highest = std::max(highest, policy.ratio);
+      sum[POLICY_LOSS] += w * policy.loss;
+      for (int64_t form = VELOCITY_MSE; form <= DMU2; ++form) sum[KL_VELOCITY_MSE + form] += w * sample.kl(form);
+      sum[KL_OLD] += w * sample.kl_old();
+      sum[RATIO_MEAN] += w * policy.ratio;
+      sum[ABS_LOG_RATIO] += w * std::abs(policy.log_ratio);
+      sum[CLIP_FRACTION_LOW] += policy.low ? w : 0;
+      sum[CLIP_FRACTION_HIGH] += policy.high ? w : 0;
+    }
+    sum[RATIO_MIN] = active > 0 ? lowest : 1;
+    sum[RATIO_MAX] = active > 0 ? highest : 1;
+    sum[ACTIVE_SAMPLES] = active;
+    std::copy(sum, sum + METRICS, metrics.mutable_data_ptr<float>());
+    loss.mutable_data_ptr<acc>()[0] = static_cast<acc>(total_loss);
+  });
+  return {loss, metrics, directions};
+}
+
+Tensor flow_policy_loss_bwd(Tensor dloss, Tensor velocity, Tensor velocity_old, Tensor noise,
+                            optional<Tensor> velocity_ref, Tensor directions) {
+  const Latents size(velocity);
+  velocity = torch::stable::contiguous(velocity);
+  velocity_old = size.contiguous(velocity_old, "velocity_old");
+  noise = size.contiguous(noise, "noise");
+  directions = torch::stable::contiguous(directions);
+  if (velocity_ref) velocity_ref = size.contiguous(*velocity_ref, "velocity_ref");
+  LVRPO_CHECK(dloss.numel() == 1, "dloss must hold one number");
+  LVRPO_CHECK(directions.numel() == 3 * size.samples, "directions must be [N, 3]");
+  Tensor dvelocity = torch::stable::empty_like(velocity);
+
+  LVRPO_DISPATCH_FLOATING(velocity.scalar_type(), scalar_t, [&] {
+    using acc = acc_t<scalar_t>;
+    const acc upstream = data<acc>(dloss, "dloss")[0];
+    const acc* d = data<acc>(directions, "directions");
+    const scalar_t* v = velocity.const_data_ptr<scalar_t>();
+    const acc* v_old = data<acc>(velocity_old, "velocity_old");
+    const acc* z = data<acc>(noise, "noise");
+    const acc* v_ref = velocity_ref ? data<acc>(*velocity_ref, "velocity_ref") : nullptr;
+    scalar_t* dv = dvelocity.mutable_data_ptr<scalar_t>();
+    size.for_each_block([&](int64_t, int64_t sample, int64_t begin, int64_t n) {
+      const Direction<acc> by{upstream * d[3 * sample], upstream * d[3 * sample + 1], upstream * d[3 * sample + 2]};
+      if (by.is_zero()) {  // without weight it may hold NaN
+        std::fill_n(dv + begin, n, scalar_t(0));
+      } else {
+        block_gradient<scalar_t, acc>(v + begin, v_old + begin, z + begin, v_ref ? v_ref + begin : nullptr, dv + begin,
+                                      n, by);
+      }
+    });
+  });
+  return dvelocity;
+}
+
+}  // namespace
+}  // namespace lvrpo
+
+STABLE_TORCH_LIBRARY_IMPL(lvrpo, CPU, m) {
+  m.impl("flow_policy_loss_fwd", TORCH_BOX(&lvrpo::flow_policy_loss_fwd));
+  m.impl("flow_policy_loss_bwd", TORCH_BOX(&lvrpo::flow_policy_loss_bwd));
+}
