@@ -5,17 +5,23 @@ T packed tokens, B sequences. Derivation: docs/ops/grpo_loss.md.
 
 from __future__ import annotations
 
+import dataclasses
 import math
+from typing import Any, get_args
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
-from lvrpo.ops import _backend, _checks
+from lvrpo.ops import _backend, _checks, _library
 from lvrpo.ops._policy_loss import (
+    KL,
     LOSS_PRESETS,
+    Aggregation,
     LossMetrics,
     LossParams,
     PolicyLoss,
+    Ratio,
 )
 from lvrpo.reference._precision import widen
 from lvrpo.reference.grpo_loss import grpo_loss as reference_grpo_loss
@@ -81,8 +87,8 @@ def grpo_loss(
     as_logp = {name: x if x is None else x.to(logp.dtype) for name, x in optional.items()}
     # Dividing by a tensor afterwards keeps the op free of a read from the device.
     host = 1.0 if isinstance(denominator, Tensor) else denominator
-    _backend.resolve(OP, (logprobs, *optional.values(), advantages, cu_seqlens), backend)
-    run = _reference
+    chosen = _backend.resolve(OP, (logprobs, *optional.values(), advantages, cu_seqlens), backend)
+    run = _reference if chosen == "torch" else _run_cpp
     loss, metrics = run(logp, advantages.detach().to(logp.dtype), cu_seqlens, as_logp, host, params)
     if _checks.check_values(loss) and not bool(loss.detach().isfinite()):
         _refuse_tokens(logprobs, optional)
@@ -108,6 +114,93 @@ def _reference(
         denominator=denominator,
         params=params,
         **optional,
+    )
+
+
+def _run_cpp(
+    logprobs: Tensor,
+    advantages: Tensor,
+    cu_seqlens: Tensor,
+    optional: dict[str, Tensor | None],
+    denominator: float | None,
+    params: LossParams,
+) -> tuple[Tensor, Tensor]:
+    scalars = (
+        get_args(Ratio).index(params.ratio),
+        float(params.clip_low),
+        float(params.clip_high),
+        math.inf if params.ratio_cap is None else float(params.ratio_cap),
+        float(params.beta),
+        get_args(KL).index(params.kl),
+        params.kl_factor == "ratio",
+        float(params.entropy_coef),
+        get_args(Aggregation).index(params.aggregation),
+        float(params.max_length or 1),
+        denominator or 0.0,
+    )
+    result: tuple[Tensor, Tensor] = _GrpoLoss.apply(  # type: ignore[no-untyped-call]
+        logprobs,
+        optional["entropy"],
+        optional["old_logprobs"],
+        advantages,
+        cu_seqlens,
+        optional["ref_logprobs"],
+        optional["token_weights"],
+        scalars,
+    )
+    return result
+
+
+class _GrpoLoss(torch.autograd.Function):
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: Any,
+        logprobs: Tensor,
+        entropy: Tensor | None,
+        old_logprobs: Tensor | None,
+        advantages: Tensor,
+        cu_seqlens: Tensor,
+        ref_logprobs: Tensor | None,
+        token_weights: Tensor | None,
+        scalars: tuple[Any, ...],
+    ) -> tuple[Tensor, Tensor]:
+        loss, metrics, dlogprobs, dentropy = torch.ops.lvrpo.grpo_loss_fwd(
+            logprobs,
+            old_logprobs,
+            advantages,
+            cu_seqlens,
+            ref_logprobs,
+            entropy,
+            token_weights,
+            *scalars,
+        )
+        ctx.save_for_backward(dlogprobs, dentropy)
+        ctx.mark_non_differentiable(metrics)
+        return loss, metrics
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dloss: Tensor, _: Tensor) -> tuple[Any, ...]:
+        dlogprobs, dentropy = ctx.saved_tensors
+        to_entropy = dloss * dentropy if ctx.needs_input_grad[1] else None
+        return dloss * dlogprobs, to_entropy, None, None, None, None, None, None
+
+
+@_library.register_fake("grpo_loss_fwd")
+def _fwd_fake(
+    logprobs: Tensor,
+    old_logprobs: Tensor | None,
+    advantages: Tensor,
+    cu_seqlens: Tensor,
+    ref_logprobs: Tensor | None,
+    entropy: Tensor | None,
+    *_: Any,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return (
+        logprobs.new_empty(()),
+        logprobs.new_empty(len(dataclasses.fields(LossMetrics))),
+        logprobs.new_empty(logprobs.shape),
+        logprobs.new_empty(0 if entropy is None else entropy.shape[0]),
     )
 
 

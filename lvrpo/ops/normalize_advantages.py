@@ -13,7 +13,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
-from lvrpo.ops import _backend, _checks
+from lvrpo.ops import _backend, _checks, _library
 from lvrpo.reference.normalize_advantages import normalize_advantages as reference_advantages
 
 OP = "normalize_advantages"
@@ -167,9 +167,32 @@ def normalize_advantages(
     _checks.check_same_device(OP, rewards=table, groups=offsets, weights=factors)
     if _checks.check_values(table):
         _check_rewards(table, rewards.dim())
-    _backend.resolve(OP, (table, offsets, factors), backend)
-    values, per_reward, *stats = reference_advantages(table, offsets, factors, params=params)
+    if _backend.resolve(OP, (table, offsets, factors), backend) == "torch":
+        values, per_reward, *stats = reference_advantages(table, offsets, factors, params=params)
+    else:
+        values, per_reward, *stats = torch.ops.lvrpo.normalize_advantages(
+            table,
+            offsets,
+            factors,
+            params.combine == "decoupled",
+            params.baseline == "leave_one_out",
+            get_args(Scale).index(params.scale),
+            params.ddof,
+            float(params.eps),
+            float(params.std_floor),
+            params.whiten,
+            math.inf if params.clip is None else float(params.clip),
+        )
     return Advantages(values, per_reward, AdvantageStats(*stats))
+
+
+@_library.register_fake("normalize_advantages")
+def _fake(rewards: Tensor, *_: Any) -> tuple[Tensor, ...]:
+    dtype = torch.float64 if rewards.dtype == torch.float64 else torch.float32
+    batch, count = rewards.shape
+    shapes: list[tuple[int, ...]] = [(batch,), (batch, count), *[(count,)] * 5]
+    outputs = [rewards.new_empty(shape, dtype=dtype) for shape in shapes]
+    return (*outputs, rewards.new_empty((), dtype=torch.bool))
 
 
 def _as_offsets(groups: Tensor | int, rewards: Tensor) -> Tensor:

@@ -32,7 +32,7 @@ def grpo_loss(
     sequence = torch.searchsorted(cu_seqlens, position, right=True) - 1
 
     # Masking comes first: a masked token may hold anything, and 0 * NaN is NaN.
-    weight = torch.ones_like(logp) if token_weights is None else token_weights.to(logp)
+    weight = torch.ones_like(logp) if token_weights is None else token_weights.detach().to(logp)
     active = weight != 0
     logp = torch.where(active, logp, 0.0)
     old = logp if old_logprobs is None else torch.where(active, old_logprobs.to(logp), 0.0)

@@ -91,7 +91,7 @@ def normalize_advantages(
     energy = values.square().sum()
     share = (per_reward * values[:, None]).sum(0) / torch.where(energy > 0, energy, 1.0)
     constant = (group_count > 0) & (group_max(deviation) == 0)
-    constant_groups = constant.sum(0) / (group_count > 0).sum(0)
+    constant_groups = constant.double().sum(0) / (group_count > 0).double().sum(0)
     total = counted.sum(0)
     dtype = torch.float64 if rewards.dtype == torch.float64 else torch.float32
     mean_reward, std_reward = r.sum(0) / total, batch_std(r, counted)

@@ -1,0 +1,148 @@
+"""Deliberately broken versions of grpo_loss; the tolerance rule must reject every one.
+
+Each takes the inputs of the reference by keyword and returns (loss, metrics).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lvrpo.reference.grpo_loss import grpo_loss as reference
+
+Mutant = Callable[..., tuple[Tensor, Tensor]]
+
+
+def with_params(**changes: Any) -> Mutant:
+    def mutant(params: Any, **inputs: Any) -> tuple[Tensor, Tensor]:
+        return reference(**inputs, params=dataclasses.replace(params, **changes))
+
+    return mutant
+
+
+def with_inputs(change: Callable[[dict[str, Any]], dict[str, Any]]) -> Mutant:
+    def mutant(**inputs: Any) -> tuple[Tensor, Tensor]:
+        return reference(**inputs | change(inputs))
+
+    return mutant
+
+
+def with_gradient(name: str, change: Callable[[Tensor], Tensor]) -> Mutant:
+    def mutant(**inputs: Any) -> tuple[Tensor, Tensor]:
+        if inputs[name].requires_grad:
+            inputs[name] = inputs[name] * 1.0
+            inputs[name].register_hook(change)
+        return reference(**inputs)
+
+    return mutant
+
+
+def with_metric(index: int, change: Callable[[Tensor], Tensor]) -> Mutant:
+    def mutant(**inputs: Any) -> tuple[Tensor, Tensor]:
+        loss, metrics = reference(**inputs)
+        metrics = metrics.clone()
+        metrics[index] = change(metrics)
+        return loss, metrics
+
+    return mutant
+
+
+def swapped_clip(params: Any, **inputs: Any) -> tuple[Tensor, Tensor]:
+    sides = {"clip_low": params.clip_high, "clip_high": params.clip_low, "ratio_cap": None}
+    return reference(**inputs, params=dataclasses.replace(params, **sides))
+
+
+def kl_of_the_wrong_sign(params: Any, **inputs: Any) -> tuple[Tensor, Tensor]:
+    loss, metrics = reference(**inputs, params=params)
+    without, _ = reference(**inputs, params=dataclasses.replace(params, beta=0.0))
+    return 2 * without - loss, metrics
+
+
+def entropy_of_the_wrong_sign(params: Any, **inputs: Any) -> tuple[Tensor, Tensor]:
+    flipped = dataclasses.replace(params, entropy_coef=-params.entropy_coef)
+    return reference(**inputs, params=flipped)
+
+
+def reversed_kl(inputs: dict[str, Any]) -> dict[str, Any]:
+    return {"ref_logprobs": 2 * inputs["logprobs"] - inputs["ref_logprobs"]}
+
+
+def sum_for_mean_ratio(inputs: dict[str, Any]) -> dict[str, Any]:
+    lengths = inputs["cu_seqlens"].diff()
+    length = lengths.repeat_interleave(lengths).to(inputs["logprobs"])
+    logprobs, old = inputs["logprobs"], inputs["old_logprobs"]
+    return {"old_logprobs": logprobs - length * (logprobs - old)}
+
+
+def shifted(name: str) -> Mutant:
+    return with_inputs(lambda inputs: {name: inputs[name].roll(1)})
+
+
+def without_first_token(g: Tensor) -> Tensor:
+    return torch.cat([torch.zeros_like(g[:1]), g[1:]])
+
+
+MUTANTS: dict[str, Mutant] = {
+    "clip sides swapped": swapped_clip,
+    "no lower clip": with_params(clip_low=torch.inf),
+    "no upper clip": with_params(clip_high=torch.inf, ratio_cap=None),
+    "no ratio cap": with_params(ratio_cap=None),
+    "ratio without gradient": with_inputs(
+        lambda inputs: {
+            "logprobs": inputs["logprobs"].detach(),
+            "old_logprobs": inputs["old_logprobs"],
+        }
+    ),
+    "ratio always one": with_inputs(lambda inputs: {"old_logprobs": None}),
+    "sequence ratio": with_params(ratio="seq_mean"),
+    "KL of the wrong sign": kl_of_the_wrong_sign,
+    "KL in the other direction": with_inputs(reversed_kl),
+    "another KL estimator": with_params(kl="k2"),
+    "KL times ratio": with_params(kl_factor="ratio"),
+    "no KL": with_params(beta=0.0),
+    "entropy of the wrong sign": entropy_of_the_wrong_sign,
+    "no entropy": with_params(entropy_coef=0.0),
+    "advantage of the neighbour": shifted("advantages"),
+    "old log-probs shifted by one": shifted("old_logprobs"),
+    "reference log-probs shifted by one": shifted("ref_logprobs"),
+    "weights shifted by one": shifted("token_weights"),
+    "mask ignored": with_inputs(lambda inputs: {"token_weights": None}),
+    "weights as a mask": with_inputs(
+        lambda inputs: {"token_weights": (inputs["token_weights"] != 0).float()}
+    ),
+    "mean over tokens": with_params(aggregation="token_mean"),
+    "sum over tokens": with_params(aggregation="seq_mean_token_sum"),
+    "sequences off by one": with_inputs(
+        lambda inputs: {
+            "cu_seqlens": torch.cat(
+                [
+                    inputs["cu_seqlens"][:1],
+                    inputs["cu_seqlens"][1:-1] + 1,
+                    inputs["cu_seqlens"][-1:],
+                ]
+            )
+        }
+    ),
+    "gradient all zeros": with_gradient("logprobs", torch.zeros_like),
+    "gradient sign flipped": with_gradient("logprobs", torch.neg),
+    "gradient scaled by 2 %": with_gradient("logprobs", lambda g: g * 1.02),
+    "gradient misses the first token": with_gradient("logprobs", without_first_token),
+    "entropy gradient all zeros": with_gradient("entropy", torch.zeros_like),
+    "entropy gradient sign flipped": with_gradient("entropy", torch.neg),
+    "clip fractions swapped": with_metric(3, lambda m: m[4]),
+    "KL metric with beta": with_metric(1, lambda m: m[1] * 0.04),
+    "effective sample size as a count": with_metric(9, lambda m: m[9] * m[10]),
+    "extremes swapped": with_metric(6, lambda m: m[7]),
+}
+
+#: Only a sequence ratio can be wrong in this way.
+SEQUENCE_MUTANTS: dict[str, Mutant] = {
+    "sum instead of mean of the log-ratio": with_inputs(sum_for_mean_ratio),
+    "token ratio": with_params(ratio="token"),
+    "advantage of the neighbour": shifted("advantages"),
+    "gradient scaled by 2 %": with_gradient("logprobs", lambda g: g * 1.02),
+}

@@ -1,0 +1,70 @@
+"""Deliberately broken versions of normalize_advantages; the rule must reject every one."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lvrpo.ops.normalize_advantages import AdvantageParams
+from lvrpo.reference.normalize_advantages import normalize_advantages as reference
+
+Mutant = Callable[[Tensor, Tensor, Tensor, AdvantageParams], tuple[Tensor, ...]]
+
+
+def with_params(**changes: Any) -> Mutant:
+    def mutant(rewards, offsets, weights, params):
+        return reference(rewards, offsets, weights, params=dataclasses.replace(params, **changes))
+
+    return mutant
+
+
+def with_arguments(change: Callable[[Tensor, Tensor, Tensor], tuple[Tensor, ...]]) -> Mutant:
+    def mutant(rewards, offsets, weights, params):
+        return reference(*change(rewards, offsets, weights), params=params)
+
+    return mutant
+
+
+def with_output(index: int, change: Callable[..., Tensor]) -> Mutant:
+    def mutant(rewards, offsets, weights, params):
+        outputs = list(reference(rewards, offsets, weights, params=params))
+        outputs[index] = change(outputs)
+        return tuple(outputs)
+
+    return mutant
+
+
+def variance_share(outputs: list[Tensor]) -> Tensor:
+    variance = outputs[1].square().sum(0)
+    return variance / variance.sum()
+
+
+MUTANTS: dict[str, Mutant] = {
+    "advantage of the neighbour": with_output(0, lambda out: out[0].roll(1)),
+    "sign flipped": with_output(0, lambda out: -out[0]),
+    "scaled by 2 %": with_output(0, lambda out: out[0] * 1.02),
+    "groups off by one": with_arguments(
+        lambda r, o, w: (r, torch.cat([o[:1], o[1:-1] + 1, o[-1:]]), w)
+    ),
+    "one group": with_arguments(lambda r, o, w: (r, o[[0, -1]], w)),
+    "population standard deviation": with_params(ddof=0),
+    "standard deviation without eps": with_params(eps=0.0),
+    "standard deviation without floor": with_params(std_floor=0.0),
+    "standard deviation of the batch": with_params(scale="batch"),
+    "no scale": with_params(scale="none"),
+    "leave-one-out baseline": with_params(baseline="leave_one_out"),
+    "summed before normalising": with_params(combine="sum"),
+    "not whitened": with_params(whiten=False),
+    "not clipped": with_params(clip=None),
+    "weights ignored": with_arguments(lambda r, o, w: (r, o, torch.ones_like(w))),
+    "weights of the neighbour": with_arguments(lambda r, o, w: (r, o, w.roll(1))),
+    "a missing reward is zero": with_arguments(lambda r, o, w: (r.nan_to_num(nan=0.0), o, w)),
+    "parts before weights": with_output(1, lambda out: out[1].flip(1)),
+    "share of variance, not covariance": with_output(2, variance_share),
+    "constant groups miscounted": with_output(3, lambda out: 1 - out[3]),
+    "sum for mean": with_output(4, lambda out: out[4] * len(out[0])),
+}

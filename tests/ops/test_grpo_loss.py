@@ -1,0 +1,491 @@
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any
+
+import pytest
+import torch
+from mutants.grpo_loss import MUTANTS, SEQUENCE_MUTANTS
+from torch import Tensor
+
+from lvrpo.ops.grpo_loss import LOSS_PRESETS, LossMetrics, LossParams, PolicyLoss, grpo_loss
+from lvrpo.reference.grpo_loss import grpo_loss as reference
+from lvrpo.testing import check_op
+
+pytestmark = pytest.mark.usefixtures("poison_empty")
+
+INF = math.inf
+# lengths of the sequences
+SHAPES = {
+    "one token": [1],
+    "ragged, some empty": [3, 0, 7, 1, 0],
+    "longer than a block": [1100, 5],
+    "more sequences than one thread's share": [20] * 260,
+}
+PARAMS = {
+    "grpo": LossParams(),
+    "grpo, all terms": LossParams(beta=0.04, entropy_coef=0.01, clip_high=0.28, ratio_cap=1.4),
+    "dr_grpo, k1": LossParams.preset("dr_grpo", max_length=64, beta=0.1, kl="k1"),
+    "bnpo, k2 times ratio": LossParams.preset("bnpo", beta=0.1, kl="k2", kl_factor="ratio"),
+    "dapo, k3 times ratio": LossParams.preset("dapo", beta=0.1, kl_factor="ratio"),
+    "token sum, abs": LossParams(aggregation="seq_mean_token_sum", beta=0.1, kl="abs"),
+    "gspo": LossParams.preset("gspo", clip_low=0.05, clip_high=0.06),
+    "gspo, all terms": LossParams.preset(
+        "gspo", clip_low=0.05, clip_high=0.06, ratio_cap=1.1, beta=0.1, entropy_coef=-0.02
+    ),
+    "reinforce": LossParams.preset("reinforce", beta=0.1),
+    "no clip": LossParams(clip_low=INF, clip_high=INF),
+}
+
+
+def make_inputs(lengths: list[int], dtype: torch.dtype = torch.float32) -> dict[str, Any]:
+    generator = torch.Generator().manual_seed(sum(lengths))
+    tokens = sum(lengths)
+
+    def normal(count: int, spread: float) -> Tensor:
+        return torch.randn(count, generator=generator) * spread
+
+    logprobs = -normal(tokens, 1.0).abs() - 0.1
+    weights = torch.rand(tokens, generator=generator) + 0.5
+    inputs = {
+        "logprobs": logprobs,
+        "old_logprobs": logprobs + normal(tokens, 0.3),
+        "advantages": normal(len(lengths), 1.0),
+        "ref_logprobs": logprobs + normal(tokens, 0.4),
+        "entropy": normal(tokens, 1.0).abs(),
+        "token_weights": weights * (torch.arange(tokens) % 4 != 1),
+    }
+    cu_seqlens = torch.tensor([0, *lengths]).cumsum(0)
+    return {name: x.to(dtype) for name, x in inputs.items()} | {"cu_seqlens": cu_seqlens}
+
+
+def run_op(**inputs: Any) -> tuple[Tensor, Tensor]:
+    result = grpo_loss(**inputs)
+    return result.loss, torch.stack([getattr(result.metrics, f) for f in METRICS])
+
+
+METRICS = [field.name for field in dataclasses.fields(LossMetrics)]
+
+
+def scales(inputs: dict[str, Any]) -> dict[str, Tensor]:
+    """Size of the summands: the loss with every term made positive, and so for each gradient."""
+    params = inputs["params"]
+    size = {
+        k: x.double() if torch.is_tensor(x) and x.is_floating_point() else x
+        for k, x in inputs.items()
+    }
+    size["advantages"] = -size["advantages"].abs()
+    size["params"] = dataclasses.replace(params, entropy_coef=-abs(params.entropy_coef), kl="k2")
+    loss, metrics = reference(**size)
+    d = size["ref_logprobs"] - size["logprobs"]
+    loss = loss.abs() + params.beta * d.abs().sum() + 2 * metrics[0].abs()
+    metrics = metrics.abs()
+    metrics[1] = d.abs().mean() + 1
+    if inputs["logprobs"].dtype == torch.float64:
+        # Gold has no more digits than ours here, and adds in another order.
+        loss, metrics = loss * len(d) ** 0.5, metrics * len(d) ** 0.5
+
+    lengths = inputs["cu_seqlens"].diff()
+    ratio = (size["logprobs"] - size["old_logprobs"]).exp()
+    advantage = size["advantages"].abs()
+    advantage = (
+        advantage.repeat_interleave(lengths) if len(advantage) == len(lengths) else advantage
+    )
+    slope = size["token_weights"] * advantage * ratio.clamp(min=1) + params.beta * (1 + d.exp())
+    if params.ratio == "seq_mean":
+        # Every token carries the rounding of a sum over its sequence.
+        slope = slope * (1 + (size["logprobs"] - size["old_logprobs"]).abs().mean() * lengths.max())
+    # The reference's gradient by the entropy is minus the coefficient times a token's factor.
+    entropy = torch.ones_like(ratio).requires_grad_()
+    one = dataclasses.replace(params, entropy_coef=-1.0)
+    unit, _ = reference(**size | {"entropy": entropy, "params": one})
+    (factor,) = torch.autograd.grad(unit, entropy)
+    return {"out0": loss, "out1": metrics, "dlogprobs": slope * factor}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("params", PARAMS.values(), ids=PARAMS.keys())
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES.keys())
+def test_matches_reference(backend, shape, params, dtype):
+    inputs = make_inputs(shape, dtype) | {"params": params}
+    check_op(
+        lambda **inputs: run_op(**inputs, backend=backend),
+        reference,
+        inputs,
+        differentiable=["logprobs", "entropy"],
+        scales=scales(inputs),
+    )
+
+
+def test_narrow_inputs_and_per_token_advantages(backend):
+    inputs = make_inputs([3, 0, 7, 1], torch.bfloat16) | {"params": PARAMS["grpo, all terms"]}
+    inputs["advantages"] = torch.randn(11, dtype=torch.bfloat16)
+    inputs["token_weights"] = inputs["token_weights"] != 0
+    narrow = dict(inputs)
+    result = run_op(**narrow, backend=backend)
+    wide = {
+        k: x.float() if torch.is_tensor(x) and x.is_floating_point() else x
+        for k, x in inputs.items()
+    }
+    expected = reference(**wide)
+    assert result[0].dtype == torch.float32
+    torch.testing.assert_close(result, expected)
+
+
+def padded(lengths: list[int], x: Tensor) -> Tensor:
+    return torch.nn.utils.rnn.pad_sequence(list(x.split(lengths)), batch_first=True)
+
+
+def textbook(name: str, lengths: list[int], inputs: dict[str, Any], max_length: int) -> Tensor:
+    """Each preset as it is written down for padded batches, in the min(...) form."""
+    mask = padded(lengths, torch.ones(sum(lengths), dtype=torch.float64))
+    logp, old, ref = (
+        padded(lengths, inputs[k]) for k in ("logprobs", "old_logprobs", "ref_logprobs")
+    )
+    advantage = inputs["advantages"][:, None]
+    low, high = {"dapo": (0.2, 0.28), "gspo": (3e-4, 4e-4)}.get(name, (0.2, 0.2))
+    difference = logp - old
+    if name == "gspo":
+        difference = ((difference * mask).sum(1) / mask.sum(1))[:, None]
+    ratio = torch.exp(difference)
+    clipped = torch.clamp(ratio, 1 - low, 1 + high)
+    per_token = -torch.min(ratio * advantage, clipped * advantage) * torch.ones_like(mask)
+    if name == "reinforce":
+        per_token = -advantage * logp
+    per_token = per_token + 0.04 * (torch.exp(ref - logp) - (ref - logp) - 1)
+    per_token = per_token * mask
+    if name in ("grpo", "gspo"):
+        return (per_token.sum(1) / mask.sum(1)).mean()
+    if name == "dr_grpo":
+        return per_token.sum() / (len(lengths) * max_length)
+    return per_token.sum() / mask.sum()
+
+
+@pytest.mark.parametrize("name", LOSS_PRESETS)
+def test_preset_is_its_published_formula(backend, name):
+    lengths = [3, 5, 1, 8]
+    inputs = make_inputs(lengths, torch.float64)
+    del inputs["token_weights"], inputs["entropy"]
+    length = {"max_length": 10} if name == "dr_grpo" else {}
+    params = LossParams.preset(name, beta=0.04, **length)
+    logprobs = inputs["logprobs"].requires_grad_()
+    ours = grpo_loss(**inputs, params=params, backend=backend).loss
+    expected = textbook(name, lengths, inputs, 10)
+    torch.testing.assert_close(ours, expected)
+    torch.testing.assert_close(
+        torch.autograd.grad(ours, logprobs), torch.autograd.grad(expected, logprobs)
+    )
+
+
+def test_one_token_by_hand(backend):
+    # ratio 2 with A = 1 is held at 1.2, with A = -1 it is not; ratio 1/2 the other way round.
+    logprobs = torch.tensor([-1.0, -1.0, -1.0, -1.0], dtype=torch.float64, requires_grad=True)
+    old = logprobs.detach() + torch.tensor([-1.0, -1.0, 1.0, 1.0]) * math.log(2.0)
+    advantages = torch.tensor([1.0, -1.0, 1.0, -1.0], dtype=torch.float64)
+    result = grpo_loss(logprobs, old, advantages, torch.arange(5), backend=backend)
+    result.loss.backward()
+    expected = torch.tensor([-1.2, 2.0, -0.5, 0.8], dtype=torch.float64)
+    torch.testing.assert_close(result.loss, expected.mean())
+    slopes = torch.tensor([0.0, 2.0, -0.5, 0.0], dtype=torch.float64) / 4
+    torch.testing.assert_close(logprobs.grad, slopes)
+    metrics = result.metrics
+    assert [float(metrics.clip_fraction_low), float(metrics.clip_fraction_high)] == [0.25, 0.25]
+    torch.testing.assert_close(float(metrics.ratio_min), 0.5)
+    torch.testing.assert_close(float(metrics.ratio_max), 2.0)
+    torch.testing.assert_close(float(metrics.ratio_mean), 1.25)
+    torch.testing.assert_close(float(metrics.effective_sample_size), 25 / (4 * 8.5))
+
+
+@pytest.mark.parametrize("name", LOSS_PRESETS)
+def test_on_policy_ratio_is_exactly_one_and_has_a_gradient(backend, name):
+    inputs = make_inputs([3, 0, 7, 600])
+    params = LossParams.preset(name, **({"max_length": 9} if name == "dr_grpo" else {}))
+    inputs |= {"params": params, "backend": backend}
+    results = []
+    for old in (None, inputs["logprobs"].clone()):
+        logprobs = inputs["logprobs"].clone().requires_grad_()
+        result = grpo_loss(**inputs | {"logprobs": logprobs, "old_logprobs": old})
+        result.loss.backward()
+        results.append((result.loss.detach(), logprobs.grad))
+        for field in ("ratio_min", "ratio_max", "ratio_mean", "effective_sample_size"):
+            assert float(getattr(result.metrics, field)) == 1.0
+        assert float(result.metrics.clip_fraction_low + result.metrics.clip_fraction_high) == 0.0
+    assert torch.equal(results[0][0], results[1][0])
+    assert torch.equal(results[0][1], results[1][1])
+    assert (results[0][1] != 0).any()
+
+
+@pytest.mark.parametrize("params", PARAMS.values(), ids=PARAMS.keys())
+def test_masked_tokens_may_hold_anything(backend, params):
+    inputs = make_inputs([6, 4, 5])
+    keep = inputs["token_weights"] != 0
+    garbage = torch.tensor([math.nan, INF, -INF])[torch.arange(15) % 3]
+    for name in ("logprobs", "old_logprobs", "ref_logprobs", "entropy"):
+        inputs[name] = torch.where(keep, inputs[name], garbage).requires_grad_()
+    inputs |= {"params": params, "backend": backend}
+    result = grpo_loss(**inputs)
+    result.loss.backward()
+    for name in ("logprobs", "entropy"):
+        gradient = inputs[name].grad
+        assert gradient is None or (gradient[~keep] == 0).all()
+    assert inputs["logprobs"].grad.isfinite().all()
+
+    counts = [int(part.sum()) for part in keep.split([6, 4, 5])]
+    short = {
+        k: x[keep] if torch.is_tensor(x) and x.shape == (15,) else x for k, x in inputs.items()
+    }
+    short["cu_seqlens"] = torch.tensor([0, *counts]).cumsum(0)
+    alone = grpo_loss(**short)
+    torch.testing.assert_close(result.loss, alone.loss)
+    for field in METRICS:
+        torch.testing.assert_close(getattr(result.metrics, field), getattr(alone.metrics, field))
+
+
+@pytest.mark.parametrize("aggregation", ["token_mean", "seq_mean_token_mean", "seq_mean_token_sum"])
+@pytest.mark.parametrize("as_tensor", [False, True], ids=["number", "tensor"])
+def test_parts_with_the_global_denominator_add_up(backend, aggregation, as_tensor):
+    inputs = make_inputs([3, 4, 5, 6], torch.float64)
+    params = LossParams(aggregation=aggregation, beta=0.1)
+    whole = grpo_loss(**inputs, params=params, backend=backend)
+    count = float(whole.metrics.active_tokens) if aggregation == "token_mean" else 4
+    denominator = torch.tensor(count) if as_tensor else count
+    parts = []
+    for tokens, sequences in ((slice(0, 7), slice(0, 2)), (slice(7, 18), slice(2, 4))):
+        part = {k: x[tokens] if len(x) == 18 else x for k, x in inputs.items()}
+        part["advantages"] = inputs["advantages"][sequences]
+        part["cu_seqlens"] = inputs["cu_seqlens"][sequences.start : sequences.stop + 1]
+        part["cu_seqlens"] = part["cu_seqlens"] - part["cu_seqlens"][0]
+        parts.append(grpo_loss(**part, params=params, denominator=denominator, backend=backend))
+    torch.testing.assert_close(parts[0].loss + parts[1].loss, whole.loss)
+    policy = parts[0].metrics.policy_loss + parts[1].metrics.policy_loss
+    torch.testing.assert_close(policy, whole.metrics.policy_loss)
+
+
+def test_kl_is_exact_for_close_policies(backend):
+    # In fp32, e^d - d - 1 computed as written is off by more than its own size here.
+    d = torch.tensor([1e-4, -2e-4, 3e-4, 0.0])
+    logprobs = torch.full((4,), -0.5)
+    ref = logprobs + d
+    ours = grpo_loss(
+        logprobs, None, torch.ones(1), torch.tensor([0, 4]), ref_logprobs=ref, backend=backend
+    ).metrics.kl
+    exact = (ref.double() - logprobs.double()).square().mean() / 2
+    assert abs(float(ours) / float(exact) - 1) < 1e-3
+
+
+def empty_inputs(lengths: list[int]) -> dict[str, Any]:
+    return {
+        "logprobs": torch.zeros(sum(lengths), requires_grad=True),
+        "old_logprobs": None,
+        "advantages": torch.ones(len(lengths)),
+        "cu_seqlens": torch.tensor([0, *lengths]).cumsum(0),
+    }
+
+
+@pytest.mark.parametrize("lengths", [[], [0, 0], [2, 1]], ids=["no sequence", "empty", "masked"])
+@pytest.mark.parametrize("name", ["grpo", "dapo", "gspo"])
+def test_nothing_to_learn_from(backend, lengths, name):
+    inputs = empty_inputs(lengths)
+    mask = torch.zeros(sum(lengths), dtype=torch.bool)
+    params = LossParams.preset(name)
+    result = grpo_loss(**inputs, token_weights=mask, params=params, backend=backend)
+    result.loss.backward()
+    assert float(result.loss.detach()) == 0.0
+    assert (inputs["logprobs"].grad == 0).all()
+    values = [float(getattr(result.metrics, field)) for field in METRICS]
+    assert values == [0.0] * 6 + [1.0] * 4 + [0.0]
+
+
+def test_non_contiguous_inputs_and_scaled_upstream_gradient(backend):
+    inputs = make_inputs([4, 6]) | {"params": PARAMS["grpo, all terms"]}
+    apart = {
+        k: x.repeat_interleave(2)[::2] if torch.is_tensor(x) and x.is_floating_point() else x
+        for k, x in inputs.items()
+    }
+    gradients = []
+    for given in (inputs, apart):
+        logprobs = given["logprobs"].detach().requires_grad_()
+        loss = grpo_loss(**given | {"logprobs": logprobs}, backend=backend).loss
+        (loss.expand(3).sum() * 2).backward()
+        gradients.append(logprobs.grad)
+    assert torch.equal(*gradients)
+    logprobs = inputs["logprobs"].detach().requires_grad_()
+    grpo_loss(**inputs | {"logprobs": logprobs}, backend=backend).loss.backward()
+    torch.testing.assert_close(gradients[0], 6 * logprobs.grad)
+
+
+def test_only_log_probs_and_entropy_get_a_gradient(backend):
+    inputs = make_inputs([4, 6])
+    leaves = {k: x.requires_grad_() for k, x in inputs.items() if x.is_floating_point()}
+    params = PARAMS["grpo, all terms"]
+    result = grpo_loss(**inputs, params=params, backend=backend)
+    result.loss.backward()
+    received = {name for name, leaf in leaves.items() if leaf.grad is not None}
+    assert received == {"logprobs", "entropy"}
+    assert not any(getattr(result.metrics, field).requires_grad for field in METRICS)
+
+
+@pytest.mark.parametrize("params", PARAMS.values(), ids=PARAMS.keys())
+def test_order_of_sequences_does_not_matter(backend, params):
+    lengths = [3, 1, 7, 4]
+    inputs = make_inputs(lengths) | {"params": params, "backend": backend}
+    order = [2, 0, 3, 1]
+    moved = {
+        k: torch.cat([x.split(lengths)[i] for i in order])
+        for k, x in inputs.items()
+        if torch.is_tensor(x) and len(x) == 15
+    }
+    moved["advantages"] = inputs["advantages"][order]
+    moved["cu_seqlens"] = torch.tensor([0, *(lengths[i] for i in order)]).cumsum(0)
+    torch.testing.assert_close(grpo_loss(**inputs).loss, grpo_loss(**inputs | moved).loss)
+
+
+def test_same_bits_for_any_number_of_threads():
+    inputs = make_inputs([20] * 260) | {"params": PARAMS["gspo, all terms"]}
+    threads = torch.get_num_threads()
+    results = []
+    try:
+        for count in (1, 3):
+            torch.set_num_threads(count)
+            logprobs = inputs["logprobs"].clone().requires_grad_()
+            loss, metrics = run_op(**inputs | {"logprobs": logprobs})
+            loss.backward()
+            results.append((loss.detach(), metrics, logprobs.grad))
+    finally:
+        torch.set_num_threads(threads)
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+@pytest.mark.parametrize("params", PARAMS.values(), ids=PARAMS.keys())
+def test_gradcheck(backend, params):
+    inputs = make_inputs([3, 0, 4, 2], torch.float64) | {"params": params, "backend": backend}
+    logprobs, entropy = inputs.pop("logprobs"), inputs.pop("entropy")
+
+    def function(logprobs: Tensor, entropy: Tensor) -> Tensor:
+        return grpo_loss(logprobs, entropy=entropy, **inputs).loss
+
+    torch.autograd.gradcheck(function, (logprobs.requires_grad_(), entropy.requires_grad_()))
+
+
+def test_opcheck():
+    inputs = make_inputs([3, 0, 4])
+    scalars = (1, 0.2, 0.28, INF, 0.1, 2, True, 0.01, 1, 1.0, 0.0)
+    names = ("logprobs", "old_logprobs", "advantages", "cu_seqlens")
+    given = [inputs[name] for name in (*names, "ref_logprobs", "entropy", "token_weights")]
+    op = torch.ops.lvrpo.grpo_loss_fwd.default
+    torch.library.opcheck(op, (*given, *scalars))
+    bare = (inputs["logprobs"], None, *given[2:4], None, None, None)
+    torch.library.opcheck(op, (*bare, *scalars))
+
+
+def test_compiles_without_a_graph_break(backend):
+    inputs = make_inputs([3, 4]) | {"params": PARAMS["grpo, all terms"], "backend": backend}
+
+    def function(logprobs: Tensor) -> tuple[Tensor, Tensor]:
+        result = grpo_loss(**inputs | {"logprobs": logprobs})
+        return result.loss, result.metrics.kl
+
+    compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
+    gradients = []
+    for run in (compiled, function):
+        logprobs = inputs["logprobs"].clone().requires_grad_()
+        run(logprobs)[0].backward()
+        gradients.append(logprobs.grad)
+    torch.testing.assert_close(*gradients)
+
+
+def check_mutant(mutant: Any, params: LossParams) -> None:
+    inputs = make_inputs([9, 12, 3, 30]) | {"params": params}
+    differentiable = {"differentiable": ["logprobs", "entropy"], "scales": scales(inputs)}
+    with pytest.raises(AssertionError):
+        check_op(mutant, reference, inputs, **differentiable)
+
+
+@pytest.mark.parametrize("mutant", MUTANTS.values(), ids=MUTANTS.keys())
+def test_rule_rejects_mutant(mutant):
+    check_mutant(mutant, PARAMS["grpo, all terms"])
+
+
+@pytest.mark.parametrize("mutant", SEQUENCE_MUTANTS.values(), ids=SEQUENCE_MUTANTS.keys())
+def test_rule_rejects_mutant_of_a_sequence_ratio(mutant):
+    check_mutant(mutant, PARAMS["gspo, all terms"])
+
+
+NAN_AT_1 = torch.tensor([0.0, math.nan])
+BAD = {
+    "two-dimensional": ({"logprobs": torch.zeros(1, 2)}, r"logprobs has shape \(1, 2\)"),
+    "integer log-probs": ({"logprobs": torch.zeros(2).long()}, "logprobs is torch.int64"),
+    "old too short": ({"old_logprobs": torch.zeros(1)}, r"old_logprobs has shape \(1,\)"),
+    "advantages neither [B] nor [T]": (
+        {"advantages": torch.zeros(3)},
+        r"advantages has shape \(3,\), expected \[B\] = \[1\] or \[T\] = \[2\]",
+    ),
+    "advantage NaN": ({"advantages": NAN_AT_1}, r"advantages\[1\] is nan"),
+    "offsets end early": ({"cu_seqlens": torch.tensor([0, 1])}, "cu_seqlens ends at 1, expected 2"),
+    "int32 offsets": ({"cu_seqlens": torch.tensor([0, 2]).int()}, "cu_seqlens is torch.int32"),
+    "beta without reference": ({"params": LossParams(beta=0.1)}, "ref_logprobs is None, but beta"),
+    "entropy bonus without entropy": (
+        {"params": LossParams(entropy_coef=0.1)},
+        "entropy is None, but entropy_coef is 0.1",
+    ),
+    "negative weight": ({"token_weights": torch.tensor([1.0, -1.0])}, r"token_weights\[1\] is -1"),
+    "denominator zero": ({"denominator": 0.0}, "denominator is 0.0"),
+    "denominator tensor zero": ({"denominator": torch.tensor(0)}, "denominator is 0.0"),
+    "denominator vector": ({"denominator": torch.ones(2)}, r"denominator has shape \(2,\)"),
+    "log-prob NaN": ({"logprobs": NAN_AT_1}, r"logprobs\[1\] is nan"),
+    "log-prob -inf": ({"logprobs": torch.tensor([-INF, 0.0])}, r"logprobs\[0\] is -inf"),
+    "old log-prob NaN": ({"old_logprobs": NAN_AT_1}, r"old_logprobs\[1\] is nan"),
+    "reference NaN": (
+        {"ref_logprobs": NAN_AT_1, "params": LossParams(beta=0.1)},
+        r"ref_logprobs\[1\] is nan",
+    ),
+    "unknown backend": ({"backend": "cudnn"}, "backend is 'cudnn'"),
+}
+
+
+@pytest.mark.parametrize(("change", "message"), BAD.values(), ids=BAD.keys())
+def test_bad_input(backend, change, message):
+    arguments = {
+        "logprobs": torch.zeros(2),
+        "old_logprobs": None,
+        "advantages": torch.ones(1),
+        "cu_seqlens": torch.tensor([0, 2]),
+        "backend": backend,
+    }
+    with pytest.raises(ValueError, match=message):
+        grpo_loss(**arguments | change)
+
+
+BAD_PARAMS = {
+    "ratio": ({"ratio": "word"}, "ratio is 'word', expected one of none, token, seq_mean"),
+    "kl": ({"kl": "k4"}, "kl is 'k4'"),
+    "aggregation": ({"aggregation": "sum"}, "aggregation is 'sum'"),
+    "clip_low": ({"clip_low": -0.1}, "clip_low is -0.1"),
+    "beta": ({"beta": -1.0}, "beta is -1.0"),
+    "entropy_coef": ({"entropy_coef": INF}, "entropy_coef is inf"),
+    "cap below the clip": ({"ratio_cap": 1.1}, "ratio_cap is 1.1, expected at least"),
+    "cap without ratio": (
+        {"ratio_cap": 3.0, "ratio": "none"},
+        'ratio_cap is 3.0, but ratio is "none"',
+    ),
+    "no max_length": ({"aggregation": "seq_mean_token_sum_norm"}, "max_length is None"),
+    "max_length unused": ({"max_length": 8}, "max_length is 8, but aggregation"),
+}
+
+
+@pytest.mark.parametrize(("change", "message"), BAD_PARAMS.values(), ids=BAD_PARAMS.keys())
+def test_bad_params(change, message):
+    with pytest.raises(ValueError, match=message):
+        LossParams(**change)
+
+
+def test_unknown_preset():
+    with pytest.raises(ValueError, match="preset is 'ppo2', expected one of grpo"):
+        LossParams.preset("ppo2")
+
+
+def test_result_is_a_policy_loss():
+    result = grpo_loss(**empty_inputs([2]))
+    assert isinstance(result, PolicyLoss)
+    assert isinstance(result.metrics, LossMetrics)

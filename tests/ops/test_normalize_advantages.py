@@ -1,0 +1,313 @@
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from typing import Any
+
+import pytest
+import torch
+from mutants.normalize_advantages import MUTANTS
+from torch import Tensor
+
+from lvrpo.ops.normalize_advantages import (
+    ADVANTAGE_PRESETS,
+    AdvantageParams,
+    Advantages,
+    normalize_advantages,
+)
+from lvrpo.reference.normalize_advantages import normalize_advantages as reference
+from lvrpo.testing import check_op
+
+pytestmark = pytest.mark.usefixtures("poison_empty")
+
+NAN = math.nan
+# group sizes, number of rewards
+SHAPES = {
+    "one group": ([8], 1),
+    "equal groups": ([4] * 6, 3),
+    "ragged groups, one of them empty and one of a single sample": ([3, 1, 0, 7, 2], 2),
+    "more groups than one thread's share": ([2] * 600, 2),
+}
+PARAMS = {name: AdvantageParams.preset(name) for name in ADVANTAGE_PRESETS} | {
+    "population std": AdvantageParams(ddof=0, whiten=False),
+    "batch scale": AdvantageParams(scale="batch", whiten=False),
+    "sum, batch scale": AdvantageParams(combine="sum", scale="batch", baseline="leave_one_out"),
+    "floor and clip": AdvantageParams(std_floor=0.4, clip=1.1),
+    "no eps": AdvantageParams(eps=0.0, std_floor=0.0),
+}
+
+
+def make_inputs(sizes: list[int], rewards: int, dtype: torch.dtype = torch.float32) -> dict:
+    """Odd rewards are 0 or 1, some of the first group's are missing, the last group is constant."""
+    generator = torch.Generator().manual_seed(sum(sizes) + rewards)
+    batch = sum(sizes)
+    table = torch.randn(batch, rewards, generator=generator) * 0.3 + 0.5
+    table[:, 1::2] = (table[:, 1::2] > 0.5).float()
+    table[:, -1].masked_fill_(torch.arange(batch) % 3 == 1, NAN if rewards > 1 else 0.25)
+    table[-2:] = table[-1:]
+    return {
+        "rewards": table.to(dtype),
+        "groups": torch.tensor([0, *sizes]).cumsum(0),
+        "weights": torch.tensor([1.0, 0.5, 2.0][:rewards], dtype=torch.float64),
+    }
+
+
+def flat(result: Advantages) -> tuple[Tensor, ...]:
+    stats = [getattr(result.stats, f.name) for f in dataclasses.fields(result.stats)]
+    return (result.values, result.per_reward, *stats[:-1])
+
+
+def run_op(rewards, groups, weights, params, backend=None):
+    return flat(
+        normalize_advantages(rewards, groups, weights=weights, params=params, backend=backend)
+    )
+
+
+def run_reference(rewards, groups, weights, params):
+    return reference(rewards, groups, weights, params=params)[:-1]
+
+
+def scales(inputs: dict) -> dict[str, Tensor | float]:
+    # fp64 in, fp64 out: subtracting the mean and dividing by a small deviation costs digits, and
+    # the two implementations add in different orders.
+    lossless = inputs["rewards"].dtype == torch.float64
+    return {f"out{i}": 100.0 for i in range(7)} if lossless else {}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("params", PARAMS.values(), ids=PARAMS.keys())
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES.keys())
+def test_matches_reference(backend, shape, params, dtype):
+    inputs = make_inputs(*shape, dtype) | {"params": params}
+    op = functools.partial(run_op, backend=backend)
+    check_op(op, run_reference, inputs, scales=scales(inputs))
+
+
+def z_scores(r: Tensor, eps: float = 1e-4) -> Tensor:
+    return (r - r.mean()) / (r.std() + eps)
+
+
+def test_paper_is_equation_3(backend):
+    r = torch.rand(12, 2, dtype=torch.float64)
+    ours = normalize_advantages(
+        r, 4, weights=[2.0, 1.0], params=AdvantageParams.preset("paper"), backend=backend
+    )
+    expected = torch.cat([z_scores(group) for group in (2 * r[:, 0] + r[:, 1]).split(4)])
+    torch.testing.assert_close(ours.values, expected)
+
+
+def test_decoupled_is_gdpo(backend):
+    r = torch.rand(12, 2, dtype=torch.float64)
+    params = AdvantageParams.preset("decoupled", std_floor=0.0)
+    ours = normalize_advantages(r, 4, weights=[2.0, 1.0], params=params, backend=backend)
+    each = [torch.cat([z_scores(g) for g in r[:, k].split(4)]) for k in range(2)]
+    expected = z_scores(2 * each[0] + each[1])
+    torch.testing.assert_close(ours.values, expected)
+
+
+def test_dr_grpo_and_leave_one_out(backend):
+    r = torch.tensor([1.0, 2.0, 6.0])
+    plain = normalize_advantages(r, 3, params=AdvantageParams.preset("dr_grpo"), backend=backend)
+    assert plain.values.tolist() == [-2.0, -1.0, 3.0]
+    others = normalize_advantages(r, 3, params=AdvantageParams.preset("rloo"), backend=backend)
+    assert others.values.tolist() == [1.0 - 4.0, 2.0 - 3.5, 6.0 - 1.5]
+
+
+@pytest.mark.parametrize("name", ADVANTAGE_PRESETS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_nothing_to_compare_is_exactly_zero(backend, name, dtype):
+    # 0.1 and 1/3 are not exact in binary, so their mean over 3 or 7 is not the number itself.
+    r = torch.tensor([0.1] * 3 + [1 / 3] * 7 + [5.0], dtype=dtype)
+    offsets = torch.tensor([0, 3, 10, 11])
+    params = AdvantageParams.preset(name, eps=0.0, std_floor=0.0)
+    ours = normalize_advantages(r, offsets, params=params, backend=backend)
+    assert (ours.values == 0).all()
+    assert (ours.stats.share == 0).all()
+    assert bool(ours.stats.all_zero)
+    assert ours.stats.constant_groups.tolist() == [1.0]
+
+
+def test_rewards_that_cancel_are_a_constant_sum(backend):
+    r = torch.tensor([[0.3, 0.7], [0.7, 0.3], [0.1, 0.9]], dtype=torch.float64)
+    params = AdvantageParams.preset("paper", eps=0.0)
+    assert (normalize_advantages(r, 3, params=params, backend=backend).values == 0).all()
+
+
+def test_missing_reward_counts_as_the_mean_of_its_group(backend):
+    r = torch.tensor([[1.0, 0.0], [0.0, NAN], [1.0, 1.0], [0.0, NAN]])
+    with_gaps = normalize_advantages(r, 4, params=AdvantageParams(whiten=False), backend=backend)
+    assert with_gaps.per_reward[[1, 3], 1].tolist() == [0.0, 0.0]
+    pair = normalize_advantages(
+        torch.tensor([0.0, 1.0]), 2, params=AdvantageParams(whiten=False), backend=backend
+    )
+    torch.testing.assert_close(with_gaps.per_reward[[0, 2], 1], pair.values)
+    assert with_gaps.stats.applicable.tolist() == [1.0, 0.5]
+
+
+def test_reward_that_applies_nowhere(backend):
+    r = torch.tensor([[1.0, NAN], [0.0, NAN]])
+    ours = normalize_advantages(r, 2, backend=backend)
+    assert ours.per_reward[:, 1].tolist() == [0.0, 0.0]
+    assert ours.stats.applicable.tolist() == [1.0, 0.0]
+    for statistic in (ours.stats.mean, ours.stats.std, ours.stats.constant_groups):
+        assert statistic.isnan().tolist() == [False, True]
+
+
+def test_parts_add_up_and_shares_to_one(backend):
+    inputs = make_inputs([4] * 6, 3)
+    for params in PARAMS.values():
+        ours = normalize_advantages(**inputs, params=params, backend=backend)
+        torch.testing.assert_close(ours.per_reward.sum(1), ours.values)
+        torch.testing.assert_close(ours.stats.share.sum(), torch.tensor(1.0))
+        assert not bool(ours.stats.all_zero)
+
+
+def test_floor_keeps_noise_small_where_a_binary_reward_agrees(backend):
+    noise = 0.5 + 1e-3 * torch.randn(8)
+    r = torch.stack([noise, torch.ones(8)], dim=1)
+    blown_up = normalize_advantages(r, 8, params=AdvantageParams.preset("paper"), backend=backend)
+    assert blown_up.values.abs().max() > 1
+    params = AdvantageParams.preset("paper", std_floor=0.05)
+    kept = normalize_advantages(r, 8, params=params, backend=backend)
+    assert kept.values.abs().max() < 0.1
+
+
+@pytest.mark.parametrize("params", PARAMS.values(), ids=PARAMS.keys())
+def test_order_of_groups_and_samples_does_not_matter(backend, params):
+    r = make_inputs([4] * 6, 3)["rewards"]
+    order = torch.randperm(6)[:, None] * 4 + torch.stack([torch.randperm(4) for _ in range(6)])
+    order = order.flatten()
+    ours = normalize_advantages(r, 4, params=params, backend=backend)
+    moved = normalize_advantages(r[order], 4, params=params, backend=backend)
+    torch.testing.assert_close(moved.values, ours.values[order])
+    torch.testing.assert_close(moved.stats.share, ours.stats.share)
+
+
+def test_an_unwhitened_group_does_not_see_the_batch(backend):
+    r = torch.rand(32, 2)
+    params = AdvantageParams(whiten=False)
+    batch = normalize_advantages(r, 8, params=params, backend=backend).values
+    alone = [normalize_advantages(g, 8, params=params, backend=backend).values for g in r.split(8)]
+    assert torch.equal(batch, torch.cat(alone))
+
+
+def test_int_groups_one_reward_and_list_weights(backend):
+    r = torch.rand(12)
+    ours = normalize_advantages(r, 4, weights=[1.0], backend=backend)
+    same = normalize_advantages(
+        r[:, None], torch.tensor([0, 4, 8, 12]), weights=torch.ones(1), backend=backend
+    )
+    assert torch.equal(ours.values, same.values)
+    assert ours.per_reward.shape == (12, 1)
+
+
+def test_rewards_are_data(backend):
+    r = torch.rand(8, 2, requires_grad=True)
+    assert not normalize_advantages(r, 4, backend=backend).values.requires_grad
+
+
+def test_empty_batch(backend):
+    for groups in (4, torch.tensor([0]), torch.tensor([0, 0, 0])):
+        ours = normalize_advantages(torch.zeros(0, 2), groups, backend=backend)
+        assert ours.values.shape == (0,)
+        assert ours.per_reward.shape == (0, 2)
+        assert bool(ours.stats.all_zero)
+
+
+def test_non_contiguous_rewards(backend):
+    base = torch.rand(3, 16)
+    ours = normalize_advantages(base.T[::2], 4, backend=backend)
+    same = normalize_advantages(base.T[::2].contiguous(), 4, backend=backend)
+    assert torch.equal(ours.values, same.values)
+
+
+def test_same_bits_for_any_number_of_threads():
+    inputs = make_inputs([2] * 600, 2)
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        one = normalize_advantages(**inputs).values
+        torch.set_num_threads(3)
+        three = normalize_advantages(**inputs).values
+    finally:
+        torch.set_num_threads(threads)
+    assert torch.equal(one, three)
+
+
+def test_opcheck():
+    arguments = (torch.rand(6, 2), torch.tensor([0, 2, 6]), torch.ones(2, dtype=torch.float64))
+    scalars = (True, False, 0, 1, 1e-4, 0.01, True, math.inf)
+    torch.library.opcheck(torch.ops.lvrpo.normalize_advantages.default, (*arguments, *scalars))
+
+
+def test_compiles_without_a_graph_break(backend):
+    def function(r: Tensor) -> tuple[Tensor, Tensor]:
+        ours = normalize_advantages(r, 4, weights=[1.0, 2.0], backend=backend)
+        return ours.values, ours.stats.share
+
+    compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
+    r = torch.rand(8, 2)
+    torch.testing.assert_close(compiled(r), function(r))
+
+
+@pytest.mark.parametrize("mutant", MUTANTS.values(), ids=MUTANTS.keys())
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rule_rejects_mutant(mutant, dtype):
+    inputs = make_inputs([4, 5, 6, 3], 2, dtype)
+    # A group in which the first reward hardly varies, so that eps and the floor are seen.
+    inputs["rewards"][4:9, 0] = (0.5 + 0.01 * torch.arange(5)).to(dtype)
+    inputs["params"] = AdvantageParams(eps=0.01, std_floor=0.05, clip=1.5)
+
+    def broken(rewards: Tensor, groups: Tensor, weights: Tensor, params: AdvantageParams) -> Any:
+        return mutant(rewards, groups, weights, params)[:-1]
+
+    check_op(run_op, run_reference, inputs)
+    with pytest.raises(AssertionError):
+        check_op(broken, run_reference, inputs)
+
+
+BAD = {
+    "+inf": ({"rewards": torch.tensor([[0.0, 1.0], [1.0, math.inf]])}, "sample 1, reward 1"),
+    "-inf": ({"rewards": torch.tensor([0.0, -math.inf])}, r"rewards\[1\] is -inf"),
+    "all NaN": ({"rewards": torch.tensor([[0.0, NAN], [NAN, NAN]])}, "no reward applies.*sample 1"),
+    "three dimensions": ({"rewards": torch.zeros(2, 1, 1)}, r"rewards has shape \(2, 1, 1\)"),
+    "integer rewards": ({"rewards": torch.zeros(2, dtype=torch.int64)}, "rewards is torch.int64"),
+    "group size does not divide": ({"groups": 3}, "groups is 3"),
+    "group size zero": ({"groups": 0}, "groups is 0"),
+    "offsets end early": ({"groups": torch.tensor([0, 1])}, "groups ends at 1, expected 2"),
+    "offsets decrease": ({"groups": torch.tensor([0, 2, 1, 2])}, "groups decreases from 2 to 1"),
+    "int32 offsets": ({"groups": torch.tensor([0, 2], dtype=torch.int32)}, "groups is torch.int32"),
+    "too many weights": ({"weights": [1.0, 2.0, 3.0]}, r"weights has shape \(3,\)"),
+    "weight NaN": ({"weights": [1.0, NAN]}, "weights is"),
+    "unknown backend": ({"backend": "cudnn"}, "backend is 'cudnn'"),
+}
+
+
+@pytest.mark.parametrize(("change", "message"), BAD.values(), ids=BAD.keys())
+def test_bad_input(backend, change, message):
+    arguments = {"rewards": torch.zeros(2, 2), "groups": 2, "backend": backend}
+    with pytest.raises(ValueError, match=message):
+        normalize_advantages(**arguments | change)
+
+
+BAD_PARAMS = {
+    "combine": ({"combine": "product"}, "combine is 'product', expected one of decoupled, sum"),
+    "scale": ({"scale": "token"}, "scale is 'token'"),
+    "baseline": ({"baseline": "median"}, "baseline is 'median'"),
+    "ddof": ({"ddof": 2}, "ddof is 2"),
+    "eps": ({"eps": -1.0}, "eps is -1.0"),
+    "std_floor": ({"std_floor": NAN}, "std_floor is nan"),
+    "clip": ({"clip": 0.0}, "clip is 0.0"),
+}
+
+
+@pytest.mark.parametrize(("change", "message"), BAD_PARAMS.values(), ids=BAD_PARAMS.keys())
+def test_bad_params(change, message):
+    with pytest.raises(ValueError, match=message):
+        AdvantageParams(**change)
+
+
+def test_unknown_preset():
+    with pytest.raises(ValueError, match="preset is 'gae', expected one of paper, decoupled"):
+        AdvantageParams.preset("gae")
