@@ -181,7 +181,11 @@ std::tuple<Tensor, Tensor, Tensor> flow_policy_loss_fwd(
     const PerSample<acc> step(dt, size.samples, "dt"), advantage(advantages, size.samples, "advantages");
     optional<PerSample<acc>> weights;
     if (sample_weights) weights.emplace(*sample_weights, size.samples, "sample_weights");
-    const auto weight_of = [&](int64_t n) { return weights ? static_cast<double>((*weights)[n]) : 1.0; };
+    // A deterministic step has no density; the Python layer refuses it where it may look at values.
+    const auto weight_of = [&](int64_t n) {
+      const double weight = weights ? static_cast<double>((*weights)[n]) : 1.0;
+      return weight > 0 && deviation[n] > acc(0) ? weight : 0.0;
+    };
 
     const scalar_t* v = velocity.const_data_ptr<scalar_t>();
     const acc* v_old = data<acc>(velocity_old, "velocity_old");

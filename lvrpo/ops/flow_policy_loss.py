@@ -162,7 +162,8 @@ def flow_policy_loss(
     Raises:
         ValueError: shapes, dtypes or devices do not match, or beta > 0 without `velocity_ref`; on a
             CPU also when a sample with weight is of a deterministic step or holds NaN or inf, a
-            weight is negative or not finite, or the denominator is not > 0.
+            weight is negative or not finite, or the denominator is not > 0. Where values are not
+            read, a deterministic step or a NaN weight counts as weight 0.
     """
     params = FlowLossParams() if params is None else params
     if denominator is not None and not isinstance(denominator, Tensor):
@@ -191,20 +192,30 @@ def flow_policy_loss(
         )
         metrics = FlowLossMetrics(**named)
     else:
-        dtype = widen(velocity).dtype
-        samples = (coeffs.c_v, coeffs.std, coeffs.dt, advantages, sample_weights, denominator)
-        loss, values = _FlowPolicyLoss.apply(  # type: ignore[no-untyped-call]
-            velocity,
-            *(
-                None if x is None else x.detach().to(dtype)
-                for x in (velocity_old, noise, velocity_ref, *samples)
-            ),
-            _scalars(params),
-        )
+        loss, values = _apply(tensors, coeffs, denominator, params)
         metrics = FlowLossMetrics(*values.unbind())
     if _checks.check_values(loss) and not bool(torch.isfinite(loss)):
         _refuse_non_finite(tensors)
     return FlowPolicyLoss(loss, metrics)
+
+
+def _apply(
+    tensors: dict[str, Tensor | None],
+    coeffs: StepCoefficients,
+    denominator: Tensor | None,
+    params: FlowLossParams,
+) -> tuple[Tensor, Tensor]:
+    """The compiled op on `tensors`, which are in the order of its arguments but for `coeffs`."""
+    velocity, *latents_and_samples = tensors.values()
+    assert velocity is not None
+    latents, samples = latents_and_samples[:3], latents_and_samples[3:]
+    others = (*latents, coeffs.c_v, coeffs.std, coeffs.dt, *samples, denominator)
+    dtype = widen(velocity).dtype
+    return _FlowPolicyLoss.apply(  # type: ignore[no-untyped-call,no-any-return]
+        velocity,
+        *(None if x is None else x.detach().to(dtype) for x in others),
+        _scalars(params),
+    )
 
 
 class _FlowPolicyLoss(torch.autograd.Function):
@@ -306,6 +317,7 @@ def _check(
             raise ValueError(f"{OP}: denominator is {float(denominator)}, expected > 0")
     if _checks.check_values(coeffs.std):
         _check_weights(weights, coeffs, samples)
+        _refuse_non_finite({name: tensors[name] for name in ("advantages", "sample_weights")})
 
 
 def _check_weights(weights: Tensor | None, coeffs: StepCoefficients, samples: int) -> None:
@@ -329,7 +341,7 @@ def _check_weights(weights: Tensor | None, coeffs: StepCoefficients, samples: in
 
 
 def _refuse_non_finite(tensors: dict[str, Tensor | None]) -> None:
-    """Name the first NaN or inf that made the loss one."""
+    """Name the first sample with weight that holds NaN or inf, if there is one."""
     weights = tensors["sample_weights"]
     for name, tensor in tensors.items():
         if tensor is None or tensor.numel() == 0:

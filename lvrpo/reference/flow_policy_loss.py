@@ -33,14 +33,13 @@ def flow_policy_loss(
     """See `lvrpo.flow_policy_loss`; metrics by their field names."""
     v = widen(velocity)
     weights = v.new_ones(len(v)) if sample_weights is None else sample_weights.detach().to(v)
-    active = weights > 0
+    # The op refuses a deterministic step where it may look at values; elsewhere it has no weight.
+    active = (weights > 0) & (coeffs.std > 0)
+    weights = torch.where(active, weights, 0.0)
     total = weights.sum() if denominator is None else denominator.detach().to(v)
 
     def latent(x: Tensor) -> Tensor:  # a sample without weight may hold anything, NaN included
         return torch.where(active.reshape(-1, *[1] * (v.dim() - 1)), x.to(v.dtype), 0.0)
-
-    def element_mean(x: Tensor) -> Tensor:
-        return x.flatten(1).mean(dim=1)
 
     def weighted_mean(x: Tensor) -> Tensor:
         summed = torch.where(active, weights * x, 0.0).sum()
@@ -76,32 +75,48 @@ def flow_policy_loss(
         if params.variant == "guard":
             policy = policy / abs_dt
 
-    kl = dict.fromkeys(("velocity_mse", "gaussian", "no_dt", "dmu2"), torch.zeros_like(policy))
-    if velocity_ref is not None:
-        dv = v - latent(velocity_ref.detach())
-        gaussian = element_mean((c_v * dv) ** 2 / (2 * s**2))
-        kl = {
-            "velocity_mse": element_mean(dv**2),
-            "gaussian": gaussian,
-            "no_dt": gaussian * abs_dt,
-            "dmu2": element_mean((c_v * dv) ** 2),
-        }
+    if velocity_ref is None:
+        kl = dict.fromkeys(("velocity_mse", "gaussian", "no_dt", "dmu2"), torch.zeros_like(policy))
+    else:
+        kl = distances(v - latent(velocity_ref.detach()), c_v, s, abs_dt)
     loss = weighted_mean(policy + params.beta * kl[params.kl])
 
-    nobody = ~active.any()
-    infinity = v.new_full((1,), torch.inf)
-    lowest = torch.cat([ratio.masked_fill(~active, torch.inf), infinity]).amin()
-    highest = torch.cat([ratio.masked_fill(~active, -torch.inf), -infinity]).amax()
+    lowest, highest = extremes(ratio, active)
     metrics = {
         "policy_loss": weighted_mean(policy),
         **{f"kl_{name}": weighted_mean(value) for name, value in kl.items()},
         "kl_old": weighted_mean(kl_old),
         "ratio_mean": weighted_mean(ratio),
-        "ratio_min": lowest.masked_fill(nobody, 1.0),
-        "ratio_max": highest.masked_fill(nobody, 1.0),
+        "ratio_min": lowest,
+        "ratio_max": highest,
         "abs_log_ratio": weighted_mean(log_ratio.abs()),
         "clip_fraction_low": weighted_mean(low.to(v.dtype)),
         "clip_fraction_high": weighted_mean(high.to(v.dtype)),
         "active_samples": active.sum(),
     }
     return loss, {name: value.detach().float() for name, value in metrics.items()}
+
+
+def element_mean(x: Tensor) -> Tensor:
+    """[N, ...] to [N]."""
+    return x.flatten(1).mean(dim=1)
+
+
+def distances(dv: Tensor, c_v: Tensor, s: Tensor, abs_dt: Tensor) -> dict[str, Tensor]:
+    """The KL forms by name, [N] each, of policies whose velocities differ by `dv`."""
+    gaussian = element_mean((c_v * dv) ** 2 / (2 * s**2))
+    return {
+        "velocity_mse": element_mean(dv**2),
+        "gaussian": gaussian,
+        "no_dt": gaussian * abs_dt,
+        "dmu2": element_mean((c_v * dv) ** 2),
+    }
+
+
+def extremes(ratio: Tensor, active: Tensor) -> tuple[Tensor, Tensor]:
+    """Smallest and largest active ratio; 1 when none is."""
+    infinity = ratio.new_full((1,), torch.inf)
+    lowest = torch.cat([ratio.masked_fill(~active, torch.inf), infinity]).amin()
+    highest = torch.cat([ratio.masked_fill(~active, -torch.inf), -infinity]).amax()
+    nobody = ~active.any()
+    return lowest.masked_fill(nobody, 1.0), highest.masked_fill(nobody, 1.0)
