@@ -31,7 +31,7 @@ class RunSection:
     steps: int = 120
     checkpoint_every: int = 20
     keep_checkpoints: int = 2
-    eval_items: int = 1024
+    eval_items: int = 2048
     gallery_items: int = 12
     threads: int = 0  # 0: torch's own choice
     backend: str = ""  # of every op; empty: the first that can run
