@@ -167,11 +167,13 @@ def with_label_noise(
         return replace(example, answer=_wrong_answer(example, config, rng))
     if example.target is None or example.rule is None:
         raise ValueError(f"with_label_noise: {example.uid!r} has no target with a rule")
+    hit = rng.random(config.cells) < probability
+    if not hit.any():
+        return example
     pool = digit_pools()[split]
     cells = dissect(example.target, config.rows, config.cols)[0]
     digits = [read_source(cell, split) for cell in cells]
-    full = [i for i, digit in enumerate(digits) if digit is not None]
-    wrong = [i for i, u in zip(full, rng.random(len(full)), strict=True) if u < probability]
+    wrong = [i for i, digit in enumerate(digits) if digit is not None and hit[i]]
     if not wrong:
         return example
     changed = list(digits)
