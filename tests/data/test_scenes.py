@@ -228,12 +228,12 @@ def test_jitter_keeps_blank_cells_blank_and_changes_the_rest():
 
 def test_label_noise_makes_wrong_targets_at_the_given_rate(labels):
     rng = generator("noise")
-    config = SceneConfig(generate=tuple((kind, 1.0) for kind in REQUESTS))
+    config = SceneConfig(2, 3, generate=tuple((kind, 1.0) for kind in REQUESTS))
     examples = scene_examples(config, "train", "generate", 600, 0)
     wrong = digits = 0
     for example in examples:
         noisy = with_label_noise(example, 0.3, rng)
-        before, after = (read(e.target, 2, 2, labels) for e in (example, noisy))
+        before, after = (read(e.target, 2, 3, labels) for e in (example, noisy))
         assert [d is None for d in before] == [d is None for d in after]
         assert (noisy is example) == example.rule.satisfied_by(after)
         assert noisy.prompt == example.prompt
