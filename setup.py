@@ -26,7 +26,7 @@ COMMON_FLAGS = ["-O3", "-std=c++20", "-DTORCH_TARGET_VERSION=0x020a000000000000"
 # Not -ffast-math: masked rows rely on infinities. These two only drop errno and FP traps, without
 # which GCC will not vectorise exp; -fopenmp-simd honours `#pragma omp simd` and links nothing.
 CPU_FLAGS = ["-fno-math-errno", "-fno-trapping-math", "-fopenmp-simd", "-fvisibility=hidden"]
-CUDA_SOURCES = sorted(str(path) for path in Path("csrc/cuda").glob("*.cu"))
+CUDA_SOURCES = sorted(map(str, Path("csrc/cuda").glob("*.cu")))
 
 
 def import_host_torch():
@@ -54,8 +54,7 @@ def why_no_extension(torch):
     """What the C++ ops lack here, or None."""
     if torch is None:
         return "torch is not importable; install torch first (with uv: --no-build-isolation)"
-    version = tuple(int(part) for part in re.findall(r"\d+", torch.__version__)[:2])
-    if version < MINIMUM_TORCH:
+    if tuple(map(int, re.findall(r"\d+", torch.__version__)[:2])) < MINIMUM_TORCH:
         return f"torch is {torch.__version__}, the C++ ops need 2.10"
     compiler = shlex.split(os.environ.get("CXX") or "c++")[0]
     if shutil.which(compiler) is None:
@@ -100,7 +99,7 @@ def extension():
     from torch.utils import cpp_extension
 
     kind, flags = cpp_extension.CppExtension, {"cxx": COMMON_FLAGS + CPU_FLAGS}
-    sources = ["csrc/library.cpp", *sorted(str(path) for path in Path("csrc/cpu").glob("*.cpp"))]
+    sources = ["csrc/library.cpp", *sorted(map(str, Path("csrc/cpu").glob("*.cpp")))]
     no_cuda = "not asked for" if BUILD == "cpu" else why_no_cuda(torch, cpp_extension.CUDA_HOME)
     if no_cuda is None:
         kind, sources = cpp_extension.CUDAExtension, sources + CUDA_SOURCES
@@ -114,7 +113,7 @@ def extension():
         print(f"\nlvrpo: building WITHOUT the CUDA ops: {no_cuda}.\n", file=sys.stderr)
     include_dirs = [str(Path("csrc").absolute()), pybind11.get_include()]
     module = kind("lvrpo._C", sources, include_dirs=include_dirs, extra_compile_args=flags)
-    module.depends = sorted(str(path) for path in Path("csrc").rglob("*.h"))
+    module.depends = sorted(map(str, Path("csrc").rglob("*.h")))
     return {"ext_modules": [module], "cmdclass": {"build_ext": cpp_extension.BuildExtension}}
 
 

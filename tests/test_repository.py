@@ -27,10 +27,20 @@ LAYERS = (
     "docs/ops/{}.md",
     "benchmarks/bench_{}.py",
 )
-#: Lines a reader can hold. An exception is raised here, with the reason it deserves.
+#: Lines a reader can hold; a function's are counted without its docstring. An exception is granted
+#: here, with the reason it deserves.
 FILE_LINES, FUNCTION_LINES = 350, 80
+FOLDERS = {"csrc/": 500, "kernels/": 500, "tests/": 500}  # longest file, where it is not FILE_LINES
 BUDGETS = {"setup.py": 120, "README.md": 200}
-EXCEPTIONS: dict[str, tuple[int, str]] = {}
+ONE_FORMULA = (
+    "a reference reads from top to bottom like its formula; parts would need names of their own"
+)
+EXCEPTIONS: dict[str, tuple[int, str]] = {
+    "lvrpo/reference/grpo_loss.py:grpo_loss": (95, ONE_FORMULA),
+    "lvrpo/reference/flow_policy_loss.py:flow_policy_loss": (95, ONE_FORMULA),
+    "lvrpo/reference/normalize_advantages.py:normalize_advantages": (95, ONE_FORMULA),
+    "lvrpo/ops/flow_policy_loss.py": (360, "the contracts of two parameter classes and 13 metrics"),
+}
 #: Modules that users run or import themselves, and nothing inside lvrpo needs to.
 DOORS = {"lvrpo", "lvrpo.cli", "lvrpo.info", "lvrpo.testing"}
 ENVIRONMENT_VARIABLES = {"LVRPO_BACKEND", "LVRPO_BUILD", "LVRPO_CHECK"}
@@ -104,15 +114,18 @@ def test_every_op_is_public():
 def test_files_and_functions_are_short():
     long = []
     for path in [*SOURCES, ROOT / "README.md"]:
-        name = name_of(path)
-        budget, _ = EXCEPTIONS.get(name, (BUDGETS.get(name, FILE_LINES), ""))
-        if len(lines_of(path)) > budget:
-            long.append(f"{name}: {len(lines_of(path))} lines, budget {budget}")
+        name, lines = name_of(path), len(lines_of(path))
+        default = next((n for f, n in FOLDERS.items() if name.startswith(f)), FILE_LINES)
+        budget, _ = EXCEPTIONS.get(name, (BUDGETS.get(name, default), ""))
+        if lines > budget:
+            long.append(f"{name}: {lines} lines, budget {budget}")
     for path in PYTHON:
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
                 name = f"{name_of(path)}:{node.name}"
+                documented = node.body[0] if ast.get_docstring(node) else None
                 lines = node.end_lineno - node.lineno + 1
+                lines -= documented.end_lineno - documented.lineno + 1 if documented else 0
                 if lines > EXCEPTIONS.get(name, (FUNCTION_LINES, ""))[0]:
                     long.append(f"{name}: {lines} lines, budget {FUNCTION_LINES}")
     assert not long, "\n".join(long)
