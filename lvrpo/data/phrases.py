@@ -22,17 +22,19 @@ _LARGEST_SUM = 36  # of four digits
 
 @functools.cache
 def cell_names(rows: int, cols: int) -> tuple[str, ...]:
-    """Names of the cells, row by row: "top left", ...; "row 4 column 1" on larger canvases."""
+    """Names of the cells, row by row: "top-left", ...; "row 4 column 1" on larger canvases."""
     if max(rows, cols) <= 3 and max(rows, cols) > 1:
         return tuple(
-            f"{row} {column}".strip() for row in _ROW_NAMES[rows] for column in _COLUMN_NAMES[cols]
+            "-".join(filter(None, (row, column))) for row in _ROW_NAMES[rows] for column in _COLUMN_NAMES[cols]
         )
     return tuple(f"row {r + 1} column {c + 1}" for r in range(rows) for c in range(cols))
 
 
 def scene_words() -> list[str]:
     """Every word of every prompt and answer here: the vocabulary of a scene tokenizer."""
-    return [*(str(number) for number in range(_LARGEST_SUM + 1)), *_FIXED_WORDS]
+    # A cell's name is one word, so that a model finds the cell with one lookup.
+    cells = [f"{row}-{column}" for row in _ROW_NAMES[3] for column in _COLUMN_NAMES[3]]
+    return [*(str(number) for number in range(_LARGEST_SUM + 1)), *_FIXED_WORDS, *cells]
 
 
 def ask_name(cell: str) -> str:

@@ -83,6 +83,7 @@ class PackBuilder:
                 f"a picture is {list(pixels.shape)}, expected {self.config.image_channels} "
                 f"channels and sides that are multiples of {patch}"
             )
+        self._check_grid(height // patch, width // patch)
         patches = rearrange(pixels, "c (h p) (w q) -> (h w) (p q c)", p=patch, q=patch)
         count, row = len(patches), self.rows
         self._token_ids.extend((opening, closing))
@@ -92,8 +93,17 @@ class PackBuilder:
         self._patch_grid.append(grid(height // patch, width // patch))
         return self._add_at_one_position(count + 2, parent, advance=1)
 
+    def _check_grid(self, height: int, width: int) -> None:
+        most = self.config.max_grid
+        if max(height, width) > most:
+            raise ValueError(
+                f"a picture of {height} x {width} patches, the model has positions for {most} x "
+                f"{most} (model.max_grid)"
+            )
+
     def noise(self, height: int, width: int, parent: int = ROOT) -> int:
         """A full span of height * width noisy latent tokens; a leaf."""
+        self._check_grid(height, width)
         count = height * width
         self._latent_rows.extend(range(self.rows, self.rows + count))
         self._latent_grid.append(grid(height, width))

@@ -18,7 +18,7 @@ EOS = FIRST_BYTE + 256
 FIRST_WORD = EOS + 1
 
 # A word is a whole run of these characters, so two neighbouring word tokens had a gap between them.
-_RUN = re.compile(r"([A-Za-z0-9]+)")
+_RUN = re.compile(r"([A-Za-z0-9]+(?:-[A-Za-z0-9]+)*)")
 
 
 class Tokenizer:
@@ -27,7 +27,8 @@ class Tokenizer:
     A single space between two known words is implied and costs no token.
 
     Args:
-        words: the known words, each of ASCII letters and digits; the order fixes their ids.
+        words: the known words, each of ASCII letters and digits, maybe joined by hyphens; the order
+            fixes their ids.
     """
 
     def __init__(self, words: Iterable[str]) -> None:
@@ -37,7 +38,7 @@ class Tokenizer:
             raise ValueError("Tokenizer: a word occurs twice")
         for word in self.words:
             if not _RUN.fullmatch(word):
-                raise ValueError(f"Tokenizer: {word!r} is not a run of ASCII letters and digits")
+                raise ValueError(f"Tokenizer: {word!r} is not a run of ASCII letters, digits and inner hyphens")
 
     def __len__(self) -> int:
         return FIRST_WORD + len(self.words)

@@ -36,13 +36,14 @@ class UnifiedConfig:
     head_dim: int = 24
     mlp: int = 256
     vision_layers: int = 0  # 0: patches go straight to the connector
-    vision_hidden: int = 96
+    vision_hidden: int = 192
     vision_heads: int = 4
     vision_mlp: int = 256
     image_channels: int = 1
     image_patch: int = 8
     latent_dim: int = 16
     timestep_dim: int = 64
+    max_grid: int = 8  # longest side of a picture, in patches or latent tokens
     rope_theta: float = 1e4
     norm_eps: float = 1e-6
     tie_embeddings: bool = False
@@ -57,12 +58,6 @@ class UnifiedConfig:
             )
         if self.head_dim % 2:
             raise ValueError(f"model.head_dim is {self.head_dim}, RoPE needs an even number")
-        for name in ("hidden", "vision_hidden"):
-            if getattr(self, name) % 4:
-                raise ValueError(
-                    f"model.{name} is {getattr(self, name)}, the 2-D position table needs a "
-                    "multiple of 4"
-                )
         if self.vision_hidden % self.vision_heads:
             raise ValueError(
                 f"model.vision_hidden is {self.vision_hidden}, expected a multiple of "
@@ -83,6 +78,7 @@ class UnifiedConfig:
             "image_patch": 14,
             "latent_dim": 64,
             "timestep_dim": 256,
+            "max_grid": 70,
             "rope_theta": 1e6,
         }
         presets = {
@@ -199,10 +195,17 @@ class UnifiedModel(nn.Module):
             )
             for _ in range(config.vision_layers)
         )
+        if config.vision_layers:
+            self.vision_position = nn.Embedding(config.max_grid**2, vision_width)
+        between = max(vision_width, width)
         self.connector = nn.Sequential(
-            nn.Linear(vision_width, width), nn.GELU(approximate="tanh"), nn.Linear(width, width)
+            nn.Linear(vision_width, between),
+            nn.GELU(approximate="tanh"),
+            nn.Linear(between, width),
         )
+        self.patch_position = nn.Embedding(config.max_grid**2, width)
         self.latent_in = nn.Linear(config.latent_dim, width)
+        self.latent_position = nn.Embedding(config.max_grid**2, width)
         self.timestep_in = nn.Sequential(
             nn.Linear(config.timestep_dim, width), nn.SiLU(), nn.Linear(width, width)
         )
@@ -299,8 +302,9 @@ class UnifiedModel(nn.Module):
 
     def _encode_patches(self, batch: PackedBatch, backend: str | None) -> Tensor:
         x = self.patch_in(batch.patches.to(self.patch_in.weight.dtype))
-        x = x + grid_table(batch.patch_grid, self.config.vision_hidden).to(x)
+        position = self._grid_index(batch.patch_grid)
         if self.vision and len(x):
+            x = x + self.vision_position(position)
             # A patch with grid position (0, 0) starts an image; images do not see each other.
             starts = (batch.patch_grid == 0).all(dim=1).nonzero().flatten().tolist()
             mask = SpanMask.from_cu_seqlens([*starts, len(x)], causal=False).to(x.device)
@@ -309,13 +313,18 @@ class UnifiedModel(nn.Module):
                 query, key, value = expert.project(x, None).split(expert.heads, dim=1)
                 attended = packed_attention(query, key, value, mask, backend=backend)
                 x = expert.finish(x, attended.flatten(1))
-        return self.connector(x)  # type: ignore[no-any-return]
+        # Where a patch is stays apart from what it shows, so that a question can find it.
+        return self.connector(x) + self.patch_position(position)  # type: ignore[no-any-return]
 
     def _embed_latents(self, batch: PackedBatch) -> Tensor:
         x = self.latent_in(batch.latents.to(self.latent_in.weight.dtype))
         time = sinusoid(batch.timesteps * 1000.0, self.config.timestep_dim)
-        position = grid_table(batch.latent_grid, self.config.hidden)
-        return x + self.timestep_in(time.to(x)) + position.to(x)  # type: ignore[no-any-return]
+        position = self.latent_position(self._grid_index(batch.latent_grid))
+        return x + self.timestep_in(time.to(x)) + position  # type: ignore[no-any-return]
+
+    def _grid_index(self, grid: Tensor) -> Tensor:
+        """[n, 2] (row, column) -> [n], BAGEL's numbering of grid positions."""
+        return grid[:, 0] * self.config.max_grid + grid[:, 1]
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -339,8 +348,3 @@ def sinusoid(position: Tensor, width: int) -> Tensor:
     )
     angle = position[:, None].float() * frequency
     return torch.cat([angle.sin(), angle.cos()], dim=1)
-
-
-def grid_table(grid: Tensor, width: int) -> Tensor:
-    """[n, 2] grid positions -> [n, width] fixed 2-D sine and cosine embedding."""
-    return torch.cat([sinusoid(grid[:, 0], width // 2), sinusoid(grid[:, 1], width // 2)], dim=1)

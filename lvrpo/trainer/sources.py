@@ -63,7 +63,7 @@ class SceneSource(Source):
         """See `Source`."""
         rng = random.stream(seed, "label noise")
         return [
-            with_label_noise(example, noise, rng, config=self.config)
+            with_label_noise(example, noise, rng)
             for example in self.examples("train", task, count, seed)
         ]
 
