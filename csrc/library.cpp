@@ -27,7 +27,7 @@ STABLE_TORCH_LIBRARY(lvrpo, m) {
   m.def(
       "flow_policy_loss_fwd(Tensor velocity, Tensor velocity_old, Tensor noise, Tensor? velocity_ref, Tensor c_v, "
       "Tensor std, Tensor dt, Tensor advantages, Tensor? sample_weights, Tensor? denominator, int variant, int kl, "
-      "float eps_low, float eps_high, float adv_clip, float log_ratio_scale, float tau, float beta) "
+      "float clip_low, float clip_high, float adv_clip, float log_ratio_scale, float tau, float beta) "
       "-> (Tensor loss, Tensor metrics, Tensor directions)");
   m.def(
       "flow_policy_loss_bwd(Tensor dloss, Tensor velocity, Tensor velocity_old, Tensor noise, Tensor? velocity_ref, "

@@ -1,7 +1,45 @@
-"""Fused kernels for GRPO on models that read and draw."""
+"""Fused kernels for GRPO on models that read and draw: ops as autograd functions.
 
+Importing it needs torch only. The model is in `lvrpo.models`, the training loop in `lvrpo.trainer`.
+"""
+
+from lvrpo.masks import SpanMask
+from lvrpo.ops._policy_loss import LossMetrics, LossParams, PolicyLoss
+from lvrpo.ops.flow_policy_loss import (
+    FlowLossMetrics,
+    FlowLossParams,
+    FlowPolicyLoss,
+    flow_policy_loss,
+)
+from lvrpo.ops.flow_step import StepCoefficients, flow_step
 from lvrpo.ops.gather_logprobs import gather_logprobs
+from lvrpo.ops.grpo_loss import grpo_loss
+from lvrpo.ops.normalize_advantages import (
+    AdvantageParams,
+    Advantages,
+    AdvantageStats,
+    normalize_advantages,
+)
+from lvrpo.ops.packed_attention import packed_attention
 
 __version__ = "0.1.0"
 
-__all__ = ["gather_logprobs"]
+__all__ = [
+    "AdvantageParams",
+    "AdvantageStats",
+    "Advantages",
+    "FlowLossMetrics",
+    "FlowLossParams",
+    "FlowPolicyLoss",
+    "LossMetrics",
+    "LossParams",
+    "PolicyLoss",
+    "SpanMask",
+    "StepCoefficients",
+    "flow_policy_loss",
+    "flow_step",
+    "gather_logprobs",
+    "grpo_loss",
+    "normalize_advantages",
+    "packed_attention",
+]

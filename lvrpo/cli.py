@@ -6,8 +6,10 @@ finished and saved.
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from typing import Annotated, NoReturn
 
 import typer
 
@@ -48,7 +50,7 @@ def train(
         bool, typer.Option("--print-config", help="Print the resolved configuration and stop.")
     ] = False,
 ) -> None:
-    """Warm start, then LVRPO, then a report. On an existing run directory: go on where it stopped."""
+    """Warm start, then LVRPO, then a report. An existing run goes on where it stopped."""
     from lvrpo.trainer.run import open_run, run_training
 
     overrides = list(set_ or [])
@@ -92,14 +94,12 @@ def evaluate(
 def sample(
     run: Annotated[Path, typer.Argument(help="Run directory with a checkpoint.")],
     prompt: Annotated[str, typer.Argument(help="What to draw, or the question about --image.")],
-    image: Annotated[
-        Path | None, typer.Option(help="Picture that the question is about.")
-    ] = None,
+    image: Annotated[Path | None, typer.Option(help="Picture that the question is about.")] = None,
     count: Annotated[int, typer.Option("--count", "-n", min=1, help="Samples.")] = 1,
     seed: Annotated[int, typer.Option(help="Seed of the samples.")] = 0,
-    output: Annotated[
-        Path, typer.Option("--output", "-o", help="PNG file of the drawing.")
-    ] = Path("drawing.png"),
+    output: Annotated[Path, typer.Option("--output", "-o", help="PNG file of the drawing.")] = Path(
+        "drawing.png"
+    ),
 ) -> None:
     """Draw a prompt, or answer a question about an image file."""
     from lvrpo.trainer.run import answer_question, draw_prompt
@@ -128,9 +128,9 @@ def report(
 @app.command()
 def info() -> None:
     """Versions, the compiled extension, and which backend runs which op here."""
-    from lvrpo.info import report_lines
+    from lvrpo.info import describe
 
-    typer.echo("\n".join(report_lines()))
+    typer.echo(describe())
 
 
 def _write_report(run: Path, compare: list[Path]) -> None:
@@ -139,19 +139,19 @@ def _write_report(run: Path, compare: list[Path]) -> None:
     typer.echo(f"report: {write_report(run, compare=compare)}")
 
 
-class one_line_errors:  # noqa: N801 - reads as a statement
+@contextlib.contextmanager
+def one_line_errors() -> Iterator[None]:
     """Turn an error that the user can mend into one line and exit code 2."""
-
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: Any) -> None:
-        if error is None or isinstance(error, typer.Exit):
-            return
+    try:
+        yield
+    except typer.Exit:
+        raise
+    except Exception as error:
         from lvrpo.trainer.errors import USER_ERRORS
 
-        if isinstance(error, USER_ERRORS):
-            fail(str(error))
+        if not isinstance(error, USER_ERRORS):
+            raise
+        fail(str(error))
 
 
 def fail(message: str) -> NoReturn:

@@ -43,7 +43,7 @@ constexpr double LOG_RATIO_LIMIT = 20.0;
 
 struct Params {
   int64_t variant, kl;
-  double eps_low, eps_high, adv_clip, log_ratio_scale, tau, beta;
+  double clip_low, clip_high, adv_clip, log_ratio_scale, tau, beta;
 };
 
 struct Sums {
@@ -144,9 +144,9 @@ Policy policy_of(const Sample& x, const Params& params) {
     p.high = diverged && a > 0 && p.ratio > 1;
     p.loss = p.low || p.high ? 0 : -a * p.ratio;
   } else {
-    p.low = a < 0 && p.ratio < 1 - params.eps_low;
-    p.high = a > 0 && p.ratio > 1 + params.eps_high;
-    p.loss = -a * (p.low ? 1 - params.eps_low : p.high ? 1 + params.eps_high : p.ratio);
+    p.low = a < 0 && p.ratio < 1 - params.clip_low;
+    p.high = a > 0 && p.ratio > 1 + params.clip_high;
+    p.loss = -a * (p.low ? 1 - params.clip_low : p.high ? 1 + params.clip_high : p.ratio);
     if (guard) weight = 1 / x.abs_dt;
   }
   p.loss *= weight;
@@ -160,10 +160,10 @@ Policy policy_of(const Sample& x, const Params& params) {
 std::tuple<Tensor, Tensor, Tensor> flow_policy_loss_fwd(
     Tensor velocity, Tensor velocity_old, Tensor noise, optional<Tensor> velocity_ref, Tensor c_v, Tensor std,
     Tensor dt, Tensor advantages, optional<Tensor> sample_weights, optional<Tensor> denominator, int64_t variant,
-    int64_t kl, double eps_low, double eps_high, double adv_clip, double log_ratio_scale, double tau, double beta) {
+    int64_t kl, double clip_low, double clip_high, double adv_clip, double log_ratio_scale, double tau, double beta) {
   LVRPO_CHECK(variant >= PPO && variant <= DPPO, "variant is ", variant);
   LVRPO_CHECK(kl >= VELOCITY_MSE && kl <= DMU2, "kl is ", kl);
-  const Params params{variant, kl, eps_low, eps_high, adv_clip, log_ratio_scale, tau, beta};
+  const Params params{variant, kl, clip_low, clip_high, adv_clip, log_ratio_scale, tau, beta};
   const Latents size(velocity);
   velocity = torch::stable::contiguous(velocity);
   velocity_old = size.contiguous(velocity_old, "velocity_old");

@@ -9,6 +9,7 @@
 
 #include "common/check.h"
 #include "common/dispatch.h"
+#include "common/policy_loss.h"
 #include "common/simd.h"
 
 namespace lvrpo {
@@ -16,13 +17,9 @@ namespace {
 
 using std::optional;
 
-// In the order of the choices in lvrpo/ops/_policy_loss.py.
-enum Ratio { RATIO_NONE = 0, RATIO_TOKEN = 1, RATIO_SEQ_MEAN = 2 };
-enum KL { K1 = 0, K2 = 1, K3 = 2, KL_ABS = 3 };
-enum Aggregation { TOKEN_MEAN = 0, SEQ_MEAN_TOKEN_MEAN = 1, SEQ_MEAN_TOKEN_SUM = 2, SEQ_MEAN_TOKEN_SUM_NORM = 3 };
-
 // Tokens of one step: their ratios and slopes stay in L1 between the loops that share them.
 constexpr int64_t BLOCK_T = 512;
+constexpr int64_t METRICS = 11;
 
 template <typename acc>
 struct Tokens {
@@ -46,44 +43,6 @@ struct Sums {
   double low = 0, high = 0, cap = 0;
   double ratio_min = std::numeric_limits<double>::infinity(), ratio_max = -std::numeric_limits<double>::infinity();
 };
-
-LVRPO_INLINE double exp_ratio(double x) { return std::exp(x); }
-LVRPO_INLINE float exp_ratio(float x) {
-  const float e = exp_fast(x > 88.0f ? 88.0f : x);
-  return x > 88.0f ? std::numeric_limits<float>::infinity() : e;
-}
-
-// e^x - 1 - x without the cancellation that leaves nothing of x^2 / 2 in fp32.
-LVRPO_INLINE double exp_excess(double x) { return std::expm1(x) - x; }
-LVRPO_INLINE float exp_excess(float x) {
-  float p = 1.0f / 40320.0f;
-  p = p * x + 1.0f / 5040.0f;
-  p = p * x + 1.0f / 720.0f;
-  p = p * x + 1.0f / 120.0f;
-  p = p * x + 1.0f / 24.0f;
-  p = p * x + 1.0f / 6.0f;
-  p = p * x + 0.5f;
-  const float far = exp_ratio(x) - 1.0f - x;
-  return x > -0.5f && x < 0.5f ? p * x * x : far;
-}
-
-// The estimator's value and its derivative by the policy's log-prob, at d = ref - logp.
-template <int64_t kind, typename acc>
-LVRPO_INLINE void estimate_kl(acc d, acc& value, acc& slope) {
-  if constexpr (kind == K1) {
-    value = -d;
-    slope = acc(1);
-  } else if constexpr (kind == K2) {
-    value = d * d / acc(2);
-    slope = -d;
-  } else if constexpr (kind == K3) {
-    value = exp_excess(d);
-    slope = -(value + d);
-  } else {
-    value = d < acc(0) ? -d : d;
-    slope = d < acc(0) ? acc(1) : d > acc(0) ? acc(-1) : acc(0);
-  }
-}
 
 // KL of a block: its slope is added to `slope`; `terms` is what the loss sums, `values` what the metric does.
 template <int64_t kind, typename acc>
@@ -146,7 +105,8 @@ LVRPO_INLINE void surrogate_block(const Loss<acc>& loss, const acc* logp, const 
   const bool reinforce = loss.ratio == RATIO_NONE;
   double policy = 0, low = 0, high = 0, cap = 0, total = 0, squares = 0;
   acc smallest = std::numeric_limits<acc>::infinity(), largest = -std::numeric_limits<acc>::infinity();
-#pragma omp simd reduction(+ : policy, low, high, cap, total, squares) reduction(min : smallest) reduction(max : largest)
+#pragma omp simd reduction(+ : policy, low, high, cap, total, squares) reduction(min : smallest) \
+    reduction(max : largest)
   for (int64_t i = 0; i < n; ++i) {
     const acc a = advantage[i], rho = ratio[i];
     const bool is_low = a < acc(0) && rho < loss.low;
@@ -259,21 +219,75 @@ Sums merge(const std::vector<Sums>& parts) {
   return all;
 }
 
-// What multiplies the sum over a sequence's tokens.
-double sequence_factor(int64_t aggregation, double sequences, double tokens, double tokens_here, double max_length,
-                       double denominator) {
-  if (aggregation == TOKEN_MEAN) return 1.0 / (denominator > 0 ? denominator : std::max(tokens, 1.0));
-  const double outer = denominator > 0 ? denominator : std::max(sequences, 1.0);
-  if (aggregation == SEQ_MEAN_TOKEN_MEAN) return 1.0 / (outer * std::max(tokens_here, 1.0));
-  return aggregation == SEQ_MEAN_TOKEN_SUM_NORM ? 1.0 / (outer * max_length) : 1.0 / outer;
-}
-
 template <typename acc>
 const acc* data_of(const optional<Tensor>& tensor, int64_t tokens, ScalarType dtype, const char* name) {
   if (!tensor) return nullptr;
   check_dtype(*tensor, dtype, name);
   check_size(*tensor, 0, tokens, name);
   return tensor->const_data_ptr<acc>();
+}
+
+// How tokens become a scalar.
+struct Aggregate {
+  int64_t kind;
+  double max_length, denominator;  // denominator 0: the count of this call
+
+  // What multiplies the sum over the tokens of a sequence with `tokens_here` active ones.
+  double factor(double sequences, double tokens, double tokens_here) const {
+    if (kind == TOKEN_MEAN) return 1.0 / (denominator > 0 ? denominator : std::max(tokens, 1.0));
+    const double outer = denominator > 0 ? denominator : std::max(sequences, 1.0);
+    if (kind == SEQ_MEAN_TOKEN_MEAN) return 1.0 / (outer * std::max(tokens_here, 1.0));
+    return kind == SEQ_MEAN_TOKEN_SUM_NORM ? 1.0 / (outer * max_length) : 1.0 / outer;
+  }
+};
+
+template <typename acc>
+void store(const Sums& all, double loss, double policy_loss, acc* loss_out, acc* metrics) {
+  const bool none = all.tokens == 0;
+  const double n = none ? 1.0 : all.tokens;
+  const double ess = all.ratio * all.ratio / (all.ratio_squared * n);
+  // In the order of the fields of LossMetrics.
+  const double fields[METRICS] = {policy_loss,
+                                  all.kl / n,
+                                  all.entropy / n,
+                                  all.low / n,
+                                  all.high / n,
+                                  all.cap / n,
+                                  none ? 1.0 : all.ratio_min,
+                                  none ? 1.0 : all.ratio_max,
+                                  none ? 1.0 : all.ratio / n,
+                                  none ? 1.0 : ess,
+                                  all.tokens};
+  *loss_out = static_cast<acc>(loss);
+  for (int64_t i = 0; i < METRICS; ++i) metrics[i] = static_cast<acc>(fields[i]);
+}
+
+// Sequences are the unit of work and their sums are added in order: the bits do not depend on the thread count.
+template <typename acc>
+void run(const Tokens<acc>& in, const Loss<acc>& loss, const Aggregate& aggregate, double beta, double entropy_coef,
+         const int64_t* start, int64_t sequences, acc* loss_out, acc* metrics, acc* dlogp, acc* dentropy) {
+  const int64_t grain = std::max<int64_t>(1, 4096 * sequences / std::max<int64_t>(1, start[sequences]));
+  std::vector<Sums> sums(sequences);
+  torch::stable::parallel_for(0, sequences, grain, [&](int64_t begin, int64_t end) {
+    for (int64_t b = begin; b < end; ++b)
+      count_sequence<acc>(in.logp + start[b], in.old ? in.old + start[b] : nullptr,
+                          in.weight ? in.weight + start[b] : nullptr, start[b + 1] - start[b], sums[b]);
+  });
+  double active = 0;
+  for (const Sums& part : sums) active += part.tokens;
+  std::vector<double> factor(sequences);
+  for (int64_t b = 0; b < sequences; ++b)
+    factor[b] = aggregate.factor(static_cast<double>(sequences), active, sums[b].tokens);
+  torch::stable::parallel_for(0, sequences, grain, [&](int64_t begin, int64_t end) {
+    for (int64_t b = begin; b < end; ++b)
+      sequence_terms<acc>(in, loss, b, start[b], start[b + 1], static_cast<acc>(factor[b]), dlogp, dentropy, sums[b]);
+  });
+  double policy = 0, total = 0;
+  for (int64_t b = 0; b < sequences; ++b) {
+    policy += factor[b] * sums[b].policy;
+    total += factor[b] * (sums[b].policy + beta * sums[b].kl_term - entropy_coef * sums[b].entropy);
+  }
+  store(merge(sums), total, policy, loss_out, metrics);
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> grpo_loss_fwd(
@@ -299,7 +313,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> grpo_loss_fwd(
   for (int64_t b = 0; b < sequences; ++b) LVRPO_CHECK(start[b] <= start[b + 1], "cu_seqlens must not decrease");
 
   Tensor loss_out = torch::stable::new_empty(logprobs, {});
-  Tensor metrics_out = torch::stable::new_empty(logprobs, {11});
+  Tensor metrics_out = torch::stable::new_empty(logprobs, {METRICS});
   Tensor dlogprobs = torch::stable::new_empty(logprobs, {tokens});
   Tensor dentropy = torch::stable::new_empty(logprobs, {entropy ? tokens : 0});
   LVRPO_DISPATCH_ACC(dtype, acc, [&] {
@@ -318,50 +332,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> grpo_loss_fwd(
                          static_cast<acc>(beta),
                          static_cast<acc>(entropy_coef),
                          kl_times_ratio};
-    acc* dlogp = dlogprobs.mutable_data_ptr<acc>();
-    acc* dent = dentropy.mutable_data_ptr<acc>();
-    // Sequences are the unit of work and their sums are added in order: the bits do not depend on the thread count.
-    const int64_t grain = std::max<int64_t>(1, 4096 * sequences / std::max<int64_t>(1, tokens));
-    std::vector<Sums> sums(sequences);
-    torch::stable::parallel_for(0, sequences, grain, [&](int64_t begin, int64_t end) {
-      for (int64_t b = begin; b < end; ++b)
-        count_sequence<acc>(in.logp + start[b], in.old ? in.old + start[b] : nullptr,
-                            in.weight ? in.weight + start[b] : nullptr, start[b + 1] - start[b], sums[b]);
-    });
-    double active = 0;
-    for (const Sums& part : sums) active += part.tokens;
-    const auto factor = [&](int64_t b) {
-      return sequence_factor(aggregation, static_cast<double>(sequences), active, sums[b].tokens, max_length,
-                             denominator);
-    };
-    torch::stable::parallel_for(0, sequences, grain, [&](int64_t begin, int64_t end) {
-      for (int64_t b = begin; b < end; ++b)
-        sequence_terms<acc>(in, loss, b, start[b], start[b + 1], static_cast<acc>(factor(b)), dlogp, dent, sums[b]);
-    });
-
-    double policy = 0, total = 0;
-    for (int64_t b = 0; b < sequences; ++b) {
-      policy += factor(b) * sums[b].policy;
-      total += factor(b) * (sums[b].policy + beta * sums[b].kl_term - entropy_coef * sums[b].entropy);
-    }
-    const Sums all = merge(sums);
-    const double n = std::max(all.tokens, 1.0);
-    const bool none = all.tokens == 0;
-    const double ess = none ? 1.0 : all.ratio * all.ratio / (all.ratio_squared * n);
-    const double fields[] = {policy,
-                             all.kl / n,
-                             all.entropy / n,
-                             all.low / n,
-                             all.high / n,
-                             all.cap / n,
-                             none ? 1.0 : all.ratio_min,
-                             none ? 1.0 : all.ratio_max,
-                             none ? 1.0 : all.ratio / n,
-                             ess,
-                             all.tokens};
-    *loss_out.mutable_data_ptr<acc>() = static_cast<acc>(total);
-    acc* metrics = metrics_out.mutable_data_ptr<acc>();
-    for (size_t i = 0; i < std::size(fields); ++i) metrics[i] = static_cast<acc>(fields[i]);
+    run<acc>(in, loss, {aggregation, max_length, denominator}, beta, entropy_coef, start, sequences,
+             loss_out.mutable_data_ptr<acc>(), metrics_out.mutable_data_ptr<acc>(), dlogprobs.mutable_data_ptr<acc>(),
+             dentropy.mutable_data_ptr<acc>());
   });
   return {loss_out, metrics_out, dlogprobs, dentropy};
 }

@@ -135,6 +135,56 @@ double sum_of_squares(const std::vector<double>& x) {
   return sum;
 }
 
+double std_of_sum(const Table& table, const double* weights, const Estimator& estimator) {
+  const auto total = [&](int64_t b) {
+    double sum = 0;
+    for (int64_t k = 0; k < table.rewards; ++k) sum += weights[k] * table.at(b, k);
+    return sum;
+  };
+  return batch_moments(table.batch, estimator, total, [](int64_t) { return 1.0; }).std;
+}
+
+// Whitens and clips `part` in place, and returns its row sums: the advantages.
+std::vector<double> finish(const Estimator& estimator, int64_t batch, int64_t rewards, bool whiten, double clip,
+                           std::vector<double>& part) {
+  std::vector<double> values = row_sums(part, batch, rewards);
+  if (whiten) {
+    const double spread = std::sqrt(sum_of_squares(values) / estimator.freedom(static_cast<double>(batch)));
+    const double divisor = std::max(spread + estimator.eps, estimator.std_floor);
+    if (divisor > 0)
+      for (double& x : part) x /= divisor;
+    values = row_sums(part, batch, rewards);
+  }
+  for (int64_t b = 0; b < batch; ++b) {
+    const double clipped = std::clamp(values[b], -clip, clip);
+    if (clipped == values[b]) continue;
+    for (int64_t k = 0; k < rewards; ++k) part[b * rewards + k] *= clipped / values[b];
+    values[b] = clipped;
+  }
+  return values;
+}
+
+std::vector<double> covariance_shares(const std::vector<double>& part, const std::vector<double>& values,
+                                      int64_t rewards) {
+  const double energy = sum_of_squares(values);
+  std::vector<double> share(rewards, 0.0);
+  for (size_t b = 0; b < values.size(); ++b)
+    for (int64_t k = 0; k < rewards; ++k) share[k] += part[b * rewards + k] * values[b];
+  if (energy > 0)
+    for (double& x : share) x /= energy;
+  return share;
+}
+
+std::vector<double> constant_fractions(const std::vector<signed char>& constant, int64_t groups, int64_t rewards) {
+  std::vector<double> fraction(rewards);
+  for (int64_t k = 0; k < rewards; ++k) {
+    double flat = 0, seen = 0;
+    for (int64_t p = 0; p < groups; ++p) flat += constant[p * rewards + k] == 1, seen += constant[p * rewards + k] >= 0;
+    fraction[k] = flat / seen;
+  }
+  return fraction;
+}
+
 using Result = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 
 template <typename out_t>
@@ -170,15 +220,7 @@ Result normalize_advantages(Tensor rewards, Tensor offsets, Tensor weights, bool
         batch, estimator, [&](int64_t b) { return table.at(b, k); }, [&](int64_t b) { return table.counts(b, k); });
     mean[k] = m.mean, std[k] = m.std, applicable[k] = m.count / static_cast<double>(batch);
   }
-  std::vector<double> batch_std = std;
-  if (!decoupled) {
-    const auto total = [&](int64_t b) {
-      double sum = 0;
-      for (int64_t k = 0; k < count; ++k) sum += w[k] * table.at(b, k);
-      return sum;
-    };
-    batch_std.assign(1, batch_moments(batch, estimator, total, [](int64_t) { return 1.0; }).std);
-  }
+  const std::vector<double> batch_std = decoupled ? std : std::vector<double>{std_of_sum(table, w, estimator)};
 
   std::vector<double> part(batch * count);
   std::vector<signed char> constant(groups * count);
@@ -187,32 +229,9 @@ Result normalize_advantages(Tensor rewards, Tensor offsets, Tensor weights, bool
       group_parts(table, w, estimator, batch_std.data(), start[p], start[p + 1], part.data(), &constant[p * count]);
   });
 
-  std::vector<double> values = row_sums(part, batch, count);
-  if (whiten) {
-    const double spread = std::sqrt(sum_of_squares(values) / estimator.freedom(static_cast<double>(batch)));
-    const double divisor = std::max(spread + eps, std_floor);
-    if (divisor > 0)
-      for (double& x : part) x /= divisor;
-    values = row_sums(part, batch, count);
-  }
-  bool all_zero = true;
-  for (int64_t b = 0; b < batch; ++b) {
-    const double clipped = std::clamp(values[b], -clip, clip);
-    if (clipped != values[b])
-      for (int64_t k = 0; k < count; ++k) part[b * count + k] *= clipped / values[b];
-    values[b] = clipped;
-    all_zero &= clipped == 0;
-  }
-
-  const double energy = sum_of_squares(values);
-  std::vector<double> share(count, 0.0), constant_groups(count);
-  for (int64_t k = 0; k < count; ++k) {
-    for (int64_t b = 0; b < batch; ++b) share[k] += part[b * count + k] * values[b];
-    if (energy > 0) share[k] /= energy;
-    double flat = 0, seen = 0;
-    for (int64_t p = 0; p < groups; ++p) flat += constant[p * count + k] == 1, seen += constant[p * count + k] >= 0;
-    constant_groups[k] = flat / seen;
-  }
+  const std::vector<double> values = finish(estimator, batch, count, whiten, clip, part);
+  const std::vector<double> share = covariance_shares(part, values, count);
+  const std::vector<double> constant_groups = constant_fractions(constant, groups, count);
 
   const ScalarType out = rewards.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
   const auto fresh = [&](std::initializer_list<int64_t> size) { return torch::stable::new_empty(rewards, size, out); };
@@ -227,7 +246,8 @@ Result normalize_advantages(Tensor rewards, Tensor offsets, Tensor weights, bool
     store<out_t>(std, std::get<5>(result));
     store<out_t>(applicable, std::get<6>(result));
   });
-  *std::get<7>(result).mutable_data_ptr<bool>() = all_zero;
+  *std::get<7>(result).mutable_data_ptr<bool>() =
+      std::all_of(values.begin(), values.end(), [](double value) { return value == 0; });
   return result;
 }
 

@@ -141,7 +141,7 @@ void forward_tile(const Attention<scalar_t>& at, const QueryTile& tile, int64_t 
   const int64_t head = kv_head * at.groups.per_kv + first_of_group, heads = at.groups.kv_heads * at.groups.per_kv;
   acc *q_rows = arena.take(lanes.padded * at.padded()), *k_copy = arena.take(BLOCK_KEYS * at.padded());
   acc* v_copy = arena.take(BLOCK_KEYS * at.v_padded());
-  ForwardState<acc> state{arena.take(at.q.width * lanes.padded), arena.take(BLOCK_KEYS * lanes.padded),
+  ForwardState<acc> state{arena.take(at.padded() * lanes.padded), arena.take(BLOCK_KEYS * lanes.padded),
                           arena.take(lanes.padded * at.v_padded()), arena.take(lanes.padded), arena.take(lanes.padded),
                           arena.take(lanes.padded), arena.take(lanes.padded)};
   load_lanes<scalar_t, acc>(at.q.at(tile.row_begin, head), at.q.row_stride, at.q.head_stride, lanes, at.q.width,
@@ -219,9 +219,9 @@ void backward_tile(const Attention<scalar_t>& at, const Upstream<scalar_t>& up, 
   const int64_t head = kv_head * at.groups.per_kv + first_of_group, heads = at.groups.kv_heads * at.groups.per_kv;
   acc *k_copy = arena.take(BLOCK_KEYS * at.padded()), *v_copy = arena.take(BLOCK_KEYS * at.v_padded());
   BackwardState<acc> state{arena.take(lanes.padded * at.padded()),
-                           arena.take(at.q.width * lanes.padded),
+                           arena.take(at.padded() * lanes.padded),
                            arena.take(lanes.padded * at.v_padded()),
-                           arena.take(at.v.width * lanes.padded),
+                           arena.take(at.v_padded() * lanes.padded),
                            arena.take(BLOCK_KEYS * lanes.padded),
                            arena.take(BLOCK_KEYS * lanes.padded),
                            arena.take(GEMM_ROWS * std::max(at.padded(), at.v_padded())),

@@ -127,7 +127,7 @@ Rows<acc> key_rows(const scalar_t* source, int64_t stride, const KeyBlock& block
   return {copy, padded};
 }
 
-// Lanes of q (or dout) as rows, `out` [padded lanes, round_to_vector(width)], and transposed, `out_t` [width, padded lanes].
+// Lanes of q (or dout) as rows, `out` [padded lanes, round_to_vector(width)], and transposed, `out_t`.
 template <typename scalar_t, typename acc>
 LVRPO_MULTIVERSION void load_lanes(const scalar_t* source, int64_t row_stride, int64_t head_stride, Lanes lanes,
                                    int64_t width, acc scale, acc* out, acc* out_t) {
@@ -142,8 +142,7 @@ LVRPO_MULTIVERSION void load_lanes(const scalar_t* source, int64_t row_stride, i
     }
   }
   for (int64_t i = lanes.count * padded; i < lanes.padded * padded; ++i) out[i] = acc(0);
-  for (int64_t i = 0; i < width; ++i)
-    for (int64_t m = 0; m < lanes.padded; ++m) out_t[i * lanes.padded + m] = out[m * padded + i];
+  transpose(out, lanes.padded, padded, out_t);
 }
 
 template <typename scalar_t, typename acc>

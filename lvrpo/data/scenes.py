@@ -142,7 +142,6 @@ def with_label_noise(
     rng: np.random.Generator,
     *,
     split: Split = "train",
-    config: SceneConfig | None = None,
 ) -> Example:
     """The example with a wrong answer, or wrong digits in its target, with this probability.
 
@@ -155,23 +154,24 @@ def with_label_noise(
         probability: of a wrong answer, or of each digit in the target being another one.
         rng: a stream of the caller's.
         split: whose source images the wrong digits are drawn from: the one of `example`.
-        config: the one `example` was made with; None means the default.
 
     Raises:
         ValueError: the target is not made of digits of this split.
     """
-    config = config or SceneConfig()
     if example.task == "understand":
         if rng.random() >= probability:
             return example
-        return replace(example, answer=_wrong_answer(example, config, rng))
+        return replace(example, answer=_wrong_answer(example, rng))
     if example.target is None or example.rule is None:
         raise ValueError(f"with_label_noise: {example.uid!r} has no target with a rule")
+    rows, cols = (side // SIDE for side in example.target.shape[1:])
+    hit = rng.random(rows * cols) < probability
+    if not hit.any():
+        return example
     pool = digit_pools()[split]
-    cells = dissect(example.target, config.rows, config.cols)[0]
+    cells = dissect(example.target, rows, cols)[0]
     digits = [read_source(cell, split) for cell in cells]
-    full = [i for i, digit in enumerate(digits) if digit is not None]
-    wrong = [i for i, u in zip(full, rng.random(len(full)), strict=True) if u < probability]
+    wrong = [i for i, digit in enumerate(digits) if digit is not None and hit[i]]
     if not wrong:
         return example
     changed = list(digits)
@@ -182,14 +182,13 @@ def with_label_noise(
     cells = cells.copy()
     chosen = np.array([changed[i] for i in wrong], dtype=np.int64)
     cells[wrong] = pool.images[pool.pick(chosen, rng.random(len(wrong)))]
-    return replace(example, target=assemble(cells[None], config.rows, config.cols)[0])
+    return replace(example, target=assemble(cells[None], rows, cols)[0])
 
 
-def _wrong_answer(example: Example, config: SceneConfig, rng: np.random.Generator) -> str:
+def _wrong_answer(example: Example, rng: np.random.Generator) -> str:
     if example.answer in ("yes", "no"):
         return "no" if example.answer == "yes" else "yes"
-    most = {"count": min(_MAX_DIGITS, config.cells), "sum": 18}
-    most["count_of"] = most["count"]
+    most = {"count": _MAX_DIGITS, "count_of": _MAX_DIGITS, "sum": 18}
     low, high = int(example.kind in ("count", "count_of")), most.get(example.kind, 9)
     right = int(example.answer or 0)
     shift = int(rng.integers(1, high - low + 1))

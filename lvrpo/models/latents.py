@@ -46,7 +46,7 @@ class LinearAutoencoder(nn.Module):
 
     @classmethod
     def fit(
-        cls, images: Tensor, patch: int = 8, dim: int = 16, *, whiten: float = 0.5
+        cls, images: Tensor, patch: int = 8, dim: int = 12, *, whiten: float = 0.5
     ) -> LinearAutoencoder:
         """Fit the components on pictures, empty patches included.
 

@@ -2,8 +2,8 @@
 
 Spans are added in depth-first preorder, each under a parent: a group is a prompt with its G
 completions as children, and a completion may be text or a noisy image. Position ids follow BAGEL:
-text advances by one per token, a picture shares one id and then advances by one, a noisy image takes
-the next id and does not advance, since nothing outside it may see it.
+text advances by one per token, a picture shares one id and then advances by one, a noisy image
+takes the next id and does not advance, since nothing outside it may see it.
 """
 
 from __future__ import annotations
@@ -68,9 +68,7 @@ class PackBuilder:
         self._position_ids.extend(range(first, first + count))
         return self._add(count, parent, "causal", first + count)
 
-    def picture(
-        self, pixels: np.ndarray, opening: int, closing: int, parent: int = ROOT
-    ) -> int:
+    def picture(self, pixels: np.ndarray, opening: int, closing: int, parent: int = ROOT) -> int:
         """A full span: an opening token, the patches of a picture to be read, a closing token.
 
         Args:
@@ -101,9 +99,7 @@ class PackBuilder:
         self._latent_grid.append(grid(height, width))
         return self._add_at_one_position(count, parent, advance=0)
 
-    def build(
-        self, latents: Tensor | None = None, timesteps: Tensor | None = None
-    ) -> PackedBatch:
+    def build(self, latents: Tensor | None = None, timesteps: Tensor | None = None) -> PackedBatch:
         """Lay out everything that was added.
 
         Args:

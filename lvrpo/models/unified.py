@@ -1,4 +1,4 @@
-"""A unified model that reads and draws: BAGEL's shape, from one million to seven billion parameters.
+"""A unified model that reads and draws: BAGEL's shape, from a million to seven billion parameters.
 
 One packed buffer holds text tokens, image patches to be read and noisy latents to be denoised. Each
 layer has two full parameter sets (a mixture of transformers): text and patches go through the
@@ -175,11 +175,11 @@ class Expert(nn.Module):
         """Add the attention output [n, Hq * D] and the feed-forward output to the residual."""
         x = x + self.out(attended)
         gate, up = self.gate_up(self.mlp_norm(x)).chunk(2, dim=-1)
-        return x + self.down(F.silu(gate) * up)
+        return x + self.down(F.silu(gate) * up)  # type: ignore[no-any-return]
 
 
 class UnifiedModel(nn.Module):
-    """See the module docstring. `forward` gives hidden states; `logits` and `velocity` read them."""
+    """Hidden states by `forward`, read by `logits` and `velocity`; see the module docstring."""
 
     def __init__(self, config: UnifiedConfig) -> None:
         super().__init__()

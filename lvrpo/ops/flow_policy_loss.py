@@ -32,13 +32,13 @@ class FlowLossParams:
 
     Attributes:
         variant: how the update is kept near the old policy.
-            "ppo": max(-A rho, -A clip(rho, 1 - eps_low, 1 + eps_high)).
+            "ppo": max(-A rho, -A clip(rho, 1 - clip_low, 1 + clip_high)).
             "guard": the same with log rho = mean(z dmu), which has no bias and does not grow as the
             std shrinks, divided by |dt| (GRPO-Guard).
             "dppo": -A rho, dropped when KL(new, old) >= tau and rho has already moved in the
             direction of the advantage (Flow-DPPO).
-        eps_low: clip range below 1. Compare it with `lvrpo.models.flow.noise_floor`.
-        eps_high: clip range above 1.
+        clip_low: clip range below 1. Compare it with `lvrpo.models.flow.noise_floor`.
+        clip_high: clip range above 1.
         adv_clip: advantages are clamped to +- this; None for no clamp.
         log_ratio_scale: "mean" takes log rho as an element mean, the D-th root of the true ratio;
             a number kappa takes kappa times the true log-ratio of the image, so 1.0 is the sum over
@@ -51,8 +51,8 @@ class FlowLossParams:
     """
 
     variant: Variant = "ppo"
-    eps_low: float = 1e-4
-    eps_high: float = 1e-4
+    clip_low: float = 1e-4
+    clip_high: float = 1e-4
     adv_clip: float | None = 5.0
     log_ratio_scale: float | Literal["mean"] = "mean"
     tau: float = 1e-5
@@ -64,9 +64,9 @@ class FlowLossParams:
             raise ValueError(f"variant is {self.variant!r}, expected one of {', '.join(VARIANTS)}")
         if self.kl not in KL_FORMS:
             raise ValueError(f"kl is {self.kl!r}, expected one of {', '.join(KL_FORMS)}")
-        if not 0 <= self.eps_low <= 1:
-            raise ValueError(f"eps_low is {self.eps_low}, expected [0, 1]")
-        for name in ("eps_high", "tau", "beta"):
+        if not 0 <= self.clip_low <= 1:
+            raise ValueError(f"clip_low is {self.clip_low}, expected [0, 1]")
+        for name in ("clip_high", "tau", "beta"):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"{name} is {getattr(self, name)}, expected >= 0")
         if self.adv_clip is not None and not self.adv_clip > 0:
@@ -85,14 +85,11 @@ class FlowLossMetrics:
 
     Attributes:
         policy_loss: the loss without its KL term.
-        kl_velocity_mse: distance to the reference, see `FlowLossParams.kl`; 0 without one.
-        kl_gaussian: same.
-        kl_no_dt: same.
-        kl_dmu2: same.
+        kl_velocity_mse, kl_gaussian, kl_no_dt, kl_dmu2: the distances to the reference that
+            `FlowLossParams.kl` names; 0 without one.
         kl_old: exact KL to the sampling policy, mean (c_v (v - v_old))^2 / (2 std^2).
         ratio_mean: of rho.
-        ratio_min: over the active samples.
-        ratio_max: over the active samples.
+        ratio_min, ratio_max: over the active samples.
         abs_log_ratio: mean |log rho|.
         clip_fraction_low: share with A < 0 whose policy gradient was cut.
         clip_fraction_high: share with A > 0 whose policy gradient was cut.
@@ -282,8 +279,8 @@ def _scalars(params: FlowLossParams) -> tuple[int, int, float, float, float, flo
     return (
         VARIANTS.index(params.variant),
         KL_FORMS.index(params.kl),
-        float(params.eps_low),
-        float(params.eps_high),
+        float(params.clip_low),
+        float(params.clip_high),
         math.inf if params.adv_clip is None else float(params.adv_clip),
         0.0 if params.log_ratio_scale == "mean" else float(params.log_ratio_scale),
         float(params.tau),

@@ -34,8 +34,9 @@ class AdvantageParams:
         scale: whose standard deviation divides: the group's, the batch's, or none.
         ddof: 1 divides the sum of squares by n - 1, 0 by n.
         eps: added to every standard deviation.
-        std_floor: every divisor is at least this, in units of reward. Without it a group in which
-            the rewards agree up to noise gets full-size advantages made of that noise.
+        std_floor: every divisor is at least this, the whitening's too. Without it a group in which
+            the rewards agree up to noise gets full-size advantages made of that noise. In units of
+            reward: the default is 1 % of a reward in [0, 1].
         whiten: divide the result by its standard deviation over the batch (its mean is zero).
         clip: bound of the advantage's magnitude, or None.
     """

@@ -68,9 +68,9 @@ def flow_policy_loss(
         low, high = diverged & (a < 0) & (ratio < 1), diverged & (a > 0) & (ratio > 1)
         policy = torch.where(low | high, 0.0, -a * ratio)
     else:
-        low = (a < 0) & (ratio < 1 - params.eps_low)
-        high = (a > 0) & (ratio > 1 + params.eps_high)
-        clipped = ratio.clamp(1 - params.eps_low, 1 + params.eps_high)
+        low = (a < 0) & (ratio < 1 - params.clip_low)
+        high = (a > 0) & (ratio > 1 + params.clip_high)
+        clipped = ratio.clamp(1 - params.clip_low, 1 + params.clip_high)
         policy = torch.maximum(-a * ratio, -a * clipped)
         if params.variant == "guard":
             policy = policy / abs_dt

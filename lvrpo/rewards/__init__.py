@@ -1,1 +1,35 @@
-"""Rewards of the LVRPO method: semantic grounding, rule checks, knowledge consistency."""
+"""Rewards: instruction following, semantic grounding, knowledge consistency, and your own."""
+
+from lvrpo.rewards.combine import (
+    FunctionReward,
+    Reward,
+    RewardError,
+    Samples,
+    load_reward,
+    score,
+)
+from lvrpo.rewards.dual_encoder import DualEncoder, train_dual_encoder
+from lvrpo.rewards.judge import digit_judge, gold_reader, read_pictures, reader_accuracy
+from lvrpo.rewards.knowledge import KnowledgeReward
+from lvrpo.rewards.rules import RuleChecks, RuleReward, check_samples
+from lvrpo.rewards.semantic import SemanticReward
+
+__all__ = [
+    "DualEncoder",
+    "FunctionReward",
+    "KnowledgeReward",
+    "Reward",
+    "RewardError",
+    "RuleChecks",
+    "RuleReward",
+    "Samples",
+    "SemanticReward",
+    "check_samples",
+    "digit_judge",
+    "gold_reader",
+    "load_reward",
+    "read_pictures",
+    "reader_accuracy",
+    "score",
+    "train_dual_encoder",
+]

@@ -19,7 +19,7 @@ from lvrpo.data.digits import SIDE, Split, digit_pools
 from lvrpo.data.example import Cell
 
 #: Sum of a cell's 64 pixels in [0, 1] from which it counts as drawn on. The faintest source digit
-#: has 11.5; an empty cell that went through an autoencoder stays well below 2.
+#: has 11.5; an empty cell that went through the autoencoder keeps less than 0.1.
 INK_THRESHOLD = 5.0
 _GAMMA, _COST = 0.15, 10.0  # 98.9 % in ten-fold cross-validation on the training digits
 _CLASSES = 10

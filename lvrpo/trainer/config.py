@@ -31,7 +31,7 @@ class RunSection:
     steps: int = 120
     checkpoint_every: int = 20
     keep_checkpoints: int = 2
-    eval_items: int = 1024
+    eval_items: int = 2048
     gallery_items: int = 12
     threads: int = 0  # 0: torch's own choice
     backend: str = ""  # of every op; empty: the first that can run
@@ -178,8 +178,12 @@ class TrainConfig:
             "at least one prompt a step",
         )
         for key in ("steps", "checkpoint_every", "keep_checkpoints"):
-            _require(getattr(self.run, key) >= (key != "steps"), f"run.{key}",
-                     getattr(self.run, key), ">= 1" if key != "steps" else ">= 0")
+            _require(
+                getattr(self.run, key) >= (key != "steps"),
+                f"run.{key}",
+                getattr(self.run, key),
+                ">= 1" if key != "steps" else ">= 0",
+            )
         for key in ("label_noise_understand", "label_noise_generate"):
             value = getattr(self.warm_start, key)
             _require(0 <= value <= 1, f"warm_start.{key}", value, "a probability")

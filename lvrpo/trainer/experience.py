@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from lvrpo import random
-from lvrpo.data.example import Example, Task as TaskName
+from lvrpo.data.example import Example
+from lvrpo.data.example import Task as TaskName
 from lvrpo.models.flow import FlowSchedule
 from lvrpo.models.policy import Policy
 from lvrpo.ops.normalize_advantages import AdvantageParams, normalize_advantages

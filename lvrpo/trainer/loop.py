@@ -11,12 +11,10 @@ import signal
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 from typing import Any
-
-import torch
 
 from lvrpo.models.flow import FlowSchedule
 from lvrpo.trainer.checkpoint import load_newest, save_checkpoint
@@ -179,9 +177,7 @@ def _reference(run: Run) -> Any:
     return run.task.policy(model.requires_grad_(False))
 
 
-def _evaluate_once(
-    run: Run, label: str, step: int, policy: Any, schedule: FlowSchedule
-) -> None:
+def _evaluate_once(run: Run, label: str, step: int, policy: Any, schedule: FlowSchedule) -> None:
     if any(row.get("label") == label for row in read_evals(run.directory)):
         return
     run.listener.message(f"evaluating on held-out digits and prompts: {label}")

@@ -72,7 +72,9 @@ def sample_answers(
 ) -> Answers:
     """Sample `group_size` answers to every question, each until its end token or `max_tokens`."""
     builder = policy.builder()
-    last_prompt_row, child_start, prompt_rows = [], [], []
+    last_prompt_row: list[int] = []
+    child_start: list[int] = []
+    prompt_rows: list[int] = []
     for example in examples:
         first = builder.rows
         prompt = policy.add_prompt(builder, example)

@@ -63,8 +63,9 @@ def open_run(directory: Path, config_file: Path | None, overrides: list[str]) ->
             named = config_file is not None or bool(overrides)
             if named and fingerprint(given) != fingerprint(config):
                 raise ConfigError(
-                    f"{directory} was started with another configuration ({_difference(config, given)}"
-                    "); leave the flags away to go on with its own, or give a new directory"
+                    f"{directory} was started with another configuration "
+                    f"({_difference(config, given)}); leave the flags away to go on with its own, "
+                    "or give a new directory"
                 )
         yield OpenRun(directory, config)
 
@@ -118,9 +119,7 @@ def load_policy(directory: Path) -> tuple[TrainConfig, Task, Policy]:
     return config, task, task.policy(model.requires_grad_(False))
 
 
-def evaluate_run(
-    directory: Path, *, items: int, seed: int, data: Path | None
-) -> list[str]:
+def evaluate_run(directory: Path, *, items: int, seed: int, data: Path | None) -> list[str]:
     """Lines with the score of a run on held-out prompts, or on a JSONL file."""
     config, task, policy = load_policy(directory)
     if data is not None:
@@ -138,18 +137,12 @@ def evaluate_run(
     for found in eval_scores(row):
         low, high = wilson_interval(found.successes, found.total)
         rate = found.successes / found.total
-        lines.append(
-            f"{found.name:<32} {rate:6.1%}  [{low:.1%}, {high:.1%}]  of {found.total}"
-        )
+        lines.append(f"{found.name:<32} {rate:6.1%}  [{low:.1%}, {high:.1%}]  of {found.total}")
     return lines
 
 
-def draw_prompt(
-    directory: Path, prompt: str, *, count: int, seed: int, output: Path
-) -> list[Path]:
+def draw_prompt(directory: Path, prompt: str, *, count: int, seed: int, output: Path) -> list[Path]:
     """Draw a prompt `count` times into PNG files, `name-1.png`, ... for more than one."""
-    from PIL import Image
-
     config, _, policy = load_policy(directory)
     example = Example("generate", "command line", prompt)
     schedule = flow_schedule(config.rollout)
@@ -157,27 +150,33 @@ def draw_prompt(
     paths = []
     for number, picture in enumerate(drawn.numpy(), start=1):
         path = output if count == 1 else output.with_stem(f"{output.stem}-{number}")
-        pixels = (picture * 255).round().astype(np.uint8)
-        image = Image.fromarray(pixels[0] if len(pixels) == 1 else pixels.transpose(1, 2, 0))
-        scale = max(1, 128 // image.height)
         try:
-            image.resize((image.width * scale, image.height * scale), Image.Resampling.NEAREST).save(
-                path
-            )
+            save_enlarged(picture, path)
         except (OSError, ValueError) as error:
             raise RunDirectoryError(f"{path}: cannot be written: {error}") from error
         paths.append(path)
     return paths
 
 
+def save_enlarged(picture: np.ndarray, path: Path) -> None:
+    """Write a [C, H, W] picture, small ones with pixels as squares."""
+    from PIL import Image
+
+    pixels = (picture * 255).round().astype(np.uint8)
+    image = Image.fromarray(pixels[0] if len(pixels) == 1 else pixels.transpose(1, 2, 0))
+    scale = max(1, 128 // image.height)
+    size = image.width * scale, image.height * scale
+    image.resize(size, Image.Resampling.NEAREST).save(path)
+
+
 def answer_question(
     directory: Path, question: str, image: Path, *, count: int, seed: int
 ) -> list[str]:
     """Sample `count` answers to a question about an image file."""
-    from lvrpo.data.jsonl import read_picture
+    from lvrpo.data.jsonl import load_picture
 
     config, task, policy = load_policy(directory)
-    pixels = read_picture(image, task.source.picture_shape)
+    pixels = load_picture(image, task.source.picture_shape)
     example = Example("understand", "command line", question, image=pixels, answer="")
     return sample_answers(
         policy,

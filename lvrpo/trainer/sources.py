@@ -8,8 +8,8 @@ from pathlib import Path
 
 from lvrpo import random
 from lvrpo.data.digits import Split
-from lvrpo.data.example import Example, Task
-from lvrpo.data.jsonl import read_jsonl
+from lvrpo.data.example import Example, Task, check_disjoint
+from lvrpo.data.jsonl import JsonlExamples
 from lvrpo.data.phrases import scene_words
 from lvrpo.data.scenes import SceneConfig, scene_examples, with_label_noise
 from lvrpo.models.tokenizer import Tokenizer
@@ -82,10 +82,11 @@ class JsonlSource(Source):
                 f"{section.source} is evaluated with"
             )
         self.picture_shape = (section.channels, section.height, section.width)
-        self.files: dict[str, list[Example]] = {
-            "train": read_jsonl(Path(section.source), self.picture_shape),
-            "test": read_jsonl(Path(section.eval_source), self.picture_shape),
+        self.files = {
+            "train": list(JsonlExamples(section.source, self.picture_shape)),
+            "test": list(JsonlExamples(section.eval_source, self.picture_shape)),
         }
+        check_disjoint(self.files)
         texts = [
             text
             for example in self.files["train"]
@@ -119,6 +120,29 @@ class JsonlSource(Source):
     def answer_range(self, tokenizer: Tokenizer) -> tuple[int, int]:
         """Words and bytes."""
         return tokenizer.text_token_range
+
+
+class EvaluationFile(Source):
+    """Another source, evaluated on a JSONL file."""
+
+    def __init__(self, source: Source, path: Path) -> None:
+        self.source = source
+        self.words, self.picture_shape = source.words, source.picture_shape
+        self.test = list(JsonlExamples(path, source.picture_shape))
+
+    def examples(self, split: Split, task: Task, count: int, seed: int) -> list[Example]:
+        """See `Source`."""
+        if split == "test":
+            return [example for example in self.test if example.task == task][:count]
+        return self.source.examples(split, task, count, seed)
+
+    def labelled(self, task: Task, count: int, noise: float, seed: int) -> list[Example]:
+        """See `Source`."""
+        return self.source.labelled(task, count, noise, seed)
+
+    def answer_range(self, tokenizer: Tokenizer) -> tuple[int, int]:
+        """See `Source`."""
+        return self.source.answer_range(tokenizer)
 
 
 def common_words(texts: Sequence[str], most: int = 4096) -> list[str]:

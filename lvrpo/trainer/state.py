@@ -75,7 +75,8 @@ class TrainState:
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         with torch.no_grad():
-            averages, weights = list(self.average.parameters()), list(self.model.parameters())
+            averages: list[Tensor] = list(self.average.parameters())
+            weights: list[Tensor] = list(self.model.parameters())
             torch._foreach_lerp_(averages, weights, 1 - decay)
         return {"grad_norm": float(norm), "lr": lr}
 
@@ -105,9 +106,11 @@ class TrainState:
         load_weights(self.model, checkpoint, "model.")
         load_weights(self.average, checkpoint, "average.")
         for name, parameter in self.model.named_parameters():
-            moments = {m: checkpoint.tensors.get(f"optimizer.{m}.{name}") for m in _MOMENTS}
-            if moments["step"] is not None:
-                self.optimizer.state[parameter] = {m: t.clone() for m, t in moments.items()}
+            if f"optimizer.step.{name}" in checkpoint.tensors:
+                self.optimizer.state[parameter] = {
+                    moment: checkpoint.tensors[f"optimizer.{moment}.{name}"].clone()
+                    for moment in _MOMENTS
+                }
         self.step = checkpoint.step
 
 

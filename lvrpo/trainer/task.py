@@ -15,18 +15,21 @@ from lvrpo import random
 from lvrpo.data.example import Example
 from lvrpo.data.example import Task as TaskName
 from lvrpo.models.answering import answer_probability
-from lvrpo.models.flow import FlowSchedule
+from lvrpo.models.flow import FlowSchedule, noise_floor
 from lvrpo.models.latents import LinearAutoencoder
 from lvrpo.models.policy import Policy
 from lvrpo.models.tokenizer import Tokenizer
 from lvrpo.models.unified import UnifiedConfig, UnifiedModel
 from lvrpo.rewards.combine import Reward, Samples, load_reward
-from lvrpo.rewards.judge import gold_reader
+from lvrpo.rewards.dual_encoder import DualEncoder, train_dual_encoder
+from lvrpo.rewards.judge import digit_judge, gold_reader, reader_accuracy
 from lvrpo.rewards.knowledge import KnowledgeReward
 from lvrpo.rewards.rules import RuleReward, check_samples
-from lvrpo.rewards.semantic import DualEncoder, SemanticReward
+from lvrpo.rewards.semantic import SemanticReward
+from lvrpo.trainer.checkpoint import load_newest, save_checkpoint
 from lvrpo.trainer.config import ConfigError, RolloutSection, TrainConfig
-from lvrpo.trainer.sources import Source
+from lvrpo.trainer.sources import EvaluationFile, SceneSource, Source
+from lvrpo.trainer.update import Objective
 
 #: Rewards that come with lvrpo; any other name is imported as "module:function".
 BUILT_IN = ("r_ins", "r_sem", "r_kn")
@@ -41,6 +44,25 @@ def flow_schedule(rollout: RolloutSection) -> FlowSchedule:
         noise_level=rollout.noise_level,
         window=(0, rollout.stochastic_steps - 1),
     )
+
+
+def noise_floor_note(config: TrainConfig) -> str:
+    """The image log-ratio that rounding alone makes, next to the clip range it competes with."""
+    schedule = flow_schedule(config.rollout)
+    elements = config.model.latent_dim * config.data.rows * config.data.columns
+    params = Objective.from_config(config).image
+    clip = min(params.clip_low, params.clip_high)
+    floors = {
+        dtype: float(
+            noise_floor(schedule, elements, float(torch.finfo(kind).eps), params=params).max()
+        )
+        for dtype, kind in (("fp32", torch.float32), ("bf16", torch.bfloat16))
+    }
+    line = ", ".join(f"{dtype} {floor:.1e}" for dtype, floor in floors.items())
+    note = f"noise floor of the image log-ratio: {line}; clip range {clip:g}"
+    if clip < 3 * floors["fp32"]:
+        note += " - WARNING: below 3x the fp32 floor, the clip cuts noise"
+    return note
 
 
 class Task:
@@ -130,8 +152,12 @@ class Task:
             return RuleReward(strict_weight=self.config.rewards.strict_weight)
         if name == "r_sem":
             if self.encoder is None:
-                raise ConfigError("rewards: r_sem needs training pictures to fit its encoder on")
-            return SemanticReward(self.encoder, pool=self.config.rewards.semantic_pool)
+                raise ConfigError(
+                    "rewards: r_sem comes with an encoder of digit scenes; with data.source = "
+                    f"{self.config.data.source!r} name a reward of your own ('module:function')"
+                )
+            pool: Any = self.config.rewards.semantic_pool
+            return SemanticReward(self.encoder, pool=pool)
         if name == "r_kn":
             return KnowledgeReward(partial(answer_probability, reference))
         if ":" not in name:
@@ -140,6 +166,23 @@ class Task:
                 "'module:function'"
             )
         return load_reward(name)
+
+    def facts(self) -> dict[str, Any]:
+        """What every result is reported with: how good the judge itself is."""
+        if not isinstance(self.source, SceneSource):
+            return {}
+        return {
+            "judge_accuracy": reader_accuracy(digit_judge()),
+            "gold_accuracy": reader_accuracy(gold_reader()),
+        }
+
+    def notes(self) -> list[str]:
+        """Lines worth reading before the first step."""
+        return [noise_floor_note(self.config)]
+
+    def use_evaluation_file(self, path: Path) -> None:
+        """Evaluate on a JSONL file instead of the test split."""
+        self.source = EvaluationFile(self.source, path)
 
     def is_right(self, samples: Samples) -> Tensor:
         """[B] 1 where everything is right, 0 where not, NaN where no rule tells."""
@@ -184,33 +227,35 @@ def _mean(values: Tensor) -> float:
 
 def load_or_fit_task(config: TrainConfig, run_dir: Path) -> Task:
     """The task of a run; its fitted parts are read from, or written to, `run_dir/task`."""
-    from lvrpo.trainer.checkpoint import load_newest, save_checkpoint
-
     source = Source.from_config(config.data)
     section = config.model
-    channels, height, width = source.picture_shape
     wants_encoder = "r_sem" in (*config.rewards.understand, *config.rewards.generate)
+    encoder: DualEncoder | None = None
     saved = load_newest(run_dir / "task")
     if saved is not None:
         autoencoder = LinearAutoencoder(
-            channels, height, width, patch=section.latent_patch, dim=section.latent_dim
+            *source.picture_shape, patch=section.latent_patch, dim=section.latent_dim
         )
         autoencoder.load_state_dict(_with_prefix(saved.tensors, "autoencoder."))
-        encoder = None
-        if wants_encoder:
-            encoder = DualEncoder.from_tensors(_with_prefix(saved.tensors, "encoder."))
+        if saved.state["words"]:
+            encoder = DualEncoder(saved.state["words"], *source.picture_shape)
+            encoder.load_state_dict(_with_prefix(saved.tensors, "encoder."))
+            encoder.eval().requires_grad_(False)
         return Task(config, source, autoencoder, encoder)
 
     labelled = source.labelled("generate", 1024, 0.0, 0)
-    if not labelled:
+    pictures = [torch.from_numpy(e.target) for e in labelled if e.target is not None]
+    if not pictures:
         raise ConfigError("data: no drawing prompt has a target picture to fit the latents on")
-    pictures = torch.stack([torch.from_numpy(example.target) for example in labelled])
-    autoencoder = LinearAutoencoder.fit(pictures, section.latent_patch, section.latent_dim)
-    encoder = DualEncoder.fit(labelled, seed=config.run.seed) if wants_encoder else None
+    autoencoder = LinearAutoencoder.fit(
+        torch.stack(pictures), section.latent_patch, section.latent_dim
+    )
     tensors = {f"autoencoder.{name}": t for name, t in autoencoder.state_dict().items()}
-    if encoder is not None:
-        tensors |= {f"encoder.{name}": t for name, t in encoder.to_tensors().items()}
-    save_checkpoint(run_dir / "task", 0, tensors, {}, keep=1)
+    if wants_encoder and isinstance(source, SceneSource):
+        encoder = train_dual_encoder(source.config, seed=config.run.seed)
+        tensors |= {f"encoder.{name}": t for name, t in encoder.state_dict().items()}
+    words = list(encoder.words) if encoder is not None else []
+    save_checkpoint(run_dir / "task", 0, tensors, {"words": words}, keep=1)
     return Task(config, source, autoencoder, encoder)
 
 

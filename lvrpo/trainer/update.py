@@ -10,7 +10,10 @@ import torch
 from torch import Tensor
 
 from lvrpo.models.flow import FlowSchedule
+from lvrpo.models.groups import Pack, pack_groups
 from lvrpo.models.policy import Policy
+from lvrpo.models.unified import UnifiedModel
+from lvrpo.ops._policy_loss import LossMetrics, LossParams, PolicyLoss
 from lvrpo.ops.flow_policy_loss import (
     FlowLossMetrics,
     FlowLossParams,
@@ -18,10 +21,8 @@ from lvrpo.ops.flow_policy_loss import (
     flow_policy_loss,
 )
 from lvrpo.ops.gather_logprobs import gather_logprobs
-from lvrpo.ops._policy_loss import LossMetrics, LossParams, PolicyLoss
 from lvrpo.ops.grpo_loss import grpo_loss
 from lvrpo.trainer.config import TrainConfig
-from lvrpo.models.groups import Pack, pack_groups
 from lvrpo.trainer.rollout import Answers, Pictures
 
 
@@ -61,11 +62,11 @@ class Objective:
             changes["max_length"] = config.rollout.max_answer_tokens
         text = LossParams.preset(loss.preset, **changes)
         image = FlowLossParams(
-            eps_low=loss.image_clip,
-            eps_high=loss.image_clip,
+            clip_low=loss.image_clip,
+            clip_high=loss.image_clip,
             adv_clip=loss.advantage_clip,
             log_ratio_scale=loss.image_log_ratio_scale or "mean",
-            kl=loss.image_kl_form,
+            kl=loss.image_kl_form,  # type: ignore[arg-type]
             beta=loss.image_kl,
         )
         return cls(
@@ -111,59 +112,51 @@ def policy_gradient(
         groups = [(example, pictures.group_size * steps) for example in pictures.examples]
         latents = pictures.latents.flatten(0, 1)
         times = torch.tensor([float(schedule.times[k]) for k in pictures.steps]).repeat(count)
-    metrics = _Metrics()
+    step = _Update(policy, reference, experience, schedule, objective, _Metrics())
     for pack in pack_groups(policy, texts, groups, latents, times, objective.max_rows):
-        loss = _pack_loss(policy, reference, experience, schedule, objective, pack, metrics)
-        loss.backward()  # type: ignore[no-untyped-call]
-    return metrics.result()
+        _pack_loss(step, pack).backward()  # type: ignore[no-untyped-call]
+    return step.metrics.result()
 
 
-def _pack_loss(
-    policy: Policy,
-    reference: Policy,
-    experience: Experience,
-    schedule: FlowSchedule,
-    objective: Objective,
-    pack: Pack,
-    metrics: _Metrics,
-) -> Tensor:
+@dataclass(frozen=True)
+class _Update:
+    """What the losses of all packs of one update share."""
+
+    policy: Policy
+    reference: Policy
+    experience: Experience
+    schedule: FlowSchedule
+    objective: Objective
+    metrics: _Metrics
+
+
+def _pack_loss(step: _Update, pack: Pack) -> Tensor:
+    policy, reference = step.policy, step.reference
     text, latent = policy.model(pack.batch, backend=policy.backend)
     with torch.no_grad():
         reference_text, reference_latent = reference.model(pack.batch, backend=policy.backend)
     terms = []
     if len(pack.token_ids):
-        terms.append(
-            objective.text_weight
-            * _text_loss(policy, reference, experience, objective, pack, text, reference_text, metrics)
-        )
+        terms.append(step.objective.text_weight * _text_loss(step, pack, text, reference_text))
     if len(pack.batch.latents):
         velocity = policy.model.velocity(latent)
         velocity_ref = reference.model.velocity(reference_latent).detach()
-        terms.append(
-            objective.image_weight
-            * _image_loss(policy, experience, schedule, objective, pack, velocity, velocity_ref, metrics)
-        )
+        loss = _image_loss(step, pack, velocity, velocity_ref)
+        terms.append(step.objective.image_weight * loss)
     return torch.stack(terms).sum()
 
 
-def _text_loss(
-    policy: Policy,
-    reference: Policy,
-    experience: Experience,
-    objective: Objective,
-    pack: Pack,
-    text: Tensor,
-    reference_text: Tensor,
-    metrics: _Metrics,
-) -> Tensor:
-    answers, advantages = experience.answers, experience.answer_advantages
+def _text_loss(step: _Update, pack: Pack, text: Tensor, reference_text: Tensor) -> Tensor:
+    policy, objective = step.policy, step.objective
+    answers, advantages = step.experience.answers, step.experience.answer_advantages
     assert answers is not None
     assert advantages is not None
+    # A row that predicts several samples' tokens is projected on the vocabulary once.
     rows, row_index = pack.predictor.unique(return_inverse=True)
 
-    def logprobs_of(model: Policy, hidden: Tensor) -> tuple[Tensor, Tensor]:
+    def logprobs_and_entropy(model: UnifiedModel, hidden: Tensor) -> tuple[Tensor, Tensor]:
         return gather_logprobs(
-            model.model.logits(hidden[rows]),
+            model.logits(hidden[rows]),
             pack.token_ids,
             row_index,
             temperature=objective.temperature,
@@ -172,10 +165,10 @@ def _text_loss(
             backend=policy.backend,
         )
 
-    logprobs, entropy = logprobs_of(policy, text)
+    logprobs, entropy = logprobs_and_entropy(policy.model, text)
     with torch.no_grad():
-        ref_logprobs, _ = logprobs_of(reference, reference_text)
-        per_token = objective.text.aggregation == "token_mean"
+        ref_logprobs, _ = logprobs_and_entropy(step.reference.model, reference_text)
+    per_token = objective.text.aggregation == "token_mean"
     result = grpo_loss(
         logprobs,
         answers.logprobs[pack.tokens],
@@ -186,39 +179,30 @@ def _text_loss(
         params=objective.text,
         backend=policy.backend,
     )
-    metrics.add_text(result, entropy.detach(), len(pack.token_ids) / len(answers.logprobs))
+    step.metrics.add_text(result, entropy.detach(), len(pack.token_ids) / len(answers.logprobs))
     return result.loss
 
 
-def _image_loss(
-    policy: Policy,
-    experience: Experience,
-    schedule: FlowSchedule,
-    objective: Objective,
-    pack: Pack,
-    velocity: Tensor,
-    velocity_ref: Tensor,
-    metrics: _Metrics,
-) -> Tensor:
-    pictures, advantages = experience.pictures, experience.picture_advantages
+def _image_loss(step: _Update, pack: Pack, velocity: Tensor, velocity_ref: Tensor) -> Tensor:
+    pictures, advantages = step.experience.pictures, step.experience.picture_advantages
     assert pictures is not None
     assert advantages is not None
     steps = len(pictures.steps)
     total = len(pictures.latents) * steps
     at = torch.arange(total)[pack.pictures]
-    velocity, velocity_ref = (v.view(len(at), *policy.latent_shape) for v in (velocity, velocity_ref))
+    shape = len(at), *step.policy.latent_shape
     result = flow_policy_loss(
-        velocity,
+        velocity.view(shape),
         pictures.velocities.flatten(0, 1)[at],
         pictures.noise.flatten(0, 1)[at],
-        schedule.coefficients(torch.tensor(pictures.steps)[at % steps]),
+        step.schedule.coefficients(torch.tensor(pictures.steps)[at % steps]),
         advantages[at // steps].float(),
-        velocity_ref=velocity_ref,
+        velocity_ref=velocity_ref.view(shape),
         denominator=float(total),
-        params=objective.image,
-        backend=policy.backend,
+        params=step.objective.image,
+        backend=step.policy.backend,
     )
-    metrics.add_image(result)
+    step.metrics.add_image(result)
     return result.loss
 
 

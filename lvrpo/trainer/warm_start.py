@@ -1,4 +1,4 @@
-"""Supervised training before the first reward: answers by cross entropy, pictures by flow matching."""
+"""Supervised training before the first reward: cross entropy for answers, flow matching to draw."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from torch import Tensor
 from lvrpo import random
 from lvrpo.data.example import Example
 from lvrpo.models.flow import interpolate, velocity_target
+from lvrpo.models.groups import pack_groups
 from lvrpo.models.policy import Policy
 from lvrpo.ops.gather_logprobs import gather_logprobs
-from lvrpo.models.groups import pack_groups
 
 
 def supervised_gradient(

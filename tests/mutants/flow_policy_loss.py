@@ -80,7 +80,7 @@ MUTANTS: dict[str, Callable[..., Result]] = {
         c_v=lambda c: c.roll(1), std=lambda c: c.roll(1)
     ),
     "quadratic term missing": without_quadratic_term,
-    "clip sides swapped": with_params(eps_low=0.3, eps_high=0.05),
+    "clip sides swapped": with_params(clip_low=0.3, clip_high=0.05),
     "KL form swapped": with_params(kl="gaussian"),
     "sum for mean": with_params(log_ratio_scale=1.0),
     "advantage clamp ignored": with_params(adv_clip=None),
@@ -90,7 +90,7 @@ MUTANTS: dict[str, Callable[..., Result]] = {
     "weights ignored": with_input("sample_weights", torch.ones_like),
     "denominator ignored": with_input("denominator", lambda _: None),
     "KL without its gradient": gradient_of(with_params(beta=0.0)),
-    "clipped samples still pull": gradient_of(with_params(eps_low=1.0, eps_high=1e9)),
+    "clipped samples still pull": gradient_of(with_params(clip_low=1.0, clip_high=1e9)),
     "gradient all zeros": with_gradient(torch.zeros_like),
     "gradient sign flipped": with_gradient(torch.neg),
     "gradient scaled by 2 %": with_gradient(lambda g: g * 1.02),

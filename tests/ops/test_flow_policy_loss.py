@@ -26,7 +26,7 @@ SHAPES = {
     "more than one block per image": (3, 8192 + 130),
 }
 # Wide enough that both sides clip and both sides pass.
-PARAMS = FlowLossParams(eps_low=0.05, eps_high=0.3, adv_clip=1.5, beta=0.2, log_ratio_scale=0.5)
+PARAMS = FlowLossParams(clip_low=0.05, clip_high=0.3, adv_clip=1.5, beta=0.2, log_ratio_scale=0.5)
 
 
 def params_of(variant: str) -> FlowLossParams:
@@ -167,7 +167,7 @@ def test_log_ratio_is_the_difference_of_the_log_densities(backend):
                 inputs["noise"],
                 coeffs,
                 torch.tensor([-1.0], dtype=torch.float64),
-                params=FlowLossParams(eps_low=1.0, eps_high=1e9, log_ratio_scale=scale),
+                params=FlowLossParams(clip_low=1.0, clip_high=1e9, log_ratio_scale=scale),
                 backend=backend,
             )
             assert abs(float(loss.log() - expected)) < 1e-12
@@ -445,8 +445,8 @@ def test_bad_input(backend, change, message):
     [
         ({"variant": "grpo"}, "variant is 'grpo', expected one of ppo, guard, dppo"),
         ({"kl": "k3"}, "kl is 'k3'"),
-        ({"eps_low": 1.5}, "eps_low is 1.5"),
-        ({"eps_high": -0.1}, "eps_high is -0.1"),
+        ({"clip_low": 1.5}, "clip_low is 1.5"),
+        ({"clip_high": -0.1}, "clip_high is -0.1"),
         ({"tau": math.nan}, "tau is nan"),
         ({"beta": -1.0}, "beta is -1.0"),
         ({"adv_clip": 0.0}, "adv_clip is 0.0"),

@@ -1,21 +1,20 @@
 from __future__ import annotations
 
-import dataclasses
 import math
 from typing import Any
 
 import pytest
 import torch
+from loss_inputs import INF, METRICS, PARAMS, make_inputs, run_op, scales
 from mutants.grpo_loss import MUTANTS, SEQUENCE_MUTANTS
 from torch import Tensor
 
-from lvrpo.ops.grpo_loss import LOSS_PRESETS, LossMetrics, LossParams, PolicyLoss, grpo_loss
+from lvrpo.ops.grpo_loss import LOSS_PRESETS, LossParams, grpo_loss
 from lvrpo.reference.grpo_loss import grpo_loss as reference
 from lvrpo.testing import check_op
 
 pytestmark = pytest.mark.usefixtures("poison_empty")
 
-INF = math.inf
 # lengths of the sequences
 SHAPES = {
     "one token": [1],
@@ -23,85 +22,6 @@ SHAPES = {
     "longer than a block": [1100, 5],
     "more sequences than one thread's share": [20] * 260,
 }
-PARAMS = {
-    "grpo": LossParams(),
-    "grpo, all terms": LossParams(beta=0.04, entropy_coef=0.01, clip_high=0.28, ratio_cap=1.4),
-    "dr_grpo, k1": LossParams.preset("dr_grpo", max_length=64, beta=0.1, kl="k1"),
-    "bnpo, k2 times ratio": LossParams.preset("bnpo", beta=0.1, kl="k2", kl_factor="ratio"),
-    "dapo, k3 times ratio": LossParams.preset("dapo", beta=0.1, kl_factor="ratio"),
-    "token sum, abs": LossParams(aggregation="seq_mean_token_sum", beta=0.1, kl="abs"),
-    "gspo": LossParams.preset("gspo", clip_low=0.05, clip_high=0.06),
-    "gspo, all terms": LossParams.preset(
-        "gspo", clip_low=0.05, clip_high=0.06, ratio_cap=1.1, beta=0.1, entropy_coef=-0.02
-    ),
-    "reinforce": LossParams.preset("reinforce", beta=0.1),
-    "no clip": LossParams(clip_low=INF, clip_high=INF),
-}
-
-
-def make_inputs(lengths: list[int], dtype: torch.dtype = torch.float32) -> dict[str, Any]:
-    generator = torch.Generator().manual_seed(sum(lengths))
-    tokens = sum(lengths)
-
-    def normal(count: int, spread: float) -> Tensor:
-        return torch.randn(count, generator=generator) * spread
-
-    logprobs = -normal(tokens, 1.0).abs() - 0.1
-    weights = torch.rand(tokens, generator=generator) + 0.5
-    inputs = {
-        "logprobs": logprobs,
-        "old_logprobs": logprobs + normal(tokens, 0.3),
-        "advantages": normal(len(lengths), 1.0),
-        "ref_logprobs": logprobs + normal(tokens, 0.4),
-        "entropy": normal(tokens, 1.0).abs(),
-        "token_weights": weights * (torch.arange(tokens) % 4 != 1),
-    }
-    cu_seqlens = torch.tensor([0, *lengths]).cumsum(0)
-    return {name: x.to(dtype) for name, x in inputs.items()} | {"cu_seqlens": cu_seqlens}
-
-
-def run_op(**inputs: Any) -> tuple[Tensor, Tensor]:
-    result = grpo_loss(**inputs)
-    return result.loss, torch.stack([getattr(result.metrics, f) for f in METRICS])
-
-
-METRICS = [field.name for field in dataclasses.fields(LossMetrics)]
-
-
-def scales(inputs: dict[str, Any]) -> dict[str, Tensor]:
-    """Size of the summands: the loss with every term made positive, and so for each gradient."""
-    params = inputs["params"]
-    size = {
-        k: x.double() if torch.is_tensor(x) and x.is_floating_point() else x
-        for k, x in inputs.items()
-    }
-    size["advantages"] = -size["advantages"].abs()
-    size["params"] = dataclasses.replace(params, entropy_coef=-abs(params.entropy_coef), kl="k2")
-    loss, metrics = reference(**size)
-    d = size["ref_logprobs"] - size["logprobs"]
-    loss = loss.abs() + params.beta * d.abs().sum() + 2 * metrics[0].abs()
-    metrics = metrics.abs()
-    metrics[1] = d.abs().mean() + 1
-    if inputs["logprobs"].dtype == torch.float64:
-        # Gold has no more digits than ours here, and adds in another order.
-        loss, metrics = loss * len(d) ** 0.5, metrics * len(d) ** 0.5
-
-    lengths = inputs["cu_seqlens"].diff()
-    ratio = (size["logprobs"] - size["old_logprobs"]).exp()
-    advantage = size["advantages"].abs()
-    advantage = (
-        advantage.repeat_interleave(lengths) if len(advantage) == len(lengths) else advantage
-    )
-    slope = size["token_weights"] * advantage * ratio.clamp(min=1) + params.beta * (1 + d.exp())
-    if params.ratio == "seq_mean":
-        # Every token carries the rounding of a sum over its sequence.
-        slope = slope * (1 + (size["logprobs"] - size["old_logprobs"]).abs().mean() * lengths.max())
-    # The reference's gradient by the entropy is minus the coefficient times a token's factor.
-    entropy = torch.ones_like(ratio).requires_grad_()
-    one = dataclasses.replace(params, entropy_coef=-1.0)
-    unit, _ = reference(**size | {"entropy": entropy, "params": one})
-    (factor,) = torch.autograd.grad(unit, entropy)
-    return {"out0": loss, "out1": metrics, "dlogprobs": slope * factor}
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -122,15 +42,13 @@ def test_narrow_inputs_and_per_token_advantages(backend):
     inputs = make_inputs([3, 0, 7, 1], torch.bfloat16) | {"params": PARAMS["grpo, all terms"]}
     inputs["advantages"] = torch.randn(11, dtype=torch.bfloat16)
     inputs["token_weights"] = inputs["token_weights"] != 0
-    narrow = dict(inputs)
-    result = run_op(**narrow, backend=backend)
-    wide = {
-        k: x.float() if torch.is_tensor(x) and x.is_floating_point() else x
-        for k, x in inputs.items()
-    }
-    expected = reference(**wide)
-    assert result[0].dtype == torch.float32
-    torch.testing.assert_close(result, expected)
+    check_op(
+        lambda **inputs: run_op(**inputs, backend=backend),
+        reference,
+        inputs,
+        differentiable=["logprobs", "entropy"],
+        scales=scales(inputs | {"token_weights": inputs["token_weights"].double()}),
+    )
 
 
 def padded(lengths: list[int], x: Tensor) -> Tensor:
@@ -410,82 +328,3 @@ def test_rule_rejects_mutant(mutant):
 @pytest.mark.parametrize("mutant", SEQUENCE_MUTANTS.values(), ids=SEQUENCE_MUTANTS.keys())
 def test_rule_rejects_mutant_of_a_sequence_ratio(mutant):
     check_mutant(mutant, PARAMS["gspo, all terms"])
-
-
-NAN_AT_1 = torch.tensor([0.0, math.nan])
-BAD = {
-    "two-dimensional": ({"logprobs": torch.zeros(1, 2)}, r"logprobs has shape \(1, 2\)"),
-    "integer log-probs": ({"logprobs": torch.zeros(2).long()}, "logprobs is torch.int64"),
-    "old too short": ({"old_logprobs": torch.zeros(1)}, r"old_logprobs has shape \(1,\)"),
-    "advantages neither [B] nor [T]": (
-        {"advantages": torch.zeros(3)},
-        r"advantages has shape \(3,\), expected \[B\] = \[1\] or \[T\] = \[2\]",
-    ),
-    "advantage NaN": ({"advantages": NAN_AT_1}, r"advantages\[1\] is nan"),
-    "offsets end early": ({"cu_seqlens": torch.tensor([0, 1])}, "cu_seqlens ends at 1, expected 2"),
-    "int32 offsets": ({"cu_seqlens": torch.tensor([0, 2]).int()}, "cu_seqlens is torch.int32"),
-    "beta without reference": ({"params": LossParams(beta=0.1)}, "ref_logprobs is None, but beta"),
-    "entropy bonus without entropy": (
-        {"params": LossParams(entropy_coef=0.1)},
-        "entropy is None, but entropy_coef is 0.1",
-    ),
-    "negative weight": ({"token_weights": torch.tensor([1.0, -1.0])}, r"token_weights\[1\] is -1"),
-    "denominator zero": ({"denominator": 0.0}, "denominator is 0.0"),
-    "denominator tensor zero": ({"denominator": torch.tensor(0)}, "denominator is 0.0"),
-    "denominator vector": ({"denominator": torch.ones(2)}, r"denominator has shape \(2,\)"),
-    "log-prob NaN": ({"logprobs": NAN_AT_1}, r"logprobs\[1\] is nan"),
-    "log-prob -inf": ({"logprobs": torch.tensor([-INF, 0.0])}, r"logprobs\[0\] is -inf"),
-    "old log-prob NaN": ({"old_logprobs": NAN_AT_1}, r"old_logprobs\[1\] is nan"),
-    "reference NaN": (
-        {"ref_logprobs": NAN_AT_1, "params": LossParams(beta=0.1)},
-        r"ref_logprobs\[1\] is nan",
-    ),
-    "unknown backend": ({"backend": "cudnn"}, "backend is 'cudnn'"),
-}
-
-
-@pytest.mark.parametrize(("change", "message"), BAD.values(), ids=BAD.keys())
-def test_bad_input(backend, change, message):
-    arguments = {
-        "logprobs": torch.zeros(2),
-        "old_logprobs": None,
-        "advantages": torch.ones(1),
-        "cu_seqlens": torch.tensor([0, 2]),
-        "backend": backend,
-    }
-    with pytest.raises(ValueError, match=message):
-        grpo_loss(**arguments | change)
-
-
-BAD_PARAMS = {
-    "ratio": ({"ratio": "word"}, "ratio is 'word', expected one of none, token, seq_mean"),
-    "kl": ({"kl": "k4"}, "kl is 'k4'"),
-    "aggregation": ({"aggregation": "sum"}, "aggregation is 'sum'"),
-    "clip_low": ({"clip_low": -0.1}, "clip_low is -0.1"),
-    "beta": ({"beta": -1.0}, "beta is -1.0"),
-    "entropy_coef": ({"entropy_coef": INF}, "entropy_coef is inf"),
-    "cap below the clip": ({"ratio_cap": 1.1}, "ratio_cap is 1.1, expected at least"),
-    "cap without ratio": (
-        {"ratio_cap": 3.0, "ratio": "none"},
-        'ratio_cap is 3.0, but ratio is "none"',
-    ),
-    "no max_length": ({"aggregation": "seq_mean_token_sum_norm"}, "max_length is None"),
-    "max_length unused": ({"max_length": 8}, "max_length is 8, but aggregation"),
-}
-
-
-@pytest.mark.parametrize(("change", "message"), BAD_PARAMS.values(), ids=BAD_PARAMS.keys())
-def test_bad_params(change, message):
-    with pytest.raises(ValueError, match=message):
-        LossParams(**change)
-
-
-def test_unknown_preset():
-    with pytest.raises(ValueError, match="preset is 'ppo2', expected one of grpo"):
-        LossParams.preset("ppo2")
-
-
-def test_result_is_a_policy_loss():
-    result = grpo_loss(**empty_inputs([2]))
-    assert isinstance(result, PolicyLoss)
-    assert isinstance(result.metrics, LossMetrics)

@@ -1,0 +1,117 @@
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from lvrpo.data.example import LayoutRule
+from lvrpo.data.jsonl import DataError, JsonlExamples
+
+SHAPE = (1, 16, 16)
+QUESTION = {"task": "understand", "prompt": "what is it", "image": "a.png", "answer": "3"}
+DRAWING = {"task": "generate", "prompt": "draw 3 at top left"}
+
+
+@pytest.fixture
+def write(tmp_path):
+    pixels = np.arange(256, dtype=np.uint8).reshape(16, 16)
+    Image.fromarray(pixels).save(tmp_path / "a.png")
+    Image.fromarray(np.stack([pixels, pixels * 0, pixels], axis=2)).save(tmp_path / "colour.png")
+    Image.fromarray(pixels.astype(np.uint16)).save(tmp_path / "deep.png")
+    (tmp_path / "broken.png").write_bytes((tmp_path / "a.png").read_bytes()[:45])
+    (tmp_path / "text.png").write_text("hello")
+
+    def write(*lines):
+        path = tmp_path / "data.jsonl"
+        path.write_text(
+            "".join(line if isinstance(line, str) else json.dumps(line) + "\n" for line in lines)
+        )
+        return path
+
+    return write
+
+
+def test_both_tasks(write):
+    rule = {"kind": "layout", "rows": 2, "cols": 2, "digits": [3, None, None, None]}
+    path = write(
+        QUESTION | {"id": "first", "kind": "name"},
+        "\n",
+        DRAWING | {"rule": rule, "target": "a.png", "answer": None},
+    )
+    question, drawing = JsonlExamples(path, SHAPE)
+    assert (question.uid, question.kind, question.answer) == ("first", "name", "3")
+    assert question.image.dtype == np.float32
+    np.testing.assert_array_equal(question.image[0] * 255, np.arange(256).reshape(16, 16))
+    assert drawing.uid == "data:3"
+    assert drawing.rule == LayoutRule(2, 2, (3, None, None, None))
+    np.testing.assert_array_equal(drawing.target, question.image)
+
+
+def test_pictures_get_the_channels_and_size_of_the_model(write):
+    path = write(QUESTION, QUESTION | {"image": "colour.png"})
+    examples = JsonlExamples(path, (3, 8, 24))
+    assert len(examples) == 2
+    assert [example.image.shape for example in examples[:]] == [(3, 8, 24)] * 2
+    gray, colour = (example.image for example in examples)
+    assert (gray[0] == gray[1]).all()
+    assert colour[1].max() == 0
+    assert colour[0].max() > 0.5
+    assert gray.min() >= 0
+    assert gray.max() <= 1
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("{oops\n", "not JSON: JSONDecodeError"),
+        ("[1, 2]\n", "expected a JSON object"),
+        (QUESTION | {"colour": 1}, "field 'colour' is unknown"),
+        ({"task": "understand"}, "field 'prompt' is missing"),
+        ({"prompt": "what"}, "field 'task' is missing"),
+        (QUESTION | {"task": "edit"}, "field 'task' is 'edit', expected one of understand"),
+        (QUESTION | {"prompt": 3}, "field 'prompt' is 3, expected a string"),
+        (QUESTION | {"answer": None}, "field 'answer' is missing, task 'understand' needs it"),
+        (DRAWING | {"image": "a.png"}, "field 'image' does not belong to task 'generate'"),
+        (DRAWING | {"rule": "two"}, "field 'rule' is 'two', expected an object"),
+        (DRAWING | {"rule": {"kind": "sum"}}, "field 'rule' sum rule lacks 'total'"),
+        (
+            DRAWING | {"rule": {"kind": "layout", "rows": 1, "cols": 1, "digits": [3]}},
+            "field 'rule' is for 1 x 1 cells of 8 pixels, the model draws 16 x 16",
+        ),
+        (QUESTION | {"image": "none.png"}, "field 'image' there is no file"),
+        (QUESTION | {"image": "broken.png"}, "field 'image' cannot read"),
+        (QUESTION | {"image": "text.png"}, "field 'image' cannot read"),
+        (QUESTION | {"image": "deep.png"}, "expected 8 bits per channel"),
+        (DRAWING | {"target": "."}, "field 'target' there is no file"),
+        (QUESTION | {"id": "x"}, "field 'id' 'x' is already used on line 1"),
+    ],
+)
+def test_an_error_is_one_line_with_file_line_and_field(write, line, message):
+    path = write(QUESTION | {"id": "x"}, line)
+    with pytest.raises(DataError) as error:
+        JsonlExamples(path, SHAPE)
+    text = str(error.value)
+    assert text.startswith(f"{path}:2: ")
+    assert message in text
+    assert "\n" not in text
+
+
+def test_a_picture_that_disappears_later_is_reported_the_same_way(write, tmp_path):
+    examples = JsonlExamples(write(QUESTION), SHAPE)
+    (tmp_path / "a.png").unlink()
+    with pytest.raises(DataError, match=r"data\.jsonl:1: field 'image' there is no file"):
+        examples[0]
+
+
+def test_files_that_hold_nothing(write, tmp_path):
+    with pytest.raises(DataError, match="holds no examples"):
+        JsonlExamples(write("\n"), SHAPE)
+    with pytest.raises(DataError, match="No such file"):
+        JsonlExamples(tmp_path / "none.jsonl", SHAPE)
+    (tmp_path / "latin.jsonl").write_bytes(b"\n\xff\n")
+    with pytest.raises(DataError, match=r"latin\.jsonl:2: not UTF-8"):
+        JsonlExamples(tmp_path / "latin.jsonl", SHAPE)
+    with pytest.raises(ValueError, match="2 channels"):
+        JsonlExamples(write(QUESTION), (2, 16, 16))

@@ -1,0 +1,94 @@
+"""Inputs of grpo_loss that its test files share, and the scales of their rounding errors."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lvrpo.ops.grpo_loss import LossMetrics, LossParams, grpo_loss
+from lvrpo.reference.grpo_loss import grpo_loss as reference
+
+INF = math.inf
+PARAMS = {
+    "grpo": LossParams(),
+    "grpo, all terms": LossParams(beta=0.04, entropy_coef=0.01, clip_high=0.28, ratio_cap=1.4),
+    "dr_grpo, k1": LossParams.preset("dr_grpo", max_length=64, beta=0.1, kl="k1"),
+    "bnpo, k2 times ratio": LossParams.preset("bnpo", beta=0.1, kl="k2", kl_factor="ratio"),
+    "dapo, k3 times ratio": LossParams.preset("dapo", beta=0.1, kl_factor="ratio"),
+    "token sum, abs": LossParams(aggregation="seq_mean_token_sum", beta=0.1, kl="abs"),
+    "gspo": LossParams.preset("gspo", clip_low=0.05, clip_high=0.06),
+    "gspo, all terms": LossParams.preset(
+        "gspo", clip_low=0.05, clip_high=0.06, ratio_cap=1.1, beta=0.1, entropy_coef=-0.02
+    ),
+    "reinforce": LossParams.preset("reinforce", beta=0.1),
+    "no clip": LossParams(clip_low=INF, clip_high=INF),
+}
+
+
+def make_inputs(lengths: list[int], dtype: torch.dtype = torch.float32) -> dict[str, Any]:
+    generator = torch.Generator().manual_seed(sum(lengths))
+    tokens = sum(lengths)
+
+    def normal(count: int, spread: float) -> Tensor:
+        return torch.randn(count, generator=generator) * spread
+
+    logprobs = -normal(tokens, 1.0).abs() - 0.1
+    weights = torch.rand(tokens, generator=generator) + 0.5
+    inputs = {
+        "logprobs": logprobs,
+        "old_logprobs": logprobs + normal(tokens, 0.3),
+        "advantages": normal(len(lengths), 1.0),
+        "ref_logprobs": logprobs + normal(tokens, 0.4),
+        "entropy": normal(tokens, 1.0).abs(),
+        "token_weights": weights * (torch.arange(tokens) % 4 != 1),
+    }
+    cu_seqlens = torch.tensor([0, *lengths]).cumsum(0)
+    return {name: x.to(dtype) for name, x in inputs.items()} | {"cu_seqlens": cu_seqlens}
+
+
+def run_op(**inputs: Any) -> tuple[Tensor, Tensor]:
+    result = grpo_loss(**inputs)
+    return result.loss, torch.stack([getattr(result.metrics, f) for f in METRICS])
+
+
+METRICS = [field.name for field in dataclasses.fields(LossMetrics)]
+
+
+def scales(inputs: dict[str, Any]) -> dict[str, Tensor]:
+    """Size of the summands: the loss with every term made positive, and so for each gradient."""
+    params = inputs["params"]
+    size = {
+        k: x.double() if torch.is_tensor(x) and x.is_floating_point() else x
+        for k, x in inputs.items()
+    }
+    size["advantages"] = -size["advantages"].abs()
+    size["params"] = dataclasses.replace(params, entropy_coef=-abs(params.entropy_coef), kl="k2")
+    loss, metrics = reference(**size)
+    d = size["ref_logprobs"] - size["logprobs"]
+    loss = loss.abs() + params.beta * d.abs().sum() + 2 * metrics[0].abs()
+    metrics = metrics.abs()
+    metrics[1] = d.abs().mean() + 1
+    if inputs["logprobs"].dtype == torch.float64:
+        # Gold has no more digits than ours here, and adds in another order.
+        loss, metrics = loss * len(d) ** 0.5, metrics * len(d) ** 0.5
+
+    lengths = inputs["cu_seqlens"].diff()
+    ratio = (size["logprobs"] - size["old_logprobs"]).exp()
+    advantage = size["advantages"].abs()
+    advantage = (
+        advantage.repeat_interleave(lengths) if len(advantage) == len(lengths) else advantage
+    )
+    slope = size["token_weights"] * advantage * ratio.clamp(min=1) + params.beta * (1 + d.exp())
+    if params.ratio == "seq_mean":
+        # Every token carries the rounding of a sum over its sequence.
+        slope = slope * (1 + (size["logprobs"] - size["old_logprobs"]).abs().mean() * lengths.max())
+    # The reference's gradient by the entropy is minus the coefficient times a token's factor.
+    entropy = torch.ones_like(ratio).requires_grad_()
+    one = dataclasses.replace(params, entropy_coef=-1.0)
+    unit, _ = reference(**size | {"entropy": entropy, "params": one})
+    (factor,) = torch.autograd.grad(unit, entropy)
+    return {"out0": loss, "out1": metrics, "dlogprobs": slope * factor}

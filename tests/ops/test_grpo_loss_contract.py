@@ -1,0 +1,81 @@
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from loss_inputs import INF
+
+from lvrpo.ops.grpo_loss import LossParams, grpo_loss
+
+NAN_AT_1 = torch.tensor([0.0, math.nan])
+BAD = {
+    "two-dimensional": ({"logprobs": torch.zeros(1, 2)}, r"logprobs has shape \(1, 2\)"),
+    "integer log-probs": ({"logprobs": torch.zeros(2).long()}, "logprobs is torch.int64"),
+    "old too short": ({"old_logprobs": torch.zeros(1)}, r"old_logprobs has shape \(1,\)"),
+    "advantages neither [B] nor [T]": (
+        {"advantages": torch.zeros(3)},
+        r"advantages has shape \(3,\), expected \[B\] = \[1\] or \[T\] = \[2\]",
+    ),
+    "advantage NaN": ({"advantages": NAN_AT_1}, r"advantages\[1\] is nan"),
+    "offsets end early": ({"cu_seqlens": torch.tensor([0, 1])}, "cu_seqlens ends at 1, expected 2"),
+    "int32 offsets": ({"cu_seqlens": torch.tensor([0, 2]).int()}, "cu_seqlens is torch.int32"),
+    "beta without reference": ({"params": LossParams(beta=0.1)}, "ref_logprobs is None, but beta"),
+    "entropy bonus without entropy": (
+        {"params": LossParams(entropy_coef=0.1)},
+        "entropy is None, but entropy_coef is 0.1",
+    ),
+    "negative weight": ({"token_weights": torch.tensor([1.0, -1.0])}, r"token_weights\[1\] is -1"),
+    "denominator zero": ({"denominator": 0.0}, "denominator is 0.0"),
+    "denominator tensor zero": ({"denominator": torch.tensor(0)}, "denominator is 0.0"),
+    "denominator vector": ({"denominator": torch.ones(2)}, r"denominator has shape \(2,\)"),
+    "log-prob NaN": ({"logprobs": NAN_AT_1}, r"logprobs\[1\] is nan"),
+    "log-prob -inf": ({"logprobs": torch.tensor([-INF, 0.0])}, r"logprobs\[0\] is -inf"),
+    "old log-prob NaN": ({"old_logprobs": NAN_AT_1}, r"old_logprobs\[1\] is nan"),
+    "reference NaN": (
+        {"ref_logprobs": NAN_AT_1, "params": LossParams(beta=0.1)},
+        r"ref_logprobs\[1\] is nan",
+    ),
+    "unknown backend": ({"backend": "cudnn"}, "backend is 'cudnn'"),
+}
+
+
+@pytest.mark.parametrize(("change", "message"), BAD.values(), ids=BAD.keys())
+def test_bad_input(backend, change, message):
+    arguments = {
+        "logprobs": torch.zeros(2),
+        "old_logprobs": None,
+        "advantages": torch.ones(1),
+        "cu_seqlens": torch.tensor([0, 2]),
+        "backend": backend,
+    }
+    with pytest.raises(ValueError, match=message):
+        grpo_loss(**arguments | change)
+
+
+BAD_PARAMS = {
+    "ratio": ({"ratio": "word"}, "ratio is 'word', expected one of none, token, seq_mean"),
+    "kl": ({"kl": "k4"}, "kl is 'k4'"),
+    "aggregation": ({"aggregation": "sum"}, "aggregation is 'sum'"),
+    "clip_low": ({"clip_low": -0.1}, "clip_low is -0.1"),
+    "beta": ({"beta": -1.0}, "beta is -1.0"),
+    "entropy_coef": ({"entropy_coef": INF}, "entropy_coef is inf"),
+    "cap below the clip": ({"ratio_cap": 1.1}, "ratio_cap is 1.1, expected at least"),
+    "cap without ratio": (
+        {"ratio_cap": 3.0, "ratio": "none"},
+        'ratio_cap is 3.0, but ratio is "none"',
+    ),
+    "no max_length": ({"aggregation": "seq_mean_token_sum_norm"}, "max_length is None"),
+    "max_length unused": ({"max_length": 8}, "max_length is 8, but aggregation"),
+}
+
+
+@pytest.mark.parametrize(("change", "message"), BAD_PARAMS.values(), ids=BAD_PARAMS.keys())
+def test_bad_params(change, message):
+    with pytest.raises(ValueError, match=message):
+        LossParams(**change)
+
+
+def test_unknown_preset():
+    with pytest.raises(ValueError, match="preset is 'ppo2', expected one of grpo"):
+        LossParams.preset("ppo2")

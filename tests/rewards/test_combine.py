@@ -1,0 +1,145 @@
+from __future__ import annotations
+
+import math
+import sys
+from dataclasses import dataclass
+
+import numpy as np
+import pytest
+import torch
+
+from lvrpo.data.example import Example
+from lvrpo.rewards.combine import FunctionReward, RewardError, Samples, load_reward, score
+
+IMAGE = np.zeros((1, 8, 8), np.float32)
+EXAMPLES = [
+    Example("understand", f"q{i}", f"question {i}", image=IMAGE, answer="1") for i in range(3)
+]
+SAMPLES = Samples.of_texts(EXAMPLES, ["1", "2", "x"])
+
+
+@dataclass
+class Fixed:
+    values: object
+    name: str = "fixed"
+    may_be_nan: bool = False
+
+    def __call__(self, samples):
+        return self.values
+
+
+def test_columns_are_rewards():
+    rewards = [
+        Fixed(torch.tensor([1.0, 2.0, 3.0], dtype=torch.float64)),
+        Fixed([1, None, True], may_be_nan=True),
+        Fixed(np.array([0, 1, 2])),
+    ]
+    table = score(rewards, SAMPLES)
+    assert table.dtype == torch.float32
+    expected = torch.tensor([[1, 1, 0], [2, math.nan, 1], [3, 1, 2]])
+    assert torch.equal(table.nan_to_num(-1), expected.nan_to_num(-1))
+
+
+def test_scores_carry_no_gradient():
+    assert not score([Fixed(torch.ones(3, requires_grad=True))], SAMPLES).requires_grad
+
+
+@pytest.mark.parametrize(
+    ("reward", "message"),
+    [
+        (Fixed([1.0, math.inf, 0.0]), r"'fixed' is infinite for sample 1 \(the text '2'\).*'q1'"),
+        (Fixed([1.0, 0.0, -math.inf]), r"'fixed' is infinite for sample 2 .*'question 2'"),
+        (Fixed([math.nan, None, 0.0]), r"'fixed' is NaN for sample 0 .* and 1 more samples"),
+        (Fixed([None] * 3, may_be_nan=True), r"no reward \(fixed\) applies to sample 0"),
+        (Fixed([1.0]), r"'fixed' returned shape \(1,\) for 3 samples"),
+        (Fixed(torch.ones(3, 1)), r"returned shape \(3, 1\)"),
+        (Fixed(None), r"'fixed' raised TypeError"),
+        (FunctionReward(lambda samples: 1 / 0, "mine"), r"'mine' raised ZeroDivisionError.*'q0'"),
+    ],
+)
+def test_a_bad_reward_is_named(reward, message):
+    with pytest.raises(RewardError, match=message):
+        score([reward], SAMPLES)
+
+
+def test_a_sample_needs_one_reward_not_all():
+    first = Fixed([1, None, None], may_be_nan=True)
+    second = Fixed([None, 2, 3], may_be_nan=True)
+    assert score([first, second], SAMPLES).isnan().sum() == 3
+    with pytest.raises(RewardError, match="applies to sample 1"):
+        score([first], SAMPLES)
+    with pytest.raises(ValueError, match="no rewards"):
+        score([], SAMPLES)
+
+
+def test_concat_shifts_the_images():
+    drawing = Example("generate", "d", "draw")
+    images = torch.rand(2, 1, 8, 8)
+    both = Samples.concat([SAMPLES, Samples.of_images([drawing] * 2, images), SAMPLES])
+    assert len(both) == 8
+    assert list(both.image_index) == [3, 4]
+    assert both.texts == ["1", "2", "x", None, None, "1", "2", "x"]
+    assert torch.equal(both.images, images)
+    assert Samples.concat([SAMPLES]).images is None
+
+
+def test_samples_must_be_consistent():
+    with pytest.raises(ValueError, match="2 texts of 3 examples"):
+        Samples(EXAMPLES, ["1", "2"])
+    with pytest.raises(ValueError, match="0 images, 1 in image_index"):
+        Samples(EXAMPLES, ["1", "2", None], None, [2])
+    with pytest.raises(ValueError, match="exactly the samples without a text"):
+        Samples(EXAMPLES, ["1", "2", None], torch.zeros(1, 1, 8, 8), [1])
+
+
+MODULE = """
+def length(samples):
+    return [len(text) for text in samples.texts]
+
+class Constant:
+    name = "one"
+    may_be_nan = False
+    def __call__(self, samples):
+        return [1.0] * len(samples)
+
+def partly(samples):
+    return [None] * len(samples)
+partly.may_be_nan = True
+partly.name = "part"
+
+number = 3
+"""
+
+
+@pytest.fixture
+def spec(tmp_path, monkeypatch):
+    path = tmp_path / "my_own_rewards.py"
+    path.write_text(MODULE)
+    monkeypatch.syspath_prepend(tmp_path)
+    yield path
+    sys.modules.pop("my_own_rewards", None)
+
+
+def test_load_reward(spec):
+    for where in ("my_own_rewards", str(spec)):
+        length = load_reward(f"{where}:length")
+        assert (length.name, length.may_be_nan) == ("length", False)
+        assert score([length], SAMPLES)[:, 0].tolist() == [1, 1, 1]
+        assert load_reward(f"{where}:Constant").name == "one"
+        partly = load_reward(f"{where}:partly")
+        assert (partly.name, partly.may_be_nan) == ("part", True)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("length", "expected 'module:function'"),
+        ("no_such_module:f", "ModuleNotFoundError"),
+        ("no_such_file.py:f", "no file"),
+        ("my_own_rewards:nothing", "no attribute 'nothing'"),
+        ("my_own_rewards:number", "is a int, expected a function"),
+    ],
+)
+def test_load_reward_says_what_is_wrong(spec, text, message):
+    with pytest.raises(RewardError, match=message):
+        load_reward(text)

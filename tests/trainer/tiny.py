@@ -1,0 +1,42 @@
+"""The smallest run that goes through every stage, in seconds."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from lvrpo.trainer.config import TrainConfig, load_config
+from lvrpo.trainer.loop import Listener, train
+from lvrpo.trainer.run import open_run
+from lvrpo.trainer.task import load_or_fit_task
+
+OVERRIDES = [
+    "run.steps=3",
+    "run.checkpoint_every=2",
+    "run.eval_items=8",
+    "run.gallery_items=2",
+    "model.hidden=16",
+    "model.layers=1",
+    "model.heads=2",
+    "model.kv_heads=1",
+    "model.head_dim=8",
+    "model.mlp=16",
+    "warm_start.steps=3",
+    "warm_start.understand_batch=4",
+    "warm_start.generate_batch=4",
+    "rollout.group_size=3",
+    "rollout.understand_prompts=2",
+    "rollout.generate_prompts=2",
+    "rollout.denoise_steps=4",
+    "rollout.stochastic_steps=2",
+    "rewards.generate={ r_ins = 1.0 }",
+]
+
+
+def tiny_config(*overrides: str) -> TrainConfig:
+    return load_config(overrides=[*OVERRIDES, *overrides])
+
+
+def run_tiny(directory: Path, *overrides: str, listener: Listener | None = None) -> bool:
+    with open_run(directory, None, [*OVERRIDES, *overrides]) as run:
+        task = load_or_fit_task(run.config, directory)
+        return train(run.config, task, directory, listener or Listener())
