@@ -52,7 +52,7 @@ clean:  ## remove everything that set-up made; runs/ stays
 
 $(PACKAGES):
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' \
-	  || { echo "lvrpo needs Python >= 3.10, $(PYTHON) is $$($(PYTHON) -V); try make PYTHON=python3.12" >&2; exit 1; }
+	  || { echo "lvrpo needs Python >= 3.10, $(PYTHON) is $$($(PYTHON) -V 2>&1 || echo missing); try make PYTHON=python3.12" >&2; exit 1; }
 	@echo "Setting up .venv (once; some minutes where packages must be downloaded) ..."
 	@rm -f .venv/.packages-* .venv/.extension-*
 	@# An environment of another Python is replaced, an interrupted one repaired.

@@ -35,6 +35,7 @@ def pytest_configure(config: pytest.Config) -> None:
     untouched = str(getattr(config.option, "benchmark_max_time", "")) == "1.0"
     if config.getoption("--size") == "small" and untouched:
         config.option.benchmark_max_time = 0.1
+        config.option.benchmark_min_rounds = max(config.option.benchmark_min_rounds, 20)
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:

@@ -106,8 +106,8 @@ def optional_packages() -> dict[str, dict[str, str | None]]:
     return extras
 
 
-def report_lines() -> list[str]:
-    """The whole report, line by line."""
+def describe() -> str:
+    """The whole report as text."""
     facts = environment()
     extension = facts["extension"]
     lines = [
@@ -143,7 +143,7 @@ def report_lines() -> list[str]:
         lines.append(f"  {extra}: {listed}")
     if lines[-1].startswith("Optional"):
         lines.append("  unknown: lvrpo is not installed, it runs from a folder on the path")
-    return lines
+    return "\n".join(lines)
 
 
 def _cpu_name() -> str:
@@ -160,4 +160,4 @@ def _in_parentheses(text: str | None) -> str:
 
 
 if __name__ == "__main__":
-    print("\n".join(report_lines()))
+    print(describe())

@@ -117,6 +117,9 @@ def check_op(
     scales = scales or {}
     names = list(differentiable)
 
+    # An upstream gradient arrives in the dtype of the op's output; all runs get what it can hold.
+    output_dtypes: list[torch.dtype] = []
+
     def run(function: Callable[..., Any], dtype: torch.dtype | None) -> dict[str, Tensor]:
         arguments = {}
         for name, value in inputs.items():
@@ -131,13 +134,14 @@ def check_op(
         results = {f"out{i}": out.detach() for i, out in enumerate(outputs)}
         if names:
             generator = torch.Generator().manual_seed(seed)
+            output_dtypes.extend(out.dtype for out in outputs if dtype is None)
             upstream = [
-                torch.randn(out.shape, generator=generator, dtype=torch.float64).to(out)
-                / max(1, out.numel())
-                for out in outputs
+                (torch.randn(out.shape, generator=generator, dtype=torch.float64) / out.numel())
+                .float()
+                .to(held)
+                .to(out.dtype)
+                for out, held in zip(outputs, output_dtypes, strict=True)
             ]
-            # Every run gets the same upstream values, rounded once to the narrowest dtype used.
-            upstream = [g.float().to(g.dtype) for g in upstream]
             pairs = [
                 (out, g) for out, g in zip(outputs, upstream, strict=True) if out.requires_grad
             ]

@@ -22,7 +22,7 @@ def test_command_prints_the_report():
 def test_a_missing_extension_says_why(monkeypatch):
     monkeypatch.setattr(_library, "EXTENSION", None)
     monkeypatch.setattr(_library, "MISSING", "no compiler was found")
-    report = "\n".join(info.report_lines())
+    report = info.describe()
     assert "lvrpo._C   missing: no compiler was found" in report
     assert "cpp      no compiler was found" in report
 

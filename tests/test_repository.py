@@ -102,6 +102,10 @@ def test_no_layer_has_a_file_without_an_op(layer):
     files = folder.glob(pattern.replace("{}", "*"))
     stems = {path.name.removeprefix(prefix).removesuffix(suffix) for path in files}
     strangers = {stem for stem in stems if not stem.startswith("_")} - set(info.op_names())
+    if layer.startswith("tests/ops"):  # test_<op>_<part>.py, where one file would be too long
+        strangers = {
+            s for s in strangers if not s.startswith(tuple(f"{op}_" for op in info.op_names()))
+        }
     if layer.startswith("benchmarks"):
         strangers -= {"train_step"}  # the whole step, not an op
     assert not strangers
