@@ -18,7 +18,6 @@ from itertools import accumulate, pairwise
 import torch
 from torch import Tensor
 
-MODES = ("causal", "full")
 #: (length, mode): one span of a prompt or of a completion.
 Span = tuple[int, str]
 #: (prompt, completions): a chain of spans, and the chains that continue it.
@@ -40,6 +39,7 @@ class SpanMask:
             its ancestors' tokens, which every row of the span sees. Siblings share one slice.
         span_offsets: S + 1 token offsets: span s is the rows span_offsets[s]:span_offsets[s + 1].
         documents: offsets of the parts that never see each other; the last part may be padding.
+        document_rows: the same boundaries as offsets into `rows`.
     """
 
     length: int
@@ -50,7 +50,6 @@ class SpanMask:
     runs: Tensor
     span_offsets: tuple[int, ...]
     documents: tuple[int, ...]
-    #: The rows of each document among the queries, as offsets into `rows`.
     document_rows: tuple[int, ...]
 
     @property
@@ -79,15 +78,13 @@ class SpanMask:
                 a parent is not an earlier span on the path to the span before; names the span.
         """
         if not len(lengths) == len(parents) == len(modes):
-            raise ValueError(
-                f"SpanMask: {len(lengths)} lengths, {len(parents)} parents and {len(modes)} modes, "
-                "expected one of each per span"
-            )
+            counts = f"{len(lengths)} lengths, {len(parents)} parents and {len(modes)} modes"
+            raise ValueError(f"SpanMask: {counts}, expected one of each per span")
         for span, length in enumerate(lengths):
             if length < 0:
                 raise ValueError(f"SpanMask: span {span} has length {length}, expected >= 0")
         for span, mode in enumerate(modes):
-            if mode not in MODES:
+            if mode not in ("causal", "full"):
                 raise ValueError(
                     f"SpanMask: span {span} has mode {mode!r}, expected 'causal' or 'full'"
                 )
@@ -107,7 +104,7 @@ class SpanMask:
         """
         offsets = cu_seqlens.tolist() if isinstance(cu_seqlens, Tensor) else list(cu_seqlens)
         if not offsets or offsets[0] != 0:
-            raise ValueError(f"SpanMask: cu_seqlens starts {offsets[:1]}, expected [0]")
+            raise ValueError(f"SpanMask: cu_seqlens starts with {offsets[:1]}, expected [0]")
         lengths = [end - start for start, end in pairwise(offsets)]
         count = len(lengths)
         return cls.from_spans(lengths, [-1] * count, ["causal" if causal else "full"] * count)
@@ -152,6 +149,9 @@ class SpanMask:
         Raises:
             ValueError: a mode is unknown, or a split crosses the end of its sample.
         """
+        if len(split_lens) != len(attn_modes):
+            counts = f"{len(split_lens)} split_lens, {len(attn_modes)} attn_modes"
+            raise ValueError(f"SpanMask: {counts}, expected one of each per split")
         parents: list[int] = []
         sample_ends = list(accumulate(sample_lens))
         sample, position, last_visible = -1, 0, -1
@@ -168,18 +168,16 @@ class SpanMask:
             if mode != "noise":
                 last_visible = split
         if position != sum(sample_lens):
-            raise ValueError(
-                f"SpanMask: the splits add up to {position} tokens, the samples to "
-                f"{sum(sample_lens)}"
-            )
+            total = f"{position} tokens, the samples to {sum(sample_lens)}"
+            raise ValueError(f"SpanMask: the splits add up to {total}")
         modes = ["full" if mode == "noise" else mode for mode in attn_modes]
         return cls.from_spans(split_lens, parents, modes)
 
     def select_queries(self, rows: Tensor | Sequence[int]) -> SpanMask:
         """The same keys for fewer queries: q holds only these rows of the buffer.
 
-        This is decoding and denoising with a cache: lay the buffer out at its full size, fill k and
-        v as the rows come, and query the newest. Keys that no selected row sees are never read.
+        For decoding and denoising with a cache: lay the buffer out at its full size, fill k and v
+        as the rows come, and query the newest. Keys that no selected row sees are never read.
 
         Args:
             rows: [Lq] buffer rows, strictly ascending, on the host; q row i is buffer row rows[i].
@@ -195,9 +193,8 @@ class SpanMask:
                 raise ValueError("SpanMask: rows must be strictly ascending")
             first, last = int(chosen[0]), int(chosen[-1])
             if first < 0 or last >= self.length:
-                raise ValueError(
-                    f"SpanMask: rows go from {first} to {last}, expected [0, {self.length})"
-                )
+                went = f"rows go from {first} to {last}"
+                raise ValueError(f"SpanMask: {went}, expected [0, {self.length})")
         spans = self.spans.cpu().clone()
         edges = torch.tensor(self.span_offsets)
         spans[:, 5] = torch.searchsorted(chosen, edges[:-1])
@@ -212,8 +209,13 @@ class SpanMask:
 
     def select_spans(self, spans: Sequence[int]) -> SpanMask:
         """`select_queries` with all rows of the given spans (ascending indices)."""
-        rows = [range(self.span_offsets[s], self.span_offsets[s + 1]) for s in spans]
-        return self.select_queries([row for span in rows for row in span])
+        chosen = torch.as_tensor(spans, dtype=torch.int64)
+        edges = torch.tensor(self.span_offsets)
+        lengths = edges.diff()[chosen]
+        # Row j of the result is j rows after the start of its span, less those of earlier spans.
+        shift = edges[chosen] - (lengths.cumsum(0) - lengths)
+        rows = torch.repeat_interleave(shift, lengths)
+        return self.select_queries(rows + torch.arange(len(rows)))
 
     def pad_to(self, length: int) -> SpanMask:
         """The mask of a longer buffer whose last rows see nothing and are seen by nobody."""

@@ -7,6 +7,7 @@ import pytest
 import torch
 from mutants.packed_attention import MUTANTS, reference
 from torch import Tensor
+from torch._dynamo.testing import CompileCounterWithBackend
 
 from lvrpo.masks import SpanMask
 from lvrpo.ops.packed_attention import packed_attention
@@ -266,6 +267,17 @@ def test_compiles_without_a_graph_break(backend):
         ours, torch.autograd.grad(function(*leaves), leaves), strict=True
     ):
         torch.testing.assert_close(gradient, expected)
+
+
+def test_a_new_layout_does_not_recompile():
+    counter = CompileCounterWithBackend("aot_eager")
+    function = functools.partial(packed_attention, backend="cpp")
+    compiled = torch.compile(function, fullgraph=True, backend=counter)
+    for length in (5, 9, 12, 30):
+        mask = SpanMask.from_groups([([(length, "causal")], [[(length, "full")]] * 3)])
+        compiled(*make_inputs(mask, 4, 2, 8, 8, torch.float32).values())
+    # Once for the first length, once for all others.
+    assert counter.frame_count <= 2
 
 
 @pytest.mark.parametrize("mutant", MUTANTS.values(), ids=MUTANTS.keys())
