@@ -128,9 +128,9 @@ def report(
 @app.command()
 def info() -> None:
     """Versions, the compiled extension, and which backend runs which op here."""
-    from lvrpo.info import report_lines
+    from lvrpo.info import describe
 
-    typer.echo("\n".join(report_lines()))
+    typer.echo(describe())
 
 
 def _write_report(run: Path, compare: list[Path]) -> None:
