@@ -88,8 +88,8 @@ def evaluate(
 
 
 @app.command(
-    epilog='Examples:  lvrpo sample runs/digits "draw 3 at top left and 7 at bottom right"  |  '
-    'lvrpo sample runs/digits "what digit is at top left" --image scene.png'
+    epilog='Examples:  lvrpo sample runs/digits "draw 3 at top-left and 7 at bottom-right"  |  '
+    'lvrpo sample runs/digits "what digit is at top-left" --image scene.png'
 )
 def sample(
     run: Annotated[Path, typer.Argument(help="Run directory with a checkpoint.")],

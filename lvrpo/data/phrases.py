@@ -25,7 +25,9 @@ def cell_names(rows: int, cols: int) -> tuple[str, ...]:
     """Names of the cells, row by row: "top-left", ...; "row 4 column 1" on larger canvases."""
     if max(rows, cols) <= 3 and max(rows, cols) > 1:
         return tuple(
-            "-".join(filter(None, (row, column))) for row in _ROW_NAMES[rows] for column in _COLUMN_NAMES[cols]
+            "-".join(filter(None, (row, column)))
+            for row in _ROW_NAMES[rows]
+            for column in _COLUMN_NAMES[cols]
         )
     return tuple(f"row {r + 1} column {c + 1}" for r in range(rows) for c in range(cols))
 

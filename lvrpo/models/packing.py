@@ -73,7 +73,8 @@ class PackBuilder:
 
         Args:
             pixels: [C, H, W] in [0, 1]; H and W are multiples of the model's patch.
-            opening: token id of the marker before the patches; likewise `closing`.
+            opening: token id of the marker before the patches.
+            closing: token id of the marker after them.
             parent: see the class.
         """
         channels, height, width = pixels.shape

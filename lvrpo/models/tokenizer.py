@@ -38,7 +38,9 @@ class Tokenizer:
             raise ValueError("Tokenizer: a word occurs twice")
         for word in self.words:
             if not _RUN.fullmatch(word):
-                raise ValueError(f"Tokenizer: {word!r} is not a run of ASCII letters, digits and inner hyphens")
+                raise ValueError(
+                    f"Tokenizer: {word!r} is not a run of ASCII letters, digits and inner hyphens"
+                )
 
     def __len__(self) -> int:
         return FIRST_WORD + len(self.words)

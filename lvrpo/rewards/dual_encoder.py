@@ -24,7 +24,7 @@ _BATCH = 96
 
 
 def key_phrases(prompt: str) -> list[str]:
-    """What a prompt asks for, piece by piece: "draw 3 at top left and 7 at ..." gives two."""
+    """What a prompt asks for, piece by piece: "draw 3 at top-left and 7 at ..." gives two."""
     listed = prompt.removeprefix("draw ").replace(", ", " and ").split(" and ")
     return [phrase.strip() for phrase in listed if phrase.strip()]
 

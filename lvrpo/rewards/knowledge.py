@@ -21,7 +21,7 @@ AnswerProbability: TypeAlias = Callable[[Tensor, Sequence[str], Sequence[str]], 
 class KnowledgeReward:
     """Mean probability of the right answer to the questions that a prompt's rule settles.
 
-    "draw 3 at top left" settles "what digit is at top left" and "how many digits are there". NaN
+    "draw 3 at top-left" settles "what digit is at top-left" and "how many digits are there". NaN
     for texts and for prompts without a rule.
 
     Args:

@@ -11,7 +11,7 @@ from lvrpo.data.jsonl import DataError, JsonlExamples
 
 SHAPE = (1, 16, 16)
 QUESTION = {"task": "understand", "prompt": "what is it", "image": "a.png", "answer": "3"}
-DRAWING = {"task": "generate", "prompt": "draw 3 at top left"}
+DRAWING = {"task": "generate", "prompt": "draw 3 at top-left"}
 
 
 @pytest.fixture

@@ -36,7 +36,7 @@ def test_shapes_scale_and_token_order(autoencoder, pictures):
     assert latents.shape[1] == autoencoder.tokens
     assert abs(float(latents.square().mean()) - 1) < 0.01
     corner = pictures[:1] * 0
-    corner[:, :, :8, 8:] = 0.5  # top right is token 1
+    corner[:, :, :8, 8:] = 0.5  # top-right is token 1
     changed = (autoencoder.encode(corner) != autoencoder.encode(corner * 0)).any(dim=2)
     assert changed.tolist() == [[False, True, False, False]]
 

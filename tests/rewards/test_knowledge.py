@@ -34,8 +34,8 @@ def test_asks_what_the_rule_settles_about_the_right_picture():
     )
     scores = KnowledgeReward(answerer)(samples)
     assert asked == [
-        (0, "what digit is at top left", "3"),
-        (0, "what digit is at bottom right", "7"),
+        (0, "what digit is at top-left", "3"),
+        (0, "what digit is at bottom-right", "7"),
         (0, "how many digits are there", "2"),
         (2, "how many digits are there", "2"),
         (2, "what digit is above 7", "3"),

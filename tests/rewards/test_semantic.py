@@ -32,8 +32,8 @@ def drawings(examples):
 
 
 def test_key_phrases():
-    assert key_phrases("draw 3 at top left and 7 at row 1 column 2") == [
-        "3 at top left",
+    assert key_phrases("draw 3 at top-left and 7 at row 1 column 2") == [
+        "3 at top-left",
         "7 at row 1 column 2",
     ]
     assert key_phrases("a cat, a dog") == ["a cat", "a dog"]

@@ -130,11 +130,11 @@ def gallery_items(count: int, share: float, seed: int) -> list[GalleryItem]:
         right = bool(random.random() < share)
         if number % 2:
             answer = "3" if right else "8"
-            prompt = "Which digit is at the top left?"
+            prompt = "Which digit is at the top-left?"
             item = GalleryItem("understand", f"q{number}", prompt, 7, image, answer, "3", right)
         else:
             image += random.random(image.shape, dtype=np.float32) * (1 - share)
-            prompt = "a 3 at the top left and a 7 at the bottom right"
+            prompt = "a 3 at the top-left and a 7 at the bottom-right"
             item = GalleryItem("generate", f"g{number}", prompt, 7, image, None, None, right)
         items.append(item)
     return items

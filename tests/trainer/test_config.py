@@ -55,9 +55,9 @@ def test_bad_value_names_the_key(overrides, message):
 def test_bad_file(tmp_path):
     path = tmp_path / "config.toml"
     path.write_text("run = ")
-    with pytest.raises(ConfigError, match="config.toml: not TOML"):
+    with pytest.raises(ConfigError, match=r"config\.toml: not TOML"):
         load_config(path)
-    with pytest.raises(ConfigError, match="absent.toml: No such file"):
+    with pytest.raises(ConfigError, match=r"absent\.toml: No such file"):
         load_config(tmp_path / "absent.toml")
 
 
