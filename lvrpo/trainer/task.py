@@ -124,11 +124,23 @@ class Task:
         """Prompts of one policy step."""
         return self.source.examples("train", task, count, self._seed("policy", step))
 
-    def warm_start_examples(self, task: TaskName, count: int, step: int) -> list[Example]:
-        """Labelled examples of one supervised step, some of the labels wrong on purpose."""
+    def warm_start_examples(self, step: int) -> tuple[list[Example], list[list[Example]]]:
+        """Questions, and groups of drawings of one prompt, of one supervised step.
+
+        Some of their labels are wrong on purpose, independently within a group.
+        """
         section, seed = self.config.warm_start, self._seed("warm start", step)
-        noise = getattr(section, f"label_noise_{task}")
-        return self.source.labelled(task, count, noise, seed)
+        questions = self.source.labelled(
+            "understand", section.understand_batch, section.label_noise_understand, seed
+        )
+        drawings = self.source.labelled(
+            "generate",
+            section.generate_batch,
+            section.label_noise_generate,
+            seed,
+            copies=section.noise_draws,
+        )
+        return [group[0] for group in questions], drawings
 
     def evaluation_examples(self, task: TaskName, count: int) -> list[Example]:
         """Held-out prompts: the same for every seed, before and after."""
@@ -244,7 +256,7 @@ def load_or_fit_task(config: TrainConfig, run_dir: Path) -> Task:
         return Task(config, source, autoencoder, encoder)
 
     labelled = source.labelled("generate", 1024, 0.0, 0)
-    pictures = [torch.from_numpy(e.target) for e in labelled if e.target is not None]
+    pictures = [torch.from_numpy(e.target) for (e,) in labelled if e.target is not None]
     if not pictures:
         raise ConfigError("data: no drawing prompt has a target picture to fit the latents on")
     autoencoder = LinearAutoencoder.fit(
