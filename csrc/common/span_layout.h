@@ -38,9 +38,11 @@ struct Document {
   int64_t key_begin, key_end, tile_begin, tile_end;
 };
 
-// Tiles of one document that one thread walks in order.
+// Tiles of one document that one thread walks in order. They see keys from the document's first up to key_end; a unit
+// that is the whole document has all of its keys.
 struct WorkUnit {
-  int64_t document, tile_begin, tile_end;
+  int64_t document, tile_begin, tile_end, key_end;
+  bool whole;
 };
 
 struct TilePlan {
@@ -73,7 +75,8 @@ inline SpanLayout span_layout(const Tensor& q_lo, const Tensor& q_hi, const Tens
   for (int64_t i = 0; i < layout.num_queries; ++i)
     LVRPO_CHECK(layout.rows[i] >= 0 && layout.rows[i] < layout.length, "rows[", i, "] is outside the buffer");
   for (int64_t i = 0; i < layout.num_runs; ++i)
-    LVRPO_CHECK(layout.runs[i].begin >= 0 && layout.runs[i].end <= layout.length, "runs[", i, "] is outside the buffer");
+    LVRPO_CHECK(layout.runs[i].begin >= 0 && layout.runs[i].end <= layout.length, "runs[", i,
+                "] is outside the buffer");
   int64_t token = 0, row = 0;
   for (int64_t s = 0; s < layout.num_spans; ++s) {
     const Span& span = layout.spans[s];
@@ -96,7 +99,7 @@ inline void append_range(std::vector<TokenRange>& ranges, int64_t first, int32_t
   }
 }
 
-// Everything a tile sees lies among the ancestors of its first row's span, or between that span's start and the last row.
+// What a tile sees lies among the ancestors of its first row's span, or between that span's start and the last row.
 inline void append_visible_keys(const SpanLayout& layout, int64_t first_span, QueryTile& tile,
                                 std::vector<TokenRange>& ranges) {
   tile.range_begin = ranges.size();
@@ -127,14 +130,16 @@ inline void append_units(TilePlan& plan, int64_t kv_heads) {
   const int64_t target = std::max(MIN_PAIRS, total * kv_heads / 32);
   for (int64_t d = 0; d < static_cast<int64_t>(plan.documents.size()); ++d) {
     const Document& document = plan.documents[d];
-    int64_t pairs = 0, begin = document.tile_begin;
+    int64_t pairs = 0, begin = document.tile_begin, key_end = document.key_begin;
     for (int64_t t = document.tile_begin; t < document.tile_end; ++t) {
       pairs += plan.tiles[t].pairs;
-      if (pairs >= target || t + 1 == document.tile_end) {
-        plan.units.push_back({d, begin, t + 1});
-        begin = t + 1;
-        pairs = 0;
-      }
+      key_end = std::max<int64_t>(key_end, plan.ranges[plan.tiles[t].range_end - 1].end);
+      const bool last = t + 1 == document.tile_end;
+      if (pairs < target && !last) continue;
+      const bool whole = begin == document.tile_begin && last;
+      plan.units.push_back({d, begin, t + 1, whole ? document.key_end : key_end, whole});
+      begin = t + 1;
+      pairs = 0;
     }
   }
 }
@@ -157,6 +162,7 @@ inline TilePlan plan_tiles(const SpanLayout& layout, int64_t rows_per_tile, int6
       while (layout.spans[first_span].row_end <= row) ++first_span;
       QueryTile tile{row, std::min(row + rows_per_tile, row_end), 0, 0, 0};
       append_visible_keys(layout, first_span, tile, plan.ranges);
+      LVRPO_CHECK(tile.range_begin < tile.range_end, "rows of span ", first_span, " see no key");
       for (int64_t r = tile.range_begin; r < tile.range_end; ++r)
         LVRPO_CHECK(plan.ranges[r].begin >= document.key_begin && plan.ranges[r].end <= document.key_end,
                     "runs of span ", first_span, " leave its document");

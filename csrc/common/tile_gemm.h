@@ -9,51 +9,75 @@
 
 namespace lvrpo {
 
-// 64 bytes: one AVX-512 register; GCC and Clang split it into two or four on narrower machines. A compiler vector type and
-// not a loop, because GCC does not keep a [4][16] array of sums in registers.
-template <typename acc>
-struct Vector {
-  typedef acc type __attribute__((vector_size(64), aligned(alignof(acc)), may_alias));
-  static constexpr int64_t width = 64 / sizeof(acc);
-};
-
 inline constexpr int64_t GEMM_ROWS = 4;
+
+// Rows of B and C are multiples of this, whatever the machine.
+template <typename acc>
+inline constexpr int64_t VECTOR = 64 / sizeof(acc);
 
 template <typename acc>
 constexpr int64_t round_to_vector(int64_t n) {
-  return (n + Vector<acc>::width - 1) / Vector<acc>::width * Vector<acc>::width;
+  return (n + VECTOR<acc> - 1) / VECTOR<acc> * VECTOR<acc>;
 }
 
-// C[i][0 : vectors] (+)= sum_k A[i][k] B[k][0 : vectors] with A[i][k] = a[i][k * a_step], for GEMM_ROWS rows i.
-template <int vectors, typename acc>
+// Bytes of a vector register under the instruction set that LVRPO_MULTIVERSION picks here.
+inline int64_t register_bytes() {
+#if defined(__x86_64__) && defined(__GNUC__)
+  __builtin_cpu_init();
+  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512cd") &&
+      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"))
+    return 64;
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return 32;
+#endif
+  return 16;
+}
+
+inline const int64_t REGISTER_BYTES = register_bytes();
+
+// C[i][0 : registers] (+)= sum_k A[i][k] B[k][0 : registers] with A[i][k] = a[i][k * a_step], for GEMM_ROWS rows i. The
+// vector type is the compiler's, because GCC keeps no array of sums in registers, and exactly a register wide, because
+// it splits wider ones through memory (60 times slower).
+template <int bytes, int registers, typename acc>
 LVRPO_INLINE void gemm_tile(const acc* const (&a)[GEMM_ROWS], int64_t a_step, const acc* b, int64_t b_stride, acc* c,
                             int64_t c_stride, int64_t depth, bool accumulate) {
-  using vec = typename Vector<acc>::type;
-  constexpr int64_t width = Vector<acc>::width;
-  vec sum[GEMM_ROWS][vectors];
+  typedef acc vec __attribute__((vector_size(bytes), aligned(alignof(acc)), may_alias));
+  constexpr int64_t width = bytes / sizeof(acc);
+  vec sum[GEMM_ROWS][registers];
   for (int i = 0; i < GEMM_ROWS; ++i)
-    for (int j = 0; j < vectors; ++j)
+    for (int j = 0; j < registers; ++j)
       sum[i][j] = accumulate ? *reinterpret_cast<const vec*>(c + i * c_stride + j * width) : vec{};
   for (int64_t k = 0; k < depth; ++k) {
     const vec* b_row = reinterpret_cast<const vec*>(b + k * b_stride);
     for (int i = 0; i < GEMM_ROWS; ++i) {
       const acc x = a[i][k * a_step];
-      for (int j = 0; j < vectors; ++j) sum[i][j] += x * b_row[j];
+      for (int j = 0; j < registers; ++j) sum[i][j] += x * b_row[j];
     }
   }
   for (int i = 0; i < GEMM_ROWS; ++i)
-    for (int j = 0; j < vectors; ++j) *reinterpret_cast<vec*>(c + i * c_stride + j * width) = sum[i][j];
+    for (int j = 0; j < registers; ++j) *reinterpret_cast<vec*>(c + i * c_stride + j * width) = sum[i][j];
 }
 
-// The same over `columns`, a multiple of the vector width.
+template <int bytes, typename acc>
+LVRPO_INLINE void gemm_columns(const acc* const (&a)[GEMM_ROWS], int64_t a_step, const acc* b, int64_t b_stride, acc* c,
+                               int64_t c_stride, int64_t columns, int64_t depth, bool accumulate) {
+  constexpr int64_t width = bytes / sizeof(acc);
+  int64_t column = 0;
+  for (; column + 2 * width <= columns; column += 2 * width)
+    gemm_tile<bytes, 2>(a, a_step, b + column, b_stride, c + column, c_stride, depth, accumulate);
+  if (column < columns) gemm_tile<bytes, 1>(a, a_step, b + column, b_stride, c + column, c_stride, depth, accumulate);
+}
+
+// The same over `columns`, a multiple of VECTOR.
 template <typename acc>
 LVRPO_INLINE void gemm_rows(const acc* const (&a)[GEMM_ROWS], int64_t a_step, const acc* b, int64_t b_stride, acc* c,
                             int64_t c_stride, int64_t columns, int64_t depth, bool accumulate) {
-  constexpr int64_t width = Vector<acc>::width;
-  int64_t column = 0;
-  for (; column + 2 * width <= columns; column += 2 * width)
-    gemm_tile<2>(a, a_step, b + column, b_stride, c + column, c_stride, depth, accumulate);
-  if (column < columns) gemm_tile<1>(a, a_step, b + column, b_stride, c + column, c_stride, depth, accumulate);
+  if (REGISTER_BYTES == 64) {
+    gemm_columns<64>(a, a_step, b, b_stride, c, c_stride, columns, depth, accumulate);
+  } else if (REGISTER_BYTES == 32) {
+    gemm_columns<32>(a, a_step, b, b_stride, c, c_stride, columns, depth, accumulate);
+  } else {
+    gemm_columns<16>(a, a_step, b, b_stride, c, c_stride, columns, depth, accumulate);
+  }
 }
 
 #if defined(__GNUC__) && !defined(__clang__)

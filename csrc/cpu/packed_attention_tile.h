@@ -1,101 +1,16 @@
-// One tile of attention: 64 lanes (query row, head) against 64 keys at a time. The lanes are the vector dimension of the
-// scores, so that maxima and sums over keys need no horizontal step. Formulas: docs/ops/packed_attention.md.
+// One tile of attention: 64 lanes (query row, head) against 64 keys at a time. The lanes are the vector dimension of
+// the scores, so that maxima and sums over keys need no horizontal step. Formulas: docs/ops/packed_attention.md.
 #pragma once
 
-#include <algorithm>
 #include <cmath>
 #include <limits>
 #include <type_traits>
 
 #include "common/simd.h"
-#include "common/span_layout.h"
 #include "common/tile_gemm.h"
+#include "cpu/packed_attention_keys.h"
 
 namespace lvrpo {
-
-inline constexpr int64_t BLOCK_LANES = 64;
-inline constexpr int64_t BLOCK_KEYS = 64;
-inline constexpr int64_t BLOCK_GROUPS = BLOCK_LANES / GEMM_ROWS;
-
-// Rows of a tile times query heads of one key head; lane = row * heads + head, padded with zeros to whole vectors.
-struct Lanes {
-  int64_t rows, heads, count, padded;
-};
-
-// Up to BLOCK_KEYS keys, and for each the lanes that see it.
-struct KeyBlock {
-  int64_t count;
-  bool contiguous;
-  int32_t key[BLOCK_KEYS];
-  int32_t lane_begin[BLOCK_KEYS], lane_end[BLOCK_KEYS];
-  // Per GEMM_ROWS lanes: from the first to the last key that one of them sees.
-  int32_t group_begin[BLOCK_GROUPS], group_end[BLOCK_GROUPS];
-};
-
-// Walks the key ranges of a tile block by block.
-class KeyCursor {
- public:
-  KeyCursor(const SpanLayout& layout, const TilePlan& plan, const QueryTile& tile, const Lanes& lanes)
-      : layout_(layout), tile_(tile), lanes_(lanes), ranges_(plan.ranges.data()), range_(tile.range_begin) {
-    if (range_ < tile.range_end) key_ = ranges_[range_].begin;
-    const int32_t* rows = layout.rows + tile.row_begin;
-    dense_ = rows[lanes.rows - 1] - rows[0] + 1 == lanes.rows;
-  }
-
-  bool next(KeyBlock& block) {
-    block.count = 0;
-    while (block.count < BLOCK_KEYS && range_ < tile_.range_end) {
-      const int32_t end = ranges_[range_].end;
-      while (block.count < BLOCK_KEYS && key_ < end) block.key[block.count++] = key_++;
-      if (key_ == end && ++range_ < tile_.range_end) key_ = ranges_[range_].begin;
-    }
-    if (block.count == 0) return false;
-    block.contiguous = block.key[block.count - 1] - block.key[0] + 1 == block.count;
-    find_lanes(block);
-    return true;
-  }
-
- private:
-  // First row of the tile at or after a buffer row.
-  int32_t row_at(int32_t token) const {
-    const int32_t* rows = layout_.rows + tile_.row_begin;
-    if (dense_) return std::clamp<int32_t>(token - rows[0], 0, lanes_.rows);
-    return std::lower_bound(rows, rows + lanes_.rows, token) - rows;
-  }
-
-  void find_lanes(KeyBlock& block) const {
-    std::fill_n(block.group_begin, BLOCK_GROUPS, 0);
-    std::fill_n(block.group_end, BLOCK_GROUPS, 0);
-    bool all = true;
-    const int32_t heads = lanes_.heads, count = lanes_.count;
-    for (int64_t n = 0; n < block.count; ++n) {
-      block.lane_begin[n] = row_at(layout_.q_lo[block.key[n]]) * heads;
-      block.lane_end[n] = row_at(layout_.q_hi[block.key[n]]) * heads;
-      all &= block.lane_begin[n] == 0 && block.lane_end[n] == count;
-    }
-    const int32_t groups = (count + GEMM_ROWS - 1) / GEMM_ROWS;
-    if (all) {
-      std::fill_n(block.group_end, groups, static_cast<int32_t>(block.count));
-      return;
-    }
-    for (int64_t n = block.count - 1; n >= 0; --n) {
-      if (block.lane_begin[n] >= block.lane_end[n]) continue;
-      const int32_t last = (block.lane_end[n] - 1) / GEMM_ROWS;
-      for (int32_t g = block.lane_begin[n] / GEMM_ROWS; g <= last; ++g) {
-        block.group_begin[g] = n;
-        block.group_end[g] = std::max<int32_t>(block.group_end[g], n + 1);
-      }
-    }
-  }
-
-  const SpanLayout& layout_;
-  const QueryTile& tile_;
-  const Lanes& lanes_;
-  const TokenRange* ranges_;
-  int64_t range_;
-  int32_t key_ = 0;
-  bool dense_;
-};
 
 // Matrix rows in acc: the tensor's own memory, or a copy.
 template <typename acc>
@@ -115,7 +30,7 @@ LVRPO_MULTIVERSION void copy_rows(const scalar_t* source, int64_t stride, const 
   }
 }
 
-// The rows of a block of keys, copied only where they are scattered, narrow or `whole_vectors` are needed and not there.
+// The rows of a block of keys; copied where they are scattered or narrow, or lack the `whole_vectors` asked for.
 template <typename scalar_t, typename acc>
 Rows<acc> key_rows(const scalar_t* source, int64_t stride, const KeyBlock& block, int64_t width, bool whole_vectors,
                    acc* copy) {
@@ -127,7 +42,7 @@ Rows<acc> key_rows(const scalar_t* source, int64_t stride, const KeyBlock& block
   return {copy, padded};
 }
 
-// Lanes of q (or dout) as rows, `out` [padded lanes, round_to_vector(width)], and transposed, `out_t`.
+// Lanes of q (or dout) as rows, `out` [padded lanes, padded width], and transposed, `out_t`.
 template <typename scalar_t, typename acc>
 LVRPO_MULTIVERSION void load_lanes(const scalar_t* source, int64_t row_stride, int64_t head_stride, Lanes lanes,
                                    int64_t width, acc scale, acc* out, acc* out_t) {
@@ -184,7 +99,7 @@ LVRPO_INLINE void scored_lanes(const KeyBlock& block, int64_t n, int64_t& begin,
     end = block.lane_end[i] > end ? block.lane_end[i] : end;
   }
   if (begin > end) begin = end;
-  begin = begin / Vector<acc>::width * Vector<acc>::width;
+  begin = begin / VECTOR<acc> * VECTOR<acc>;
   end = round_to_vector<acc>(end);
 }
 
@@ -193,10 +108,11 @@ template <typename acc>
 LVRPO_INLINE void dot_keys(const KeyBlock& block, Rows<acc> rows, const acc* lanes_t, int64_t width, int64_t lanes,
                            acc* s) {
   for (int64_t n = 0; n < block.count; n += GEMM_ROWS) {
-    int64_t begin, end;
+    int64_t begin = 0, end = 0;
     scored_lanes<acc>(block, n, begin, end);
     const acc* a[GEMM_ROWS];
-    for (int64_t i = 0; i < GEMM_ROWS; ++i) a[i] = rows.data + (n + i < block.count ? n + i : block.count - 1) * rows.stride;
+    const int64_t last = block.count - 1;
+    for (int64_t i = 0; i < GEMM_ROWS; ++i) a[i] = rows.data + (n + i < last ? n + i : last) * rows.stride;
     gemm_rows(a, 1, lanes_t + begin, lanes, s + n * lanes + begin, lanes, end - begin, width, false);
   }
 }
@@ -219,7 +135,7 @@ template <typename acc>
 LVRPO_INLINE void add_to_keys(const KeyBlock& block, const acc* w, const acc* lane_rows, int64_t width, int64_t lanes,
                               acc* product, acc* sums, int64_t first_key) {
   for (int64_t n = 0; n < block.count; n += GEMM_ROWS) {
-    int64_t begin, end;
+    int64_t begin = 0, end = 0;
     scored_lanes<acc>(block, n, begin, end);
     const acc* a[GEMM_ROWS];
     for (int64_t i = 0; i < GEMM_ROWS; ++i) a[i] = w + (n + i) * lanes + begin;
@@ -246,7 +162,7 @@ LVRPO_INLINE void finish_scores(const KeyBlock& block, int64_t n, int64_t begin,
 // Running softmax of the lanes of one tile.
 template <typename acc>
 struct ForwardState {
-  acc *q_t, *s, *out;            // [D, lanes], [BLOCK_KEYS, lanes], [lanes, Dv]
+  acc *q_t, *s, *out;               // [D, lanes], [BLOCK_KEYS, lanes], [lanes, Dv]
   acc *max, *sum, *shift, *factor;  // [lanes]
 };
 
@@ -257,7 +173,7 @@ LVRPO_MULTIVERSION void forward_block(const KeyBlock& block, Rows<acc> k, Rows<a
   acc *s = state.s, *max = state.max, *sum = state.sum, *shift = state.shift, *factor = state.factor;
   dot_keys(block, k, state.q_t, width, count, s);
   for (int64_t m = 0; m < count; ++m) shift[m] = max[m];
-  int64_t begin, end;
+  int64_t begin = 0, end = 0;
   for (int64_t n = 0; n < block.count; ++n) {
     if (n % GEMM_ROWS == 0) scored_lanes<acc>(block, n, begin, end);
     acc* row = s + n * count;
@@ -310,10 +226,10 @@ LVRPO_MULTIVERSION void finish_forward(int64_t v_width, Lanes lanes, const Forwa
 
 template <typename acc>
 struct BackwardState {
-  acc *q, *q_t, *dout, *dout_t;      // [lanes, D], [D, lanes], [lanes, Dv], [Dv, lanes]
-  acc *p, *ds, *product;             // [BLOCK_KEYS, lanes] x 2, [GEMM_ROWS, D or Dv]
-  acc *lse, *delta, *dq;             // [lanes] x 2, [lanes, D]
-  acc *dk, *dv;                      // sums from first_key on: [keys, D], [keys, Dv]
+  acc *q, *q_t, *dout, *dout_t;  // [lanes, D], [D, lanes], [lanes, Dv], [Dv, lanes]
+  acc *p, *ds, *product;         // [BLOCK_KEYS, lanes] x 2, [GEMM_ROWS, D or Dv]
+  acc *lse, *delta, *dq;         // [lanes] x 2, [lanes, D]
+  acc *dk, *dv;                  // sums from first_key on: [keys, D], [keys, Dv]
   int64_t first_key;
 };
 
@@ -323,7 +239,7 @@ LVRPO_MULTIVERSION void backward_block(const KeyBlock& block, Rows<acc> k, Rows<
   const int64_t count = lanes.padded;
   dot_keys(block, k, state.q_t, width, count, state.p);
   dot_keys(block, v, state.dout_t, v_width, count, state.ds);
-  int64_t begin, end;
+  int64_t begin = 0, end = 0;
   for (int64_t n = 0; n < block.count; ++n) {
     if (n % GEMM_ROWS == 0) scored_lanes<acc>(block, n, begin, end);
     acc *p = state.p + n * count, *ds = state.ds + n * count;

@@ -33,7 +33,7 @@ class UnifiedConfig:
     layers: int = 4
     heads: int = 4
     kv_heads: int = 2
-    head_dim: int = 24
+    head_dim: int = 32
     mlp: int = 256
     vision_layers: int = 0  # 0: patches go straight to the connector
     vision_hidden: int = 192
@@ -318,7 +318,7 @@ class UnifiedModel(nn.Module):
 
     def _embed_latents(self, batch: PackedBatch) -> Tensor:
         x = self.latent_in(batch.latents.to(self.latent_in.weight.dtype))
-        time = sinusoid(batch.timesteps * 1000.0, self.config.timestep_dim)
+        time = sinusoid(batch.timesteps * 100.0, self.config.timestep_dim)
         position = self.latent_position(self._grid_index(batch.latent_grid))
         return x + self.timestep_in(time.to(x)) + position  # type: ignore[no-any-return]
 
@@ -341,10 +341,10 @@ def rope_table(position_ids: Tensor, head_dim: int, theta: float) -> tuple[Tenso
 
 
 def sinusoid(position: Tensor, width: int) -> Tensor:
-    """[n] positions -> [n, width] sines and cosines of wavelengths from 2 pi to 10,000 * 2 pi."""
+    """[n] positions -> [n, width] sines and cosines of wavelengths from 2 pi to 1,000 * 2 pi."""
     half = width // 2
     frequency = torch.exp(
-        torch.arange(half, device=position.device) * (-math.log(10_000.0) / max(1, half - 1))
+        torch.arange(half, device=position.device) * (-math.log(1_000.0) / max(1, half - 1))
     )
     angle = position[:, None].float() * frequency
     return torch.cat([angle.sin(), angle.cos()], dim=1)

@@ -63,7 +63,7 @@ class ModelSection:
     layers: int = 3
     heads: int = 4
     kv_heads: int = 2
-    head_dim: int = 24
+    head_dim: int = 32
     mlp: int = 256
     vision_layers: int = 0
     image_patch: int = 8
@@ -81,9 +81,9 @@ class WarmStartSection:
 
     steps: int = 1000
     lr: float = 2e-3
-    understand_batch: int = 256
-    generate_batch: int = 32
-    noise_draws: int = 4  # (noise, time) pairs per target picture and step
+    understand_batch: int = 224
+    generate_batch: int = 48
+    noise_draws: int = 4  # per drawing prompt: targets with noise of their own, in label and flow
     label_noise_understand: float = 0.3
     label_noise_generate: float = 0.3
     ema: float = 0.995

@@ -103,13 +103,11 @@ def _warm_start(run: Run) -> None:
     while state.step < section.steps and not run.interrupted():
         started = time.perf_counter()
         step = state.step + 1
-        questions = run.task.warm_start_examples("understand", section.understand_batch, step)
-        drawings = run.task.warm_start_examples("generate", section.generate_batch, step)
+        questions, drawings = run.task.warm_start_examples(step)
         metrics: dict[str, Any] = supervised_gradient(
             run.task.policy(state.model),
             questions,
             drawings,
-            noise_draws=section.noise_draws,
             seed=run.config.run.seed,
             step=step,
         )

@@ -34,8 +34,13 @@ class Source(ABC):
         """`count` prompts of one task; fewer where the evaluation file has fewer."""
 
     @abstractmethod
-    def labelled(self, task: Task, count: int, noise: float, seed: int) -> list[Example]:
-        """Training examples to imitate; each label is wrong with probability `noise`."""
+    def labelled(
+        self, task: Task, count: int, noise: float, seed: int, copies: int = 1
+    ) -> list[list[Example]]:
+        """`count` training prompts to imitate, each as `copies` examples.
+
+        Every label is wrong with probability `noise`, independently of its neighbours.
+        """
 
     @abstractmethod
     def answer_range(self, tokenizer: Tokenizer) -> tuple[int, int]:
@@ -59,11 +64,13 @@ class SceneSource(Source):
         """See `Source`."""
         return scene_examples(self.config, split, task, count, seed)
 
-    def labelled(self, task: Task, count: int, noise: float, seed: int) -> list[Example]:
+    def labelled(
+        self, task: Task, count: int, noise: float, seed: int, copies: int = 1
+    ) -> list[list[Example]]:
         """See `Source`."""
         rng = random.stream(seed, "label noise")
         return [
-            with_label_noise(example, noise, rng)
+            [with_label_noise(example, noise, rng) for _ in range(copies)]
             for example in self.examples("train", task, count, seed)
         ]
 
@@ -102,14 +109,17 @@ class JsonlSource(Source):
             return of_task[:count]
         return self._draw(of_task, task, count, seed)
 
-    def labelled(self, task: Task, count: int, noise: float, seed: int) -> list[Example]:
+    def labelled(
+        self, task: Task, count: int, noise: float, seed: int, copies: int = 1
+    ) -> list[list[Example]]:
         """See `Source`; the file's labels are taken as they are."""
         of_task = [
             example
             for example in self.files["train"]
             if example.task == task and (example.answer or example.target is not None)
         ]
-        return self._draw(of_task, task, count, seed) if of_task else []
+        drawn = self._draw(of_task, task, count, seed) if of_task else []
+        return [[example] * copies for example in drawn]
 
     def _draw(self, of_task: list[Example], task: Task, count: int, seed: int) -> list[Example]:
         if count and not of_task:
@@ -139,9 +149,11 @@ class EvaluationFile(Source):
             return [example for example in self.test if example.task == task][:count]
         return self.source.examples(split, task, count, seed)
 
-    def labelled(self, task: Task, count: int, noise: float, seed: int) -> list[Example]:
+    def labelled(
+        self, task: Task, count: int, noise: float, seed: int, copies: int = 1
+    ) -> list[list[Example]]:
         """See `Source`."""
-        return self.source.labelled(task, count, noise, seed)
+        return self.source.labelled(task, count, noise, seed, copies)
 
     def answer_range(self, tokenizer: Tokenizer) -> tuple[int, int]:
         """See `Source`."""

@@ -18,9 +18,8 @@ from lvrpo.ops.gather_logprobs import gather_logprobs
 def supervised_gradient(
     policy: Policy,
     questions: Sequence[Example],
-    drawings: Sequence[Example],
+    drawings: Sequence[Sequence[Example]],
     *,
-    noise_draws: int,
     seed: int,
     step: int,
 ) -> dict[str, float]:
@@ -29,8 +28,8 @@ def supervised_gradient(
     Args:
         policy: its model is trained.
         questions: examples with an answer.
-        drawings: examples with a target picture.
-        noise_draws: (noise, time) pairs per target; the prompt is computed once for all of them.
+        drawings: groups of examples of one prompt, each with a target picture of its own; the
+            prompt is computed once for the group.
         seed: of the run.
         step: number of this step; with `seed` it fixes the noise.
 
@@ -39,11 +38,11 @@ def supervised_gradient(
     """
     latents = times = target = None
     if drawings:
-        latents, times, target = _noisy_targets(policy, drawings, noise_draws, seed, step)
+        latents, times, target = _noisy_targets(policy, drawings, seed, step)
     (pack,) = pack_groups(
         policy,
         [(example, [policy.answer_ids(_answer(example))]) for example in questions],
-        [(example, noise_draws) for example in drawings],
+        [(group[0], len(group)) for group in drawings],
         latents,
         times,
     )
@@ -65,14 +64,16 @@ def supervised_gradient(
 
 
 def _noisy_targets(
-    policy: Policy, drawings: Sequence[Example], draws: int, seed: int, step: int
+    policy: Policy, drawings: Sequence[Sequence[Example]], seed: int, step: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """x_t [D * draws, n, c], t [D * draws] and the velocity they should predict."""
-    pictures = torch.stack([torch.from_numpy(_target(example)) for example in drawings])
-    clean = policy.autoencoder.encode(pictures).repeat_interleave(draws, dim=0)
+    """x_t [M, n, c], t [M] and the velocity [M, n, c] they should predict, for all M examples."""
+    targets = [torch.from_numpy(_target(example)) for group in drawings for example in group]
+    clean = policy.autoencoder.encode(torch.stack(targets))
     generator = random.stream(seed, "warm start", step)
     noise = torch.from_numpy(generator.standard_normal(clean.shape, dtype="float32"))
-    times = torch.from_numpy(generator.random(len(clean), dtype="float32"))
+    # One time in each M-th part of [0, 1]: uniform like independent draws, with less variance.
+    strata = generator.permutation(len(clean)) + generator.random(len(clean))
+    times = torch.from_numpy((strata / len(clean)).astype("float32"))
     return interpolate(clean, noise, times), times, velocity_target(clean, noise)
 
 

@@ -71,7 +71,7 @@ def test_json_and_fingerprint():
         Tokenizer.from_json("[]")
 
 
-@pytest.mark.parametrize("words", [["a", "a"], ["a b"], [""], ["é"], ["top-left"]])
+@pytest.mark.parametrize("words", [["a", "a"], ["a b"], [""], ["é"], ["-left"], ["top--left"]])
 def test_bad_words_are_refused(words):
     with pytest.raises(ValueError, match="Tokenizer"):
         Tokenizer(words)

@@ -184,7 +184,7 @@ def test_presets_have_the_size_they_are_named_after(name, billions):
     [
         ({"heads": 3, "kv_heads": 2}, "heads is 3"),
         ({"head_dim": 7}, "head_dim is 7"),
-        ({"hidden": 18}, "hidden is 18"),
+        ({"vision_heads": 5}, "vision_hidden is 192"),
         ({"layers": 0}, "layers is 0"),
     ],
 )
