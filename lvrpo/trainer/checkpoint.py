@@ -49,7 +49,7 @@ def save_checkpoint(
     temporary = folder / f".writing-{step:08d}"
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        for leftover in folder.glob(".writing-*"):
+        for leftover in (*folder.glob(".writing-*"), *folder.glob(".deleting-*")):
             shutil.rmtree(leftover)
         temporary.mkdir()
         write_tensors(temporary / _TENSORS, tensors)
@@ -61,15 +61,22 @@ def save_checkpoint(
         }
         write_text(temporary / _STATE, json.dumps(content, indent=1, sort_keys=True) + "\n")
         if final.exists():
-            shutil.rmtree(final)
+            _delete(final)
         os.replace(temporary, final)
         _sync_folder(folder)
     except OSError as error:
         shutil.rmtree(temporary, ignore_errors=True)
         raise CheckpointError(_write_failed(final, error)) from error
     for old in checkpoints(folder)[:-keep]:
-        shutil.rmtree(old)
+        _delete(old)
     return final
+
+
+def _delete(path: Path) -> None:
+    """Rename first: a kill in the middle must not leave a part under a checkpoint's name."""
+    hidden = path.with_name(f".deleting-{path.name}")
+    os.replace(path, hidden)
+    shutil.rmtree(hidden)
 
 
 def checkpoints(folder: Path) -> list[Path]:
@@ -98,10 +105,11 @@ def load_checkpoint(path: Path) -> Checkpoint:
         raise CheckpointError(f"{path} is foreign: its format is {found!r}, expected {FORMAT!r}")
     try:
         digest = sha256(path / _TENSORS)
-        if digest != state["sha256"]:
+        expected = str(state.get("sha256"))
+        if digest != expected:
             raise CheckpointError(
                 f"{path} is corrupt: the checksum of {_TENSORS} is {digest[:12]}..., expected "
-                f"{state['sha256'][:12]}...; delete the folder to resume from an earlier one"
+                f"{expected[:12]}...; delete the folder to resume from an earlier one"
             )
         tensors = load_file(path / _TENSORS)
     except (OSError, SafetensorError) as error:

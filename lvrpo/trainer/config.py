@@ -161,9 +161,11 @@ class TrainConfig:
     optimizer: OptimizerSection = field(default_factory=OptimizerSection)
 
     def __post_init__(self) -> None:
+        for name, least in _AT_LEAST.items():
+            section, _, key = name.partition(".")
+            value = getattr(getattr(self, section), key)
+            _require(value >= least, name, value, f">= {least}")
         rollout = self.rollout
-        for key in ("group_size", "denoise_steps", "max_answer_tokens"):
-            _require(getattr(rollout, key) >= 1, f"rollout.{key}", getattr(rollout, key), ">= 1")
         _require(rollout.temperature > 0, "rollout.temperature", rollout.temperature, "> 0")
         _require(
             0 < rollout.stochastic_steps <= rollout.denoise_steps,
@@ -177,13 +179,20 @@ class TrainConfig:
             0,
             "at least one prompt a step",
         )
-        for key in ("steps", "checkpoint_every", "keep_checkpoints"):
+        for task in ("understand", "generate"):
             _require(
-                getattr(self.run, key) >= (key != "steps"),
-                f"run.{key}",
-                getattr(self.run, key),
-                ">= 1" if key != "steps" else ">= 0",
+                bool(getattr(self.rewards, task)) or not getattr(rollout, f"{task}_prompts"),
+                f"rewards.{task}",
+                {},
+                f"a reward, as rollout.{task}_prompts is not 0",
             )
+        warm_start = self.warm_start
+        _require(
+            warm_start.understand_batch + warm_start.generate_batch > 0 or not warm_start.steps,
+            "warm_start.understand_batch + warm_start.generate_batch",
+            0,
+            "at least one example a step",
+        )
         for key in ("label_noise_understand", "label_noise_generate"):
             value = getattr(self.warm_start, key)
             _require(0 <= value <= 1, f"warm_start.{key}", value, "a probability")
@@ -193,6 +202,37 @@ class TrainConfig:
             repr(self.rewards.advantage),
             "'decoupled' or 'paper'",
         )
+
+
+#: What only counts or scales; everything else is checked by whoever uses it, see preflight.py.
+_AT_LEAST = {
+    "run.steps": 0,
+    "run.checkpoint_every": 1,
+    "run.keep_checkpoints": 1,
+    "run.eval_items": 0,
+    "run.gallery_items": 0,
+    "run.threads": 0,
+    "data.height": 1,
+    "data.width": 1,
+    "model.vision_layers": 0,
+    "model.image_patch": 1,
+    "warm_start.steps": 0,
+    "warm_start.lr": 0,
+    "warm_start.understand_batch": 0,
+    "warm_start.generate_batch": 0,
+    "warm_start.noise_draws": 1,
+    "rollout.group_size": 1,
+    "rollout.understand_prompts": 0,
+    "rollout.generate_prompts": 0,
+    "rollout.max_answer_tokens": 1,
+    "rollout.denoise_steps": 1,
+    "optimizer.lr": 0,
+    "optimizer.warmup_steps": 0,
+    "optimizer.grad_clip": 0,
+    "optimizer.weight_decay": 0,
+    "optimizer.updates_per_rollout": 1,
+    "optimizer.max_rows": 1,
+}
 
 
 def _require(holds: bool, key: str, value: object, expected: str) -> None:
@@ -262,8 +302,8 @@ def _is(value: Any, hint: Any) -> bool:
     if get_origin(hint) is dict:
         inner = get_args(hint)[1]
         return isinstance(value, Mapping) and all(_is(item, inner) for item in value.values())
-    if hint is float:
-        return isinstance(value, (int, float)) and not isinstance(value, bool)
+    if hint is float:  # NaN, which TOML can spell, is not equal to itself
+        return isinstance(value, (int, float)) and not isinstance(value, bool) and value == value
     if hint is int:
         return isinstance(value, int) and not isinstance(value, bool)
     return isinstance(value, hint)

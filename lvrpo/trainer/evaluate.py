@@ -97,7 +97,7 @@ def _gallery(task: Task, samples: Samples, seed: int, count: int) -> list[Galler
                 image=shown,
                 answer=samples.texts[i],
                 expected=example.answer,
-                right=bool(right[i]),
+                right=None if right[i].isnan() else bool(right[i]),
             )
         )
     return items

@@ -98,12 +98,10 @@ def _advantages(
     )
     stats = result.stats
     metrics: dict[str, Any] = {"alarm": []}
-    constant = True
     for k, name in enumerate(weights):
         metrics[f"reward/{modality}/{name}"] = float(stats.mean[k])
         metrics[f"share/{modality}/{name}"] = float(stats.share[k])
         metrics[f"constant_groups/{modality}/{name}"] = float(stats.constant_groups[k])
-        constant &= float(stats.constant_groups[k]) == 1.0
     zero = result.values.view(-1, config.rollout.group_size).eq(0).all(dim=1)
     metrics[f"constant_groups/{modality}"] = float(zero.float().mean())
     if bool(stats.all_zero):

@@ -200,7 +200,7 @@ class GalleryItem:
         image: [C, H, W] floats in [0, 1], C 1 or 3: the picture drawn, or the one asked about.
         answer: the model's words (understand).
         expected: the right answer, or the requirement in words.
-        right: the judge's verdict.
+        right: the judge's verdict; None where no rule tells.
     """
 
     task: Literal["understand", "generate"]
@@ -210,7 +210,7 @@ class GalleryItem:
     image: np.ndarray
     answer: str | None
     expected: str | None
-    right: bool
+    right: bool | None
 
 
 def save_gallery(run_dir: str | Path, label: str, items: Iterable[GalleryItem]) -> Path:

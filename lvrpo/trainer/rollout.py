@@ -8,9 +8,11 @@ depend on what else is in the batch.
 from __future__ import annotations
 
 import dataclasses
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -86,14 +88,7 @@ def sample_answers(
     layout = builder.build()
     run = CachedPass(policy, layout, torch.tensor(prompt_rows))
 
-    uniform = random.uniform(
-        [
-            random.stream(seed, "answer", step, example.uid, sample)
-            for example in examples
-            for sample in range(group_size)
-        ],
-        (max_tokens,),
-    )
+    uniform = random.uniform(_streams("answer", examples, group_size, seed, step), (max_tokens,))
     # The row of the prompts' text hidden states that predicts each sample's first token.
     prompt_text_rows = layout.text_rows[torch.isin(layout.text_rows, torch.tensor(prompt_rows))]
     source = torch.searchsorted(prompt_text_rows, torch.tensor(last_prompt_row))
@@ -176,11 +171,7 @@ def sample_pictures(
 
     # One draw holds a sample's starting noise and then the noise of each step.
     drawn = random.normal(
-        [
-            random.stream(seed, "picture", step, example.uid, sample)
-            for example in examples
-            for sample in range(group_size)
-        ],
+        _streams("picture", examples, group_size, seed, step),
         (1 + schedule.num_steps, *policy.latent_shape),
     )
     x = drawn[:, 0]
@@ -206,3 +197,16 @@ def sample_pictures(
         steps=steps,
         fingerprint=schedule.fingerprint(),
     )
+
+
+def _streams(
+    kind: str, examples: Sequence[Example], group_size: int, seed: int, step: int
+) -> list[np.random.Generator]:
+    """One stream per sample; a prompt that comes twice goes on counting, so its samples differ."""
+    streams = []
+    taken: Counter[str] = Counter()
+    for example in examples:
+        for _ in range(group_size):
+            streams.append(random.stream(seed, kind, step, example.uid, taken[example.uid]))
+            taken[example.uid] += 1
+    return streams

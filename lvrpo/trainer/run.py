@@ -17,10 +17,12 @@ from lvrpo.trainer.config import ConfigError, TrainConfig, load_config, to_toml
 from lvrpo.trainer.environment import write_environment
 from lvrpo.trainer.evaluate import evaluate
 from lvrpo.trainer.loop import Listener, train
+from lvrpo.trainer.preflight import check_config
 from lvrpo.trainer.progress import ProgressView
 from lvrpo.trainer.records import eval_scores
 from lvrpo.trainer.rollout import sample_answers, sample_pictures
 from lvrpo.trainer.run_directory import RunDirectoryError, locked
+from lvrpo.trainer.sources import Source
 from lvrpo.trainer.state import fingerprint, load_weights
 from lvrpo.trainer.statistics import wilson_interval
 from lvrpo.trainer.task import Task, flow_schedule, load_or_fit_task
@@ -32,6 +34,7 @@ class OpenRun:
 
     directory: Path
     config: TrainConfig
+    source: Source
 
 
 @contextlib.contextmanager
@@ -45,15 +48,11 @@ def open_run(directory: Path, config_file: Path | None, overrides: list[str]) ->
         ConfigError: the configuration is wrong, or not the one the run was started with.
         RunDirectoryError: the directory is in use or cannot be made.
     """
-    given = load_config(config_file, overrides)  # before anything is created
+    given = load_config(config_file, overrides)
     is_new = not (directory / "config.toml").exists()
-    if is_new and directory.exists() and any(directory.iterdir()):
-        others = [path.name for path in directory.iterdir() if path.name != ".lock"]
-        if others:
-            raise RunDirectoryError(
-                f"{directory} is not empty and not a run (it has {sorted(others)[0]}, no "
-                "config.toml); give a new directory"
-            )
+    if is_new:
+        _refuse_other_contents(directory)
+        source = check_config(given)  # before anything is created
     with locked(directory):
         if is_new:
             write_text(directory / "config.toml", to_toml(given))
@@ -67,7 +66,18 @@ def open_run(directory: Path, config_file: Path | None, overrides: list[str]) ->
                     f"({_difference(config, given)}); leave the flags away to go on with its own, "
                     "or give a new directory"
                 )
-        yield OpenRun(directory, config)
+            source = check_config(config)
+        yield OpenRun(directory, config, source)
+
+
+def _refuse_other_contents(directory: Path) -> None:
+    # What starts with a dot may be of a run that was killed while it wrote its configuration.
+    others = [path.name for path in directory.glob("*") if not path.name.startswith(".")]
+    if others:
+        raise RunDirectoryError(
+            f"{directory} is not empty and not a run (it has {min(others)}, no config.toml); give "
+            "a new directory"
+        )
 
 
 def _difference(ours: TrainConfig, theirs: TrainConfig) -> str:
@@ -88,7 +98,7 @@ def run_training(run: OpenRun) -> bool:
         torch.set_num_threads(config.run.threads)
     with ProgressView() as view:
         view.message("preparing data and rewards")
-        task = load_or_fit_task(config, run.directory)
+        task = load_or_fit_task(config, run.directory, run.source)
         if not (run.directory / "environment.json").exists():
             write_environment(run.directory, seed=config.run.seed, **task.facts())
         for line in task.notes():
@@ -134,7 +144,7 @@ def evaluate_run(directory: Path, *, items: int, seed: int, data: Path | None) -
         seed=seed,
     )
     lines = []
-    for found in eval_scores(row):
+    for found in (each for each in eval_scores(row) if each.total):
         low, high = wilson_interval(found.successes, found.total)
         rate = found.successes / found.total
         lines.append(f"{found.name:<32} {rate:6.1%}  [{low:.1%}, {high:.1%}]  of {found.total}")
@@ -173,10 +183,13 @@ def answer_question(
     directory: Path, question: str, image: Path, *, count: int, seed: int
 ) -> list[str]:
     """Sample `count` answers to a question about an image file."""
-    from lvrpo.data.jsonl import load_picture
+    from lvrpo.data.jsonl import DataError, load_picture
 
     config, task, policy = load_policy(directory)
-    pixels = load_picture(image, task.source.picture_shape)
+    try:
+        pixels = load_picture(image, task.source.picture_shape)
+    except Exception as error:  # Pillow raises a different class for every broken format
+        raise DataError(f"{image}: cannot be read: {error}") from error
     example = Example("understand", "command line", question, image=pixels, answer="")
     return sample_answers(
         policy,

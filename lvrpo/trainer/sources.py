@@ -103,7 +103,7 @@ class JsonlSource(Source):
         self.words = common_words(texts)
 
     def examples(self, split: Split, task: Task, count: int, seed: int) -> list[Example]:
-        """See `Source`; training prompts are drawn with replacement."""
+        """See `Source`; a training prompt comes again only after all others."""
         of_task = [example for example in self.files[split] if example.task == task]
         if split == "test":
             return of_task[:count]
@@ -124,8 +124,11 @@ class JsonlSource(Source):
     def _draw(self, of_task: list[Example], task: Task, count: int, seed: int) -> list[Example]:
         if count and not of_task:
             raise ConfigError(f"data: the training file has no {task} example")
-        picks = random.stream(seed, "draw", task).integers(len(of_task), size=count)
-        return [of_task[i] for i in picks.tolist()]
+        generator = random.stream(seed, "draw", task)
+        picks: list[int] = []
+        while len(picks) < count:
+            picks += generator.permutation(len(of_task)).tolist()
+        return [of_task[i] for i in picks[:count]]
 
     def answer_range(self, tokenizer: Tokenizer) -> tuple[int, int]:
         """Words and bytes."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Mapping
 from functools import partial
@@ -21,7 +22,7 @@ from lvrpo.models.policy import Policy
 from lvrpo.models.tokenizer import Tokenizer
 from lvrpo.models.unified import UnifiedConfig, UnifiedModel
 from lvrpo.rewards.combine import Reward, Samples, load_reward
-from lvrpo.rewards.dual_encoder import DualEncoder, train_dual_encoder
+from lvrpo.rewards.dual_encoder import DualEncoder, pool_similarity, train_dual_encoder
 from lvrpo.rewards.judge import digit_judge, gold_reader, reader_accuracy
 from lvrpo.rewards.knowledge import KnowledgeReward
 from lvrpo.rewards.rules import RuleReward, check_samples
@@ -87,6 +88,8 @@ class Task:
     def model_config(self) -> UnifiedConfig:
         """The model's shape: the configuration's sizes, the data's channels and vocabulary."""
         section = self.config.model
+        channels, *sides = self.source.picture_shape
+        patch = min(section.image_patch, section.latent_patch)
         return UnifiedConfig(
             vocab_size=len(self.tokenizer),
             hidden=section.hidden,
@@ -96,9 +99,10 @@ class Task:
             head_dim=section.head_dim,
             mlp=section.mlp,
             vision_layers=section.vision_layers,
-            image_channels=self.source.picture_shape[0],
+            image_channels=channels,
             image_patch=section.image_patch,
             latent_dim=section.latent_dim,
+            max_grid=max(UnifiedConfig.max_grid, max(sides) // patch),
         )
 
     def new_model(self) -> UnifiedModel:
@@ -163,21 +167,12 @@ class Task:
         if name == "r_ins":
             return RuleReward(strict_weight=self.config.rewards.strict_weight)
         if name == "r_sem":
-            if self.encoder is None:
-                raise ConfigError(
-                    "rewards: r_sem comes with an encoder of digit scenes; with data.source = "
-                    f"{self.config.data.source!r} name a reward of your own ('module:function')"
-                )
+            assert self.encoder is not None  # check_rewards
             pool: Any = self.config.rewards.semantic_pool
             return SemanticReward(self.encoder, pool=pool)
         if name == "r_kn":
             return KnowledgeReward(partial(answer_probability, reference))
-        if ":" not in name:
-            raise ConfigError(
-                f"rewards: unknown reward {name!r}; expected one of {', '.join(BUILT_IN)} or "
-                "'module:function'"
-            )
-        return load_reward(name)
+        return own_reward(name)
 
     def facts(self) -> dict[str, Any]:
         """What every result is reported with: how good the judge itself is."""
@@ -237,9 +232,44 @@ def _mean(values: Tensor) -> float:
     return float(values.nanmean())
 
 
-def load_or_fit_task(config: TrainConfig, run_dir: Path) -> Task:
-    """The task of a run; its fitted parts are read from, or written to, `run_dir/task`."""
-    source = Source.from_config(config.data)
+#: A user's file is executed once, however often its function is named.
+own_reward = functools.cache(load_reward)
+
+
+def check_rewards(config: TrainConfig, source: Source) -> None:
+    """See that every reward exists and applies to the data.
+
+    Raises:
+        ConfigError: an unknown name, a wrong parameter, or r_sem without digit scenes.
+        RewardError: a reward of the user's cannot be imported.
+    """
+    section = config.rewards
+    RuleReward(strict_weight=section.strict_weight)
+    pool_similarity(torch.zeros(1, 1), section.semantic_pool)  # type: ignore[arg-type]
+    for name in (*section.understand, *section.generate):
+        if ":" in name:
+            own_reward(name)
+        elif name not in BUILT_IN:
+            raise ConfigError(
+                f"rewards: unknown reward {name!r}; expected one of {', '.join(BUILT_IN)} or "
+                "'module:function'"
+            )
+        elif name == "r_sem" and not isinstance(source, SceneSource):
+            raise ConfigError(
+                "rewards: r_sem comes with an encoder of digit scenes; with data.source = "
+                f"{config.data.source!r} name a reward of your own ('module:function')"
+            )
+
+
+def load_or_fit_task(config: TrainConfig, run_dir: Path, source: Source | None = None) -> Task:
+    """The task of a run; its fitted parts are read from, or written to, `run_dir/task`.
+
+    Args:
+        config: of the run.
+        run_dir: its directory.
+        source: of the prompts, when the caller has it already.
+    """
+    source = source or Source.from_config(config.data)
     section = config.model
     wants_encoder = "r_sem" in (*config.rewards.understand, *config.rewards.generate)
     encoder: DualEncoder | None = None
@@ -255,12 +285,8 @@ def load_or_fit_task(config: TrainConfig, run_dir: Path) -> Task:
             encoder.eval().requires_grad_(False)
         return Task(config, source, autoencoder, encoder)
 
-    labelled = source.labelled("generate", 1024, 0.0, 0)
-    pictures = [torch.from_numpy(e.target) for (e,) in labelled if e.target is not None]
-    if not pictures:
-        raise ConfigError("data: no drawing prompt has a target picture to fit the latents on")
     autoencoder = LinearAutoencoder.fit(
-        torch.stack(pictures), section.latent_patch, section.latent_dim
+        _pictures_to_fit(source), section.latent_patch, section.latent_dim
     )
     tensors = {f"autoencoder.{name}": t for name, t in autoencoder.state_dict().items()}
     if wants_encoder and isinstance(source, SceneSource):
@@ -269,6 +295,17 @@ def load_or_fit_task(config: TrainConfig, run_dir: Path) -> Task:
     words = list(encoder.words) if encoder is not None else []
     save_checkpoint(run_dir / "task", 0, tensors, {"words": words}, keep=1)
     return Task(config, source, autoencoder, encoder)
+
+
+def _pictures_to_fit(source: Source) -> Tensor:
+    """[N, C, H, W] target pictures; where there is none, the pictures that are asked about."""
+    targets = [example.target for (example,) in source.labelled("generate", 1024, 0.0, 0)]
+    asked = [] if targets else source.labelled("understand", 1024, 0.0, 0)
+    images = [example.image for (example,) in asked]
+    pictures = [picture for picture in (*targets, *images) if picture is not None]
+    if not pictures:
+        raise ConfigError("data: the training file has no picture to fit the latents on")
+    return torch.stack([torch.from_numpy(picture) for picture in pictures])
 
 
 def _with_prefix(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:

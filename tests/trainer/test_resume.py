@@ -9,10 +9,9 @@ import sys
 import time
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
-from trainer.tiny import OVERRIDES, run_tiny
+from trainer.tiny import OVERRIDES, run_tiny, settings
 
 from lvrpo.trainer.checkpoint import load_newest
 from lvrpo.trainer.loop import Listener, Progress
@@ -107,8 +106,8 @@ def test_shuffled_rewards_are_another_run_of_the_same_samples(uninterrupted, tmp
 
 
 def start(directory: Path) -> subprocess.Popen:
-    settings = [argument for override in OVERRIDES for argument in ("--set", override)]
-    command = [sys.executable, "-m", "lvrpo.cli", "train", str(directory), "--no-report", *settings]
+    command = [sys.executable, "-m", "lvrpo.cli", "train", str(directory), "--no-report"]
+    command += settings(OVERRIDES)
     return subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE)
 
 
@@ -116,21 +115,6 @@ def wait_for(path: Path, process: subprocess.Popen) -> None:
     deadline = time.monotonic() + 120
     while not path.exists() and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.02)
-
-
-def test_kill_9_and_resume(uninterrupted, tmp_path):
-    directory = tmp_path / "run"
-    rng = np.random.default_rng(0)
-    for watched in ("config.toml", "metrics.jsonl", "reference", "evals.jsonl"):
-        process = start(directory)
-        wait_for(directory / watched, process)
-        time.sleep(float(rng.random()) * 0.1)
-        process.kill()
-        process.communicate()
-    process = start(directory)
-    _, errors = process.communicate(timeout=300)
-    assert process.returncode == 0, errors.decode()
-    assert_same_run(uninterrupted, directory)
 
 
 def test_ctrl_c_finishes_the_step_saves_and_says_how_to_go_on(tmp_path):

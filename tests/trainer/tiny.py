@@ -1,9 +1,14 @@
-"""The smallest run that goes through every stage, in seconds."""
+"""The smallest run that goes through every stage, in seconds, and the command that starts it."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
+from typer.testing import CliRunner
+
+from lvrpo.cli import app
 from lvrpo.trainer.config import TrainConfig, load_config
 from lvrpo.trainer.loop import Listener, train
 from lvrpo.trainer.run import open_run
@@ -38,5 +43,15 @@ def tiny_config(*overrides: str) -> TrainConfig:
 
 def run_tiny(directory: Path, *overrides: str, listener: Listener | None = None) -> bool:
     with open_run(directory, None, [*OVERRIDES, *overrides]) as run:
-        task = load_or_fit_task(run.config, directory)
+        task = load_or_fit_task(run.config, directory, run.source)
         return train(run.config, task, directory, listener or Listener())
+
+
+def settings(overrides: Iterable[str]) -> list[str]:
+    return [argument for override in overrides for argument in ("--set", override)]
+
+
+def command(*arguments: object, tiny: bool = False) -> Any:
+    """`lvrpo ARGUMENTS` in this process, with the tiny configuration if asked for."""
+    extra = settings(OVERRIDES) if tiny else []
+    return CliRunner().invoke(app, [*map(str, arguments), *extra])

@@ -1,0 +1,79 @@
+"""Refuse a run that could not be run, before its directory exists or an hour has passed.
+
+Whoever uses a value also checks it: here every such part is built once, and thrown away.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+
+from lvrpo.models.latents import LinearAutoencoder
+from lvrpo.ops._backend import BACKENDS
+from lvrpo.ops.normalize_advantages import AdvantageParams
+from lvrpo.trainer.config import ConfigError, TrainConfig
+from lvrpo.trainer.sources import Source
+from lvrpo.trainer.task import Task, check_rewards, flow_schedule
+from lvrpo.trainer.update import Objective
+
+
+def check_config(config: TrainConfig) -> Source:
+    """Build whatever reads the configuration, the data and the user's rewards included.
+
+    Returns:
+        The source of the prompts, so that files are read once.
+
+    Raises:
+        ConfigError: a value is wrong; the message starts with its section.
+        DataError: a line or picture of a JSONL file is wrong.
+        RewardError: a reward cannot be imported.
+    """
+    if config.run.backend not in ("", *BACKENDS):
+        raise ConfigError(
+            f"run.backend is {config.run.backend!r}, expected one of {', '.join(BACKENDS)}, or "
+            "empty for the first that can run"
+        )
+    with _named("rollout"):
+        schedule = flow_schedule(config.rollout)
+    if config.rollout.generate_prompts and not schedule.stochastic_steps:
+        raise ConfigError(
+            f"rollout.dynamics is {config.rollout.dynamics!r} with noise_level "
+            f"{config.rollout.noise_level:g}: no step is stochastic, so drawings teach nothing"
+        )
+    with _named("loss"):
+        Objective.from_config(config)
+        AdvantageParams.preset(config.rewards.advantage, clip=config.loss.advantage_clip)
+    with _named("data"):
+        source = Source.from_config(config.data)
+        for task, count in (
+            ("understand", config.rollout.understand_prompts),
+            ("generate", config.rollout.generate_prompts),
+        ):
+            source.examples("train", task, min(1, count), 0)  # type: ignore[arg-type]
+    section = config.model
+    _, height, width = source.picture_shape
+    if height % section.image_patch or width % section.image_patch:
+        raise ConfigError(
+            f"model.image_patch is {section.image_patch}, which does not tile pictures of "
+            f"{height} x {width} pixels"
+        )
+    with _named("model"):
+        autoencoder = LinearAutoencoder(
+            *source.picture_shape, patch=section.latent_patch, dim=section.latent_dim
+        )
+        Task(config, source, autoencoder, None).model_config()
+    with _named("rewards"):
+        check_rewards(config, source)
+    return source
+
+
+@contextlib.contextmanager
+def _named(section: str) -> Iterator[None]:
+    """Say in which section a value is that an op or a model refused."""
+    try:
+        yield
+    except ValueError as error:
+        # Errors with a class of their own name a key, a file or a reward already.
+        if type(error) is ValueError:
+            raise ConfigError(f"[{section}] {error}") from error
+        raise

@@ -1,0 +1,409 @@
+"""Wrong input: one line that names the thing, exit code 2, nothing half-written."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import os
+import resource
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from PIL import Image
+from trainer.own_data import write_own_data
+from trainer.test_resume import Stop, assert_same_run, stop_after
+from trainer.tiny import OVERRIDES, command, run_tiny, settings
+
+from lvrpo.trainer import loop, rollout
+from lvrpo.trainer.checkpoint import checkpoints, load_newest
+
+
+def refused(*arguments: object, tiny: bool = False, after_start: bool = False) -> str:
+    """The one line of a command that must refuse its input."""
+    result = command(*arguments, tiny=tiny)
+    assert result.exit_code == 2, result.output
+    lines = result.stderr.splitlines()
+    assert lines[-1].startswith("lvrpo: ")
+    assert after_start or len(lines) == 1, result.stderr
+    assert "Traceback" not in result.output
+    return lines[-1].removeprefix("lvrpo: ")
+
+
+def contents(directory: Path) -> dict[str, bytes]:
+    files = [path for path in directory.rglob("*") if path.is_file() and path.name != ".lock"]
+    return {str(path.relative_to(directory)): path.read_bytes() for path in files}
+
+
+@pytest.fixture
+def run(trained, tmp_path) -> Path:
+    """A finished run to spoil."""
+    return Path(shutil.copytree(trained, tmp_path / "run"))
+
+
+@pytest.fixture
+def half_way(tmp_path) -> Path:
+    """A run that stopped after its fourth step of six."""
+    with pytest.raises(Stop):
+        run_tiny(tmp_path / "run", listener=stop_after(4))
+    return tmp_path / "run"
+
+
+BAD_SETTINGS = {
+    "run.sede=1": "unknown key run.sede; [run] has seed",
+    "runs.seed=1": "unknown section [runs]",
+    "run.seed=x": "run.seed is 'x', expected int",
+    "run.threads=-1": "run.threads is -1, expected >= 0",
+    "run.backend=gpu": "run.backend is 'gpu', expected one of cpp, torch",
+    "data.rows=0": "[data] SceneConfig: canvas is 0 x 2",
+    "data.questions={color=1.0}": "color",
+    "model.heads=3": "[model] model.heads is 3, expected a multiple of kv_heads = 2",
+    "model.image_patch=3": "model.image_patch is 3, which does not tile pictures of 16 x 16",
+    "model.latent_patch=3": "[model] LinearAutoencoder: patch 3 does not tile",
+    "model.latent_dim=65": "[model] LinearAutoencoder: dim is 65, expected 1 to 64",
+    "warm_start.noise_draws=0": "warm_start.noise_draws is 0",
+    "rollout.dynamics=foo": "[rollout] dynamics is 'foo', expected one of flow_sde",
+    "rollout.dynamics=ode": "rollout.dynamics is 'ode' with noise_level 0.7: no step is stochastic",
+    "rollout.noise_level=-1": "[rollout] noise_level is -1.0",
+    "rollout.shift=0": "[rollout] shift is 0.0",
+    "rollout.generate_prompts=-1": "rollout.generate_prompts is -1",
+    "loss.preset=best": "[loss] LossParams: preset is 'best', expected one of grpo",
+    "loss.image_kl_form=l1": "[loss] kl is 'l1', expected one of velocity_mse",
+    "loss.advantage_clip=0": "[loss] adv_clip is 0.0",
+    "rewards.advantage=best": "rewards.advantage is 'best'",
+    "rewards.semantic_pool=mean": "[rewards] ",
+    "rewards.strict_weight=2": "[rewards] RuleReward: strict_weight is 2.0",
+    "rewards.generate={}": "rewards.generate is {}, expected a reward",
+    "rewards.generate={r_new=1.0}": "rewards: unknown reward 'r_new'; expected one of r_ins",
+    "rewards.generate={'absent.py:f'=1.0}": "reward 'absent.py:f': FileNotFoundError",
+    "rewards.generate={'json:absent'=1.0}": "json has no attribute 'absent'",
+    "optimizer.lr=nan": "optimizer.lr is nan, expected float",
+    "optimizer.updates_per_rollout=0": "optimizer.updates_per_rollout is 0",
+}
+
+
+@pytest.mark.parametrize(("setting", "message"), BAD_SETTINGS.items(), ids=BAD_SETTINGS.keys())
+def test_a_bad_setting_is_refused_before_anything_is_created(tmp_path, setting, message):
+    assert message in refused("train", tmp_path / "run", "--set", setting)
+    assert not (tmp_path / "run").exists()
+
+
+def test_bad_config_file(tmp_path):
+    path = tmp_path / "mine.toml"
+    for text, message in {
+        "[run]\nsede = 1\n": "unknown key run.sede",
+        "[run\n": f"{path}: not TOML",
+    }.items():
+        path.write_text(text)
+        assert message in refused("train", tmp_path / "run", "--config", path)
+    assert f"{tmp_path / 'no.toml'}: No such file" in refused(
+        "train", tmp_path / "run", "--config", tmp_path / "no.toml"
+    )
+    assert not (tmp_path / "run").exists()
+
+
+def test_other_settings_than_the_run_was_started_with(run):
+    before = contents(run)
+    message = refused("train", run, "--set", "rollout.group_size=4")
+    assert "was started with another configuration" in message
+    assert contents(run) == before
+
+
+@pytest.mark.parametrize("content", ["notes.txt", "checkpoints/x"])
+def test_a_directory_that_is_not_a_run(tmp_path, content):
+    (tmp_path / content).parent.mkdir(exist_ok=True)
+    (tmp_path / content).write_text("mine")
+    before = contents(tmp_path)
+    message = refused("train", tmp_path, tiny=True)
+    assert f"{tmp_path} is not empty and not a run" in message
+    assert content.split("/")[0] in message
+    assert contents(tmp_path) == before
+    assert not (tmp_path / ".lock").exists()
+
+
+def test_what_a_kill_left_of_the_configuration_is_no_obstacle(tmp_path):
+    (tmp_path / ".config.toml.123").write_text("[ru")
+    (tmp_path / ".lock").touch()
+    assert run_tiny(tmp_path, "run.steps=0", "warm_start.steps=1")
+
+
+def test_a_file_in_the_place_of_the_directory(tmp_path):
+    (tmp_path / "run").write_text("mine")
+    assert f"{tmp_path / 'run'}: File exists" in refused("train", tmp_path / "run", tiny=True)
+    assert (tmp_path / "run").read_text() == "mine"
+
+
+@contextlib.contextmanager
+def held(directory: Path) -> Iterator[None]:
+    program = (
+        "import sys, time; from pathlib import Path; from lvrpo.trainer.run_directory import locked"
+        "\nwith locked(Path(sys.argv[1])): print(flush=True); time.sleep(60)"
+    )
+    holder = subprocess.Popen([sys.executable, "-c", program, directory], stdout=subprocess.PIPE)
+    assert holder.stdout is not None
+    holder.stdout.readline()
+    try:
+        yield
+    finally:
+        holder.kill()
+        holder.communicate()
+
+
+def test_a_run_directory_in_use(run):
+    before = contents(run)
+    with held(run):
+        assert refused("train", run) == f"{run} is in use by another process"
+    assert contents(run) == before
+    assert command("train", run, "--no-report").exit_code == 0  # a killed holder holds nothing
+
+
+@pytest.mark.parametrize("arguments", [("eval",), ("report",), ("sample", "draw 3 at top-left")])
+def test_commands_on_what_is_not_a_run(tmp_path, arguments):
+    name, *rest = arguments
+    for directory in (tmp_path / "absent", tmp_path):
+        assert str(directory) in refused(name, directory, *rest)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_run_without_a_checkpoint(run):
+    shutil.rmtree(run / "checkpoints")
+    assert "has no checkpoint yet: lvrpo train" in refused("eval", run)
+    shutil.rmtree(run / "task")
+    assert "has no checkpoint yet: lvrpo train" in refused("sample", run, "draw 3 at top-left")
+    assert not (run / "task").exists()
+
+
+def flip_a_byte(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+def truncate(path: Path) -> None:
+    os.truncate(path, path.stat().st_size // 2)
+
+
+@pytest.mark.parametrize("spoil", [flip_a_byte, truncate, Path.unlink])
+@pytest.mark.parametrize("which", ["checkpoints", "task", "reference"])
+def test_corrupt_checkpoint(run, spoil, which):
+    damaged = checkpoints(run / which)[-1]
+    spoil(damaged / "tensors.safetensors")
+    before = contents(run)
+    assert f"{damaged} is corrupt" in refused("train", run, after_start=True)
+    if which != "reference":
+        assert f"{damaged} is corrupt" in refused("eval", run)
+    assert contents(run) == before
+
+
+def test_an_earlier_checkpoint_serves_when_the_damaged_one_is_deleted(run, trained):
+    damaged = checkpoints(run / "checkpoints")[-1]
+    truncate(damaged / "state.json")
+    assert f"{damaged} is corrupt" in refused("train", run, after_start=True)
+    shutil.rmtree(damaged)
+    assert command("train", run, "--no-report").exit_code == 0
+    assert_same_run(run, trained)
+
+
+def test_checkpoint_of_another_configuration(run, tmp_path):
+    run_tiny(tmp_path / "other", "model.mlp=24")
+    for path in checkpoints(run / "checkpoints"):
+        shutil.rmtree(path)
+    theirs = checkpoints(tmp_path / "other" / "checkpoints")[-1]
+    ours = run / "checkpoints" / theirs.name
+    shutil.copytree(theirs, ours)
+    before = contents(run)
+    assert f"{ours} is foreign" in refused("train", run, after_start=True)
+    assert f"{ours} is foreign" in refused("eval", run)
+    assert contents(run) == before
+
+
+def test_checkpoint_of_another_program(run):
+    newest = checkpoints(run / "checkpoints")[-1]
+    (newest / "state.json").write_text(json.dumps({"format": "pytorch", "step": 6}))
+    before = contents(run)
+    for name in ("train", "eval"):
+        message = refused(name, run, after_start=name == "train")
+        assert f"{newest} is foreign: its format is 'pytorch'" in message
+    assert contents(run) == before
+
+
+def test_no_disk_space_keeps_the_previous_checkpoint(half_way, trained):
+    """Files may not grow beyond 200 kB: logs fit, a checkpoint does not."""
+    limit = 200_000
+    saved = load_newest(half_way / "checkpoints")
+    assert (saved.path / "tensors.safetensors").stat().st_size > limit
+    result = subprocess.run(
+        [sys.executable, "-m", "lvrpo.cli", "train", half_way, "--no-report"],
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)),
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode == 2, result.stderr
+    last = result.stderr.splitlines()[-1]
+    assert last.startswith(f"lvrpo: {half_way}/checkpoints/step-00000006: ")
+    assert last.endswith("the checkpoints before it are kept")
+    assert "Traceback" not in result.stderr
+    assert load_newest(half_way / "checkpoints").step == saved.step
+    assert command("train", half_way, "--no-report").exit_code == 0
+    assert_same_run(half_way, trained)
+
+
+REWARDS = """
+def raises(samples):
+    raise RuntimeError("the service is down")
+
+def nan(samples):
+    return [1.0] * (len(samples) - 1) + [float("nan")]
+
+def infinite(samples):
+    return [1.0] * (len(samples) - 1) + [float("inf")]
+
+def short(samples):
+    return [1.0]
+"""
+BAD_REWARDS = {
+    "raises": "reward 'raises' raised RuntimeError: the service is down, first prompt 'train/gen",
+    "nan": "reward 'nan' is NaN for sample 5 (a drawing) of prompt 'train/generate",
+    "infinite": "reward 'infinite' is infinite for sample 5 (a drawing) of prompt 'train/generate",
+    "short": "reward 'short' returned shape (1,) for 6 samples",
+}
+
+
+@pytest.mark.parametrize(("name", "message"), BAD_REWARDS.items())
+def test_a_reward_function_that_fails(tmp_path, name, message):
+    (tmp_path / "mine.py").write_text(REWARDS)
+    reward = f"rewards.generate={{ '{tmp_path}/mine.py:{name}' = 1.0 }}"
+    overrides = settings([*OVERRIDES, reward])
+    run = tmp_path / "run"
+    assert message in refused("train", run, *overrides, after_start=True)
+    # What was reached before it is there, and the second attempt says the same.
+    assert load_newest(run / "checkpoints").step == 3
+    before = contents(run / "checkpoints")
+    assert message in refused("train", run, after_start=True)
+    assert contents(run / "checkpoints") == before
+
+
+def test_a_rollout_that_the_update_cannot_reproduce(tmp_path, monkeypatch):
+    sample_tokens = rollout._sample_tokens
+
+    def misreport(*arguments):
+        ids, logprobs = sample_tokens(*arguments)
+        return ids, logprobs - 0.01
+
+    monkeypatch.setattr(rollout, "_sample_tokens", misreport)
+    message = refused("train", tmp_path / "run", tiny=True, after_start=True)
+    assert message.startswith("self test: ratio/text/max is 1.01")
+    assert "before the first update" in message
+    assert load_newest(tmp_path / "run" / "checkpoints").step == 3
+
+
+def test_a_rollout_with_another_schedule(tmp_path, monkeypatch):
+    gather = loop.gather_experience
+
+    def with_another(policy, reference, task, config, schedule, step):
+        other = dataclasses.replace(schedule, shift=2.0)
+        return gather(policy, reference, task, config, other, step)
+
+    monkeypatch.setattr(loop, "gather_experience", with_another)
+    message = refused("train", tmp_path / "run", tiny=True, after_start=True)
+    assert message.startswith("pictures were sampled with schedule ")
+
+
+JSONL = {
+    "not JSON": ("{", "train.jsonl:3: not JSON"),
+    "a list": ("[1]", "train.jsonl:3: expected a JSON object"),
+    "a field is missing": ('{"task": "generate"}', "train.jsonl:3: field 'prompt' is missing"),
+    "no answer": (
+        '{"task": "understand", "prompt": "what", "image": "q0.png"}',
+        "train.jsonl:3: field 'answer' is missing",
+    ),
+    "unknown field": (
+        '{"task": "generate", "prompt": "x", "size": 3}',
+        "train.jsonl:3: field 'size' is unknown",
+    ),
+    "no such picture": (
+        '{"task": "generate", "prompt": "x", "target": "no.png"}',
+        "train.jsonl:3: field 'target' there is no file",
+    ),
+    "no picture": (
+        '{"task": "generate", "prompt": "x", "target": "text.png"}',
+        "train.jsonl:3: field 'target' cannot read",
+    ),
+    "half a picture": (
+        '{"task": "generate", "prompt": "x", "target": "half.png"}',
+        "train.jsonl:3: field 'target' cannot read",
+    ),
+}
+
+
+@pytest.mark.parametrize(("line", "message"), JSONL.values(), ids=JSONL.keys())
+def test_bad_line_of_a_data_file(tmp_path, line, message):
+    overrides = write_own_data(tmp_path)
+    broken_pictures(tmp_path)
+    path = tmp_path / "train.jsonl"
+    lines = path.read_text().splitlines()
+    path.write_text("\n".join([*lines[:2], line, *lines[2:]]) + "\n")
+    found = refused("train", tmp_path / "run", *settings([*OVERRIDES, *overrides]))
+    assert f"{tmp_path}/{message}" in found
+    assert not (tmp_path / "run").exists()
+
+
+def broken_pictures(folder: Path) -> None:
+    (folder / "text.png").write_text("not a picture")
+    Image.effect_noise((64, 64), 90).save(folder / "whole.png")
+    content = (folder / "whole.png").read_bytes()
+    (folder / "half.png").write_bytes(content[: len(content) // 2])
+    spoiled = bytearray(content)
+    spoiled[38] ^= 0xFF  # of a chunk's name: Pillow raises a SyntaxError
+    (folder / "spoiled.png").write_bytes(spoiled)
+
+
+DATA = {
+    "no evaluation file": (["data.eval_source=''"], "data.eval_source is empty"),
+    "no such file": (["data.source=absent.jsonl"], "absent.jsonl: No such file"),
+    "training data to evaluate on": (["data.eval_source={folder}/train.jsonl"], "splits overlap"),
+    "semantic reward": (
+        ["rewards.generate={{ r_sem = 1.0 }}"],
+        "r_sem comes with an encoder of digit scenes; with data.source = '{folder}/train.jsonl'",
+    ),
+    "channels": (["data.channels=2"], "2 channels, expected 1 or 3"),
+}
+
+
+@pytest.mark.parametrize(("changes", "message"), DATA.values(), ids=DATA.keys())
+def test_bad_data_settings(tmp_path, changes, message):
+    changes = [change.format(folder=tmp_path) for change in changes]
+    overrides = settings([*OVERRIDES, *write_own_data(tmp_path), *changes])
+    assert message.format(folder=tmp_path) in refused("train", tmp_path / "run", *overrides)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_task_that_the_file_has_no_example_of(tmp_path):
+    overrides = write_own_data(tmp_path)
+    path = tmp_path / "train.jsonl"
+    path.write_text("\n".join(row for row in path.read_text().splitlines() if "answer" in row))
+    message = refused("train", tmp_path / "run", *settings([*OVERRIDES, *overrides]))
+    assert message == "data: the training file has no generate example"
+
+
+@pytest.mark.parametrize("name", ["text.png", "half.png", "spoiled.png", "absent.png"])
+def test_sample_with_an_unreadable_image(trained, tmp_path, name):
+    broken_pictures(tmp_path)
+    image = tmp_path / name
+    message = refused("sample", trained, "what digit is at top-left", "--image", image)
+    assert message.startswith(f"{image}: cannot be read")
+
+
+def test_sample_into_a_folder_that_is_not_there(trained, tmp_path):
+    output = tmp_path / "no" / "drawing.png"
+    assert f"{output}: cannot be written" in refused("sample", trained, "draw 3", "-o", output)
+
+
+def test_eval_with_a_bad_data_file(trained, tmp_path):
+    path = tmp_path / "mine.jsonl"
+    path.write_text("{")
+    assert f"{path}:1: not JSON" in refused("eval", trained, "--data", path)
