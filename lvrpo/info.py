@@ -29,7 +29,7 @@ def environment() -> dict[str, Any]:
         "python": platform.python_version(),
         "torch": torch.__version__,
         "platform": platform.platform(),
-        "cpu": _cpu_name(),
+        "cpu": cpu_name(),
         "threads": torch.get_num_threads(),
         "cuda": torch.version.cuda,
         "gpus": [],
@@ -51,18 +51,22 @@ def environment() -> dict[str, Any]:
 def commit() -> str | None:
     """The commit of the checkout that lvrpo runs from, ending in "-dirty" with changes on top.
 
-    None for an installed copy and where git is missing.
+    None where git is missing, and for an installed copy, even inside a checkout of something else.
     """
-    root = Path(lvrpo.__file__).resolve().parent.parent
-    if not (root / ".git").exists():
+    if _git("ls-files", "--error-unmatch", Path(__file__).name) is None:
         return None
-    command = ["git", "-C", str(root), "describe", "--always", "--abbrev=12", "--dirty"]
+    # --exclude '*': a hash even where tags exist.
+    return _git("describe", "--always", "--abbrev=12", "--dirty", "--exclude", "*")
+
+
+def _git(*arguments: str) -> str | None:
+    """The output of a git command in the package's folder; None if there is no git or no answer."""
+    command = ["git", "-C", str(Path(__file__).parent), *arguments]
     try:
-        # --exclude '*': a hash even where tags exist.
-        result = subprocess.run([*command, "--exclude", "*"], capture_output=True, text=True)
-    except OSError:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)
+    except (OSError, subprocess.SubprocessError):
         return None
-    return result.stdout.strip() or None
+    return done.stdout.strip() or None
 
 
 def op_names() -> list[str]:
@@ -146,7 +150,8 @@ def describe() -> str:
     return "\n".join(lines)
 
 
-def _cpu_name() -> str:
+def cpu_name() -> str:
+    """The model name of the processor."""
     try:
         cpuinfo = Path("/proc/cpuinfo").read_text(encoding="utf-8")
     except OSError:

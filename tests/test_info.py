@@ -44,5 +44,5 @@ def test_environment_is_json():
 
 
 def test_commit_is_none_for_an_installed_copy(monkeypatch, tmp_path):
-    monkeypatch.setattr(lvrpo, "__file__", str(tmp_path / "site-packages/lvrpo/__init__.py"))
+    monkeypatch.setattr(info, "__file__", str(tmp_path / "site-packages/lvrpo/info.py"))
     assert info.commit() is None

@@ -127,8 +127,8 @@ class LossSection:
     image_weight: float = 1.0
     text_clip: float = 0.0  # 0: the preset's own
     image_clip: float = 0.2
-    text_kl: float = 0.0
-    image_kl: float = 0.0
+    text_kl: float = 0.1
+    image_kl: float = 0.01
     image_kl_form: str = "velocity_mse"
     image_log_ratio_scale: float = 0.05  # of the true sum; 0 means the element mean
     advantage_clip: float = 5.0

@@ -5,14 +5,13 @@ from __future__ import annotations
 import json
 import os
 import platform
-import subprocess
 import sys
 from datetime import datetime, timezone
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from lvrpo import __version__
+from lvrpo import __version__, info
 from lvrpo.trainer.records import write_atomically
 
 ENVIRONMENT = "environment.json"
@@ -26,21 +25,19 @@ def environment(**facts: Any) -> dict[str, Any]:
         facts: whatever else decides the numbers: `seed`, `judge_accuracy`, `judge_total`, ...
 
     Returns:
-        "started", "command", "versions", "commit" and "dirty" (None outside a checkout), "cpu",
-        "cores", "threads", "device", and the facts.
+        "started", "command", "versions", "commit" (None outside a checkout, ending in "-dirty" with
+        changes on top), "cpu", "cores", "threads", "device", and the facts.
     """
     import torch
 
-    commit, dirty = _commit()
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     return {
         "started": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
         "versions": _versions(),
-        "commit": commit,
-        "dirty": dirty,
+        "commit": info.commit(),
         "platform": platform.platform(),
-        "cpu": _cpu_name(),
+        "cpu": info.cpu_name(),
         "cores": len(os.sched_getaffinity(0))
         if hasattr(os, "sched_getaffinity")
         else os.cpu_count(),
@@ -71,37 +68,3 @@ def _versions() -> dict[str, str]:
         except metadata.PackageNotFoundError:
             continue
     return versions
-
-
-def _cpu_name() -> str:
-    try:
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    except OSError:
-        pass
-    return platform.processor() or platform.machine()
-
-
-def _commit() -> tuple[str | None, bool | None]:
-    # An installed package may lie inside a checkout of something else: only a tracked file counts.
-    if _git("ls-files", "--error-unmatch", Path(__file__).name) is None:
-        return None, None
-    changes = _git("status", "--porcelain", "--untracked-files=no")
-    return _git("rev-parse", "HEAD"), None if changes is None else bool(changes)
-
-
-def _git(*arguments: str) -> str | None:
-    """The output of a git command in the package's folder, None if there is no git or no answer."""
-    folder = str(Path(__file__).parent)
-    try:
-        done = subprocess.run(
-            ["git", "-C", folder, *arguments],
-            capture_output=True,
-            text=True,
-            timeout=10,
-            check=True,
-        )
-    except (OSError, subprocess.SubprocessError):
-        return None
-    return done.stdout.strip()

@@ -146,7 +146,7 @@ def _facts(run: Run) -> dict[str, str]:
     steps = {phase: len(charts.in_phase(run.metrics, phase)) for phase in PHASES}
     commit = known.get("commit")
     if commit:
-        commit = commit[:12] + (" and local changes" if known.get("dirty") else "")
+        commit = commit.replace("-dirty", " and local changes")
     facts = {
         "Seed": run.seed,
         "Steps": f"{steps['warm_start']} supervised and {steps['grpo']} GRPO steps",

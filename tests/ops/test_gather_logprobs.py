@@ -37,8 +37,8 @@ def make_inputs(rows: int, vocab: int, tokens: int | None, dtype: torch.dtype) -
 
 def scales(inputs: dict[str, Any]) -> dict[str, Tensor | float]:
     # A log-prob is a difference of two numbers of the size of the scaled logits, so p, which is
-    # exp(z - lse), has a relative error of that many ulps. A gradient adds up p times upstream values of the
-    # order 1 / outputs; its entropy part is once more a difference.
+    # exp(z - lse), has a relative error of that many ulps. A gradient adds up p times upstream
+    # values of the order 1 / outputs; its entropy part is once more a difference.
     cap = inputs.get("softcap", torch.inf)
     z = inputs["logits"].double()
     z = (z if cap == torch.inf else cap * torch.tanh(z / cap)) / inputs.get("temperature", 1.0)

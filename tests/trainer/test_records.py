@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from lvrpo.trainer import environment as environment_module
+from lvrpo import info
 from lvrpo.trainer.environment import environment, read_environment, write_environment
 from lvrpo.trainer.records import (
     GalleryItem,
@@ -227,8 +227,8 @@ def test_the_environment_is_written_even_without_git(
 
 
 def test_the_commit_of_a_foreign_checkout_is_not_ours(monkeypatch: pytest.MonkeyPatch) -> None:
-    answers = {"ls-files": None, "rev-parse": "f" * 40, "status": ""}
-    monkeypatch.setattr(environment_module, "_git", lambda *a: answers[a[0]])
+    answers = {"ls-files": None, "describe": "f" * 12}
+    monkeypatch.setattr(info, "_git", lambda *a: answers[a[0]])
     assert environment()["commit"] is None
 
 
