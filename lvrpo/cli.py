@@ -75,7 +75,7 @@ def train(
 @app.command(name="eval", epilog="Example:  lvrpo eval runs/digits --items 2048 --seed 7")
 def evaluate(
     run: Annotated[Path, typer.Argument(help="Run directory with a checkpoint.")],
-    items: Annotated[int, typer.Option(help="Questions and drawing prompts, each.")] = 1024,
+    items: Annotated[int, typer.Option(min=1, help="Questions and drawing prompts, each.")] = 1024,
     seed: Annotated[int, typer.Option(help="Seed of the samples.")] = 0,
     data: Annotated[Path | None, typer.Option(help="JSONL file instead of the test split.")] = None,
 ) -> None:

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from lvrpo.data.example import Example
+from lvrpo.data.jsonl import DataError, load_picture
 from lvrpo.models.policy import Policy
 from lvrpo.trainer.checkpoint import CheckpointError, load_newest, write_text
 from lvrpo.trainer.config import ConfigError, TrainConfig, load_config, to_toml
@@ -143,6 +144,8 @@ def evaluate_run(directory: Path, *, items: int, seed: int, data: Path | None) -
         gallery_items=0,
         seed=seed,
     )
+    if not row:
+        raise DataError(f"{data}: nothing to judge, no example has an answer or a rule")
     lines = []
     for found in eval_scores(row):
         low, high = wilson_interval(found.successes, found.total)
@@ -183,8 +186,6 @@ def answer_question(
     directory: Path, question: str, image: Path, *, count: int, seed: int
 ) -> list[str]:
     """Sample `count` answers to a question about an image file."""
-    from lvrpo.data.jsonl import DataError, load_picture
-
     config, task, policy = load_policy(directory)
     try:
         pixels = load_picture(image, task.source.picture_shape)

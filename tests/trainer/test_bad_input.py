@@ -407,3 +407,10 @@ def test_eval_with_a_bad_data_file(trained, tmp_path):
     path = tmp_path / "mine.jsonl"
     path.write_text("{")
     assert f"{path}:1: not JSON" in refused("eval", trained, "--data", path)
+
+
+def test_eval_with_nothing_to_judge(trained, tmp_path):
+    path = tmp_path / "mine.jsonl"
+    path.write_text('{"task": "generate", "prompt": "draw a boat"}')
+    message = refused("eval", trained, "--data", path)
+    assert message == f"{path}: nothing to judge, no example has an answer or a rule"
