@@ -151,6 +151,8 @@ def one_line_errors() -> Iterator[None]:
 
         if not isinstance(error, USER_ERRORS):
             raise
+        if isinstance(error, OSError) and error.filename and error.strerror:
+            fail(f"{error.filename}: {error.strerror}")
         fail(str(error))
 
 

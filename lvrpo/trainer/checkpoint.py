@@ -19,6 +19,8 @@ from typing import Any
 
 from torch import Tensor
 
+from lvrpo.trainer.records import write_atomically
+
 FORMAT = "lvrpo-checkpoint-1"
 _TENSORS, _STATE = "tensors.safetensors", "state.json"
 
@@ -127,26 +129,12 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
     """Write a safetensors file atomically and flush it to the disk."""
     from safetensors.torch import save
 
-    write_bytes(path, save({name: t.detach().contiguous() for name, t in tensors.items()}))
+    write_atomically(path, save({name: t.detach().contiguous() for name, t in tensors.items()}))
 
 
 def write_text(path: Path, text: str) -> None:
     """Write a text file atomically and flush it to the disk."""
-    write_bytes(path, text.encode())
-
-
-def write_bytes(path: Path, content: bytes) -> None:
-    """Write a file under a temporary name, flush it and rename it: whole or not at all."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with open(temporary, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except OSError:
-        temporary.unlink(missing_ok=True)
-        raise
+    write_atomically(path, text.encode())
 
 
 def sha256(path: Path) -> str:

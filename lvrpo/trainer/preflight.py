@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 
+from lvrpo.data.example import TASKS
 from lvrpo.models.latents import LinearAutoencoder
 from lvrpo.ops._backend import BACKENDS
 from lvrpo.ops.normalize_advantages import AdvantageParams
@@ -44,12 +45,7 @@ def check_config(config: TrainConfig) -> Source:
         Objective.from_config(config)
         AdvantageParams.preset(config.rewards.advantage, clip=config.loss.advantage_clip)
     with _named("data"):
-        source = Source.from_config(config.data)
-        for task, count in (
-            ("understand", config.rollout.understand_prompts),
-            ("generate", config.rollout.generate_prompts),
-        ):
-            source.examples("train", task, min(1, count), 0)  # type: ignore[arg-type]
+        source = _source_with_prompts(config)
     section = config.model
     _, height, width = source.picture_shape
     if height % section.image_patch or width % section.image_patch:
@@ -64,6 +60,22 @@ def check_config(config: TrainConfig) -> Source:
         Task(config, source, autoencoder, None).model_config()
     with _named("rewards"):
         check_rewards(config, source)
+    return source
+
+
+def _source_with_prompts(config: TrainConfig) -> Source:
+    source = Source.from_config(config.data)
+    to_imitate = []
+    for task in TASKS:
+        prompts = getattr(config.rollout, f"{task}_prompts")
+        source.examples("train", task, min(1, prompts), 0)
+        batch = getattr(config.warm_start, f"{task}_batch")
+        to_imitate += source.labelled(task, min(1, batch), 0.0, 0)
+    if config.warm_start.steps and not to_imitate:
+        raise ConfigError(
+            f"warm_start.steps is {config.warm_start.steps}, but the training data has no answer "
+            "and no target to imitate"
+        )
     return source
 
 

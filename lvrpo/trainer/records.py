@@ -334,5 +334,8 @@ def write_atomically(path: Path, data: bytes) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(partial, path)
+    except OSError as error:
+        error.filename = str(path)  # a failed write does not say where
+        raise
     finally:
         partial.unlink(missing_ok=True)

@@ -144,7 +144,7 @@ def evaluate_run(directory: Path, *, items: int, seed: int, data: Path | None) -
         seed=seed,
     )
     lines = []
-    for found in (each for each in eval_scores(row) if each.total):
+    for found in eval_scores(row):
         low, high = wilson_interval(found.successes, found.total)
         rate = found.successes / found.total
         lines.append(f"{found.name:<32} {rate:6.1%}  [{low:.1%}, {high:.1%}]  of {found.total}")

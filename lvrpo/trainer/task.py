@@ -206,7 +206,10 @@ class Task:
         return {name: value for name, value in metrics.items() if not math.isnan(value)}
 
     def count(self, samples: Samples) -> dict[str, Any]:
-        """How many samples are right, in all and by kind of prompt, as a row of evals.jsonl."""
+        """How many samples are right, in all and by kind of prompt, as a row of evals.jsonl.
+
+        Samples that no rule tells about are left out; nothing is said where there are no others.
+        """
         task = samples.examples[0].task
         measure = "correct" if task == "understand" else "strict"
         checks = check_samples(samples)
@@ -219,10 +222,12 @@ class Task:
             by_kind = {"": by_kind[""]}
         for kind, members in by_kind.items():
             strict = checks.strict[members]
+            total = int((~strict.isnan()).sum())
             prefix = f"{task}/{kind}" if kind else task
-            row[f"{prefix}/{measure}"] = int(strict.nansum())
-            row[f"{prefix}/total"] = int((~strict.isnan()).sum())
-        if task == "generate":
+            if total:
+                row[f"{prefix}/{measure}"] = int(strict.nansum())
+                row[f"{prefix}/total"] = total
+        if row and task == "generate":
             row["generate/gold"] = int(check_samples(samples, gold_reader()).strict.nansum())
             row["generate/partial"] = float(checks.partial.nanmean())
         return row
@@ -299,13 +304,13 @@ def load_or_fit_task(config: TrainConfig, run_dir: Path, source: Source | None =
 
 def _pictures_to_fit(source: Source) -> Tensor:
     """[N, C, H, W] target pictures; where there is none, the pictures that are asked about."""
-    targets = [example.target for (example,) in source.labelled("generate", 1024, 0.0, 0)]
-    asked = [] if targets else source.labelled("understand", 1024, 0.0, 0)
-    images = [example.image for (example,) in asked]
-    pictures = [picture for picture in (*targets, *images) if picture is not None]
-    if not pictures:
+    pictures = [example.target for (example,) in source.labelled("generate", 1024, 0.0, 0)]
+    if not any(picture is not None for picture in pictures):
+        pictures = [example.image for (example,) in source.labelled("understand", 1024, 0.0, 0)]
+    found = [torch.from_numpy(picture) for picture in pictures if picture is not None]
+    if not found:
         raise ConfigError("data: the training file has no picture to fit the latents on")
-    return torch.stack([torch.from_numpy(picture) for picture in pictures])
+    return torch.stack(found)
 
 
 def _with_prefix(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:

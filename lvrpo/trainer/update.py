@@ -179,7 +179,10 @@ def _text_loss(step: _Update, pack: Pack, text: Tensor, reference_text: Tensor) 
         params=objective.text,
         backend=policy.backend,
     )
-    step.metrics.add_text(result, entropy.detach(), len(pack.token_ids) / len(answers.logprobs))
+    # [R] of rows; the mean is over tokens, however many of them a row predicts.
+    per_token_entropy = entropy.detach()[row_index]
+    share = len(pack.token_ids) / len(answers.logprobs)
+    step.metrics.add_text(result, per_token_entropy, share)
     return result.loss
 
 

@@ -70,7 +70,7 @@ def test_full_disk_leaves_the_previous_checkpoint(tmp_path, monkeypatch):
         path.write_bytes(content[: len(content) // 2])
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(module, "write_bytes", no_space)
+    monkeypatch.setattr(module, "write_atomically", no_space)
     with pytest.raises(CheckpointError, match=r"step-00000002: no space left on the disk"):
         save_checkpoint(tmp_path, 2, TENSORS, {}, keep=1)
     monkeypatch.undo()
@@ -86,3 +86,30 @@ def test_killed_while_writing(tmp_path):
     assert load_newest(tmp_path).step == 1
     save_checkpoint(tmp_path, 2, TENSORS, {}, keep=3)
     assert not half.exists()
+
+
+def test_killed_while_deleting(tmp_path, monkeypatch):
+    for step in (1, 2):
+        save_checkpoint(tmp_path, step, TENSORS, {}, keep=2)
+
+    def killed(path):
+        (path / "state.json").unlink()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(module.shutil, "rmtree", killed)
+    with pytest.raises(KeyboardInterrupt):
+        save_checkpoint(tmp_path, 3, TENSORS, {}, keep=1)
+    monkeypatch.undo()
+    assert [load_checkpoint(path).step for path in checkpoints(tmp_path)] == [2, 3]
+    save_checkpoint(tmp_path, 4, TENSORS, {}, keep=1)
+    assert [path.name for path in tmp_path.iterdir()] == ["step-00000004"]
+
+
+def test_a_full_disk_is_named(tmp_path, monkeypatch):
+    def no_space(descriptor):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("os.fsync", no_space)
+    with pytest.raises(OSError, match=r"No space left on device: '.*/config\.toml'"):
+        module.write_text(tmp_path / "config.toml", "[run]\n")
+    assert list(tmp_path.iterdir()) == []

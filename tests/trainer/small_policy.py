@@ -1,0 +1,79 @@
+"""A policy in fp64 on the torch backend: equality is to rounding, and about layouts alone."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from lvrpo.data.example import Example, Task
+from lvrpo.data.phrases import scene_words
+from lvrpo.data.scenes import SceneConfig, scene_examples
+from lvrpo.models.flow import FlowSchedule
+from lvrpo.models.latents import LinearAutoencoder
+from lvrpo.models.policy import Policy
+from lvrpo.models.tokenizer import Tokenizer
+from lvrpo.models.unified import UnifiedConfig, UnifiedModel
+from lvrpo.trainer.rollout import Answers, Pictures, sample_answers, sample_pictures
+from lvrpo.trainer.update import Experience
+
+SCHEDULE = FlowSchedule(num_steps=5, window=(0, 2))
+GROUP = 3
+MAX_TOKENS = 4
+
+
+class WideModel(UnifiedModel):
+    """Velocities are not rounded to fp32, so that a gradient can be compared in fp64."""
+
+    def velocity(self, latent: Tensor) -> Tensor:
+        return self.latent_out(latent)
+
+
+def small_policy(
+    dtype: torch.dtype = torch.float64, backend: str | None = "torch", seed: int = 0
+) -> Policy:
+    tokenizer = Tokenizer(scene_words())
+    config = UnifiedConfig(
+        len(tokenizer),
+        hidden=16,
+        layers=2,
+        heads=2,
+        kv_heads=1,
+        head_dim=8,
+        mlp=24,
+        latent_dim=3,
+    )
+    torch.manual_seed(seed)
+    model = WideModel(config).to(dtype)
+    for parameter in model.parameters():  # a zero-initialised output would hide everything
+        torch.nn.init.normal_(parameter, std=0.2)
+    autoencoder = LinearAutoencoder(1, 16, 16, patch=8, dim=3).to(dtype)
+    return Policy(model, tokenizer, autoencoder, (2, 2), tokenizer.word_token_range, backend)
+
+
+def prompts(task: Task, count: int, seed: int = 0) -> list[Example]:
+    return scene_examples(SceneConfig(), "train", task, count, seed)
+
+
+def answers(policy: Policy, examples: list[Example], group_size: int = GROUP) -> Answers:
+    return sample_answers(
+        policy, examples, group_size, max_tokens=MAX_TOKENS, temperature=1.3, seed=7, step=2
+    )
+
+
+def pictures(policy: Policy, examples: list[Example], group_size: int = GROUP) -> Pictures:
+    return sample_pictures(policy, examples, group_size, SCHEDULE, seed=7, step=2)
+
+
+def experience(policy: Policy, questions: int, drawings: int) -> Experience:
+    """Groups with random advantages."""
+    generator = torch.Generator().manual_seed(1)
+
+    def advantages(count: int) -> Tensor:
+        return torch.randn(count * GROUP, generator=generator)
+
+    return Experience(
+        answers(policy, prompts("understand", questions)) if questions else None,
+        advantages(questions) if questions else None,
+        pictures(policy, prompts("generate", drawings)) if drawings else None,
+        advantages(drawings) if drawings else None,
+    )

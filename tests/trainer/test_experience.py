@@ -1,0 +1,147 @@
+"""From samples to advantages: rewards, the shuffled control, and what is said aloud."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from trainer.tiny import OVERRIDES, tiny_config
+
+from lvrpo.rewards.combine import FunctionReward
+from lvrpo.trainer.config import load_config
+from lvrpo.trainer.experience import gather_experience, shuffle_within_groups
+from lvrpo.trainer.task import Task, flow_schedule, load_or_fit_task
+
+REWARDS = torch.arange(12.0)[:, None] * torch.tensor([1.0, -1.0])  # 3 groups of 4, 2 rewards
+
+
+def test_shuffling_permutes_the_samples_of_each_group():
+    shuffled = shuffle_within_groups(REWARDS, 4, seed=0, step=1, modality="text")
+    assert not torch.equal(shuffled, REWARDS)
+    assert torch.equal(shuffled[:, 0], -shuffled[:, 1])  # a sample's rewards stay together
+    for group, original in zip(shuffled.split(4), REWARDS.split(4), strict=True):
+        assert sorted(group[:, 0].tolist()) == original[:, 0].tolist()
+
+
+def test_shuffling_is_keyed_by_what_it_is_for():
+    def shuffled(seed=0, step=1, modality="generate"):
+        rewards = torch.arange(64.0)[:, None]
+        return shuffle_within_groups(rewards, 8, seed, step, modality).flatten().tolist()
+
+    assert shuffled() == shuffled()
+    others = [shuffled(seed=1), shuffled(step=2), shuffled(modality="understand")]
+    assert all(other != shuffled() for other in others)
+
+
+def test_shuffling_is_uniform():
+    places = torch.stack(
+        [
+            shuffle_within_groups(torch.arange(3.0)[:, None], 3, 0, step, "text").flatten()
+            for step in range(600)
+        ]
+    )
+    for sample in range(3):
+        counts = (places == sample).sum(dim=0)
+        assert ((counts - 200).abs() < 5 * math.sqrt(600 * 2 / 9)).all()
+
+
+def test_shuffling_carries_rewards_that_do_not_apply():
+    rewards = REWARDS.clone()
+    rewards[5, 1] = math.nan
+    shuffled = shuffle_within_groups(rewards, 4, 0, 1, "text")
+    (at,) = shuffled[:, 1].isnan().nonzero().flatten().tolist()
+    assert 4 <= at < 8
+    assert shuffled[at, 0] == 5
+
+
+@pytest.fixture(scope="module")
+def task(tmp_path_factory) -> Task:
+    return load_or_fit_task(tiny_config(), tmp_path_factory.mktemp("task"))
+
+
+def gather(task, *overrides, score=None):
+    """The experience of one step of a fresh model, drawings scored by `score` if given."""
+    config = tiny_config(*overrides)
+    policy = task.policy(task.new_model())
+    names = config.rewards.generate
+    rewards = dict(task.rewards(policy))
+    if score is not None:
+        rewards["generate"] = [FunctionReward(score, name, True) for name in names]
+
+    class Scored(Task):
+        def rewards(self, reference):
+            return rewards
+
+    scored = Scored(config, task.source, task.autoencoder, task.encoder)
+    schedule = flow_schedule(config.rollout)
+    return gather_experience(policy, policy, scored, config, schedule, step=4)
+
+
+def test_advantages_are_of_the_group(task):
+    scores = [1.0, 2.0, 6.0, 5.0, 5.0, 5.0]
+    found, metrics = gather(task, "rewards.advantage=paper", score=lambda samples: scores)
+    first, second = found.picture_advantages.split(3)
+    deviation = torch.tensor(scores[:3]).std() + 1e-4
+    torch.testing.assert_close(first, (torch.tensor(scores[:3]) - 3) / deviation)
+    assert not second.any()
+    assert metrics["reward/generate/r_ins"] == pytest.approx(4)
+    assert metrics["constant_groups/generate/r_ins"] == 0.5
+    assert metrics["constant_groups/generate"] == 0.5
+    assert metrics["share/generate/r_ins"] == pytest.approx(1, abs=1e-4)
+    assert not any("generate" in alarm for alarm in metrics["alarm"])
+
+
+def test_groups_are_the_samples_of_one_prompt(task):
+    seen = []
+    gather(task, score=lambda samples: seen.extend(samples.examples) or range(len(samples)))
+    uids = [example.uid for example in seen]
+    assert uids[:3] == [uids[0]] * 3 != uids[3:] == [uids[3]] * 3
+
+
+def test_an_alarm_when_nothing_can_be_learned(task):
+    _, metrics = gather(task, score=lambda samples: [0.5] * len(samples))
+    assert "every generate advantage is zero: this step teaches nothing" in metrics["alarm"]
+    assert metrics["constant_groups/generate"] == 1
+
+
+def test_shuffled_rewards_are_the_same_scores_in_other_places(task):
+    scores = [1.0, 2.0, 6.0, 5.0, 7.0, 1.0]
+    plain, _ = gather(task, score=lambda samples: scores)
+    control, _ = gather(task, "run.shuffle_rewards=true", score=lambda samples: scores)
+    assert plain.pictures.images.equal(control.pictures.images)
+    assert not torch.equal(plain.picture_advantages, control.picture_advantages)
+    for ours, theirs in zip(
+        control.picture_advantages.split(3), plain.picture_advantages.split(3), strict=True
+    ):
+        torch.testing.assert_close(ours.sort().values, theirs.sort().values)
+
+
+def test_one_modality_alone(task):
+    found, metrics = gather(task, "rollout.understand_prompts=0")
+    assert found.answers is None
+    assert not any("understand" in key for key in metrics)
+    found, metrics = gather(task, "rollout.generate_prompts=0")
+    assert found.pictures is None
+    assert not any("generate" in key for key in metrics)
+
+
+def test_the_rewards_of_the_default_configuration(tmp_path):
+    """r_ins, r_sem and r_kn of real digits, on a tiny model."""
+    overrides = [override for override in OVERRIDES if "rewards" not in override]
+    config = load_config(overrides=overrides)
+    assert list(config.rewards.generate) == ["r_ins", "r_sem", "r_kn"]
+    task = load_or_fit_task(config, tmp_path)
+    policy = task.policy(task.new_model())
+    schedule = flow_schedule(config.rollout)
+    found, metrics = gather_experience(policy, policy, task, config, schedule, step=4)
+    assert -1 <= metrics["reward/generate/r_sem"] <= 1
+    assert 0 < metrics["reward/generate/r_kn"] < 1
+    shares = [metrics[f"share/generate/{name}"] for name in config.rewards.generate]
+    assert sum(shares) == pytest.approx(1, abs=1e-3)
+    assert found.picture_advantages.isfinite().all()
+    # The encoder is kept with the run: a second process scores the same.
+    again = load_or_fit_task(config, tmp_path)
+    _, repeated = gather_experience(policy, policy, again, config, schedule, step=4)
+    for name in ("r_sem", "r_kn"):
+        assert repeated[f"reward/generate/{name}"] == metrics[f"reward/generate/{name}"]

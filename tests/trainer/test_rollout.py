@@ -1,0 +1,172 @@
+"""A sample is its own: whatever shares its batch, and as one full forward pass would have it."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+from trainer.small_policy import (
+    GROUP,
+    MAX_TOKENS,
+    SCHEDULE,
+    answers,
+    pictures,
+    prompts,
+    small_policy,
+)
+
+from lvrpo.models.groups import pack_groups
+from lvrpo.models.tokenizer import EOS
+from lvrpo.ops.flow_step import flow_step
+from lvrpo.ops.gather_logprobs import gather_logprobs
+from lvrpo.testing import check_against_plain
+from lvrpo.trainer.rollout import sample_answers
+
+
+@pytest.fixture(params=[torch.float32, torch.float64], ids=str)
+def policy(request):
+    return small_policy(request.param, backend=None)
+
+
+def of_prompt(found, at):
+    """(tokens, log-probs) of the samples of one prompt."""
+    lengths = [len(tokens) for tokens in found.token_ids]
+    logprobs = found.logprobs.split(lengths)
+    rows = slice(at * found.group_size, (at + 1) * found.group_size)
+    return found.token_ids[rows], torch.cat(logprobs[rows])
+
+
+def test_answers_do_not_depend_on_the_batch(policy):
+    questions = prompts("understand", 5)
+    together = answers(policy, questions)
+    backwards = answers(policy, questions[::-1])
+    for at, question in enumerate(questions):
+        alone = answers(policy, [question])
+        for other, place in ((together, at), (backwards, len(questions) - 1 - at)):
+            tokens, logprobs = of_prompt(other, place)
+            assert tokens == alone.token_ids
+            check_against_plain(logprobs, alone.logprobs.double(), alone.logprobs, scale=8.0)
+
+
+def test_pictures_do_not_depend_on_the_batch(policy):
+    requests = prompts("generate", 4)
+    together = pictures(policy, requests)
+    for at, request in enumerate(requests):
+        alone = pictures(policy, [request])
+        rows = slice(at * GROUP, (at + 1) * GROUP)
+        assert torch.equal(together.noise[rows], alone.noise)
+        for name in ("images", "latents", "velocities"):
+            ours, theirs = getattr(together, name)[rows], getattr(alone, name)
+            # Rounding of another tiling, carried through the denoising steps.
+            check_against_plain(ours, theirs.double(), theirs, scale=64.0, name=name)
+
+
+def test_a_smaller_group_is_the_start_of_a_larger_one(policy):
+    question, request = prompts("understand", 1), prompts("generate", 1)
+    assert answers(policy, question, 2).token_ids == answers(policy, question, 5).token_ids[:2]
+    few, many = pictures(policy, request, 2), pictures(policy, request, 5)
+    assert torch.equal(few.noise, many.noise[:2])
+
+
+def test_a_prompt_that_comes_twice_gets_other_samples(policy):
+    question, request = prompts("understand", 1), prompts("generate", 1)
+    assert answers(policy, question * 2).token_ids == answers(policy, question, 2 * GROUP).token_ids
+    twice = pictures(policy, request * 2).noise
+    assert torch.equal(twice, pictures(policy, request, 2 * GROUP).noise)
+    assert len(twice.flatten(1).unique(dim=0)) == 2 * GROUP
+
+
+def test_answers_end_at_the_end_token_or_at_the_limit(policy):
+    found = answers(policy, prompts("understand", 24))
+    lengths = {len(tokens) for tokens in found.token_ids}
+    ended = [tokens for tokens in found.token_ids if tokens[-1] == EOS]
+    assert ended
+    assert len(ended) < len(found.token_ids)
+    assert max(lengths) == MAX_TOKENS
+    for tokens, text in zip(found.token_ids, found.texts, strict=True):
+        assert EOS not in tokens[:-1]
+        assert tokens[-1] == EOS or len(tokens) == MAX_TOKENS
+        assert text == policy.decode_answer(tokens)
+    assert len(found.logprobs) == sum(map(len, found.token_ids))
+
+
+def test_tokens_are_of_the_answer_range(policy):
+    low, high = policy.answer_range
+    found = answers(policy, prompts("understand", 8))
+    assert all(low <= token < high for tokens in found.token_ids for token in tokens)
+
+
+def test_tokens_follow_the_models_distribution():
+    """Frequencies of the first token over many samples, against its probabilities."""
+    policy = small_policy()
+    (question,) = prompts("understand", 1)
+    count = 4000
+    found = sample_answers(policy, [question], count, max_tokens=1, temperature=0.7, seed=0, step=0)
+    low, high = policy.answer_range
+    builder = policy.builder()
+    policy.add_prompt(builder, question)
+    with torch.no_grad():
+        text, _ = policy.model(builder.build(), backend="torch")
+        expected = (policy.model.logits(text[-1])[low:high] / 0.7).softmax(0)
+    drawn = torch.tensor([tokens[0] - low for tokens in found.token_ids])
+    counts = drawn.bincount(minlength=high - low)
+    # Each count is binomial: 5 standard deviations, and a little for the rare ones.
+    deviation = (count * expected * (1 - expected)).sqrt()
+    assert ((counts - count * expected).abs() <= 5 * deviation + 2).all()
+
+
+def test_logprobs_are_those_of_a_full_forward_pass(policy):
+    found = answers(policy, prompts("understand", 4))
+    (pack,) = pack_groups(policy, found.groups())
+    with torch.no_grad():
+        text, _ = policy.model(pack.batch, backend=policy.backend)
+        logprobs = gather_logprobs(
+            policy.model.logits(text[pack.predictor]),
+            pack.token_ids,
+            temperature=1.3,
+            vocab_range=policy.answer_range,
+        )
+    assert pack.token_ids.tolist() == [token for tokens in found.token_ids for token in tokens]
+    check_against_plain(found.logprobs, logprobs.double(), logprobs.float(), scale=8.0)
+
+
+def test_the_stored_steps_make_the_picture_again(policy):
+    """x of the next step follows from latents, velocities and noise; the rest is an ODE."""
+    found = pictures(policy, prompts("generate", 3))
+    assert found.steps == list(SCHEDULE.stochastic_steps) == [0, 1, 2]
+    for k in found.steps[:-1]:
+        at = SCHEDULE.coefficients(k)
+        velocity, noise = found.velocities[:, k], found.noise[:, k]
+        x, _ = flow_step(velocity, found.latents[:, k], at, noise, backend=policy.backend)
+        assert torch.equal(x, found.latents[:, k + 1])
+
+
+def test_the_stored_velocities_are_those_of_a_full_forward_pass(policy):
+    found = pictures(policy, prompts("generate", 3))
+    steps = len(found.steps)
+    times = torch.tensor([float(SCHEDULE.times[k]) for k in found.steps])
+    (pack,) = pack_groups(
+        policy,
+        [],
+        [(example, GROUP * steps) for example in found.examples],
+        found.latents.flatten(0, 1),
+        times.repeat(len(found.latents)),
+    )
+    with torch.no_grad():
+        _, latent = policy.model(pack.batch, backend=policy.backend)
+        velocity = policy.model.velocity(latent).view_as(found.velocities)
+    check_against_plain(found.velocities, velocity.double(), velocity, scale=8.0)
+
+
+def test_starting_noise_and_schedule_are_carried_along(policy):
+    requests = prompts("generate", 1)
+    found = pictures(policy, requests)
+    assert found.fingerprint == SCHEDULE.fingerprint()
+    other = dataclasses.replace(SCHEDULE, shift=2.0)
+    assert found.fingerprint != other.fingerprint()
+    assert found.images.shape == (GROUP, 1, 16, 16)
+    assert found.images.min() >= 0
+    assert found.images.max() <= 1
+    # Of standard normals, all different.
+    assert len(found.latents[:, 0].flatten(1).unique(dim=0)) == GROUP

@@ -1,0 +1,157 @@
+"""A user's own questions, pictures and reward, from the file to the drawing."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from trainer.own_data import write_own_data
+from trainer.tiny import OVERRIDES, command, settings, tiny_config
+
+from lvrpo.models.tokenizer import Tokenizer
+from lvrpo.trainer.config import ConfigError, DataSection
+from lvrpo.trainer.preflight import check_config
+from lvrpo.trainer.records import load_gallery, read_evals, read_metrics
+from lvrpo.trainer.sources import Source, common_words
+from lvrpo.trainer.task import load_or_fit_task
+
+
+@pytest.fixture(scope="module")
+def own(tmp_path_factory) -> Path:
+    """A folder with the data, and the finished run on it."""
+    folder = tmp_path_factory.mktemp("own")
+    overrides = settings([*OVERRIDES, *write_own_data(folder)])
+    result = command("train", folder / "run", *overrides)
+    assert result.exit_code == 0, result.output
+    return folder
+
+
+def test_the_run_learns_from_the_users_reward(own):
+    rows = read_metrics(own / "run")
+    assert [row["phase"] for row in rows] == ["warm_start"] * 3 + ["grpo"] * 3
+    for row in rows[3:]:
+        assert 0 <= row[f"reward/generate/{own}/reward.py:brightness"] <= 1
+        assert row[f"share/generate/{own}/reward.py:brightness"] == pytest.approx(1, abs=1e-4)
+        assert row["grad_norm"] > 0
+
+
+def test_drawings_without_a_rule_are_neither_right_nor_wrong(own):
+    for row in read_evals(own / "run"):
+        assert row["understand/total"] == 3
+        assert not any(key.startswith("generate") for key in row)
+    verdicts = {
+        (item.task, item.right) for items in load_gallery(own / "run").values() for item in items
+    }
+    assert ("generate", None) in verdicts
+    assert verdicts <= {("generate", None), ("understand", True), ("understand", False)}
+    page = (own / "run" / "report.html").read_text()
+    assert "draw a dark square number 0 of test" in page
+
+
+def test_eval_on_another_file(own, tmp_path):
+    result = command("eval", own / "run", "--data", own / "test.jsonl")
+    assert result.exit_code == 0, result.output
+    assert result.stdout.startswith("understand/correct ")
+    assert result.stdout.rstrip().endswith("of 3")
+    assert "generate" not in result.stdout  # no rule, nothing to count
+    # A file with a rule, relative to its own folder.
+    rule = {"kind": "layout", "rows": 2, "cols": 2, "digits": [3, None, None, None]}
+    row = {"task": "generate", "prompt": "draw 3 at top-left", "rule": rule}
+    (tmp_path / "rules.jsonl").write_text(json.dumps(row))
+    result = command("eval", own / "run", "--data", tmp_path / "rules.jsonl")
+    assert "generate/strict" in result.stdout
+    assert "of 1" in result.stdout
+
+
+def test_sample_draws_in_colour_and_answers(own, tmp_path):
+    result = command("sample", own / "run", "draw a dark square", "-o", tmp_path / "drawn.png")
+    assert result.exit_code == 0, result.output
+    with Image.open(tmp_path / "drawn.png") as picture:
+        assert (picture.mode, picture.size) == ("RGB", (128, 128))
+    result = command(
+        "sample", own / "run", "is it dark or light", "--image", own / "test-q0.png", "-n", 4
+    )
+    assert result.exit_code == 0, result.output
+    assert len(result.stdout.split("\n")) == 5
+
+
+def source_of(folder: Path, *changes: str) -> Source:
+    return check_config(tiny_config(*write_own_data(folder), *changes))
+
+
+def test_every_prompt_comes_once_before_any_comes_again(tmp_path):
+    source = source_of(tmp_path)
+    for count in (1, 6, 7, 12):
+        drawn = [example.uid for example in source.examples("train", "generate", count, 3)]
+        times = [drawn.count(uid) for uid in set(drawn)]
+        assert len(drawn) == count
+        assert max(times) - min(times) <= 1 or count < 6
+        assert max(times) == -(-count // 6)
+    orders = [[e.uid for e in source.examples("train", "generate", 6, seed)] for seed in (1, 1, 2)]
+    assert orders[0] == orders[1] != orders[2]
+
+
+def test_labels_of_a_file_are_taken_as_they_are(tmp_path):
+    groups = source_of(tmp_path).labelled("understand", 6, 1.0, 0, copies=2)
+    shown = {example.prompt for group in groups for example in group}
+    assert shown == {"is it dark or light"}
+    for first, second in groups:
+        assert first is second
+        assert (first.image.mean() > 0.5) == (first.answer == "light")
+
+
+def test_words_of_the_training_file_are_tokens_and_the_rest_is_spelled(tmp_path):
+    source = source_of(tmp_path)
+    tokenizer = Tokenizer(source.words)
+    low, high = source.answer_range(tokenizer)
+    assert all(low <= token < high for token in tokenizer.encode("dark light \u00e9tude"))
+    assert len(tokenizer.encode("dark light")) == 2
+    assert common_words(["b a a", "a-c b!"]) == ["a", "b", "c"]
+
+
+def test_questions_alone_are_enough(tmp_path):
+    """Without target pictures the latents are fitted on the pictures that are asked about."""
+    overrides = write_own_data(tmp_path)
+    for name in ("train.jsonl", "test.jsonl"):
+        rows = (tmp_path / name).read_text().splitlines(keepends=True)
+        (tmp_path / name).write_text("".join(row for row in rows if "answer" in row))
+    config = tiny_config(*overrides, "rollout.generate_prompts=0")
+    task = load_or_fit_task(config, tmp_path / "run", check_config(config))
+    pictures = np.stack([e.image for e in task.source.examples("train", "understand", 6, 0)])
+    assert task.autoencoder.mean.mean() == pytest.approx(pictures.mean(), abs=0.02)
+    result = command("train", tmp_path / "run2", *settings([*OVERRIDES, *overrides]))
+    assert "no generate example" in result.stderr
+    config = settings([*OVERRIDES, *overrides, "rollout.generate_prompts=0"])
+    result = command("train", tmp_path / "run2", *config)
+    assert result.exit_code == 0, result.output
+
+
+def test_nothing_to_imitate(tmp_path):
+    overrides = write_own_data(tmp_path)
+    row = {"task": "generate", "prompt": "draw a light square"}
+    (tmp_path / "train.jsonl").write_text(json.dumps(row))
+    with pytest.raises(ConfigError, match=r"warm_start.steps is 3, but .* no answer and no target"):
+        check_config(tiny_config(*overrides, "rollout.understand_prompts=0"))
+
+
+def test_pictures_larger_than_the_default_grid(tmp_path):
+    config = tiny_config(
+        *write_own_data(tmp_path), "data.height=96", "data.width=64", "model.latent_patch=4"
+    )
+    task = load_or_fit_task(config, tmp_path / "run", check_config(config))
+    assert task.model_config().max_grid == 24
+    policy = task.policy(task.new_model())
+    assert policy.latent_grid == (24, 16)
+    builder = policy.builder()
+    builder.noise(
+        *policy.latent_grid, parent=policy.add_prompt(builder, task.source.files["train"][0])
+    )
+    builder.build()
+
+
+def test_a_data_section_names_its_source():
+    with pytest.raises(ConfigError, match=r"data.eval_source is empty.*mine\.jsonl"):
+        Source.from_config(DataSection(source="mine.jsonl"))

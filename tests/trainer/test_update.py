@@ -1,0 +1,266 @@
+"""The gradient of an update is that of its formula, however the groups are packed."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+from torch import Tensor
+from trainer.small_policy import GROUP, SCHEDULE, experience, small_policy
+
+from lvrpo.models.policy import Policy
+from lvrpo.ops._policy_loss import LossParams
+from lvrpo.ops.flow_policy_loss import FlowLossParams
+from lvrpo.trainer.config import load_config
+from lvrpo.trainer.loop import SELF_TEST_TOLERANCE, SelfTestError, check_ratio
+from lvrpo.trainer.update import Experience, Objective, ScheduleMismatch, policy_gradient
+
+TEMPERATURE = 1.3  # of small_policy.answers
+MIXES = {"text": (3, 0), "image": (0, 3), "mixed": (2, 2)}
+OBJECTIVE = Objective(
+    text=LossParams(beta=0.1),
+    image=FlowLossParams(clip_low=0.2, clip_high=0.2, log_ratio_scale=0.5, beta=0.3),
+    text_weight=0.7,
+    image_weight=1.9,
+    temperature=TEMPERATURE,
+    max_rows=1 << 20,
+)
+
+
+@pytest.fixture(params=MIXES.values(), ids=MIXES.keys())
+def case(request) -> tuple[Policy, Policy, Experience]:
+    """A policy that has moved since it sampled, its reference, and what it sampled."""
+    sampler = small_policy()
+    found = experience(sampler, *request.param)
+    policy, reference = small_policy(), small_policy(seed=1)
+    generator = torch.Generator().manual_seed(5)
+    with torch.no_grad():
+        for parameter in policy.model.parameters():
+            noise = torch.randn(parameter.shape, generator=generator, dtype=parameter.dtype)
+            parameter.add_(0.01 * noise)
+    return policy, reference, found
+
+
+def gradients(
+    case: tuple[Policy, Policy, Experience], objective: Objective = OBJECTIVE
+) -> tuple[dict[str, Tensor], dict[str, float]]:
+    policy, reference, found = case
+    policy.model.zero_grad()
+    metrics = policy_gradient(policy, reference, found, SCHEDULE, objective)
+    return grads_of(policy), metrics
+
+
+def grads_of(policy: Policy) -> dict[str, Tensor]:
+    return {
+        name: parameter.grad.clone()
+        for name, parameter in policy.model.named_parameters()
+        if parameter.grad is not None
+    }
+
+
+def assert_equal(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> None:
+    assert ours.keys() == theirs.keys()
+    assert ours
+    for name, gradient in ours.items():
+        scale = max(float(theirs[name].abs().max()), 1e-3)
+        assert float((gradient - theirs[name]).abs().max()) <= 1e-10 * scale, name
+
+
+@pytest.mark.parametrize("max_rows", [1, 40, 100])
+def test_several_packs_make_the_gradient_of_one(case, max_rows):
+    whole, metrics = gradients(case)
+    parts, of_parts = gradients(case, dataclasses.replace(OBJECTIVE, max_rows=max_rows))
+    assert_equal(parts, whole)
+    assert of_parts == pytest.approx(metrics, rel=1e-6, abs=1e-9)
+
+
+def test_shared_groups_have_the_gradient_of_their_samples_one_by_one(case):
+    """Every sample with a prompt of its own, in plain autograd, by the formulas of the paper."""
+    policy, reference, found = case
+    packed, metrics = gradients(case)
+    policy.model.zero_grad()
+    loss = torch.zeros((), dtype=torch.float64)
+    if found.answers is not None:
+        text = sum(text_terms(policy, reference, found)) / len(found.answers.token_ids)
+        assert float(text.detach()) == pytest.approx(metrics["loss/text"], rel=1e-6)
+        loss = loss + OBJECTIVE.text_weight * text
+    if found.pictures is not None:
+        terms = image_terms(policy, reference, found)
+        image = sum(terms) / len(terms)
+        assert float(image.detach()) == pytest.approx(metrics["loss/image"], rel=1e-5)
+        loss = loss + OBJECTIVE.image_weight * image
+    loss.backward()
+    assert_equal(packed, grads_of(policy))
+
+
+def clipped(ratio: Tensor, advantage: Tensor) -> Tensor:
+    return -torch.minimum(ratio * advantage, ratio.clamp(0.8, 1.2) * advantage)
+
+
+def text_terms(policy: Policy, reference: Policy, found: Experience) -> list[Tensor]:
+    """Per answer: mean over its tokens of the clipped term + beta k3."""
+    low, high = policy.answer_range
+
+    def logprobs(of: Policy, example, tokens: list[int]) -> Tensor:
+        builder = of.builder()
+        # One causal span, as a model without groups would see it.
+        prompt = of.add_prompt(builder, example)
+        builder.text(tokens[:-1], prompt)
+        text, _ = of.model(builder.build(), backend="torch")
+        logits = of.model.logits(text[-len(tokens) :])[:, low:high] / TEMPERATURE
+        picked = torch.tensor(tokens)[:, None] - low
+        return logits.log_softmax(-1).gather(1, picked).squeeze(1)
+
+    terms, start = [], 0
+    for i, tokens in enumerate(found.answers.token_ids):
+        example = found.answers.examples[i // GROUP]
+        old = found.answers.logprobs[start : start + len(tokens)].double()
+        start += len(tokens)
+        new = logprobs(policy, example, tokens)
+        with torch.no_grad():
+            ref = logprobs(reference, example, tokens)
+        advantage = found.answer_advantages[i].double()
+        kl = (ref - new).exp() - (ref - new) - 1
+        terms.append((clipped((new - old).exp(), advantage) + OBJECTIVE.text.beta * kl).mean())
+    return terms
+
+
+def image_terms(policy: Policy, reference: Policy, found: Experience) -> list[Tensor]:
+    """Per picture and step: the clipped term of its log-density's ratio + beta (v - v_ref)^2."""
+
+    def velocity(of: Policy, example, x: Tensor, k: int) -> Tensor:
+        builder = of.builder()
+        builder.noise(*of.latent_grid, parent=of.add_prompt(builder, example))
+        # As the trainer has it, in fp32: a time is a time.
+        times = torch.full((len(x),), float(SCHEDULE.times[k]))
+        _, latent = of.model(builder.build(x, times), backend="torch")
+        return of.model.velocity(latent)
+
+    terms = []
+    for i in range(len(found.pictures.latents)):
+        example = found.pictures.examples[i // GROUP]
+        for at, k in enumerate(found.pictures.steps):
+            c = SCHEDULE.coefficients(k)
+            c_x, c_v, std = (float(value) for value in (c.c_x, c.c_v, c.std))
+            x, z = found.pictures.latents[i, at], found.pictures.noise[i, at].double()
+            old_mean = c_x * x + c_v * found.pictures.velocities[i, at]
+            taken = old_mean + std * z
+            new = velocity(policy, example, x, k)
+            with torch.no_grad():
+                ref = velocity(reference, example, x, k)
+
+            def log_density(mean: Tensor, taken: Tensor = taken, std: float = std) -> Tensor:
+                return (-(((taken - mean) / std) ** 2) / 2).sum()
+
+            log_ratio = log_density(c_x * x + c_v * new) - log_density(old_mean)
+            ratio = (OBJECTIVE.image.log_ratio_scale * log_ratio).exp()
+            advantage = found.picture_advantages[i].double()
+            kl = ((new - ref) ** 2).mean()
+            terms.append(clipped(ratio, advantage) + OBJECTIVE.image.beta * kl)
+    return terms
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_every_ratio_is_one_before_the_first_update(dtype):
+    policy = small_policy(dtype, backend=None)
+    found = experience(policy, 2, 2)
+    metrics = policy_gradient(policy, policy, found, SCHEDULE, OBJECTIVE)
+    # fp32 old log-probs, and in fp32 two passes over the same tokens in another order.
+    assert all(abs(metrics[f"ratio/text/{end}"] - 1) <= 1e-5 for end in ("min", "max"))
+    assert all(abs(metrics[f"ratio/image/{end}"] - 1) <= 1e-5 for end in ("min", "max"))
+    check_ratio(metrics)
+    assert abs(metrics["kl/text"]) < 1e-9
+    assert abs(metrics["kl/image"]) < 1e-9
+    assert metrics["clip/text"] == metrics["clip/image"] == 0
+
+
+def test_a_ratio_away_from_one_stops_the_run(case):
+    metrics = gradients(case)[1]
+    with pytest.raises(SelfTestError, match=r"self test: ratio/\w+/(min|max) is .* expected 1"):
+        check_ratio(metrics)
+    with pytest.raises(SelfTestError, match="is nan before"):
+        check_ratio({"ratio/text/max": float("nan")})
+    check_ratio({"ratio/text/max": 1 + SELF_TEST_TOLERANCE / 2, "loss/text": 7.0})
+
+
+def test_another_schedule_is_refused(case):
+    policy, reference, found = case
+    other = dataclasses.replace(SCHEDULE, noise_level=0.5)
+    if found.pictures is None:
+        policy_gradient(policy, reference, found, other, OBJECTIVE)
+        return
+    with pytest.raises(ScheduleMismatch, match=f"{SCHEDULE.fingerprint()}.*{other.fingerprint()}"):
+        policy_gradient(policy, reference, found, other, OBJECTIVE)
+    assert grads_of(policy) == {}
+
+
+def test_weights_scale_their_modality_alone():
+    policy, reference = small_policy(), small_policy(seed=1)
+    case = policy, reference, experience(policy, 2, 2)
+
+    def weighted(text: float, image: float) -> dict[str, Tensor]:
+        return gradients(
+            case, dataclasses.replace(OBJECTIVE, text_weight=text, image_weight=image)
+        )[0]
+
+    text, image, both = weighted(1, 0), weighted(0, 1), weighted(3, 5)
+    assert_equal({k: 3 * text[k] + 5 * image[k] for k in both}, both)
+    # Text does not reach what only drawings use; drawings reach how their prompt is read.
+    assert not text["latent_out.weight"].any()
+    assert not text["generate.0.qkv.weight"].any()
+    assert not image["head.weight"].any()
+    assert image["latent_out.weight"].any()
+    assert image["understand.0.qkv.weight"].any()
+
+
+def test_a_better_answer_becomes_more_likely():
+    """Along the negative gradient the samples with positive advantages gain probability."""
+    policy = small_policy()
+    found = experience(policy, 3, 3)
+    objective = dataclasses.replace(
+        OBJECTIVE,
+        text=LossParams(beta=0.0),
+        image=dataclasses.replace(OBJECTIVE.image, beta=0.0),
+    )
+    before = policy_gradient(policy, policy, found, SCHEDULE, objective)
+    with torch.no_grad():
+        for parameter in policy.model.parameters():
+            parameter.sub_(1e-3 * parameter.grad)
+    after = policy_gradient(policy, policy, found, SCHEDULE, objective)
+    assert after["loss/text"] < before["loss/text"]
+    assert after["loss/image"] < before["loss/image"]
+
+
+@pytest.mark.parametrize("preset", ["grpo", "dr_grpo", "bnpo", "dapo", "gspo", "reinforce"])
+def test_every_preset_is_the_same_in_several_packs(preset):
+    config = load_config(overrides=[f"loss.preset={preset}", f"rollout.temperature={TEMPERATURE}"])
+    objective = Objective.from_config(config)
+    policy = small_policy()
+    case = policy, small_policy(seed=1), experience(policy, 3, 1)
+    whole, metrics = gradients(case, objective)
+    parts, of_parts = gradients(case, dataclasses.replace(objective, max_rows=30))
+    assert_equal(parts, whole)
+    assert of_parts == pytest.approx(metrics, rel=1e-6, abs=1e-9)
+
+
+def test_the_objective_is_that_of_the_configuration():
+    config = load_config(
+        overrides=[
+            "loss.preset=dr_grpo",
+            "loss.text_clip=0.1",
+            "loss.text_kl=0.2",
+            "loss.image_clip=0.3",
+            "loss.image_kl=0.4",
+            "loss.image_kl_form=gaussian",
+            "loss.image_log_ratio_scale=0",
+            "rollout.temperature=0.5",
+            "rollout.max_answer_tokens=6",
+        ]
+    )
+    found = Objective.from_config(config)
+    text, image = found.text, found.image
+    assert (text.clip_low, text.clip_high, text.beta, text.max_length) == (0.1, 0.1, 0.2, 6)
+    assert (image.clip_low, image.clip_high, image.beta, image.kl) == (0.3, 0.3, 0.4, "gaussian")
+    assert image.log_ratio_scale == "mean"
+    assert found.temperature == 0.5
