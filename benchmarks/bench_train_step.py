@@ -1,0 +1,152 @@
+"""One whole step of the default configuration: rollout, rewards, advantages, update.
+
+Small size has fewer prompts. Before every round the other backend takes its step, unmeasured, so
+that whatever else the machine does meets both alike. The stages of a step are in `stages_ms`.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import statistics
+import time
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from _providers import version
+from torch import Tensor
+
+from lvrpo.models.policy import Policy
+from lvrpo.ops import _library
+from lvrpo.testing import check_against_plain
+from lvrpo.trainer.config import TrainConfig, load_config
+from lvrpo.trainer.experience import gather_experience
+from lvrpo.trainer.state import TrainState
+from lvrpo.trainer.task import Task, flow_schedule, load_or_fit_task
+from lvrpo.trainer.update import Experience, Objective, policy_gradient
+
+SIZES = {"small": (4, 4, 3), "full": (32, 32, 7)}  # questions, drawings, rounds
+BACKENDS = ("torch", "cpp")
+
+
+class Step:
+    """The first policy step of a run, on one backend, as often as asked for."""
+
+    def __init__(self, config: TrainConfig, task: Task, backend: str) -> None:
+        run = dataclasses.replace(config.run, backend=backend)
+        self.config = dataclasses.replace(config, run=run)
+        self.task = Task(self.config, task.source, task.autoencoder, task.encoder)
+        self.schedule = flow_schedule(config.rollout)
+        self.objective = Objective.from_config(config)
+        self.reference = self.task.policy(self.task.new_model().requires_grad_(False))
+        self.stages: dict[str, list[float]] = defaultdict(list)
+        self.reset()
+
+    def reset(self) -> None:
+        """Every round starts from the same weights and does the same work."""
+        self.state = TrainState.initial(self.config, self.task)
+        self.state.begin_policy_phase(self.config)
+        self.state.step = self.config.warm_start.steps
+
+    @property
+    def policy(self) -> Policy:
+        return self.task.policy(self.state.model)
+
+    def experience(self) -> tuple[Experience, dict[str, Any]]:
+        return gather_experience(
+            self.policy, self.reference, self.task, self.config, self.schedule, self.state.step + 1
+        )
+
+    def gradient(self, found: Experience) -> dict[str, float]:
+        policy, reference = self.policy, self.reference
+        return policy_gradient(policy, reference, found, self.schedule, self.objective)
+
+    def __call__(self) -> None:
+        found, metrics = self.experience()
+        began = time.perf_counter()
+        self.gradient(found)
+        self.state.policy_step(self.config)
+        metrics["time/update"] = time.perf_counter() - began
+        for stage in ("rollout", "rewards", "advantages", "update"):
+            self.stages[stage].append(metrics[f"time/{stage}"])
+
+    def results(self, found: Experience, *, double: bool = False) -> dict[str, Tensor]:
+        """Losses and gradients of the update from `found`."""
+        step = copy.copy(self)
+        step.reset()
+        if double:
+            step.reference = step.task.policy(copy.deepcopy(self.reference.model).double())
+            for model in (step.state.model.double(), step.reference.model):
+                model.velocity = model.latent_out  # which is otherwise rounded to fp32
+        metrics = step.gradient(found)
+        losses = {name: torch.tensor(metrics[name]) for name in ("loss/text", "loss/image")}
+        named = step.state.model.named_parameters()
+        return losses | {name: p.grad for name, p in named if p.grad is not None}
+
+
+@pytest.fixture(scope="module")
+def rounds(request: pytest.FixtureRequest) -> int:
+    return SIZES[request.config.getoption("--size")][2]
+
+
+@pytest.fixture(scope="module")
+def steps(request: pytest.FixtureRequest, tmp_path_factory: Any) -> dict[str, Step]:
+    """A step per backend, after their losses and gradients have passed the tolerance rule."""
+    questions, drawings, _ = SIZES[request.config.getoption("--size")]
+    config = load_config(
+        overrides=[
+            f"rollout.understand_prompts={questions}",
+            f"rollout.generate_prompts={drawings}",
+        ]
+    )
+    task = load_or_fit_task(config, Path(tmp_path_factory.mktemp("task")))
+    backends = [name for name in BACKENDS if name != "cpp" or not _library.MISSING]
+    steps = {name: Step(config, task, name) for name in backends}
+    found, _ = steps["torch"].experience()
+    gold = steps["torch"].results(found, double=True)
+    plain = steps["torch"].results(found)
+    for name, step in steps.items():
+        ours = step.results(found)
+        assert ours.keys() == gold.keys()
+        for key, value in ours.items():
+            # Losses are means of terms of order 1; a gradient's elements are sums that cancel.
+            scale = 1.0 if key.startswith("loss/") else gold[key].abs().max()
+            check_against_plain(value, gold[key], plain[key], scale=scale, name=f"{name}: {key}")
+    return steps
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def bench_train_step(benchmark: Any, steps: dict[str, Step], rounds: int, backend: str) -> None:
+    if backend not in steps:
+        pytest.skip(f"cpp: {_library.MISSING}")
+    ours = steps[backend]
+    others = [step for name, step in steps.items() if name != backend]
+
+    def others_step() -> None:
+        for step in others:
+            step.reset()
+            step()
+        ours.reset()
+
+    ours.reset()
+    ours()  # warm
+    ours.stages.clear()
+    rollout = ours.config.rollout
+    prompts = f"{rollout.understand_prompts}+{rollout.generate_prompts} prompts"
+    size = f"{prompts} x {rollout.group_size} float32"
+    benchmark.group = f"train_step whole {size}"
+    benchmark.pedantic(ours, setup=others_step, rounds=rounds)
+    benchmark.extra_info.update(
+        op="train_step",
+        direction="whole",
+        shape=size,
+        provider=backend,
+        provider_version=version(backend),
+        bytes_moved=None,
+        flops=None,
+        correct=True,
+        stages_ms={k: round(1e3 * statistics.median(v), 3) for k, v in ours.stages.items()},
+    )
