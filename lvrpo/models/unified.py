@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from lvrpo.masks import SpanMask
 from lvrpo.ops.packed_attention import packed_attention
+from lvrpo.reference._precision import widen
 
 
 @dataclass(frozen=True)
@@ -297,8 +298,8 @@ class UnifiedModel(nn.Module):
         return self.head(text)  # type: ignore[no-any-return]
 
     def velocity(self, latent: Tensor) -> Tensor:
-        """[n, hidden] hidden states of latent rows -> [n, latent_dim] fp32, noise minus data."""
-        return self.latent_out(latent).float()  # type: ignore[no-any-return]
+        """[n, hidden] hidden states of latent rows -> [n, latent_dim], noise minus data, >= fp32."""
+        return widen(self.latent_out(latent))
 
     def _encode_patches(self, batch: PackedBatch, backend: str | None) -> Tensor:
         x = self.patch_in(batch.patches.to(self.patch_in.weight.dtype))

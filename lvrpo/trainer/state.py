@@ -69,7 +69,7 @@ class TrainState:
         return self._step(lr, section.grad_clip, decay=0.0)
 
     def _step(self, lr: float, grad_clip: float, decay: float) -> dict[str, float]:
-        norm = nn.utils.clip_grad_norm_(self.model.parameters(), grad_clip)
+        norm = nn.utils.clip_grad_norm_(self.model.parameters(), grad_clip or math.inf)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         self.optimizer.step()
