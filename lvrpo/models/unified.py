@@ -298,7 +298,7 @@ class UnifiedModel(nn.Module):
         return self.head(text)  # type: ignore[no-any-return]
 
     def velocity(self, latent: Tensor) -> Tensor:
-        """[n, hidden] hidden states of latent rows -> [n, latent_dim], noise minus data, >= fp32."""
+        """[n, hidden] of latent rows -> [n, latent_dim] noise minus data, in fp32 or fp64."""
         return widen(self.latent_out(latent))
 
     def _encode_patches(self, batch: PackedBatch, backend: str | None) -> Tensor:
@@ -344,8 +344,7 @@ def rope_table(position_ids: Tensor, head_dim: int, theta: float) -> tuple[Tenso
 def sinusoid(position: Tensor, width: int) -> Tensor:
     """[n] positions -> [n, width] sines and cosines of wavelengths from 2 pi to 1,000 * 2 pi."""
     half = width // 2
-    frequency = torch.exp(
-        torch.arange(half, device=position.device) * (-math.log(1_000.0) / max(1, half - 1))
-    )
+    exponent = torch.arange(half, device=position.device) * (-math.log(1_000.0) / max(1, half - 1))
+    frequency = exponent.exp()
     angle = position[:, None].float() * frequency
     return torch.cat([angle.sin(), angle.cos()], dim=1)

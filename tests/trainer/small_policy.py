@@ -21,13 +21,6 @@ GROUP = 3
 MAX_TOKENS = 4
 
 
-class WideModel(UnifiedModel):
-    """Velocities are not rounded to fp32, so that a gradient can be compared in fp64."""
-
-    def velocity(self, latent: Tensor) -> Tensor:
-        return self.latent_out(latent)
-
-
 def small_policy(
     dtype: torch.dtype = torch.float64, backend: str | None = "torch", seed: int = 0
 ) -> Policy:
@@ -43,7 +36,7 @@ def small_policy(
         latent_dim=3,
     )
     torch.manual_seed(seed)
-    model = WideModel(config).to(dtype)
+    model = UnifiedModel(config).to(dtype)
     for parameter in model.parameters():  # a zero-initialised output would hide everything
         torch.nn.init.normal_(parameter, std=0.2)
     autoencoder = LinearAutoencoder(1, 16, 16, patch=8, dim=3).to(dtype)
