@@ -12,6 +12,7 @@ from trainer.own_data import write_own_data
 from trainer.tiny import OVERRIDES, command, settings, tiny_config
 
 from lvrpo.models.tokenizer import Tokenizer
+from lvrpo.trainer import charts
 from lvrpo.trainer.config import ConfigError, DataSection
 from lvrpo.trainer.preflight import check_config
 from lvrpo.trainer.records import load_gallery, read_evals, read_metrics
@@ -36,6 +37,11 @@ def test_the_run_learns_from_the_users_reward(own):
         assert 0 <= row[f"reward/generate/{own}/reward.py:brightness"] <= 1
         assert row[f"share/generate/{own}/reward.py:brightness"] == pytest.approx(1, abs=1e-4)
         assert row["grad_norm"] > 0
+    panels = charts._by_task(rows, "reward")
+    assert {task: list(names.values()) for task, names in panels.items()} == {
+        "understand": ["r_ins"],
+        "generate": ["reward.py:brightness"],
+    }
 
 
 def test_drawings_without_a_rule_are_neither_right_nor_wrong(own):
