@@ -24,7 +24,7 @@ app = typer.Typer(
 
 ConfigFile = Annotated[
     Path | None,
-    typer.Option("--config", "-c", help="TOML file; `lvrpo train --print-config` prints one."),
+    typer.Option("--config", "-c", help="TOML file; `lvrpo train RUN --print-config` prints one."),
 ]
 Overrides = Annotated[
     list[str] | None,
@@ -34,7 +34,7 @@ Overrides = Annotated[
 
 @app.command(
     epilog="Examples:  lvrpo train runs/digits  |  lvrpo train runs/short --steps 40 --seed 1  |  "
-    "lvrpo train runs/mine -s data.source=mine.jsonl  |  lvrpo train runs/control --shuffle-rewards"
+    "lvrpo train runs/control --shuffle-rewards  |  lvrpo train runs/mine --config mine.toml"
 )
 def train(
     run: Annotated[Path, typer.Argument(help="Run directory; an unfinished run goes on.")],
@@ -75,7 +75,7 @@ def train(
 @app.command(name="eval", epilog="Example:  lvrpo eval runs/digits --items 2048 --seed 7")
 def evaluate(
     run: Annotated[Path, typer.Argument(help="Run directory with a checkpoint.")],
-    items: Annotated[int, typer.Option(help="Questions and drawing prompts, each.")] = 1024,
+    items: Annotated[int, typer.Option(min=1, help="Questions and drawing prompts, each.")] = 1024,
     seed: Annotated[int, typer.Option(help="Seed of the samples.")] = 0,
     data: Annotated[Path | None, typer.Option(help="JSONL file instead of the test split.")] = None,
 ) -> None:

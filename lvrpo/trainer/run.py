@@ -13,7 +13,7 @@ import torch
 from lvrpo.data.example import Example
 from lvrpo.models.policy import Policy
 from lvrpo.trainer.checkpoint import CheckpointError, load_newest, write_text
-from lvrpo.trainer.config import ConfigError, TrainConfig, load_config, to_toml
+from lvrpo.trainer.config import ConfigError, TrainConfig, load_config, to_table, to_toml
 from lvrpo.trainer.environment import write_environment
 from lvrpo.trainer.evaluate import evaluate
 from lvrpo.trainer.loop import Listener, train
@@ -42,7 +42,7 @@ def open_run(directory: Path, config_file: Path | None, overrides: list[str]) ->
     """Hold a run directory and settle its configuration.
 
     A new directory gets `config.toml`. An existing run goes on with its own; flags given again must
-    agree with it, except for how often it saves and how much it evaluates.
+    agree with it, for none would be obeyed.
 
     Raises:
         ConfigError: the configuration is wrong, or not the one the run was started with.
@@ -60,7 +60,7 @@ def open_run(directory: Path, config_file: Path | None, overrides: list[str]) ->
         else:
             config = load_config(directory / "config.toml")
             named = config_file is not None or bool(overrides)
-            if named and fingerprint(given) != fingerprint(config):
+            if named and given != config:
                 raise ConfigError(
                     f"{directory} was started with another configuration "
                     f"({_difference(config, given)}); leave the flags away to go on with its own, "
@@ -81,8 +81,6 @@ def _refuse_other_contents(directory: Path) -> None:
 
 
 def _difference(ours: TrainConfig, theirs: TrainConfig) -> str:
-    from lvrpo.trainer.config import to_table
-
     a, b = to_table(ours), to_table(theirs)
     for section, values in a.items():
         for key, value in values.items():
