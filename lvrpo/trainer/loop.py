@@ -75,6 +75,7 @@ def train(config: TrainConfig, task: Task, directory: Path, listener: Listener) 
 
     Raises:
         CheckpointError: the newest checkpoint is damaged or foreign, or the disk is full.
+        DivergedError: a gradient is not finite.
         RewardError: a reward function failed.
     """
     state = TrainState.initial(config, task)
