@@ -130,9 +130,28 @@ def test_questions_alone_are_enough(tmp_path):
     assert task.autoencoder.mean.mean() == pytest.approx(pictures.mean(), abs=0.02)
     result = command("train", tmp_path / "run2", *settings([*OVERRIDES, *overrides]))
     assert "no generate example" in result.stderr
-    config = settings([*OVERRIDES, *overrides, "rollout.generate_prompts=0"])
+    # A reward of drawings that cannot be used is no obstacle where nothing is drawn.
+    unused = "rewards.generate={ r_sem = 1.0 }"
+    config = settings([*OVERRIDES, *overrides, "rollout.generate_prompts=0", unused])
     result = command("train", tmp_path / "run2", *config)
     assert result.exit_code == 0, result.output
+
+
+def test_notes_count_the_latents_of_the_users_pictures_and_answers_that_are_cut(tmp_path):
+    def notes(*changes: str) -> list[str]:
+        config = tiny_config(*write_own_data(tmp_path), *changes)
+        folder = tmp_path / f"run {len(changes)}"
+        return load_or_fit_task(config, folder, check_config(config)).notes()
+
+    (floor,) = notes()
+    (finer,) = notes("model.latent_patch=4")
+    assert floor != finer
+    rows = (tmp_path / "train.jsonl").read_text()
+    assert "max_answer_tokens" not in floor
+    config = tiny_config(*write_own_data(tmp_path))
+    (tmp_path / "train.jsonl").write_text(rows.replace('"dark"', '"a b c d e"'))
+    _, cut = load_or_fit_task(config, tmp_path / "run 3", check_config(config)).notes()
+    assert cut.startswith("WARNING: 3 of 6 training answers, 'a b c d e' for one, are longer than")
 
 
 def test_nothing_to_imitate(tmp_path):
