@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from lvrpo import random
-from lvrpo.data.example import Example
+from lvrpo.data.example import Example, Picture
 from lvrpo.models.flow import interpolate, velocity_target
 from lvrpo.models.groups import pack_groups
 from lvrpo.models.policy import Policy
@@ -83,7 +83,7 @@ def _answer(example: Example) -> str:
     return example.answer
 
 
-def _target(example: Example):  # type: ignore[no-untyped-def]
+def _target(example: Example) -> Picture:
     if example.target is None:
         raise ValueError(f"{example.uid}: a drawing prompt without a target cannot be learned from")
     return example.target
