@@ -103,7 +103,7 @@ class JsonlSource(Source):
         self.words = common_words(texts)
 
     def examples(self, split: Split, task: Task, count: int, seed: int) -> list[Example]:
-        """See `Source`; a training prompt comes again only after all others."""
+        """See `Source`; within one draw a training prompt comes again only after all others."""
         of_task = [example for example in self.files[split] if example.task == task]
         if split == "test":
             return of_task[:count]
