@@ -54,6 +54,8 @@ def open_run(directory: Path, config_file: Path | None, overrides: list[str]) ->
         _refuse_other_contents(directory)
         source = check_config(given)  # before anything is created
     with locked(directory):
+        if is_new and (directory / "config.toml").exists():
+            raise RunDirectoryError(f"{directory} was started by another process just now")
         if is_new:
             write_text(directory / "config.toml", to_toml(given))
             config = given
