@@ -24,8 +24,9 @@ from lvrpo.ops import _library
 from lvrpo.testing import check_against_plain
 from lvrpo.trainer.config import TrainConfig, load_config
 from lvrpo.trainer.experience import gather_experience
+from lvrpo.trainer.schedule import flow_schedule
 from lvrpo.trainer.state import TrainState
-from lvrpo.trainer.task import Task, flow_schedule, load_or_fit_task
+from lvrpo.trainer.task import Task, load_or_fit_task
 from lvrpo.trainer.update import Experience, Objective, policy_gradient
 
 SIZES = {"small": (4, 4, 3), "full": (32, 32, 7)}  # questions, drawings, rounds

@@ -24,7 +24,7 @@ app = typer.Typer(
 
 ConfigFile = Annotated[
     Path | None,
-    typer.Option("--config", "-c", help="TOML file; `lvrpo train --print-config` prints one."),
+    typer.Option("--config", "-c", help="TOML file; `lvrpo train RUN --print-config` prints one."),
 ]
 Overrides = Annotated[
     list[str] | None,
@@ -34,7 +34,7 @@ Overrides = Annotated[
 
 @app.command(
     epilog="Examples:  lvrpo train runs/digits  |  lvrpo train runs/short --steps 40 --seed 1  |  "
-    "lvrpo train runs/mine -s data.source=mine.jsonl  |  lvrpo train runs/control --shuffle-rewards"
+    "lvrpo train runs/control --shuffle-rewards  |  lvrpo train runs/mine --config mine.toml"
 )
 def train(
     run: Annotated[Path, typer.Argument(help="Run directory; an unfinished run goes on.")],

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 
 from lvrpo.data.example import RELATIONS, Cell, LayoutRule, RelationRule, Rule, SumRule
 
@@ -93,18 +93,28 @@ def digit_at(digit: Cell, cell: str) -> str:
     return f"{digit} at {cell}"
 
 
-def questions_about(rule: Rule) -> list[tuple[str, str]]:
-    """Questions, each with its one right answer, that a drawing true to `rule` answers."""
+def questions_about(rule: Rule, kinds: Container[str] | None = None) -> list[tuple[str, str]]:
+    """Questions, each with its one right answer, that a drawing true to `rule` answers.
+
+    Args:
+        rule: what is drawn.
+        kinds: only questions of these kinds, of `scene_tasks.QUESTIONS`; None means all.
+    """
+    asked: list[tuple[str, str, str]] = []  # kind, question, answer
     if isinstance(rule, LayoutRule):
         names = cell_names(rule.rows, rule.cols)
         drawn = [(i, digit) for i, digit in enumerate(rule.digits) if digit is not None]
-        named = [(ask_name(names[i]), str(digit)) for i, digit in drawn]
-        return [*named, (ask_count(), str(len(drawn)))]
-    if isinstance(rule, SumRule):
-        return [(ask_count(), str(rule.count))]
-    back = dict(zip(RELATIONS, ("below", "above", "right of", "left of"), strict=True))
-    asked = [(ask_count(), "2")]
-    if rule.first != rule.second:
-        asked.append((ask_relation(rule.relation, rule.second), str(rule.first)))
-        asked.append((ask_relation(back[rule.relation], rule.first), str(rule.second)))
-    return asked
+        asked += [("name", ask_name(names[i]), str(digit)) for i, digit in drawn]
+        asked.append(("count", ask_count(), str(len(drawn))))
+    elif isinstance(rule, SumRule):
+        asked.append(("count", ask_count(), str(rule.count)))
+    else:
+        asked.append(("count", ask_count(), "2"))
+        if rule.first != rule.second:
+            back = dict(zip(RELATIONS, ("below", "above", "right of", "left of"), strict=True))
+            first, second = str(rule.first), str(rule.second)
+            asked.append(("relate", ask_relation(rule.relation, rule.second), first))
+            asked.append(("relate", ask_relation(back[rule.relation], rule.first), second))
+    return [
+        (question, answer) for kind, question, answer in asked if kinds is None or kind in kinds
+    ]

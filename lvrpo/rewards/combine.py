@@ -9,6 +9,8 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import math
+import sys
+import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -148,7 +150,8 @@ def _column(reward: Reward, samples: Samples) -> Tensor:
         first = samples.examples[0] if len(samples) else None
         at = "" if first is None else f", first prompt {first.uid!r} ({first.prompt!r})"
         raise RewardError(
-            f"reward {reward.name!r} raised {type(error).__name__}: {error}{at}"
+            f"reward {reward.name!r} raised {type(error).__name__}: {error}{at}, "
+            f"at {_origin(error)}"
         ) from error
     if values.shape != (len(samples),):
         raise RewardError(
@@ -165,6 +168,12 @@ def _column(reward: Reward, samples: Samples) -> Tensor:
             "it if that means 'does not apply'"
         )
     return values
+
+
+def _origin(error: Exception) -> str:
+    """File and line that raised: the one line a user sees must lead to the bug."""
+    last = traceback.extract_tb(error.__traceback__)[-1]
+    return f"{last.filename}:{last.lineno}"
 
 
 def _as_tensor(values: Any) -> Tensor:
@@ -220,9 +229,17 @@ def _import_module(name: str) -> ModuleType:
 def _import_file(path: Path) -> ModuleType:
     if not path.is_file():
         raise FileNotFoundError(f"no file {path}")
-    module_spec = importlib.util.spec_from_file_location(path.stem, path)
+    # Not the bare stem: a file may be called like a package that is imported already.
+    name = f"lvrpo_reward:{path.resolve()}"
+    module_spec = importlib.util.spec_from_file_location(name, path)
     assert module_spec is not None
     assert module_spec.loader is not None
     module = importlib.util.module_from_spec(module_spec)
-    module_spec.loader.exec_module(module)
+    # dataclasses and pickle look a class's module up by name.
+    sys.modules[module_spec.name] = module
+    try:
+        module_spec.loader.exec_module(module)
+    except BaseException:
+        del sys.modules[module_spec.name]
+        raise
     return module

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Sequence
 from dataclasses import dataclass, field
 from typing import TypeAlias
 
@@ -22,13 +22,16 @@ class KnowledgeReward:
     """Mean probability of the right answer to the questions that a prompt's rule settles.
 
     "draw 3 at top-left" settles "what digit is at top-left" and "how many digits are there". NaN
-    for texts and for prompts without a rule.
+    for texts, for prompts without a rule, and where no question is left to ask.
 
     Args:
         answer_probability: of a frozen model; the policy's own answers would move with it.
+        kinds: of question that the model has learned, see `scene_tasks.QUESTIONS`; its answers to
+            others would be noise in the reward. None means all.
     """
 
     answer_probability: AnswerProbability
+    kinds: Container[str] | None = None
     name: str = field(default="r_kn", init=False)
     may_be_nan: bool = field(default=True, init=False)
 
@@ -43,7 +46,7 @@ class KnowledgeReward:
         drawings, owners, questions, answers = [], [], [], []
         for drawing, at in enumerate(samples.image_index):
             rule = samples.examples[at].rule
-            for question, answer in questions_about(rule) if rule is not None else ():
+            for question, answer in questions_about(rule, self.kinds) if rule else ():
                 drawings.append(drawing)
                 owners.append(at)
                 questions.append(question)

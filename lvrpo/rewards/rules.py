@@ -66,7 +66,7 @@ def _check_drawing(example: Example, cells: Sequence[Cell]) -> tuple[float, floa
 
 
 def _check_answer(example: Example, text: str) -> tuple[float, float, float]:
-    answer, given = example.answer or "", " ".join(text.split())
+    answer, given = (" ".join(words.split()) for words in (example.answer or "", text))
     right = float(given == answer)
     if answer in ("yes", "no"):
         well_formed = given in ("yes", "no")

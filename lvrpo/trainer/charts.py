@@ -231,8 +231,8 @@ def _by_task(rows: Sequence[Row], prefix: str) -> dict[str, dict[str, str]]:
     for key in dict.fromkeys(key for row in rows for key in row):
         head, _, rest = key.partition("/")
         if head == prefix and rest:
-            task, _, name = rest.rpartition("/")
-            found.setdefault(task, {})[key] = name
+            task, slash, name = rest.partition("/")  # a user's reward may be named by a path
+            found.setdefault(task if slash else "", {})[key] = (name or task).rpartition("/")[2]
     known = list(TASKS)
     order = sorted(found, key=lambda task: known.index(task) if task in known else len(known))
     return {task: found[task] for task in order}

@@ -1,7 +1,7 @@
 """What a run does: one frozen dataclass per section, read from TOML and from `section.key=value`.
 
-`lvrpo train --help` and docs/configuration.md explain the keys; a run directory holds the resolved
-file. An unknown section or key is an error that names it.
+docs/configuration.md explains the keys; a run directory holds the resolved file. An unknown section
+or key is an error that names it.
 """
 
 from __future__ import annotations

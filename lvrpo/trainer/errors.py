@@ -8,12 +8,14 @@ from lvrpo.trainer.checkpoint import CheckpointError
 from lvrpo.trainer.config import ConfigError
 from lvrpo.trainer.loop import SelfTestError
 from lvrpo.trainer.run_directory import RunDirectoryError
+from lvrpo.trainer.state import DivergedError
 from lvrpo.trainer.update import ScheduleMismatch
 
 USER_ERRORS: tuple[type[Exception], ...] = (
     CheckpointError,
     ConfigError,
     DataError,
+    DivergedError,
     RewardError,
     RunDirectoryError,
     ScheduleMismatch,

@@ -22,8 +22,9 @@ from lvrpo.trainer.config import TrainConfig
 from lvrpo.trainer.evaluate import evaluate
 from lvrpo.trainer.experience import gather_experience
 from lvrpo.trainer.records import RunWriter, read_evals, save_gallery
+from lvrpo.trainer.schedule import flow_schedule
 from lvrpo.trainer.state import TrainState
-from lvrpo.trainer.task import Task, flow_schedule
+from lvrpo.trainer.task import Task
 from lvrpo.trainer.update import Objective, policy_gradient
 from lvrpo.trainer.warm_start import supervised_gradient
 
@@ -75,6 +76,7 @@ def train(config: TrainConfig, task: Task, directory: Path, listener: Listener) 
 
     Raises:
         CheckpointError: the newest checkpoint is damaged or foreign, or the disk is full.
+        DivergedError: a gradient is not finite.
         RewardError: a reward function failed.
     """
     state = TrainState.initial(config, task)

@@ -13,8 +13,9 @@ from lvrpo.models.latents import LinearAutoencoder
 from lvrpo.ops._backend import BACKENDS
 from lvrpo.ops.normalize_advantages import AdvantageParams
 from lvrpo.trainer.config import ConfigError, TrainConfig
+from lvrpo.trainer.schedule import flow_schedule
 from lvrpo.trainer.sources import Source
-from lvrpo.trainer.task import Task, check_rewards, flow_schedule
+from lvrpo.trainer.task import Task, check_rewards
 from lvrpo.trainer.update import Objective
 
 

@@ -14,7 +14,7 @@ from lvrpo.data.example import Example
 from lvrpo.data.jsonl import DataError, load_picture
 from lvrpo.models.policy import Policy
 from lvrpo.trainer.checkpoint import CheckpointError, load_newest, write_text
-from lvrpo.trainer.config import ConfigError, TrainConfig, load_config, to_toml
+from lvrpo.trainer.config import ConfigError, TrainConfig, load_config, to_table, to_toml
 from lvrpo.trainer.environment import write_environment
 from lvrpo.trainer.evaluate import evaluate
 from lvrpo.trainer.loop import Listener, train
@@ -23,10 +23,11 @@ from lvrpo.trainer.progress import ProgressView
 from lvrpo.trainer.records import eval_scores
 from lvrpo.trainer.rollout import sample_answers, sample_pictures
 from lvrpo.trainer.run_directory import RunDirectoryError, locked
+from lvrpo.trainer.schedule import flow_schedule
 from lvrpo.trainer.sources import Source
 from lvrpo.trainer.state import fingerprint, load_weights
 from lvrpo.trainer.statistics import wilson_interval
-from lvrpo.trainer.task import Task, flow_schedule, load_or_fit_task
+from lvrpo.trainer.task import Task, load_or_fit_task
 
 
 @dataclass(frozen=True)
@@ -43,7 +44,7 @@ def open_run(directory: Path, config_file: Path | None, overrides: list[str]) ->
     """Hold a run directory and settle its configuration.
 
     A new directory gets `config.toml`. An existing run goes on with its own; flags given again must
-    agree with it, except for how often it saves and how much it evaluates.
+    agree with it, for none would be obeyed.
 
     Raises:
         ConfigError: the configuration is wrong, or not the one the run was started with.
@@ -55,13 +56,15 @@ def open_run(directory: Path, config_file: Path | None, overrides: list[str]) ->
         _refuse_other_contents(directory)
         source = check_config(given)  # before anything is created
     with locked(directory):
+        if is_new and (directory / "config.toml").exists():
+            raise RunDirectoryError(f"{directory} was started by another process just now")
         if is_new:
             write_text(directory / "config.toml", to_toml(given))
             config = given
         else:
             config = load_config(directory / "config.toml")
             named = config_file is not None or bool(overrides)
-            if named and fingerprint(given) != fingerprint(config):
+            if named and given != config:
                 raise ConfigError(
                     f"{directory} was started with another configuration "
                     f"({_difference(config, given)}); leave the flags away to go on with its own, "
@@ -82,8 +85,6 @@ def _refuse_other_contents(directory: Path) -> None:
 
 
 def _difference(ours: TrainConfig, theirs: TrainConfig) -> str:
-    from lvrpo.trainer.config import to_table
-
     a, b = to_table(ours), to_table(theirs)
     for section, values in a.items():
         for key, value in values.items():

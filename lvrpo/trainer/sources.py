@@ -68,7 +68,7 @@ class SceneSource(Source):
         self, task: Task, count: int, noise: float, seed: int, copies: int = 1
     ) -> list[list[Example]]:
         """See `Source`."""
-        rng = random.stream(seed, "label noise")
+        rng = random.stream(seed, "label noise", task)
         return [
             [with_label_noise(example, noise, rng) for _ in range(copies)]
             for example in self.examples("train", task, count, seed)
@@ -103,7 +103,7 @@ class JsonlSource(Source):
         self.words = common_words(texts)
 
     def examples(self, split: Split, task: Task, count: int, seed: int) -> list[Example]:
-        """See `Source`; a training prompt comes again only after all others."""
+        """See `Source`; within one draw a training prompt comes again only after all others."""
         of_task = [example for example in self.files[split] if example.task == task]
         if split == "test":
             return of_task[:count]

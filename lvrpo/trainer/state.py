@@ -16,6 +16,11 @@ from lvrpo.trainer.checkpoint import Checkpoint, CheckpointError
 from lvrpo.trainer.config import TrainConfig
 from lvrpo.trainer.task import Task
 
+
+class DivergedError(RuntimeError):
+    """A gradient that is not finite; the weights are still those before it."""
+
+
 _MOMENTS = ("step", "exp_avg", "exp_avg_sq")
 
 
@@ -40,7 +45,11 @@ class TrainState:
         return cls(model, average, optimizer, 0, fingerprint(config))
 
     def supervised_step(self, config: TrainConfig) -> dict[str, float]:
-        """Clip, step and average; returns the gradient's norm and the learning rate."""
+        """Clip, step and average; returns the gradient's norm and the learning rate.
+
+        Raises:
+            DivergedError: the gradient is not finite; the weights are left alone.
+        """
         section = config.warm_start
         done = (self.step + 1) / max(1, section.steps)
         warmup = min(1.0, done / 0.05)
@@ -69,7 +78,12 @@ class TrainState:
         return self._step(lr, section.grad_clip, decay=0.0)
 
     def _step(self, lr: float, grad_clip: float, decay: float) -> dict[str, float]:
-        norm = nn.utils.clip_grad_norm_(self.model.parameters(), grad_clip or math.inf)
+        norm = float(nn.utils.clip_grad_norm_(self.model.parameters(), grad_clip or math.inf))
+        if not math.isfinite(norm):
+            raise DivergedError(
+                f"step {self.step + 1}: the norm of the gradient is {norm}; a lower learning rate "
+                f"(now {lr:.2g}) may help; the checkpoints before it are kept"
+            )
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         self.optimizer.step()
@@ -78,7 +92,7 @@ class TrainState:
             averages: list[Tensor] = list(self.average.parameters())
             weights: list[Tensor] = list(self.model.parameters())
             torch._foreach_lerp_(averages, weights, 1 - decay)
-        return {"grad_norm": float(norm), "lr": lr}
+        return {"grad_norm": norm, "lr": lr}
 
     def tensors(self) -> dict[str, Tensor]:
         """Everything a checkpoint needs, by name."""

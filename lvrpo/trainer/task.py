@@ -6,6 +6,7 @@ import functools
 import math
 from collections.abc import Mapping
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +14,10 @@ import torch
 from torch import Tensor
 
 from lvrpo import random
-from lvrpo.data.example import Example
+from lvrpo.data.digits import digit_pools
+from lvrpo.data.example import TASKS, Example
 from lvrpo.data.example import Task as TaskName
 from lvrpo.models.answering import answer_probability
-from lvrpo.models.flow import FlowSchedule, noise_floor
 from lvrpo.models.latents import LinearAutoencoder
 from lvrpo.models.policy import Policy
 from lvrpo.models.tokenizer import Tokenizer
@@ -28,42 +29,12 @@ from lvrpo.rewards.knowledge import KnowledgeReward
 from lvrpo.rewards.rules import RuleReward, check_samples
 from lvrpo.rewards.semantic import SemanticReward
 from lvrpo.trainer.checkpoint import load_newest, save_checkpoint
-from lvrpo.trainer.config import ConfigError, RolloutSection, TrainConfig
-from lvrpo.trainer.sources import EvaluationFile, SceneSource, Source
-from lvrpo.trainer.update import Objective
+from lvrpo.trainer.config import ConfigError, TrainConfig
+from lvrpo.trainer.schedule import noise_floor_note
+from lvrpo.trainer.sources import EvaluationFile, JsonlSource, SceneSource, Source
 
 #: Rewards that come with lvrpo; any other name is imported as "module:function".
 BUILT_IN = ("r_ins", "r_sem", "r_kn")
-
-
-def flow_schedule(rollout: RolloutSection) -> FlowSchedule:
-    """The schedule that a configuration describes: the first steps stochastic, the rest ODE."""
-    return FlowSchedule(
-        num_steps=rollout.denoise_steps,
-        shift=rollout.shift,
-        dynamics=rollout.dynamics,  # type: ignore[arg-type]
-        noise_level=rollout.noise_level,
-        window=(0, rollout.stochastic_steps - 1),
-    )
-
-
-def noise_floor_note(config: TrainConfig) -> str:
-    """The image log-ratio that rounding alone makes, next to the clip range it competes with."""
-    schedule = flow_schedule(config.rollout)
-    elements = config.model.latent_dim * config.data.rows * config.data.columns
-    params = Objective.from_config(config).image
-    clip = min(params.clip_low, params.clip_high)
-    floors = {
-        dtype: float(
-            noise_floor(schedule, elements, float(torch.finfo(kind).eps), params=params).max()
-        )
-        for dtype, kind in (("fp32", torch.float32), ("bf16", torch.bfloat16))
-    }
-    line = ", ".join(f"{dtype} {floor:.1e}" for dtype, floor in floors.items())
-    note = f"noise floor of the image log-ratio: {line}; clip range {clip:g}"
-    if clip < 3 * floors["fp32"]:
-        note += " - WARNING: below 3x the fp32 floor, the clip cuts noise"
-    return note
 
 
 class Task:
@@ -154,12 +125,11 @@ class Task:
         return int(random.stream(self.config.run.seed, *ids).integers(1 << 62))
 
     def rewards(self, reference: Policy) -> Mapping[TaskName, list[Reward]]:
-        """The rewards of each modality, in the order of the configuration's weights."""
+        """The rewards of each sampled task, in the order of the configuration's weights."""
         if self._rewards is None:
-            section = self.config.rewards
             self._rewards = {
-                "understand": [self._reward(name, reference) for name in section.understand],
-                "generate": [self._reward(name, reference) for name in section.generate],
+                task: [self._reward(name, reference) for name in weights]
+                for task, weights in used_rewards(self.config).items()
             }
         return self._rewards
 
@@ -171,7 +141,8 @@ class Task:
             pool: Any = self.config.rewards.semantic_pool
             return SemanticReward(self.encoder, pool=pool)
         if name == "r_kn":
-            return KnowledgeReward(partial(answer_probability, reference))
+            learned = self.config.data.questions if isinstance(self.source, SceneSource) else None
+            return KnowledgeReward(partial(answer_probability, reference), kinds=learned)
         return own_reward(name)
 
     def facts(self) -> dict[str, Any]:
@@ -180,12 +151,27 @@ class Task:
             return {}
         return {
             "judge_accuracy": reader_accuracy(digit_judge()),
+            "judge_total": len(digit_pools()["test"].labels),
             "gold_accuracy": reader_accuracy(gold_reader()),
         }
 
     def notes(self) -> list[str]:
         """Lines worth reading before the first step."""
-        return [noise_floor_note(self.config)]
+        elements = self.autoencoder.tokens * self.autoencoder.dim
+        return [noise_floor_note(self.config, elements), *self._cut_answers_note()]
+
+    def _cut_answers_note(self) -> list[str]:
+        if not isinstance(self.source, JsonlSource):
+            return []
+        answers = [e.answer for e in self.source.files["train"] if e.answer is not None]
+        most = self.config.rollout.max_answer_tokens
+        cut = [answer for answer in answers if len(self.tokenizer.encode(answer)) > most]
+        if not cut:
+            return []
+        return [
+            f"WARNING: {len(cut)} of {len(answers)} training answers, {cut[0]!r} for one, are "
+            f"longer than rollout.max_answer_tokens = {most} and can never be given"
+        ]
 
     def use_evaluation_file(self, path: Path) -> None:
         """Evaluate on a JSONL file instead of the test split."""
@@ -241,6 +227,15 @@ def _mean(values: Tensor) -> float:
 own_reward = functools.cache(load_reward)
 
 
+def used_rewards(config: TrainConfig) -> dict[TaskName, dict[str, float]]:
+    """Rewards with their weights, of the tasks that have prompts in a step."""
+    return {
+        task: getattr(config.rewards, task)
+        for task in TASKS
+        if getattr(config.rollout, f"{task}_prompts")
+    }
+
+
 def check_rewards(config: TrainConfig, source: Source) -> None:
     """See that every reward exists and applies to the data.
 
@@ -251,7 +246,7 @@ def check_rewards(config: TrainConfig, source: Source) -> None:
     section = config.rewards
     RuleReward(strict_weight=section.strict_weight)
     pool_similarity(torch.zeros(1, 1), section.semantic_pool)  # type: ignore[arg-type]
-    for name in (*section.understand, *section.generate):
+    for name in chain.from_iterable(used_rewards(config).values()):
         if ":" in name:
             own_reward(name)
         elif name not in BUILT_IN:
@@ -262,7 +257,8 @@ def check_rewards(config: TrainConfig, source: Source) -> None:
         elif name == "r_sem" and not isinstance(source, SceneSource):
             raise ConfigError(
                 "rewards: r_sem comes with an encoder of digit scenes; with data.source = "
-                f"{config.data.source!r} name a reward of your own ('module:function')"
+                f"{config.data.source!r} set rewards.generate to r_ins where drawings have rules, "
+                "or to a reward of your own ('module:function')"
             )
 
 
@@ -276,7 +272,7 @@ def load_or_fit_task(config: TrainConfig, run_dir: Path, source: Source | None =
     """
     source = source or Source.from_config(config.data)
     section = config.model
-    wants_encoder = "r_sem" in (*config.rewards.understand, *config.rewards.generate)
+    wants_encoder = "r_sem" in chain.from_iterable(used_rewards(config).values())
     encoder: DualEncoder | None = None
     saved = load_newest(run_dir / "task")
     if saved is not None:

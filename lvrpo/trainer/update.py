@@ -6,6 +6,7 @@ from collections import defaultdict
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -237,8 +238,9 @@ class _Metrics:
 
     def _extremes(self, modality: str, found: LossMetrics | FlowLossMetrics) -> None:
         low, high = f"ratio/{modality}/min", f"ratio/{modality}/max"
-        self.lowest[low] = min(self.lowest.get(low, 1.0), float(found.ratio_min))
-        self.highest[high] = max(self.highest.get(high, 1.0), float(found.ratio_max))
+        # Python's min(1.0, nan) is 1.0, and the self test of the ratios must see the NaN.
+        self.lowest[low] = float(np.minimum(self.lowest.get(low, 1.0), float(found.ratio_min)))
+        self.highest[high] = float(np.maximum(self.highest.get(high, 1.0), float(found.ratio_max)))
 
     def result(self) -> dict[str, float]:
         """All metrics by name."""

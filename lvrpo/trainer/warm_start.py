@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from lvrpo import random
-from lvrpo.data.example import Example
+from lvrpo.data.example import Example, Picture
 from lvrpo.models.flow import interpolate, velocity_target
 from lvrpo.models.groups import pack_groups
 from lvrpo.models.policy import Policy
@@ -69,7 +69,7 @@ def _noisy_targets(
     """x_t [M, n, c], t [M] and the velocity [M, n, c] they should predict, for all M examples."""
     targets = [torch.from_numpy(_target(example)) for group in drawings for example in group]
     clean = policy.autoencoder.encode(torch.stack(targets))
-    generator = random.stream(seed, "warm start", step)
+    generator = random.stream(seed, "flow noise", step)
     noise = torch.from_numpy(generator.standard_normal(clean.shape, dtype="float32"))
     # One time in each M-th part of [0, 1]: uniform like independent draws, with less variance.
     strata = generator.permutation(len(clean)) + generator.random(len(clean))
@@ -83,7 +83,7 @@ def _answer(example: Example) -> str:
     return example.answer
 
 
-def _target(example: Example):  # type: ignore[no-untyped-def]
+def _target(example: Example) -> Picture:
     if example.target is None:
         raise ValueError(f"{example.uid}: a drawing prompt without a target cannot be learned from")
     return example.target

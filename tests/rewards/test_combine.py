@@ -54,7 +54,10 @@ def test_scores_carry_no_gradient():
         (Fixed([1.0]), r"'fixed' returned shape \(1,\) for 3 samples"),
         (Fixed(torch.ones(3, 1)), r"returned shape \(3, 1\)"),
         (Fixed(None), r"'fixed' raised TypeError"),
-        (FunctionReward(lambda samples: 1 / 0, "mine"), r"'mine' raised ZeroDivisionError.*'q0'"),
+        (
+            FunctionReward(lambda samples: 1 / 0, "mine"),
+            r"'mine' raised ZeroDivisionError.*'q0'.*at .*test_combine.py:\d+$",
+        ),
     ],
 )
 def test_a_bad_reward_is_named(reward, message):
@@ -110,6 +113,20 @@ partly.name = "part"
 number = 3
 """
 
+#: dataclasses look up the module that a class says it is of.
+DATACLASS = """
+from __future__ import annotations
+from dataclasses import dataclass
+
+@dataclass
+class Scaled:
+    scale: float = 2.0
+    name: str = "scaled"
+    may_be_nan: bool = False
+    def __call__(self, samples):
+        return [self.scale] * len(samples)
+"""
+
 
 @pytest.fixture
 def spec(tmp_path, monkeypatch):
@@ -128,6 +145,13 @@ def test_load_reward(spec):
         assert load_reward(f"{where}:Constant").name == "one"
         partly = load_reward(f"{where}:partly")
         assert (partly.name, partly.may_be_nan) == ("part", True)
+
+
+def test_a_reward_file_may_define_dataclasses_and_be_called_like_a_package(tmp_path):
+    path = tmp_path / "json.py"
+    path.write_text(DATACLASS)
+    assert score([load_reward(f"{path}:Scaled")], SAMPLES)[:, 0].tolist() == [2, 2, 2]
+    assert sys.modules["json"].__file__ != str(path)
 
 
 @pytest.mark.parametrize(

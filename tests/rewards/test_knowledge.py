@@ -66,3 +66,16 @@ def test_a_bad_answerer_is_refused(given, message):
     reward = KnowledgeReward(lambda images, questions, answers: given)
     with pytest.raises(RewardError, match=message):
         score([reward], Samples.of_images([LAYOUT], torch.zeros(1, 1, 16, 16)))
+
+
+def test_only_learned_kinds_are_asked():
+    asked = []
+
+    def answerer(images, questions, answers):
+        asked.extend(questions)
+        return torch.ones(len(questions))
+
+    samples = Samples.of_images([LAYOUT, SUM], torch.zeros(2, 1, 16, 16))
+    scores = KnowledgeReward(answerer, kinds={"name": 1.0})(samples)
+    assert asked == ["what digit is at top-left", "what digit is at bottom-right"]
+    assert scores.isnan().tolist() == [False, True]

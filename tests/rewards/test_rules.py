@@ -103,6 +103,7 @@ def test_reward_mixes_strict_and_partial():
         ("yes", "no", 0, 1),
         ("yes", "7", 0, 0),
         ("a cat", "a  cat", 1, 1),
+        (" a  cat\n", "a cat", 1, 1),
         ("a cat", "", 0, 0),
     ],
 )

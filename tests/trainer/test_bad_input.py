@@ -106,11 +106,17 @@ def test_bad_config_file(tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-def test_other_settings_than_the_run_was_started_with(run):
+@pytest.mark.parametrize("setting", ["rollout.group_size=4", "run.eval_items=16"])
+def test_other_settings_than_the_run_was_started_with(run, setting):
     before = contents(run)
-    message = refused("train", run, "--set", "rollout.group_size=4")
+    message = refused("train", run, *settings([*OVERRIDES, setting]))
     assert "was started with another configuration" in message
+    assert f"{setting.partition('=')[0]} is " in message
     assert contents(run) == before
+
+
+def test_a_negative_number_of_items(run):
+    assert command("eval", run, "--items", -1).exit_code == 2
 
 
 @pytest.mark.parametrize("content", ["notes.txt", "checkpoints/x"])

@@ -11,7 +11,8 @@ from trainer.tiny import OVERRIDES, tiny_config
 from lvrpo.rewards.combine import FunctionReward
 from lvrpo.trainer.config import load_config
 from lvrpo.trainer.experience import gather_experience, shuffle_within_groups
-from lvrpo.trainer.task import Task, flow_schedule, load_or_fit_task
+from lvrpo.trainer.schedule import flow_schedule
+from lvrpo.trainer.task import Task, load_or_fit_task
 
 REWARDS = torch.arange(12.0)[:, None] * torch.tensor([1.0, -1.0])  # 3 groups of 4, 2 rewards
 

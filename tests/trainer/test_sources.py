@@ -12,6 +12,7 @@ from trainer.own_data import write_own_data
 from trainer.tiny import OVERRIDES, command, settings, tiny_config
 
 from lvrpo.models.tokenizer import Tokenizer
+from lvrpo.trainer import charts
 from lvrpo.trainer.config import ConfigError, DataSection
 from lvrpo.trainer.preflight import check_config
 from lvrpo.trainer.records import load_gallery, read_evals, read_metrics
@@ -36,6 +37,11 @@ def test_the_run_learns_from_the_users_reward(own):
         assert 0 <= row[f"reward/generate/{own}/reward.py:brightness"] <= 1
         assert row[f"share/generate/{own}/reward.py:brightness"] == pytest.approx(1, abs=1e-4)
         assert row["grad_norm"] > 0
+    panels = charts._by_task(rows, "reward")
+    assert {task: list(names.values()) for task, names in panels.items()} == {
+        "understand": ["r_ins"],
+        "generate": ["reward.py:brightness"],
+    }
 
 
 def test_drawings_without_a_rule_are_neither_right_nor_wrong(own):
@@ -124,9 +130,28 @@ def test_questions_alone_are_enough(tmp_path):
     assert task.autoencoder.mean.mean() == pytest.approx(pictures.mean(), abs=0.02)
     result = command("train", tmp_path / "run2", *settings([*OVERRIDES, *overrides]))
     assert "no generate example" in result.stderr
-    config = settings([*OVERRIDES, *overrides, "rollout.generate_prompts=0"])
+    # A reward of drawings that cannot be used is no obstacle where nothing is drawn.
+    unused = "rewards.generate={ r_sem = 1.0 }"
+    config = settings([*OVERRIDES, *overrides, "rollout.generate_prompts=0", unused])
     result = command("train", tmp_path / "run2", *config)
     assert result.exit_code == 0, result.output
+
+
+def test_notes_count_the_latents_of_the_users_pictures_and_answers_that_are_cut(tmp_path):
+    def notes(*changes: str) -> list[str]:
+        config = tiny_config(*write_own_data(tmp_path), *changes)
+        folder = tmp_path / f"run {len(changes)}"
+        return load_or_fit_task(config, folder, check_config(config)).notes()
+
+    (floor,) = notes()
+    (finer,) = notes("model.latent_patch=4")
+    assert floor != finer
+    rows = (tmp_path / "train.jsonl").read_text()
+    assert "max_answer_tokens" not in floor
+    config = tiny_config(*write_own_data(tmp_path))
+    (tmp_path / "train.jsonl").write_text(rows.replace('"dark"', '"a b c d e"'))
+    _, cut = load_or_fit_task(config, tmp_path / "run 3", check_config(config)).notes()
+    assert cut.startswith("WARNING: 3 of 6 training answers, 'a b c d e' for one, are longer than")
 
 
 def test_nothing_to_imitate(tmp_path):

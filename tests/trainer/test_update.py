@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,7 +16,13 @@ from lvrpo.ops._policy_loss import LossParams
 from lvrpo.ops.flow_policy_loss import FlowLossParams
 from lvrpo.trainer.config import load_config
 from lvrpo.trainer.loop import SELF_TEST_TOLERANCE, SelfTestError, check_ratio
-from lvrpo.trainer.update import Experience, Objective, ScheduleMismatch, policy_gradient
+from lvrpo.trainer.update import (
+    Experience,
+    Objective,
+    ScheduleMismatch,
+    _Metrics,
+    policy_gradient,
+)
 
 TEMPERATURE = 1.3  # of small_policy.answers
 MIXES = {"text": (3, 0), "image": (0, 3), "mixed": (2, 2)}
@@ -264,3 +272,11 @@ def test_the_objective_is_that_of_the_configuration():
     assert (image.clip_low, image.clip_high, image.beta, image.kl) == (0.3, 0.3, 0.4, "gaussian")
     assert image.log_ratio_scale == "mean"
     assert found.temperature == 0.5
+
+
+def test_a_ratio_that_is_not_a_number_fails_the_self_test():
+    metrics = _Metrics()
+    for value in (1.0, math.nan, 1.0):
+        metrics._extremes("text", SimpleNamespace(ratio_min=value, ratio_max=value))
+    with pytest.raises(SelfTestError, match=r"ratio/text/m.. is nan"):
+        check_ratio(metrics.result())
