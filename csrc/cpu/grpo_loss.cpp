@@ -295,6 +295,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> grpo_loss_fwd(
     optional<Tensor> entropy, optional<Tensor> token_weights, int64_t ratio, double clip_low, double clip_high,
     double ratio_cap, double beta, int64_t kl, bool kl_times_ratio, double entropy_coef, int64_t aggregation,
     double max_length, double denominator) {
+  LVRPO_CHECK(ratio >= RATIO_NONE && ratio <= RATIO_SEQ_MEAN, "ratio is ", ratio);
+  LVRPO_CHECK(kl >= K1 && kl <= KL_ABS, "kl is ", kl);
+  LVRPO_CHECK(aggregation >= TOKEN_MEAN && aggregation <= SEQ_MEAN_TOKEN_SUM_NORM, "aggregation is ", aggregation);
   LVRPO_CHECK(logprobs.dim() == 1 && advantages.dim() == 1 && cu_seqlens.dim() == 1 && cu_seqlens.size(0) >= 1,
               "logprobs, advantages and cu_seqlens must have one dimension");
   for (optional<Tensor>* tensor : {&old_logprobs, &ref_logprobs, &entropy, &token_weights})

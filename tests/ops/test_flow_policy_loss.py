@@ -383,6 +383,15 @@ def test_compiles_without_a_graph_break(backend):
     torch.testing.assert_close(ours.grad, eager.grad)
 
 
+def test_the_op_refuses_an_empty_denominator():
+    latents, one = [torch.zeros(1, 2)] * 3, torch.ones(1)
+    scalars = (0, 0, 0.1, 0.1, 5.0, 0.0, 1.0, 0.0)
+    with pytest.raises(RuntimeError, match="denominator must hold one number"):
+        torch.ops.lvrpo.flow_policy_loss_fwd(
+            *latents, None, one, one, one, one, None, torch.zeros(0), *scalars
+        )
+
+
 def reject(mutant: Callable[..., Any], inputs: dict[str, Any]) -> None:
     with pytest.raises(AssertionError):
         check_op(
