@@ -87,6 +87,24 @@ def test_the_op_refuses_a_choice_that_does_not_exist(position, name):
         )
 
 
+@pytest.mark.parametrize("kl_factor", ["none", "ratio"])
+def test_a_reference_for_the_metric_alone_does_not_reach_the_loss(backend, kl_factor):
+    logprobs = torch.tensor([-100.0, -1.0], requires_grad=True)
+    loss, metrics = grpo_loss(
+        logprobs,
+        None,
+        torch.ones(1),
+        torch.tensor([0, 2]),
+        ref_logprobs=torch.tensor([-1.0, -1.0]),
+        params=LossParams(kl_factor=kl_factor),
+        backend=backend,
+    )
+    loss.backward()
+    assert float(loss.detach()) == -1.0
+    assert float(metrics.kl) == INF
+    assert logprobs.grad.tolist() == [-0.5, -0.5]
+
+
 def test_the_result_unpacks_like_that_of_the_flow_loss(backend):
     loss, metrics = grpo_loss(
         torch.zeros(2), None, torch.ones(1), torch.tensor([0, 2]), backend=backend
