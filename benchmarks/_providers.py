@@ -23,7 +23,7 @@ class Case:
 
     Attributes:
         op: its name in lvrpo.
-        inputs: keyword arguments of `call`; tensors only where they are floating.
+        inputs: keyword arguments of `call`.
         differentiable: the inputs whose gradients are taken.
         call: call(functional, **inputs) -> tensor or tuple of tensors, for ops whose arguments or
             results are not plain tensors; None calls functional(**inputs).

@@ -163,9 +163,12 @@ inline TilePlan plan_tiles(const SpanLayout& layout, int64_t rows_per_tile, int6
       QueryTile tile{row, std::min(row + rows_per_tile, row_end), 0, 0, 0};
       append_visible_keys(layout, first_span, tile, plan.ranges);
       LVRPO_CHECK(tile.range_begin < tile.range_end, "rows of span ", first_span, " see no key");
-      for (int64_t r = tile.range_begin; r < tile.range_end; ++r)
-        LVRPO_CHECK(plan.ranges[r].begin >= document.key_begin && plan.ranges[r].end <= document.key_end,
-                    "runs of span ", first_span, " leave its document");
+      int64_t seen = document.key_begin;
+      for (int64_t r = tile.range_begin; r < tile.range_end; ++r) {
+        LVRPO_CHECK(plan.ranges[r].begin >= seen && plan.ranges[r].end <= document.key_end, "runs of span ", first_span,
+                    " do not ascend inside its document");
+        seen = plan.ranges[r].end;
+      }
       plan.tiles.push_back(tile);
     }
     document.tile_end = plan.tiles.size();

@@ -171,6 +171,7 @@ std::tuple<Tensor, Tensor, Tensor> flow_policy_loss_fwd(
   if (velocity_ref) velocity_ref = size.contiguous(*velocity_ref, "velocity_ref");
   check_size(advantages, 0, size.samples, "advantages");
   if (sample_weights) check_size(*sample_weights, 0, size.samples, "sample_weights");
+  LVRPO_CHECK(!denominator || denominator->numel() == 1, "denominator must hold one number");
   Tensor loss = torch::stable::new_empty(velocity_old, {});
   Tensor metrics = torch::stable::new_empty(velocity_old, {METRICS}, ScalarType::Float);
   Tensor directions = torch::stable::new_empty(velocity_old, {size.samples, 3});

@@ -115,21 +115,54 @@ struct Columns {
   int64_t high(int64_t row) const { return ranges ? ranges[row * stride_row + stride_side] : vocab; }
 };
 
-Columns columns_of(const optional<Tensor>& vocab_range, int64_t vocab) {
+Columns columns_of(const optional<Tensor>& vocab_range, int64_t rows, int64_t vocab) {
   if (!vocab_range) return {nullptr, 0, 0, vocab};
   check_dtype(*vocab_range, ScalarType::Long, "vocab_range");
-  return {vocab_range->const_data_ptr<int64_t>(), vocab_range->stride(0), vocab_range->stride(1), vocab};
+  check_size(*vocab_range, 0, rows, "vocab_range");
+  check_size(*vocab_range, 1, 2, "vocab_range");
+  const Columns columns{vocab_range->const_data_ptr<int64_t>(), vocab_range->stride(0), vocab_range->stride(1), vocab};
+  for (int64_t row = 0; row < rows; ++row)
+    LVRPO_CHECK(columns.low(row) >= 0 && columns.low(row) <= columns.high(row) && columns.high(row) <= vocab,
+                "vocab_range[", row, "] is [", columns.low(row), ", ", columns.high(row), "], outside [0, ", vocab,
+                "]");
+  return columns;
 }
 
-const int64_t* rows_of(const optional<Tensor>& row_index, const Tensor& token_ids) {
-  check_dtype(token_ids, ScalarType::Long, "token_ids");
-  check_contiguous(token_ids, "token_ids");
-  if (!row_index) return nullptr;
-  check_dtype(*row_index, ScalarType::Long, "row_index");
-  check_contiguous(*row_index, "row_index");
-  check_size(*row_index, 0, token_ids.size(0), "row_index");
-  return row_index->const_data_ptr<int64_t>();
-}
+// The targets, and the row that predicts each.
+class Targets {
+ public:
+  // Ids and rows are inside the logits from here on, but for the id of an ignored token.
+  Targets(const Tensor& token_ids, const optional<Tensor>& row_index, int64_t rows, const Columns& columns,
+          int64_t ignore_index)
+      : token_ids_(torch::stable::contiguous(token_ids)), ignore_index_(ignore_index) {
+    LVRPO_CHECK(token_ids.dim() == 1, "token_ids must be [T]");
+    check_dtype(token_ids, ScalarType::Long, "token_ids");
+    count_ = token_ids.size(0);
+    ids_ = token_ids_.const_data_ptr<int64_t>();
+    if (row_index) {
+      check_dtype(*row_index, ScalarType::Long, "row_index");
+      check_size(*row_index, 0, count_, "row_index");
+      row_index_ = torch::stable::contiguous(*row_index);
+      rows_ = row_index_->const_data_ptr<int64_t>();
+    }
+    for (int64_t t = 0; t < count_; ++t) {
+      LVRPO_CHECK(row(t) >= 0 && row(t) < rows, "row_index[", t, "] is ", row(t), ", expected [0, ", rows, ")");
+      LVRPO_CHECK(ignored(t) || (id(t) >= columns.low(row(t)) && id(t) < columns.high(row(t))), "token_ids[", t,
+                  "] is ", id(t), ", outside its row's vocabulary");
+    }
+  }
+  int64_t count() const { return count_; }
+  int64_t id(int64_t t) const { return ids_[t]; }
+  int64_t row(int64_t t) const { return rows_ ? rows_[t] : t; }
+  bool ignored(int64_t t) const { return ids_[t] == ignore_index_; }
+
+ private:
+  Tensor token_ids_;
+  optional<Tensor> row_index_;
+  const int64_t* ids_;
+  const int64_t* rows_ = nullptr;
+  int64_t count_, ignore_index_;
+};
 
 // A row can be as long as a vocabulary; a thread is worth starting for about this many logits.
 int64_t row_grain(int64_t vocab) { return std::max<int64_t>(1, 16384 / std::max<int64_t>(1, vocab)); }
@@ -139,15 +172,12 @@ std::tuple<Tensor, Tensor, Tensor> gather_logprobs_fwd(Tensor logits, Tensor tok
                                                        double softcap, int64_t ignore_index, bool with_entropy) {
   LVRPO_CHECK(logits.dim() == 2, "logits must be [R, V]");
   if (logits.stride(1) != 1) logits = torch::stable::contiguous(logits);
-  token_ids = torch::stable::contiguous(token_ids);
-  if (row_index) row_index = torch::stable::contiguous(*row_index);
-  const int64_t rows = logits.size(0), vocab = logits.size(1), tokens = token_ids.size(0);
-  const int64_t* row_of = rows_of(row_index, token_ids);
-  const int64_t* ids = token_ids.const_data_ptr<int64_t>();
-  const Columns columns = columns_of(vocab_range, vocab);
+  const int64_t rows = logits.size(0), vocab = logits.size(1);
+  const Columns columns = columns_of(vocab_range, rows, vocab);
+  const Targets targets(token_ids, row_index, rows, columns, ignore_index);
   const ScalarType dtype = logits.scalar_type();
   const ScalarType out_dtype = dtype == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
-  Tensor logprobs = torch::stable::new_empty(logits, {tokens}, out_dtype);
+  Tensor logprobs = torch::stable::new_empty(logits, {targets.count()}, out_dtype);
   Tensor lse = torch::stable::new_empty(logits, {rows}, out_dtype);
   Tensor entropy = torch::stable::new_empty(logits, {with_entropy ? rows : 0}, out_dtype);
 
@@ -171,16 +201,13 @@ std::tuple<Tensor, Tensor, Tensor> gather_logprobs_fwd(Tensor logits, Tensor tok
         if (with_entropy) entropy_ptr[row] = log_sum[row] - stats.sum_exp_z / stats.sum_exp;
       }
     });
-    for (int64_t t = 0; t < tokens; ++t) {
-      if (ids[t] == ignore_index) {
+    for (int64_t t = 0; t < targets.count(); ++t) {
+      const int64_t row = targets.row(t);
+      if (targets.ignored(t)) {
         out[t] = acc(0);
-        continue;
+      } else {
+        out[t] = (scale(static_cast<acc>(x[row * stride + targets.id(t)])) - max[row]) - log_sum[row];
       }
-      const int64_t row = row_of ? row_of[t] : t;
-      LVRPO_CHECK(row >= 0 && row < rows, "row_index[", t, "] is ", row, ", expected [0, ", rows, ")");
-      LVRPO_CHECK(ids[t] >= columns.low(row) && ids[t] < columns.high(row), "token_ids[", t, "] is ", ids[t],
-                  ", outside its row's vocabulary");
-      out[t] = (scale(static_cast<acc>(x[row * stride + ids[t]])) - max[row]) - log_sum[row];
     }
   });
   return {logprobs, lse, entropy};
@@ -189,15 +216,22 @@ std::tuple<Tensor, Tensor, Tensor> gather_logprobs_fwd(Tensor logits, Tensor tok
 Tensor gather_logprobs_bwd(Tensor dlogprobs, optional<Tensor> dentropy, Tensor logits, Tensor token_ids,
                            optional<Tensor> row_index, optional<Tensor> vocab_range, Tensor lse,
                            optional<Tensor> entropy, double temperature, double softcap, int64_t ignore_index) {
+  LVRPO_CHECK(logits.dim() == 2, "logits must be [R, V]");
   if (logits.stride(1) != 1) logits = torch::stable::contiguous(logits);
-  token_ids = torch::stable::contiguous(token_ids);
+  const int64_t rows = logits.size(0), vocab = logits.size(1);
+  const Columns columns = columns_of(vocab_range, rows, vocab);
+  const Targets targets(token_ids, row_index, rows, columns, ignore_index);
+  check_size(dlogprobs, 0, targets.count(), "dlogprobs");
+  check_size(lse, 0, rows, "lse");
+  LVRPO_CHECK(!dentropy || entropy, "dentropy needs entropy");
+  if (dentropy) {
+    check_size(*dentropy, 0, rows, "dentropy");
+    check_size(*entropy, 0, rows, "entropy");
+    dentropy = torch::stable::contiguous(*dentropy);
+    entropy = torch::stable::contiguous(*entropy);
+  }
   dlogprobs = torch::stable::contiguous(dlogprobs);
-  if (row_index) row_index = torch::stable::contiguous(*row_index);
-  if (dentropy) dentropy = torch::stable::contiguous(*dentropy);
-  const int64_t rows = logits.size(0), vocab = logits.size(1), tokens = token_ids.size(0);
-  const int64_t* row_of = rows_of(row_index, token_ids);
-  const int64_t* ids = token_ids.const_data_ptr<int64_t>();
-  const Columns columns = columns_of(vocab_range, vocab);
+  lse = torch::stable::contiguous(lse);
   Tensor dlogits = torch::stable::new_empty(logits, {rows, vocab});
 
   LVRPO_DISPATCH_FLOATING(logits.scalar_type(), scalar_t, [&] {
@@ -211,12 +245,13 @@ Tensor gather_logprobs_bwd(Tensor dlogprobs, optional<Tensor> dentropy, Tensor l
     const acc* lse_ptr = lse.const_data_ptr<acc>();
     scalar_t* dx = dlogits.mutable_data_ptr<scalar_t>();
 
-    // Tokens sorted by row, so that each row is written by one thread and its sums have one order.
-    std::vector<int64_t> first(rows + 1, 0), order(tokens);
-    for (int64_t t = 0; t < tokens; ++t) ++first[(row_of ? row_of[t] : t) + 1];
+    // Targets sorted by row, so that each row is written by one thread and its sums have one order.
+    std::vector<int64_t> first(rows + 1, 0);
+    for (int64_t t = 0; t < targets.count(); ++t) first[targets.row(t) + 1] += !targets.ignored(t);
     for (int64_t row = 0; row < rows; ++row) first[row + 1] += first[row];
-    std::vector<int64_t> next(first.begin(), first.end() - 1);
-    for (int64_t t = 0; t < tokens; ++t) order[next[row_of ? row_of[t] : t]++] = t;
+    std::vector<int64_t> next(first.begin(), first.end() - 1), order(first[rows]);
+    for (int64_t t = 0; t < targets.count(); ++t)
+      if (!targets.ignored(t)) order[next[targets.row(t)]++] = t;
 
     torch::stable::parallel_for(0, rows, row_grain(vocab), [&](int64_t begin, int64_t end) {
       for (int64_t row = begin; row < end; ++row) {
@@ -225,10 +260,9 @@ Tensor gather_logprobs_bwd(Tensor dlogprobs, optional<Tensor> dentropy, Tensor l
         std::fill(out, out + low, scalar_t(0));
         std::fill(out + high, out + vocab, scalar_t(0));
         acc total = 0;
-        for (int64_t k = first[row]; k < first[row + 1]; ++k)
-          if (ids[order[k]] != ignore_index) total += dlp[order[k]];
+        for (int64_t k = first[row]; k < first[row + 1]; ++k) total += dlp[order[k]];
         const acc de = dent ? dent[row] : acc(0);
-        if (total == acc(0) && de == acc(0) && first[row] == first[row + 1]) {
+        if (de == acc(0) && first[row] == first[row + 1]) {
           std::fill(out + low, out + high, scalar_t(0));
           continue;
         }
@@ -236,16 +270,17 @@ Tensor gather_logprobs_bwd(Tensor dlogprobs, optional<Tensor> dentropy, Tensor l
         row_gradient<scalar_t, acc>(x + row * stride + low, out + low, high - low, scale, lse_ptr[row], total, de,
                                     mean_z);
         for (int64_t k = first[row]; k < first[row + 1]; ++k) {
-          const int64_t id = ids[order[k]];
-          if (id == ignore_index) continue;
+          const int64_t id = targets.id(order[k]);
           // A target's column is formed whole in acc and stored once: rounding p first would lose 1 - p.
           acc hits = 0;
           for (int64_t j = first[row]; j < first[row + 1]; ++j)
-            if (ids[order[j]] == id) hits += dlp[order[j]];
+            if (targets.id(order[j]) == id) hits += dlp[order[j]];
           const acc logit = static_cast<acc>(x[row * stride + id]);
           const acc z = scale(logit);
           const acc p = exp_fast(z - lse_ptr[row]);
-          out[id] = static_cast<scalar_t>((hits + p * (de * (mean_z - z) - total)) * scale.derivative(logit));
+          // z may be -inf where p is 0; their product must be 0.
+          const acc spread = p > acc(0) ? p * (de * (mean_z - z) - total) : acc(0);
+          out[id] = static_cast<scalar_t>((hits + spread) * scale.derivative(logit));
         }
       }
     });

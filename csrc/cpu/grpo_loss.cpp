@@ -49,7 +49,7 @@ template <int64_t kind, typename acc>
 LVRPO_INLINE void kl_block(const Loss<acc>& loss, const acc* ref, const acc* logp, const acc* log_ratio,
                            const bool* active, int64_t n, acc* slope, Sums& sums) {
   const acc beta = loss.beta;
-  const bool times_ratio = loss.kl_times_ratio;
+  const bool times_ratio = loss.kl_times_ratio, weighs = beta != acc(0);  // 0 times an overflow is NaN
   double terms = 0, values = 0;
 #pragma omp simd reduction(+ : terms, values)
   for (int64_t i = 0; i < n; ++i) {
@@ -61,7 +61,7 @@ LVRPO_INLINE void kl_block(const Loss<acc>& loss, const acc* ref, const acc* log
     const acc through_ratio = times_ratio ? term : acc(0);
     terms += active[i] ? static_cast<double>(term) : 0.0;
     values += active[i] ? static_cast<double>(value) : 0.0;
-    slope[i] += active[i] ? beta * (rho * derivative + through_ratio) : acc(0);
+    slope[i] += active[i] && weighs ? beta * (rho * derivative + through_ratio) : acc(0);
   }
   sums.kl_term += terms;
   sums.kl += values;
@@ -285,7 +285,8 @@ void run(const Tokens<acc>& in, const Loss<acc>& loss, const Aggregate& aggregat
   double policy = 0, total = 0;
   for (int64_t b = 0; b < sequences; ++b) {
     policy += factor[b] * sums[b].policy;
-    total += factor[b] * (sums[b].policy + beta * sums[b].kl_term - entropy_coef * sums[b].entropy);
+    const double kl_term = beta != 0 ? beta * sums[b].kl_term : 0;
+    total += factor[b] * (sums[b].policy + kl_term - entropy_coef * sums[b].entropy);
   }
   store(merge(sums), total, policy, loss_out, metrics);
 }
@@ -295,6 +296,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> grpo_loss_fwd(
     optional<Tensor> entropy, optional<Tensor> token_weights, int64_t ratio, double clip_low, double clip_high,
     double ratio_cap, double beta, int64_t kl, bool kl_times_ratio, double entropy_coef, int64_t aggregation,
     double max_length, double denominator) {
+  LVRPO_CHECK(ratio >= RATIO_NONE && ratio <= RATIO_SEQ_MEAN, "ratio is ", ratio);
+  LVRPO_CHECK(kl >= K1 && kl <= KL_ABS, "kl is ", kl);
+  LVRPO_CHECK(aggregation >= TOKEN_MEAN && aggregation <= SEQ_MEAN_TOKEN_SUM_NORM, "aggregation is ", aggregation);
   LVRPO_CHECK(logprobs.dim() == 1 && advantages.dim() == 1 && cu_seqlens.dim() == 1 && cu_seqlens.size(0) >= 1,
               "logprobs, advantages and cu_seqlens must have one dimension");
   for (optional<Tensor>* tensor : {&old_logprobs, &ref_logprobs, &entropy, &token_weights})

@@ -195,6 +195,8 @@ void store(const std::vector<double>& from, Tensor& to) {
 
 Result normalize_advantages(Tensor rewards, Tensor offsets, Tensor weights, bool decoupled, bool leave_one_out,
                             int64_t scale, int64_t ddof, double eps, double std_floor, bool whiten, double clip) {
+  LVRPO_CHECK(scale >= GROUP && scale <= NONE, "scale is ", scale);
+  LVRPO_CHECK(clip > 0, "clip is ", clip, ", expected > 0");
   LVRPO_CHECK(rewards.dim() == 2, "rewards must be [B, K]");
   LVRPO_CHECK(offsets.dim() == 1 && offsets.size(0) >= 1, "offsets must be [P + 1]");
   rewards = torch::stable::contiguous(rewards);
@@ -226,7 +228,8 @@ Result normalize_advantages(Tensor rewards, Tensor offsets, Tensor weights, bool
   std::vector<signed char> constant(groups * count);
   torch::stable::parallel_for(0, groups, 256, [&](int64_t first, int64_t last) {
     for (int64_t p = first; p < last; ++p)
-      group_parts(table, w, estimator, batch_std.data(), start[p], start[p + 1], part.data(), &constant[p * count]);
+      group_parts(table, w, estimator, batch_std.data(), start[p], start[p + 1], part.data(),
+                  constant.data() + p * count);
   });
 
   const std::vector<double> values = finish(estimator, batch, count, whiten, clip, part);

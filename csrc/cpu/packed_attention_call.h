@@ -47,9 +47,10 @@ HeadRows<const scalar_t> head_rows(const Tensor& t) {
   return {t.const_data_ptr<scalar_t>(), t.stride(0), t.stride(1), t.size(2)};
 }
 
+// Of a contiguous result. From its sizes, because torch gives a tensor without elements strides that are not 0.
 template <typename scalar_t>
 HeadRows<scalar_t> mutable_head_rows(Tensor& t) {
-  return {t.mutable_data_ptr<scalar_t>(), t.stride(0), t.stride(1), t.size(2)};
+  return {t.mutable_data_ptr<scalar_t>(), t.size(1) * t.size(2), t.size(2), t.size(2)};
 }
 
 inline Tensor with_contiguous_heads(const Tensor& t) {

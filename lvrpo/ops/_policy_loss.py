@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import Any, Literal, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 from torch import Tensor
 
@@ -139,8 +139,7 @@ class LossMetrics:
     active_tokens: Tensor
 
 
-@dataclasses.dataclass(frozen=True)
-class PolicyLoss:
+class PolicyLoss(NamedTuple):
     """Result of `grpo_loss`.
 
     Attributes:

@@ -60,20 +60,23 @@ class FlowLossParams:
     beta: float = 0.0
 
     def __post_init__(self) -> None:
-        if self.variant not in VARIANTS:
-            raise ValueError(f"variant is {self.variant!r}, expected one of {', '.join(VARIANTS)}")
-        if self.kl not in KL_FORMS:
-            raise ValueError(f"kl is {self.kl!r}, expected one of {', '.join(KL_FORMS)}")
-        if not 0 <= self.clip_low <= 1:
-            raise ValueError(f"clip_low is {self.clip_low}, expected [0, 1]")
-        for name in ("clip_high", "tau", "beta"):
-            if not getattr(self, name) >= 0:
-                raise ValueError(f"{name} is {getattr(self, name)}, expected >= 0")
-        if self.adv_clip is not None and not self.adv_clip > 0:
-            raise ValueError(f"adv_clip is {self.adv_clip}, expected > 0, or None for no clamp")
         scale = self.log_ratio_scale
-        if scale != "mean" and not (isinstance(scale, (int, float)) and scale > 0):
-            raise ValueError(f"log_ratio_scale is {scale!r}, expected 'mean' or a number > 0")
+        scaled = scale == "mean" or (isinstance(scale, (int, float)) and 0 < scale < math.inf)
+        for name, fits, expected in (
+            ("variant", self.variant in VARIANTS, f"one of {', '.join(VARIANTS)}"),
+            ("kl", self.kl in KL_FORMS, f"one of {', '.join(KL_FORMS)}"),
+            ("clip_low", 0 <= self.clip_low <= 1, "[0, 1]"),
+            *((name, getattr(self, name) >= 0, ">= 0") for name in ("clip_high", "tau")),
+            ("beta", 0 <= self.beta < math.inf, "finite and >= 0"),
+            ("adv_clip", self.adv_clip is None or self.adv_clip > 0, "> 0, or None for no clamp"),
+            ("log_ratio_scale", scaled, "'mean' or a finite number > 0"),
+        ):
+            if not fits:
+                value = getattr(self, name)
+                raise ValueError(f"FlowLossParams: {name} is {value!r}, expected {expected}")
+
+
+_DEFAULT = FlowLossParams()
 
 
 @dataclass(frozen=True)
@@ -112,7 +115,7 @@ class FlowLossMetrics:
 
 
 class FlowPolicyLoss(NamedTuple):
-    """What `flow_policy_loss` returns."""
+    """Result of `flow_policy_loss`: a scalar to call backward on, and what the pass measured."""
 
     loss: Tensor
     metrics: FlowLossMetrics
@@ -128,7 +131,7 @@ def flow_policy_loss(
     velocity_ref: Tensor | None = None,
     sample_weights: Tensor | None = None,
     denominator: Tensor | float | None = None,
-    params: FlowLossParams | None = None,
+    params: FlowLossParams = _DEFAULT,
     backend: str | None = None,
 ) -> FlowPolicyLoss:
     """sum_n w_n (policy_n + beta KL_n) / denominator over N (image, trained step) pairs.
@@ -149,7 +152,7 @@ def flow_policy_loss(
             a deterministic step or NaN included.
         denominator: what the weighted sum is divided by, > 0: give the global weight when the batch
             is split over micro-batches or ranks. None for the sum of the weights.
-        params: the objective; None for `FlowLossParams()`.
+        params: the objective.
         backend: "cpp", "torch", or None for the first that can run.
 
     Returns:
@@ -162,7 +165,6 @@ def flow_policy_loss(
             weight is negative or not finite, or the denominator is not > 0. Where values are not
             read, a deterministic step or a NaN weight counts as weight 0.
     """
-    params = FlowLossParams() if params is None else params
     if denominator is not None and not isinstance(denominator, Tensor):
         denominator = torch.tensor(float(denominator), device=velocity.device, dtype=torch.float64)
     tensors = {
@@ -323,10 +325,8 @@ def _check_weights(weights: Tensor | None, coeffs: StepCoefficients, samples: in
         bad = ~(torch.isfinite(weights) & (weights >= 0))
         if bool(bad.any()):
             at = int(bad.nonzero()[0])
-            value = float(weights[at])
-            raise ValueError(
-                f"{OP}: sample_weights[{at}] is {value}, expected a finite number >= 0"
-            )
+            given = f"sample_weights[{at}] is {float(weights[at])}"
+            raise ValueError(f"{OP}: {given}, expected a finite number >= 0")
         deterministic = deterministic & (weights > 0)
     if bool(deterministic.any()):
         at = int(deterministic.nonzero()[0])

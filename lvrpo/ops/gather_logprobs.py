@@ -5,6 +5,7 @@ R rows of logits, T target tokens, V vocabulary. Derivation: docs/ops/gather_log
 
 from __future__ import annotations
 
+import math
 from typing import Any, Literal, overload
 
 import torch
@@ -67,7 +68,7 @@ def gather_logprobs(
         row_index: [T] int64, the row that predicts each token. A row may serve many tokens (the
             last prompt row of a group predicts G first tokens): it is reduced once and its gradient
             sums over them. None: token t is predicted by row t, and R equals T.
-        temperature: divides the logits; > 0.
+        temperature: divides the logits; finite, > 0.
         softcap: cap of `softcap * tanh(logits / softcap)`, applied before the temperature; > 0.
         vocab_range: [R, 2] int64 or one (low, high) pair: columns outside [low, high) have
             probability zero, as when a unified vocabulary is sampled for one modality.
@@ -77,19 +78,20 @@ def gather_logprobs(
 
     Returns:
         logprobs: [T] fp32 (fp64 from fp64 logits), nats.
-        entropy: [R] fp32, nats, only with `return_entropy`. Differentiable like the log-probs.
+        entropy: [R] same dtype, nats, only with `return_entropy`. Differentiable too.
 
     Raises:
         ValueError: shapes or dtypes do not match; on a CPU also when a token is outside the
-            vocabulary or its row's range, a row index is out of range, or a row holds NaN or +inf.
+            vocabulary or its row's range, a row index is out of range, or a row has no finite
+            log-sum-exp over its range (NaN, +inf, nothing but -inf).
     """
     vocab_range = _as_row_ranges(vocab_range, logits)
     _check(logits, token_ids, row_index, temperature, softcap, vocab_range, ignore_index)
     chosen = _backend.resolve(OP, (logits, token_ids, row_index, vocab_range), backend)
     if chosen == "torch":
-        if _checks.check_values(logits) and logits.numel():
-            largest = logits.detach().amax(dim=-1)
-            _refuse_rows(~torch.isfinite(largest), logits)
+        if _checks.check_values(logits):
+            largest = _largest(logits, vocab_range, softcap)
+            _refuse_rows(~torch.isfinite(largest), logits, vocab_range, softcap)
         return reference_gather_logprobs(
             logits,
             token_ids,
@@ -111,7 +113,7 @@ def gather_logprobs(
         return_entropy,
     )
     if _checks.check_values(lse):
-        _refuse_rows(~torch.isfinite(lse), logits)
+        _refuse_rows(~torch.isfinite(lse), logits, vocab_range, softcap)
     return (logprobs, entropy) if return_entropy else logprobs
 
 
@@ -211,6 +213,8 @@ def _check(
         OP, logits=logits, token_ids=token_ids, row_index=row_index, vocab_range=vocab_range
     )
     rows, vocab = logits.shape
+    if rows and not vocab:
+        raise ValueError(f"{OP}: logits has shape ({rows}, 0), expected at least one column")
     if row_index is None:
         if len(token_ids) != rows:
             raise ValueError(
@@ -223,9 +227,9 @@ def _check(
     if vocab_range is not None:
         _checks.check_shape(OP, "vocab_range", vocab_range, (rows, 2))
         _checks.check_integer(OP, "vocab_range", vocab_range)
-    if not temperature > 0:
-        raise ValueError(f"{OP}: temperature is {temperature}, expected > 0")
-    if softcap is not None and not softcap > 0:
+    if not 0 < temperature < math.inf:
+        raise ValueError(f"{OP}: temperature is {temperature}, expected finite and > 0")
+    if softcap is not None and not 0 < softcap < math.inf:
         raise ValueError(f"{OP}: softcap is {softcap}, expected > 0, or None for no cap")
     if _checks.check_values(logits):
         _check_values(token_ids, row_index, vocab_range, ignore_index, rows, vocab)
@@ -255,12 +259,25 @@ def _check_values(
     _refuse_first(token_ids, outside, "token_ids", expected)
 
 
-def _refuse_rows(bad: Tensor, logits: Tensor) -> None:
+def _largest(logits: Tensor, vocab_range: Tensor | None, softcap: float | None) -> Tensor:
+    """[R]: finite iff the row's log-sum-exp is."""
+    z = logits.detach() if softcap is None else logits.detach().tanh()
+    if vocab_range is not None:
+        column = torch.arange(z.shape[1], device=z.device)
+        outside = (column < vocab_range[:, :1]) | (column >= vocab_range[:, 1:])
+        z = z.masked_fill(outside, -torch.inf)
+    return z.amax(dim=-1) if z.shape[1] else z.new_zeros(len(z))
+
+
+def _refuse_rows(
+    bad: Tensor, logits: Tensor, vocab_range: Tensor | None, softcap: float | None
+) -> None:
     if bool(bad.any()):
         row = int(bad.nonzero()[0])
+        largest = float(_largest(logits, vocab_range, softcap)[row])
         raise ValueError(
             f"{OP}: row {row} of logits has no finite log-sum-exp (its largest value is "
-            f"{float(logits[row].detach().max())}); expected finite values, or -inf beside them"
+            f"{largest}); expected finite values, or -inf beside them"
         )
 
 

@@ -74,7 +74,7 @@ def grpo_loss(
     Raises:
         ValueError: shapes or dtypes do not match, or `params` asks for an input that is not given;
             on a CPU also when an advantage is not finite, a weight is negative, offsets do not fit,
-            or an active token's log-prob or entropy is not finite.
+            or a log-prob or entropy of an active token makes the loss infinite or NaN.
     """
     optional = {
         "old_logprobs": old_logprobs,

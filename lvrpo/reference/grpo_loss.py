@@ -78,7 +78,9 @@ def grpo_loss(
         return (factor * per_sequence(torch.where(active, x, 0.0))).sum()
 
     policy_loss = aggregate(policy)
-    loss = policy_loss + params.beta * aggregate(kl_term) - params.entropy_coef * aggregate(ent)
+    loss = policy_loss - params.entropy_coef * aggregate(ent)
+    if params.beta != 0:  # a reference given for the metric alone may overflow
+        loss = loss + params.beta * aggregate(kl_term)
 
     with torch.no_grad():
         none = total == 0

@@ -383,6 +383,15 @@ def test_compiles_without_a_graph_break(backend):
     torch.testing.assert_close(ours.grad, eager.grad)
 
 
+def test_the_op_refuses_an_empty_denominator():
+    latents, one = [torch.zeros(1, 2)] * 3, torch.ones(1)
+    scalars = (0, 0, 0.1, 0.1, 5.0, 0.0, 1.0, 0.0)
+    with pytest.raises(RuntimeError, match="denominator must hold one number"):
+        torch.ops.lvrpo.flow_policy_loss_fwd(
+            *latents, None, one, one, one, one, None, torch.zeros(0), *scalars
+        )
+
+
 def reject(mutant: Callable[..., Any], inputs: dict[str, Any]) -> None:
     with pytest.raises(AssertionError):
         check_op(
@@ -448,7 +457,9 @@ def test_bad_input(backend, change, message):
         ({"clip_low": 1.5}, "clip_low is 1.5"),
         ({"clip_high": -0.1}, "clip_high is -0.1"),
         ({"tau": math.nan}, "tau is nan"),
-        ({"beta": -1.0}, "beta is -1.0"),
+        ({"beta": -1.0}, "FlowLossParams: beta is -1.0"),
+        ({"beta": math.inf}, "beta is inf"),
+        ({"log_ratio_scale": math.inf}, "log_ratio_scale is inf"),
         ({"adv_clip": 0.0}, "adv_clip is 0.0"),
         ({"log_ratio_scale": "sum"}, "log_ratio_scale is 'sum'"),
         ({"log_ratio_scale": 0.0}, "log_ratio_scale is 0.0"),

@@ -84,6 +84,26 @@ def test_ignored_token_is_zero_and_has_no_gradient(backend):
     assert (logits.grad[0] != 0).any()
 
 
+def test_a_target_of_probability_0_can_be_masked_out_afterwards(backend):
+    logits = torch.tensor([[0.0, 1.0, -torch.inf], [0.0, 1.0, 2.0]], requires_grad=True)
+    logprobs, entropy = lvrpo.gather_logprobs(
+        logits, torch.tensor([2, 1]), return_entropy=True, backend=backend
+    )
+    assert logprobs[0] == -torch.inf
+    (gradient,) = torch.autograd.grad(logprobs, logits, torch.tensor([0.0, 1.0]), retain_graph=True)
+    assert (gradient[0] == 0).all()
+    assert gradient[1].isfinite().all()
+    (gradient,) = torch.autograd.grad(entropy.sum(), logits)
+    assert gradient.isfinite().all()
+
+
+@pytest.mark.parametrize("options", [{"vocab_range": (0, 2)}, {"softcap": 5.0}], ids=str)
+def test_an_infinite_logit_that_the_softmax_does_not_see_is_accepted(backend, options):
+    logits = torch.tensor([[0.0, 1.0, torch.inf]])
+    logprobs = lvrpo.gather_logprobs(logits, torch.tensor([1]), backend=backend, **options)
+    assert logprobs.isfinite().all()
+
+
 def test_large_common_offset_keeps_its_digits(backend):
     logits = torch.randn(4, 200)
     ids = torch.randint(0, 200, (4,))
@@ -182,6 +202,13 @@ BAD = {
     "int32 tokens": ({"token_ids": torch.tensor([0, 1], dtype=torch.int32)}, "int32"),
     "integer logits": ({"logits": torch.zeros(2, 9, dtype=torch.int64)}, "logits is torch.int64"),
     "temperature zero": ({"temperature": 0.0}, "temperature is 0.0"),
+    "temperature infinite": ({"temperature": torch.inf}, "temperature is inf"),
+    "softcap infinite": ({"softcap": torch.inf}, "softcap is inf"),
+    "no columns": ({"logits": torch.zeros(2, 0)}, r"logits has shape \(2, 0\)"),
+    "nothing but -inf in range": (
+        {"logits": torch.tensor([[-torch.inf, -torch.inf, 1.0]] * 2), "vocab_range": (0, 2)},
+        "row 0 of logits has no finite log-sum-exp .its largest value is -inf",
+    ),
     "negative softcap": ({"softcap": -1.0}, "softcap is -1.0"),
     "+inf": ({"logits": torch.tensor([[0.0] * 9, [torch.inf] * 9])}, "row 1 of logits"),
     "NaN": ({"logits": torch.tensor([[torch.nan] * 9, [0.0] * 9])}, "row 0 of logits"),
@@ -194,3 +221,38 @@ def test_bad_input(backend, change, message):
     arguments = {"logits": torch.zeros(2, 9), "token_ids": torch.tensor([0, 1]), "backend": backend}
     with pytest.raises(ValueError, match=message):
         lvrpo.gather_logprobs(**arguments | change)
+
+
+FORWARD = {
+    "logits": torch.zeros(2, 4),
+    "token_ids": torch.tensor([-100, 1]),
+    "row_index": None,
+    "vocab_range": None,
+}
+BACKWARD = {"dlogprobs": torch.ones(2), "dentropy": torch.ones(2)} | FORWARD
+BACKWARD |= {"lse": torch.ones(2), "entropy": torch.ones(2)}
+FAR = 10**9
+UNFIT = {
+    "token": {"token_ids": torch.tensor([0, FAR])},
+    "row": {"row_index": torch.tensor([0, FAR])},
+    "row of an ignored token": {"row_index": torch.tensor([-FAR, 0])},
+    "too many tokens": {"token_ids": torch.zeros(3, dtype=torch.int64)},
+    "vocab_range": {"vocab_range": torch.tensor([[0, FAR], [0, 4]])},
+    "vocab_range for one row": {"vocab_range": torch.tensor([[0, 4]])},
+    "one-dimensional logits": {"logits": torch.zeros(4)},
+    "dlogprobs": {"dlogprobs": torch.ones(1)},
+    "dentropy": {"dentropy": torch.ones(1)},
+    "dentropy without entropy": {"entropy": None},
+    "lse": {"lse": torch.ones(1)},
+    "lse of another dtype": {"lse": torch.ones(2, dtype=torch.float64)},
+}
+
+
+@pytest.mark.parametrize("change", UNFIT.values(), ids=UNFIT.keys())
+def test_the_op_reads_and_writes_no_memory_that_is_not_there(change):
+    scalars = (1.0, 0.0, -100)
+    if change.keys() <= FORWARD.keys():
+        with pytest.raises(RuntimeError):
+            torch.ops.lvrpo.gather_logprobs_fwd(*(FORWARD | change).values(), *scalars, True)
+    with pytest.raises(RuntimeError):
+        torch.ops.lvrpo.gather_logprobs_bwd(*(BACKWARD | change).values(), *scalars)

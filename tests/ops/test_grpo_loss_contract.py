@@ -76,6 +76,42 @@ def test_bad_params(change, message):
         LossParams(**change)
 
 
+@pytest.mark.parametrize(("position", "name"), [(0, "ratio"), (5, "kl"), (8, "aggregation")])
+def test_the_op_refuses_a_choice_that_does_not_exist(position, name):
+    scalars = [1, 0.2, 0.2, INF, 0.0, 2, False, 0.0, 1, 1.0, 0.0]
+    scalars[position] = 4
+    token = torch.zeros(1)
+    with pytest.raises(RuntimeError, match=f"{name} is 4"):
+        torch.ops.lvrpo.grpo_loss_fwd(
+            token, None, token, torch.tensor([0, 1]), None, None, None, *scalars
+        )
+
+
+@pytest.mark.parametrize("kl_factor", ["none", "ratio"])
+def test_a_reference_for_the_metric_alone_does_not_reach_the_loss(backend, kl_factor):
+    logprobs = torch.tensor([-100.0, -1.0], requires_grad=True)
+    loss, metrics = grpo_loss(
+        logprobs,
+        None,
+        torch.ones(1),
+        torch.tensor([0, 2]),
+        ref_logprobs=torch.tensor([-1.0, -1.0]),
+        params=LossParams(kl_factor=kl_factor),
+        backend=backend,
+    )
+    loss.backward()
+    assert float(loss.detach()) == -1.0
+    assert float(metrics.kl) == INF
+    assert logprobs.grad.tolist() == [-0.5, -0.5]
+
+
+def test_the_result_unpacks_like_that_of_the_flow_loss(backend):
+    loss, metrics = grpo_loss(
+        torch.zeros(2), None, torch.ones(1), torch.tensor([0, 2]), backend=backend
+    )
+    assert float(loss) == float(metrics.policy_loss) == -1.0
+
+
 def test_unknown_preset():
     with pytest.raises(ValueError, match="preset is 'ppo2', expected one of grpo"):
         LossParams.preset("ppo2")

@@ -241,6 +241,14 @@ def test_opcheck():
     torch.library.opcheck(torch.ops.lvrpo.normalize_advantages.default, (*arguments, *scalars))
 
 
+def test_the_op_refuses_a_scale_or_clip_that_does_not_exist():
+    arguments = (torch.rand(6, 2), torch.tensor([0, 2, 6]), torch.ones(2, dtype=torch.float64))
+    for scale, clip, message in ((3, 1.0, "scale is 3"), (0, -1.0, "clip is -1")):
+        scalars = (True, False, scale, 1, 1e-4, 0.01, True, clip)
+        with pytest.raises(RuntimeError, match=message):
+            torch.ops.lvrpo.normalize_advantages(*arguments, *scalars)
+
+
 def test_compiles_without_a_graph_break(backend):
     def function(r: Tensor) -> tuple[Tensor, Tensor]:
         ours = normalize_advantages(r, 4, weights=[1.0, 2.0], backend=backend)

@@ -169,6 +169,19 @@ def test_empty_input(backend, mask):
     assert leaves[0].grad.shape == (0, 2, 8)
 
 
+@pytest.mark.parametrize(("heads", "width", "v_width"), [(0, 4, 4), (2, 0, 4), (2, 4, 0)], ids=str)
+def test_no_heads_or_no_width(backend, heads, width, v_width):
+    # With padding, whose rows are filled with zeros.
+    mask = SpanMask.from_cu_seqlens([0, 3]).pad_to(5000)
+    shapes = [(5000, heads, width), (5000, 1, width), (5000, 1, v_width)]
+    leaves = [torch.zeros(s, requires_grad=True) for s in shapes]
+    out, lse = packed_attention(*leaves, mask, return_lse=True, backend=backend)
+    gradients = torch.autograd.grad(out.sum() + lse[:3].sum(), leaves)
+    assert out.shape == (5000, heads, v_width)
+    for gradient, shape in zip(gradients, shapes, strict=True):
+        assert gradient.shape == shape
+
+
 def test_no_query_selected(backend):
     mask = SpanMask.from_cu_seqlens([0, 3]).select_queries([])
     k = torch.randn(3, 1, 8, requires_grad=True)
@@ -329,3 +342,15 @@ def test_the_op_refuses_tables_that_do_not_fit():
         changed = [value if i == broken else table for i, table in enumerate(tables)]
         with pytest.raises(RuntimeError, match="lvrpo"):
             torch.ops.lvrpo.packed_attention_fwd(q, q, q, *changed, 1.0, 0.0)
+
+
+def test_the_op_refuses_runs_that_do_not_ascend():
+    mask = SpanMask.from_spans([2, 2, 2, 2], [-1, 0, 0, 2], ["causal"] * 4)
+    assert mask.runs.tolist() == [[0, 2], [0, 2], [4, 6]]
+    last = mask.select_spans([3])
+    backwards = mask.runs[[0, 2, 1]]
+    q, k = torch.zeros(2, 1, 8), torch.zeros(8, 1, 8)
+    with pytest.raises(RuntimeError, match="do not ascend"):
+        torch.ops.lvrpo.packed_attention_fwd(
+            q, k, k, last.q_lo, last.q_hi, last.rows, last.spans, backwards, 1.0, 0.0
+        )
