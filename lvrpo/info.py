@@ -1,6 +1,6 @@
 """`python -m lvrpo.info`: what is installed, which backend runs which op here, and why not others.
 
-Needs torch only, so it works when nothing else does.
+Needs torch only: it tells what is missing where the rest cannot.
 """
 
 from __future__ import annotations
