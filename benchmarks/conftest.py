@@ -75,7 +75,7 @@ def measure(benchmark: Any) -> Callable[[Case, str, str], None]:
             )
         except AssertionError as error:
             if provider in case.peers:
-                pytest.skip(f"{provider} is wrong here and gets no number: {error}")
+                pytest.skip(f"{provider} fails the tolerance rule here and gets no number: {error}")
             raise
         benchmark.group = f"{case.op} {direction} {_describe(case)}"
         benchmark.extra_info.update(
