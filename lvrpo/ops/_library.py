@@ -7,6 +7,7 @@ The schemas of the C++ ops are in `csrc/library.cpp`. A Triton twin is the op of
 from __future__ import annotations
 
 import importlib
+import re
 from collections.abc import Callable, Sequence
 from types import ModuleType
 from typing import Any, TypeVar
@@ -34,6 +35,7 @@ EXTENSION, MISSING = _load()
 #: Names of the ops that have a Triton twin.
 TWINS: set[str] = set()
 
+_STALE = "it was built from other sources; build it again (pip install -e .)"
 _fragment = torch.library.Library("lvrpo", "FRAGMENT")
 
 
@@ -49,20 +51,21 @@ def register(
         mutates: arguments that the op writes to.
 
     Raises:
-        ImportError: `lvrpo._C` is loaded and does not have the op.
+        ImportError: `lvrpo._C` is loaded and does not have the op, or not with this schema.
     """
 
     def decorate(fake: Fake) -> Fake:
         if EXTENSION is not None:
             if not hasattr(torch.ops.lvrpo, name):
-                raise ImportError(
-                    f"lvrpo._C has no op {name}: it was built from older sources; build it again "
-                    "(pip install -e .)"
-                )
+                raise ImportError(f"lvrpo._C has no op {name}: {_STALE}")
             torch.library.register_fake(f"lvrpo::{name}", fake)
         if triton is not None:
-            _define_twin(f"{name}_triton", fake, triton, name, mutates)
+            inferred = torch.library.infer_schema(fake, mutates_args=tuple(mutates))
+            schema = inferred.replace("SymInt", "int")
+            _define_twin(f"{name}_triton", fake, triton, name, schema)
             TWINS.add(name)
+            if EXTENSION is not None and contract(name) != contract(f"{name}_triton"):
+                raise ImportError(f"lvrpo._C has {contract(name)}, expected {schema}: {_STALE}")
         return fake
 
     return decorate
@@ -84,16 +87,26 @@ def op(name: str, backend: str) -> Callable[..., Any]:
     return function
 
 
+def contract(name: str) -> str:
+    """Arguments and result types of `torch.ops.lvrpo.<name>`; names of results are optional."""
+    schema = str(getattr(torch.ops.lvrpo, name).default._schema)
+    arguments, _, results = schema.partition("(")[2].rpartition(" -> ")
+    return (
+        re.sub(r"\(\w+!\)", "(!)", arguments)
+        + " -> "
+        + re.sub(r"(Tensor(?:\[\])?) \w+", r"\1", results)
+    )
+
+
 def _define_twin(
-    twin: str, fake: Callable[..., Any], module: str, launcher: str, mutates: Sequence[str]
+    twin: str, fake: Callable[..., Any], module: str, launcher: str, schema: str
 ) -> None:
     def run(*arguments: Any) -> Any:
         # Only here: importing lvrpo needs no Triton.
         kernels = importlib.import_module(f"lvrpo.kernels.{module}")
         return getattr(kernels, launcher)(*arguments)
 
-    schema = torch.library.infer_schema(fake, mutates_args=tuple(mutates))
-    _fragment.define(twin + schema.replace("SymInt", "int"), tags=(torch.Tag.pt2_compliant_tag,))
+    _fragment.define(twin + schema, tags=(torch.Tag.pt2_compliant_tag,))
     # The CPU is for Triton's interpreter; `_backend.why_not` keeps everything else away.
     for key in ("CUDA", "CPU"):
         _fragment.impl(twin, run, key)
