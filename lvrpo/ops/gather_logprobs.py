@@ -130,7 +130,7 @@ class _GatherLogprobs(torch.autograd.Function):
         ignore_index: int,
         with_entropy: bool,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        logprobs, lse, entropy = torch.ops.lvrpo.gather_logprobs_fwd(
+        logprobs, lse, entropy, _ = torch.ops.lvrpo.gather_logprobs_fwd(
             logits,
             token_ids,
             row_index,
@@ -139,6 +139,7 @@ class _GatherLogprobs(torch.autograd.Function):
             softcap,
             ignore_index,
             with_entropy,
+            False,
         )
         ctx.save_for_backward(logits, token_ids, row_index, vocab_range, lse, entropy)
         ctx.scalars = temperature, softcap, ignore_index
@@ -150,7 +151,9 @@ class _GatherLogprobs(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, dlogprobs: Tensor, dentropy: Tensor, _: Tensor) -> tuple[Any, ...]:
         logits, token_ids, row_index, vocab_range, lse, entropy = ctx.saved_tensors
-        dlogits = torch.ops.lvrpo.gather_logprobs_bwd(
+        dlogits = logits.new_empty(logits.shape)
+        torch.ops.lvrpo.gather_logprobs_bwd(
+            dlogits,
             dlogprobs,
             dentropy if ctx.with_entropy else None,
             logits,
@@ -174,19 +177,21 @@ def _fwd_fake(
     softcap: float,
     ignore_index: int,
     with_entropy: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
+    with_sum_squares: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
     rows = logits.shape[0]
     return (
         logits.new_empty(token_ids.shape, dtype=dtype),
         logits.new_empty(rows, dtype=dtype),
         logits.new_empty(rows if with_entropy else 0, dtype=dtype),
+        logits.new_empty(rows if with_sum_squares else 0, dtype=dtype),
     )
 
 
 @_library.register_fake("gather_logprobs_bwd")
-def _bwd_fake(dlogprobs: Tensor, dentropy: Tensor | None, logits: Tensor, *_: Any) -> Tensor:
-    return logits.new_empty(logits.shape)
+def _bwd_fake(*_: Any) -> None:
+    return None
 
 
 def _as_row_ranges(vocab_range: Tensor | tuple[int, int] | None, logits: Tensor) -> Tensor | None:
