@@ -41,12 +41,12 @@ STABLE_TORCH_LIBRARY(lvrpo, m) {
       "packed_attention_bwd(Tensor dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, "
       "Tensor q_lo, Tensor q_hi, Tensor rows, Tensor spans, Tensor runs, float scale, float softcap) "
       "-> (Tensor dq, Tensor dk, Tensor dv)");
-  // scale: 0 = group, 1 = batch, 2 = none. clip may be infinite.
+  // baseline, scale and whiten count through the choices of lvrpo/ops/_advantage_params.py; clip may be infinite. stats
+  // [5, K] are share, constant_groups, mean, std, applicable.
   m.def(
-      "normalize_advantages(Tensor rewards, Tensor offsets, Tensor weights, bool decoupled, bool leave_one_out, "
-      "int scale, int ddof, float eps, float std_floor, bool whiten, float clip) "
-      "-> (Tensor values, Tensor per_reward, Tensor share, Tensor constant_groups, Tensor mean, Tensor std, "
-      "Tensor applicable, Tensor all_zero)");
+      "normalize_advantages(Tensor rewards, Tensor offsets, Tensor weights, Tensor? lengths, bool decoupled, "
+      "int baseline, int scale, int whiten, int ddof, float eps, float std_floor, float clip) "
+      "-> (Tensor values, Tensor per_reward, Tensor stats, Tensor all_zero)");
   // ratio, kl and aggregation count through the choices of lvrpo/ops/_policy_loss.py; denominator = 0 means the op's
   // own count. dlogprobs and dentropy are the derivatives of the loss: its backward only scales them.
   m.def(
