@@ -47,12 +47,6 @@ STABLE_TORCH_LIBRARY(lvrpo, m) {
       "normalize_advantages(Tensor rewards, Tensor offsets, Tensor weights, Tensor? lengths, bool decoupled, "
       "int baseline, int scale, int whiten, int ddof, float eps, float std_floor, float clip) "
       "-> (Tensor values, Tensor per_reward, Tensor stats, Tensor all_zero)");
-  // ratio, kl and aggregation count through the choices of lvrpo/ops/_policy_loss.py; denominator = 0 means the op's
-  // own count. dlogprobs and dentropy are the derivatives of the loss: its backward only scales them.
-      "normalize_advantages(Tensor rewards, Tensor offsets, Tensor weights, bool decoupled, bool leave_one_out, "
-      "int scale, int ddof, float eps, float std_floor, bool whiten, float clip) "
-      "-> (Tensor values, Tensor per_reward, Tensor share, Tensor constant_groups, Tensor mean, Tensor std, "
-      "Tensor applicable, Tensor all_zero)");
   // The ints count through the choices of lvrpo/ops/_policy_loss.py, whose scalars_of makes this list; own_* are numbers
   // of the surrogate where the advantage is positive and where it is not; an absent bound is infinity; denominator = 0
   // means the op's own count. dlogprobs and dentropy are the derivatives of the loss: its backward only scales them.
