@@ -51,13 +51,21 @@ def _first_after(ends_ptr, stride, count, value):
 
 
 @triton.jit
-def _load_rows(ptr, row, stride, inside, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
-    """[rows, BLOCK]: rows of a head, zero outside and beyond its width."""
-    column = tl.arange(0, BLOCK)
-    mask = inside[:, None]
+def _load_tile(
+    ptr, first, end, stride, MASKED: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    """[ROWS, BLOCK]: rows of a head from `first`, zero from `end` on and beyond its width."""
+    row, column = tl.arange(0, ROWS), tl.arange(0, BLOCK)
+    # One 64-bit address, and 32-bit offsets that no loop changes, take the fewest registers.
+    source = ptr + as_scalar(first, tl.int64) * stride + (row[:, None] * stride + column[None, :])
+    if MASKED:
+        return tl.load(
+            source, mask=(first + row < end)[:, None] & (column < WIDTH)[None, :], other=0.0
+        )
     if BLOCK != WIDTH:
-        mask = mask & (column < WIDTH)[None, :]
-    return tl.load(ptr + row[:, None] * stride + column[None, :], mask=mask, other=0.0)
+        return tl.load(source, mask=(column < WIDTH)[None, :], other=0.0)
+    return tl.load(source)
 
 
 @triton.jit
@@ -69,6 +77,15 @@ def _scores(a, b, scale, softcap, HAS_SOFTCAP: tl.constexpr, PRECISION: tl.const
         t = tanh(z / softcap)
         z = softcap * t
     return z * LOG2E, t
+
+
+@triton.jit
+def _visible(q_lo_ptr, q_hi_ptr, first, end, row, BLOCK_K: tl.constexpr):
+    """[rows, BLOCK_K]: whether each row sees the keys from `first`."""
+    key = first + tl.arange(0, BLOCK_K)
+    lo = tl.load(q_lo_ptr + key, mask=key < end, other=0)
+    hi = tl.load(q_hi_ptr + key, mask=key < end, other=0)
+    return (lo[None, :] <= row[:, None]) & (row[:, None] < hi[None, :])
 
 
 @triton.jit
@@ -93,16 +110,14 @@ def _attend(
     V_WIDTH: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_DV: tl.constexpr,
+    BLOCK_K: tl.constexpr,
 ):
     """The state (out, maximum, sum) of a query tile after one more key tile."""
     out, row_max, row_sum = state
-    inside = key < end
-    k = _load_rows(k_ptr, key, stride_k, inside, WIDTH, BLOCK_D)
+    k = _load_tile(k_ptr, key, end, stride_k, MASKED, BLOCK_K, WIDTH, BLOCK_D)
     z, _ = _scores(q, k, scale, softcap, HAS_SOFTCAP, PRECISION)
     if MASKED:
-        lo = tl.load(q_lo_ptr + key, mask=inside, other=0)
-        hi = tl.load(q_hi_ptr + key, mask=inside, other=0)
-        visible = (lo[None, :] <= row[:, None]) & (row[:, None] < hi[None, :])
+        visible = _visible(q_lo_ptr, q_hi_ptr, key, end, row, BLOCK_K)
         z = tl.where(visible, z, float("-inf"))
     new_max = tl.maximum(row_max, tl.max(z, axis=1))
     # A row may see nothing yet; any finite base keeps -inf - base from being NaN.
@@ -110,7 +125,7 @@ def _attend(
     p = tl.exp2(z - base[:, None])
     factor = tl.exp2(row_max - base)
     row_sum = factor * row_sum + tl.sum(p, axis=1)
-    v = _load_rows(v_ptr, key, stride_v, inside, V_WIDTH, BLOCK_DV)
+    v = _load_tile(v_ptr, key, end, stride_v, MASKED, BLOCK_K, V_WIDTH, BLOCK_DV)
     if MASKED:
         # Keys that nobody sees may be memory that nobody wrote: 0 * NaN is NaN.
         seen = tl.max(visible.to(tl.int32), axis=0) > 0
@@ -171,11 +186,11 @@ def _forward_kernel(
     num_spans,
     heads,
     heads_per_kv,
-    stride_q: tl.int64,
+    stride_q: tl.int32,
     stride_q_head: tl.int64,
-    stride_k: tl.int64,
+    stride_k: tl.int32,
     stride_k_head: tl.int64,
-    stride_v: tl.int64,
+    stride_v: tl.int32,
     stride_v_head: tl.int64,
     scale: tl.float64,
     softcap: tl.float64,
@@ -200,7 +215,7 @@ def _forward_kernel(
     q_ptr += head.to(tl.int64) * stride_q_head
     k_ptr += (head // heads_per_kv).to(tl.int64) * stride_k_head
     v_ptr += (head // heads_per_kv).to(tl.int64) * stride_v_head
-    q = _load_rows(q_ptr, index.to(tl.int64), stride_q, inside, WIDTH, BLOCK_D)
+    q = _load_tile(q_ptr, first, queries, stride_q, True, BLOCK_Q, WIDTH, BLOCK_D)
     out = tl.zeros([BLOCK_Q, BLOCK_DV], acc_dtype)
     row_max = tl.full([BLOCK_Q], float("-inf"), acc_dtype)
     row_sum = tl.zeros([BLOCK_Q], acc_dtype)
@@ -213,15 +228,15 @@ def _forward_kernel(
             begin, whole, end = _segment(runs_ptr, run, run_end, start, stop, together, BLOCK_K)
             for key in range(begin, whole, BLOCK_K):
                 state = _attend(
-                    state, q, row, key + tl.arange(0, BLOCK_K).to(tl.int64), end, k_ptr, v_ptr,
+                    state, q, row, key, end, k_ptr, v_ptr,
                     q_lo_ptr, q_hi_ptr, stride_k, stride_v, scale, softcap, False, HAS_SOFTCAP,
-                    PRECISION, WIDTH, V_WIDTH, BLOCK_D, BLOCK_DV,
+                    PRECISION, WIDTH, V_WIDTH, BLOCK_D, BLOCK_DV, BLOCK_K,
                 )  # fmt: skip
             for key in range(whole, end, BLOCK_K):
                 state = _attend(
-                    state, q, row, key + tl.arange(0, BLOCK_K).to(tl.int64), end, k_ptr, v_ptr,
+                    state, q, row, key, end, k_ptr, v_ptr,
                     q_lo_ptr, q_hi_ptr, stride_k, stride_v, scale, softcap, True, HAS_SOFTCAP,
-                    PRECISION, WIDTH, V_WIDTH, BLOCK_D, BLOCK_DV,
+                    PRECISION, WIDTH, V_WIDTH, BLOCK_D, BLOCK_DV, BLOCK_K,
                 )  # fmt: skip
 
     out, row_max, row_sum = state
@@ -250,11 +265,12 @@ def _delta_kernel(
     BLOCK_Q: tl.constexpr,
 ):
     acc_dtype = delta_ptr.dtype.element_ty
-    index = tl.program_id(0).to(tl.int64) * BLOCK_Q + tl.arange(0, BLOCK_Q)
+    first = tl.program_id(0).to(tl.int64) * BLOCK_Q
+    index = first + tl.arange(0, BLOCK_Q)
     inside = index < count
-    dout = _load_rows(dout_ptr, index, V_WIDTH, inside, V_WIDTH, BLOCK_DV).to(acc_dtype)
-    out = _load_rows(out_ptr, index, V_WIDTH, inside, V_WIDTH, BLOCK_DV).to(acc_dtype)
-    delta = tl.sum(dout * out, axis=1)
+    dout = _load_tile(dout_ptr, first, count, V_WIDTH, True, BLOCK_Q, V_WIDTH, BLOCK_DV)
+    out = _load_tile(out_ptr, first, count, V_WIDTH, True, BLOCK_Q, V_WIDTH, BLOCK_DV)
+    delta = tl.sum(dout.to(acc_dtype) * out.to(acc_dtype), axis=1)
     if dlse_ptr is not None:
         delta -= tl.load(dlse_ptr + index, mask=inside, other=0.0)
     tl.store(delta_ptr + index, delta, mask=inside)
@@ -295,18 +311,16 @@ def _dq_tile(
     V_WIDTH: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_DV: tl.constexpr,
+    BLOCK_K: tl.constexpr,
 ):
     """dq / scale of a query tile after one more key tile."""
-    inside = key < end
-    k = _load_rows(k_ptr, key, stride_k, inside, WIDTH, BLOCK_D)
-    v = _load_rows(v_ptr, key, stride_v, inside, V_WIDTH, BLOCK_DV)
+    k = _load_tile(k_ptr, key, end, stride_k, MASKED, BLOCK_K, WIDTH, BLOCK_D)
+    v = _load_tile(v_ptr, key, end, stride_v, MASKED, BLOCK_K, V_WIDTH, BLOCK_DV)
     z, t = _scores(q, k, scale, softcap, HAS_SOFTCAP, PRECISION)
     dp = tl.dot(dout, tl.trans(v), input_precision=PRECISION, out_dtype=scale.dtype)
     _, ds = _score_gradient(z, t, lse[:, None], dp, delta[:, None], HAS_SOFTCAP)
     if MASKED:
-        lo = tl.load(q_lo_ptr + key, mask=inside, other=0)
-        hi = tl.load(q_hi_ptr + key, mask=inside, other=0)
-        visible = (lo[None, :] <= row[:, None]) & (row[:, None] < hi[None, :])
+        visible = _visible(q_lo_ptr, q_hi_ptr, key, end, row, BLOCK_K)
         ds = tl.where(visible, ds, 0.0)
         k = tl.where((tl.max(visible.to(tl.int32), axis=0) > 0)[:, None], k, 0.0)
     return dq + tl.dot(ds.to(k.dtype), k, input_precision=PRECISION, out_dtype=scale.dtype)
@@ -330,11 +344,11 @@ def _dq_kernel(
     num_spans,
     heads,
     heads_per_kv,
-    stride_q: tl.int64,
+    stride_q: tl.int32,
     stride_q_head: tl.int64,
-    stride_k: tl.int64,
+    stride_k: tl.int32,
     stride_k_head: tl.int64,
-    stride_v: tl.int64,
+    stride_v: tl.int32,
     stride_v_head: tl.int64,
     scale: tl.float64,
     softcap: tl.float64,
@@ -359,8 +373,9 @@ def _dq_kernel(
     k_ptr += (head // heads_per_kv).to(tl.int64) * stride_k_head
     v_ptr += (head // heads_per_kv).to(tl.int64) * stride_v_head
     q_ptr += head.to(tl.int64) * stride_q_head
-    q = _load_rows(q_ptr, index.to(tl.int64), stride_q, inside, WIDTH, BLOCK_D)
-    dout = _load_rows(dout_ptr, place, V_WIDTH, inside, V_WIDTH, BLOCK_DV)
+    q = _load_tile(q_ptr, first, queries, stride_q, True, BLOCK_Q, WIDTH, BLOCK_D)
+    dout_ptr += head.to(tl.int64) * V_WIDTH
+    dout = _load_tile(dout_ptr, first, queries, heads * V_WIDTH, True, BLOCK_Q, V_WIDTH, BLOCK_DV)
     lse = tl.load(lse_ptr + place, mask=inside, other=float("inf")) * LOG2E
     lse = tl.where(lse == float("-inf"), float("inf"), lse)
     delta = tl.load(delta_ptr + place, mask=inside, other=0.0)
@@ -373,15 +388,15 @@ def _dq_kernel(
             begin, whole, end = _segment(runs_ptr, run, run_end, start, stop, together, BLOCK_K)
             for key in range(begin, whole, BLOCK_K):
                 dq = _dq_tile(
-                    dq, q, dout, lse, delta, row, key + tl.arange(0, BLOCK_K).to(tl.int64), end,
+                    dq, q, dout, lse, delta, row, key, end,
                     k_ptr, v_ptr, q_lo_ptr, q_hi_ptr, stride_k, stride_v, scale, softcap, False,
-                    HAS_SOFTCAP, PRECISION, WIDTH, V_WIDTH, BLOCK_D, BLOCK_DV,
+                    HAS_SOFTCAP, PRECISION, WIDTH, V_WIDTH, BLOCK_D, BLOCK_DV, BLOCK_K,
                 )  # fmt: skip
             for key in range(whole, end, BLOCK_K):
                 dq = _dq_tile(
-                    dq, q, dout, lse, delta, row, key + tl.arange(0, BLOCK_K).to(tl.int64), end,
+                    dq, q, dout, lse, delta, row, key, end,
                     k_ptr, v_ptr, q_lo_ptr, q_hi_ptr, stride_k, stride_v, scale, softcap, True,
-                    HAS_SOFTCAP, PRECISION, WIDTH, V_WIDTH, BLOCK_D, BLOCK_DV,
+                    HAS_SOFTCAP, PRECISION, WIDTH, V_WIDTH, BLOCK_D, BLOCK_DV, BLOCK_K,
                 )  # fmt: skip
 
     column = tl.arange(0, BLOCK_D)
@@ -400,7 +415,7 @@ def _dkv_tile(
     v,
     lo,
     hi,
-    index,
+    first,
     end,
     head,
     heads,
@@ -410,6 +425,7 @@ def _dkv_tile(
     delta_ptr,
     rows_ptr,
     stride_q,
+    stride_dout,
     scale,
     softcap,
     MASKED: tl.constexpr,
@@ -419,12 +435,14 @@ def _dkv_tile(
     V_WIDTH: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_DV: tl.constexpr,
+    BLOCK_Q: tl.constexpr,
 ):
     """dk / scale and dv of a key tile after one more query tile."""
+    index = first + tl.arange(0, BLOCK_Q)
     inside = index < end
-    place = index * heads + head
-    q = _load_rows(q_ptr, index, stride_q, inside, WIDTH, BLOCK_D)
-    dout = _load_rows(dout_ptr, place, V_WIDTH, inside, V_WIDTH, BLOCK_DV)
+    q = _load_tile(q_ptr, first, end, stride_q, MASKED, BLOCK_Q, WIDTH, BLOCK_D)
+    dout = _load_tile(dout_ptr, first, end, stride_dout, MASKED, BLOCK_Q, V_WIDTH, BLOCK_DV)
+    place = index.to(tl.int64) * heads + head
     # A row that sees nothing, or is none of ours, has probability 0 everywhere.
     lse = tl.load(lse_ptr + place, mask=inside, other=float("inf")) * LOG2E
     lse = tl.where(lse == float("-inf"), float("inf"), lse)
@@ -460,11 +478,11 @@ def _dkv_kernel(
     keys,
     heads,
     heads_per_kv,
-    stride_q: tl.int64,
+    stride_q: tl.int32,
     stride_q_head: tl.int64,
-    stride_k: tl.int64,
+    stride_k: tl.int32,
     stride_k_head: tl.int64,
-    stride_v: tl.int64,
+    stride_v: tl.int32,
     stride_v_head: tl.int64,
     scale: tl.float64,
     softcap: tl.float64,
@@ -484,12 +502,13 @@ def _dkv_kernel(
     head = tl.program_id(0) % heads
     kv_head = head // heads_per_kv
     # Earlier keys are seen by more rows, prompts' above all: they come first.
-    key = (tl.program_id(0) // heads) * BLOCK_K + tl.arange(0, BLOCK_K).to(tl.int64)
+    first_key = tl.program_id(0) // heads * BLOCK_K
+    key = first_key + tl.arange(0, BLOCK_K)
     inside = key < keys
     k_ptr += kv_head.to(tl.int64) * stride_k_head
     v_ptr += kv_head.to(tl.int64) * stride_v_head
-    k = _load_rows(k_ptr, key, stride_k, inside, WIDTH, BLOCK_D)
-    v = _load_rows(v_ptr, key, stride_v, inside, V_WIDTH, BLOCK_DV)
+    k = _load_tile(k_ptr, first_key, keys, stride_k, True, BLOCK_K, WIDTH, BLOCK_D)
+    v = _load_tile(v_ptr, first_key, keys, stride_v, True, BLOCK_K, V_WIDTH, BLOCK_DV)
     # Beyond the last key, an interval that changes neither bound of the tile.
     lo = tl.load(q_lo_ptr + tl.minimum(key, keys - 1))
     hi = tl.load(q_hi_ptr + tl.minimum(key, keys - 1))
@@ -508,23 +527,27 @@ def _dkv_kernel(
     dk = tl.zeros([BLOCK_K, BLOCK_D], acc_dtype)
     dv = tl.zeros([BLOCK_K, BLOCK_DV], acc_dtype)
     q_ptr += head.to(tl.int64) * stride_q_head
+    dout_ptr += head.to(tl.int64) * V_WIDTH
     for first in range(some_begin, all_begin, BLOCK_Q):
         dk, dv = _dkv_tile(
-            dk, dv, k, v, lo, hi, first + tl.arange(0, BLOCK_Q).to(tl.int64), all_begin, head,
-            heads, q_ptr, dout_ptr, lse_ptr, delta_ptr, rows_ptr, stride_q, scale, softcap, True,
-            HAS_SOFTCAP, PRECISION, WIDTH, V_WIDTH, BLOCK_D, BLOCK_DV,
+            dk, dv, k, v, lo, hi, first, all_begin, head,
+            heads, q_ptr, dout_ptr, lse_ptr, delta_ptr, rows_ptr, stride_q,
+            heads * V_WIDTH, scale, softcap, True,
+            HAS_SOFTCAP, PRECISION, WIDTH, V_WIDTH, BLOCK_D, BLOCK_DV, BLOCK_Q,
         )  # fmt: skip
     for first in range(all_begin, whole, BLOCK_Q):
         dk, dv = _dkv_tile(
-            dk, dv, k, v, lo, hi, first + tl.arange(0, BLOCK_Q).to(tl.int64), whole, head,
-            heads, q_ptr, dout_ptr, lse_ptr, delta_ptr, rows_ptr, stride_q, scale, softcap, False,
-            HAS_SOFTCAP, PRECISION, WIDTH, V_WIDTH, BLOCK_D, BLOCK_DV,
+            dk, dv, k, v, lo, hi, first, whole, head,
+            heads, q_ptr, dout_ptr, lse_ptr, delta_ptr, rows_ptr, stride_q,
+            heads * V_WIDTH, scale, softcap, False,
+            HAS_SOFTCAP, PRECISION, WIDTH, V_WIDTH, BLOCK_D, BLOCK_DV, BLOCK_Q,
         )  # fmt: skip
     for first in range(whole, some_end, BLOCK_Q):
         dk, dv = _dkv_tile(
-            dk, dv, k, v, lo, hi, first + tl.arange(0, BLOCK_Q).to(tl.int64), some_end, head,
-            heads, q_ptr, dout_ptr, lse_ptr, delta_ptr, rows_ptr, stride_q, scale, softcap, True,
-            HAS_SOFTCAP, PRECISION, WIDTH, V_WIDTH, BLOCK_D, BLOCK_DV,
+            dk, dv, k, v, lo, hi, first, some_end, head,
+            heads, q_ptr, dout_ptr, lse_ptr, delta_ptr, rows_ptr, stride_q,
+            heads * V_WIDTH, scale, softcap, True,
+            HAS_SOFTCAP, PRECISION, WIDTH, V_WIDTH, BLOCK_D, BLOCK_DV, BLOCK_Q,
         )  # fmt: skip
 
     part = (head % heads_per_kv).to(tl.int64) * keys + key
