@@ -38,15 +38,18 @@ def make_inputs(rows: int, vocab: int, tokens: int | None, dtype: torch.dtype) -
 def scales(inputs: dict[str, Any]) -> dict[str, Tensor | float]:
     # A log-prob is a difference of two numbers of the size of the scaled logits, so p, which is
     # exp(z - lse), has a relative error of that many ulps. A gradient adds up p times upstream
-    # values of the order 1 / outputs; its entropy part is once more a difference.
+    # values: 1 / tokens for each token of the row, and 1 / rows for the entropy, whose part is
+    # once more a difference.
     cap = inputs.get("softcap", torch.inf)
     z = inputs["logits"].double()
     z = (z if cap == torch.inf else cap * torch.tanh(z / cap)) / inputs.get("temperature", 1.0)
     largest = 1 + float(z.abs().max())
-    ids, rows = inputs["token_ids"], inputs.get("row_index", torch.arange(len(z), device=z.device))
-    dlogits = z.softmax(dim=1) * largest**2 * (1 + rows.bincount(minlength=len(z))[:, None])
-    dlogits[rows, ids] += largest
-    dlogits /= len(ids)
+    ids = inputs["token_ids"]
+    rows = inputs.get("row_index")
+    rows = torch.arange(len(z), device=z.device) if rows is None else rows
+    upstream = rows.bincount(minlength=len(z))[:, None] / len(ids) + largest / len(z)
+    dlogits = z.softmax(dim=1) * largest * upstream
+    dlogits[rows, ids] += largest / len(ids)
     return {"out0": largest, "out1": largest, "dlogits": dlogits}
 
 
