@@ -28,6 +28,14 @@ LVRPO_INLINE to_t bits_as(from_t value) {
   return result;
 }
 
+// Asks for memory that is read soon; any address will do. The hardware looks ahead on its own but not beyond a page, and
+// at the speed of these loops that is a stall per page.
+template <typename scalar_t>
+LVRPO_INLINE void prefetch(const scalar_t* from, int64_t count) {
+  constexpr int64_t line = 64 / sizeof(scalar_t);
+  for (int64_t i = 0; i < count; i += line) __builtin_prefetch(from + i);
+}
+
 // e^x as whole * (1 + excess) with whole = 2^n, the power of 2 next to it. The excess keeps its digits near x = 0, where
 // e^x - 1 would lose them. A NaN stays a NaN.
 template <typename acc>

@@ -129,6 +129,7 @@ LVRPO_MULTIVERSION SoftmaxSums<acc> softmax_sums_of(const scalar_t* x, int64_t n
   for (int64_t begin = 0; begin < n; begin += BLOCK_V) {
     const int64_t size = n - begin < BLOCK_V ? n - begin : BLOCK_V;
     const scalar_t* from = x + begin;
+    prefetch(from + BLOCK_V, BLOCK_V);
     if (scale.capped()) {
 #pragma omp simd
       for (int64_t i = 0; i < size; ++i) y[i] = scale.softcap * tanh_fast(load(from + i) * scale.inv_softcap);
