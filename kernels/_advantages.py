@@ -1,6 +1,7 @@
 """Device functions of `normalize_advantages`: statistics of ragged groups, and sums over programs.
 
-Tiles are [BLOCK_G, BLOCK_S, BLOCK_K] of groups, samples and rewards.
+Tiles are [BLOCK_G, BLOCK_K] of groups and rewards: a thread holds a group, and all groups of a
+program walk over their samples in step, so that a statistic of a group needs no other thread.
 """
 
 import triton
@@ -30,19 +31,18 @@ def groups_of(offsets_ptr, block, groups, batch, BLOCK_G: tl.constexpr):
 
 
 @triton.jit
-def samples_of(walk, step, BLOCK_S: tl.constexpr):
-    """[BLOCK_G, BLOCK_S], and whether they belong to the group."""
+def sample_of(walk, step):
+    """[BLOCK_G], and whether it belongs to the group."""
     begin, size, _ = walk
-    position = step + tl.arange(0, BLOCK_S)[None, :]
-    return begin[:, None] + position, position < size[:, None]
+    return begin + step, step < size
 
 
 @triton.jit
 def load_rewards(rewards_ptr, sample, inside, rewards, BLOCK_K: tl.constexpr):
     """Values, 0 where a reward does not apply, and 1 where it does."""
-    k = tl.arange(0, BLOCK_K)[None, None, :]
-    mask = inside[:, :, None] & (k < rewards)
-    where = sample[:, :, None] * rewards + k
+    k = tl.arange(0, BLOCK_K)[None, :]
+    mask = inside[:, None] & (k < rewards)
+    where = sample[:, None] * rewards + k
     x = tl.load(rewards_ptr + where, mask=mask, other=float("nan")).to(tl.float64)
     applies = x == x
     return tl.where(applies, x, 0.0), applies.to(tl.float64)
@@ -57,21 +57,21 @@ def load_tokens(lengths_ptr, sample, inside):
 
 
 @triton.jit
-def group_means(rewards_ptr, walk, rewards, BLOCK_S: tl.constexpr, BLOCK_K: tl.constexpr):
+def group_means(rewards_ptr, walk, rewards, BLOCK_K: tl.constexpr):
     """Count and mean [BLOCK_G, BLOCK_K]."""
     count = tl.zeros([walk[0].shape[0], BLOCK_K], tl.float64)
     total = tl.zeros([walk[0].shape[0], BLOCK_K], tl.float64)
-    for step in range(0, walk[2], BLOCK_S):
-        sample, inside = samples_of(walk, step, BLOCK_S)
+    for step in range(walk[2]):
+        sample, inside = sample_of(walk, step)
         r, counted = load_rewards(rewards_ptr, sample, inside, rewards, BLOCK_K)
-        count += tl.sum(counted, axis=1)
-        total += tl.sum(r, axis=1)
+        count += counted
+        total += r
     return count, total / tl.maximum(count, 1.0)
 
 
 @triton.jit
 def deviation_of(r, counted, mean, varies):
-    return tl.where(varies[:, None, :], counted * (r - mean[:, None, :]), 0.0)
+    return tl.where(varies, counted * (r - mean), 0.0)
 
 
 @triton.jit
@@ -81,6 +81,15 @@ def merge(n, mean, squares, more, more_mean, more_squares):
     share = more / tl.maximum(total, 1.0)
     step = more_mean - mean
     return total, mean + step * share, squares + more_squares + step * step * n * share
+
+
+@triton.jit
+def merge_lanes(n, mean, squares):
+    """`merge` of the first dimension."""
+    total = tl.sum(n, axis=0)
+    centre = tl.sum(n * mean, axis=0) / tl.maximum(total, 1.0)
+    step = mean - centre[None, :]
+    return total, centre, tl.sum(squares + n * step * step, axis=0)
 
 
 @triton.jit
@@ -191,7 +200,6 @@ def sum_statistics(
     weight,
     mean,
     varies,
-    BLOCK_S: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
     """Of the weighted sum of deviations [BLOCK_G]: squares, whether it varies; best and runner-up.
@@ -204,23 +212,16 @@ def sum_statistics(
     magnitude = tl.zeros([BLOCK_G], tl.float64)
     best = tl.full([BLOCK_G], float("-inf"), tl.float64)
     second = tl.full([BLOCK_G], float("-inf"), tl.float64)
-    for step in range(0, walk[2], BLOCK_S):
-        sample, inside = samples_of(walk, step, BLOCK_S)
+    for step in range(walk[2]):
+        sample, inside = sample_of(walk, step)
         r, counted = load_rewards(rewards_ptr, sample, inside, rewards, BLOCK_K)
-        total = tl.sum(weight[None, :, :] * deviation_of(r, counted, mean, varies), axis=2)
-        squares += tl.sum(total * total, axis=1)
-        largest = tl.maximum(largest, tl.max(tl.abs(total), axis=1))
-        magnitude = tl.maximum(
-            magnitude, tl.max(tl.sum(tl.abs(weight[None, :, :] * r), axis=2), axis=1)
-        )
+        total = tl.sum(weight * deviation_of(r, counted, mean, varies), axis=1)
+        squares += total * total
+        largest = tl.maximum(largest, tl.abs(total))
+        magnitude = tl.maximum(magnitude, tl.sum(tl.abs(weight * r), axis=1))
         ranked = tl.where(inside, total, float("-inf"))
-        first = tl.max(ranked, axis=1)
-        is_first = ranked == first[:, None]
-        next_best = tl.max(tl.where(is_first, float("-inf"), ranked), axis=1)
-        tied = tl.sum(is_first.to(tl.int32), axis=1) > 1
-        next_best = tl.where(tied, first, next_best)
-        second = tl.maximum(tl.minimum(best, first), tl.maximum(second, next_best))
-        best = tl.maximum(best, first)
+        second = tl.maximum(second, tl.minimum(best, ranked))
+        best = tl.maximum(best, ranked)
     second = tl.where(second == float("-inf"), best, second)
     leads = best - second > ROUNDING * magnitude
     lead = tl.where(leads, (best - second) / tl.where(best > 0, best, 1.0), 0.0)
@@ -239,7 +240,6 @@ def group_statistics(
     DECOUPLED: tl.constexpr,
     BASELINE: tl.constexpr,
     SCALE: tl.constexpr,
-    BLOCK_S: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
     """What the samples of a group have in common: `moments` for statistics, `known` for `part_of`.
@@ -247,20 +247,20 @@ def group_statistics(
     moments, by reward [BLOCK_G, BLOCK_K]: count, mean, squares about it, whether it varies.
     """
     zeros = tl.zeros([walk[0].shape[0], BLOCK_K], tl.float64)
-    count, mean = group_means(rewards_ptr, walk, rewards, BLOCK_S, BLOCK_K)
+    count, mean = group_means(rewards_ptr, walk, rewards, BLOCK_K)
     squares, largest, magnitude = zeros, zeros, zeros
     length, offset = zeros, zeros
-    for step in range(0, walk[2], BLOCK_S):
-        sample, inside = samples_of(walk, step, BLOCK_S)
+    for step in range(walk[2]):
+        sample, inside = sample_of(walk, step)
         r, counted = load_rewards(rewards_ptr, sample, inside, rewards, BLOCK_K)
-        deviation = counted * (r - mean[:, None, :])
-        squares += tl.sum(deviation * deviation, axis=1)
-        largest = tl.maximum(largest, tl.max(tl.abs(deviation), axis=1))
-        magnitude = tl.maximum(magnitude, tl.max(tl.abs(r), axis=1))
+        deviation = counted * (r - mean)
+        squares += deviation * deviation
+        largest = tl.maximum(largest, tl.abs(deviation))
+        magnitude = tl.maximum(magnitude, tl.abs(r))
         if BASELINE == "length":
-            t = load_tokens(lengths_ptr, sample, inside)[:, :, None] * counted
-            length += tl.sum(t, axis=1)
-            offset += tl.sum(t * deviation, axis=1)
+            t = load_tokens(lengths_ptr, sample, inside)[:, None] * counted
+            length += t
+            offset += t * deviation
     varies = largest > ROUNDING * magnitude
     best = walk[1], walk[1]
     if DECOUPLED:
@@ -268,7 +268,7 @@ def group_statistics(
         column_varies = varies
     else:
         sum_squares, sum_varies, lead, middle = sum_statistics(
-            rewards_ptr, walk, rewards, weight, mean, varies, BLOCK_S, BLOCK_K
+            rewards_ptr, walk, rewards, weight, mean, varies, BLOCK_K
         )
         column = sum_squares[:, None], walk[1].to(tl.float64)[:, None]
         column_varies = sum_varies[:, None]
@@ -299,22 +299,22 @@ def part_of(
 ):
     """What every reward contributes to the advantage, before whitening: a tile."""
     mean, offset, factor, varies, column, best = known
-    deviation = counted * (r - mean[:, None, :])
+    deviation = counted * (r - mean)
     above = deviation
     if BASELINE == "length":
-        above = counted * (deviation - offset[:, None, :])
+        above = counted * (deviation - offset)
     elif BASELINE == "none":
         above = r
-    part = factor[:, None, :] * above
-    own = tl.where(varies[:, None, :], deviation, 0.0)
+    part = factor * above
+    own = tl.where(varies, deviation, 0.0)
     if not DECOUPLED:
-        own = tl.sum(weight[None, :, :] * own, axis=2)[:, :, None]
+        own = tl.sum(weight * own, axis=1)[:, None]
     if BASELINE == "second_best":
         # Halfway between the two, no rounding can tell a second sample to be the best.
         lead, middle = best
-        part = tl.where(own > middle[:, None, None], lead[:, None, None] * part, 0.0)
+        part = tl.where(own > middle[:, None], lead[:, None] * part, 0.0)
     if SCALE == "leave_one_out":
-        squares, n = column[0][:, None, :], column[1][:, None, :]
+        squares, n = column[0], column[1]
         rest = squares - own * own * (n / tl.maximum(n - 1.0, 1.0))
         divisor = std_divisor(tl.maximum(rest, 0.0), n - 1.0, scalars)
         part = part / tl.where(rest > ROUNDING * squares, divisor, 1.0)
@@ -333,8 +333,3 @@ def batch_divisor(spread_ptr, programs, scalars, SCALE: tl.constexpr, BLOCK_K: t
         _, fraction, _ = reduce_moments(spread_ptr, programs, 3, BLOCK_K)
         divisor = floored(fraction, eps, std_floor)
     return divisor
-
-
-@triton.jit
-def no_range():
-    return tl.full([], float("inf"), tl.float64), tl.full([], float("-inf"), tl.float64)

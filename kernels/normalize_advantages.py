@@ -5,7 +5,7 @@ pass before leaves behind as one partial result per program, and every program o
 these up in the same order. A launch of one program turns the last of them into `stats`.
 
 Groups are ragged, and only the device knows the longest: a program takes BLOCK_G groups and walks
-over their samples BLOCK_S at a time, as often as it needs a statistic of the walk before.
+over their samples, as often as it needs a statistic of the walk before.
 """
 
 from typing import get_args
@@ -25,19 +25,18 @@ from lvrpo.kernels._advantages import (
     load_rewards,
     load_tokens,
     merge,
-    no_range,
+    merge_lanes,
     part_of,
     reduce_moments,
     reduce_row,
     reduce_whitening,
-    samples_of,
+    sample_of,
 )
 from lvrpo.kernels._launch import LaunchConfig, cdiv, launch
 from lvrpo.kernels._primitives import as_scalar
 from lvrpo.ops._advantage_params import Baseline, Scale, Whiten
 
-TILE = 512  # numbers in a tile: 4 fp64 per thread
-BLOCK_S = 8
+TILE = 256  # numbers in a tile: 2 fp64 per thread, so that four programs share an SM
 # Every program adds up what all programs of the pass before left behind: more of them would add
 # longer than they work.
 MAX_PROGRAMS = 512
@@ -57,7 +56,6 @@ def _batch_kernel(
     DECOUPLED: tl.constexpr,
     NONZERO: tl.constexpr,
     BLOCK_G: tl.constexpr,
-    BLOCK_S: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
     """Moments over the batch of every reward, or of their sum, or of whether it is not zero."""
@@ -65,34 +63,29 @@ def _batch_kernel(
     weight = tl.load(weights_ptr + k, mask=k < rewards, other=0.0)[None, :]
     if means_ptr is not None:
         _, batch_mean, _ = reduce_moments(means_ptr, programs, 3, BLOCK_K)
-    n = tl.zeros([BLOCK_K], tl.float64)
-    mean = tl.zeros([BLOCK_K], tl.float64)
-    squares = tl.zeros([BLOCK_K], tl.float64)
+    lanes = tl.full([BLOCK_G, BLOCK_K], 1.0, tl.float64)
+    n, mean, squares = lanes * 0.0, lanes * 0.0, lanes * 0.0
     program = tl.program_id(0)
     for block in range(program, tl.cdiv(groups, BLOCK_G), programs):
         walk = groups_of(offsets_ptr, block, groups, batch, BLOCK_G)
         if means_ptr is not None:
-            count, missing = group_means(rewards_ptr, walk, rewards, BLOCK_S, BLOCK_K)
+            count, missing = group_means(rewards_ptr, walk, rewards, BLOCK_K)
             missing = tl.where(count > 0, missing, batch_mean[None, :])
-        for step in range(0, walk[2], BLOCK_S):
-            sample, inside = samples_of(walk, step, BLOCK_S)
+        for step in range(walk[2]):
+            sample, inside = sample_of(walk, step)
             x, counted = load_rewards(rewards_ptr, sample, inside, rewards, BLOCK_K)
             magnitude = tl.abs(x)
             if not DECOUPLED:
                 if means_ptr is not None:
-                    x = tl.where(counted > 0, x, missing[:, None, :])
-                magnitude = tl.sum(tl.abs(weight)[None, :, :] * magnitude, axis=2)[:, :, None]
+                    x = tl.where(counted > 0, x, missing)
+                magnitude = tl.sum(tl.abs(weight) * magnitude, axis=1)[:, None]
                 # The sum stands in every lane, so that a consumer need not know what it reads.
-                lanes = tl.full([1, 1, BLOCK_K], 1.0, tl.float64)
-                x = tl.sum(weight[None, :, :] * x, axis=2)[:, :, None] * lanes
-                counted = inside[:, :, None].to(tl.float64) * lanes
+                x = tl.sum(weight * x, axis=1)[:, None] * lanes
+                counted = inside[:, None].to(tl.float64) * lanes
             if NONZERO:
                 x = (tl.abs(x) > ROUNDING * magnitude).to(tl.float64)
-            more = tl.sum(tl.sum(counted, axis=1), axis=0)
-            x_mean = tl.sum(tl.sum(counted * x, axis=1), axis=0) / tl.maximum(more, 1.0)
-            deviation = counted * (x - x_mean[None, None, :])
-            more_squares = tl.sum(tl.sum(deviation * deviation, axis=1), axis=0)
-            n, mean, squares = merge(n, mean, squares, more, x_mean, more_squares)
+            n, mean, squares = merge(n, mean, squares, counted, x, 0.0)
+    n, mean, squares = merge_lanes(n, mean, squares)
     row = partial_ptr + program * (3 * BLOCK_K) + k
     tl.store(row, n)
     tl.store(row + BLOCK_K, mean)
@@ -120,7 +113,6 @@ def _measure_kernel(
     BY_TOKEN: tl.constexpr,
     CENTRED: tl.constexpr,
     BLOCK_G: tl.constexpr,
-    BLOCK_S: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
     """The moments of the advantages that whitening removes."""
@@ -128,9 +120,9 @@ def _measure_kernel(
     k = tl.arange(0, BLOCK_K)
     weight = tl.load(weights_ptr + k, mask=k < rewards, other=0.0)[None, :]
     divisor = batch_divisor(spread_ptr, programs, scalars, SCALE, BLOCK_K)
-    tokens, squares = tl.zeros([], tl.float64), tl.zeros([], tl.float64)
-    mean = tl.zeros([BLOCK_K], tl.float64)
-    low, high = no_range()
+    zeros = tl.zeros([BLOCK_G], tl.float64)
+    tokens, squares, low, high = zeros, zeros, zeros + float("inf"), zeros - float("inf")
+    mean = tl.zeros([BLOCK_G, BLOCK_K], tl.float64)
     program = tl.program_id(0)
     for block in range(program, tl.cdiv(groups, BLOCK_G), programs):
         walk = groups_of(offsets_ptr, block, groups, batch, BLOCK_G)
@@ -145,40 +137,37 @@ def _measure_kernel(
             DECOUPLED,
             BASELINE,
             SCALE,
-            BLOCK_S,
             BLOCK_K,
         )
-        for step in range(0, walk[2], BLOCK_S):
-            sample, inside = samples_of(walk, step, BLOCK_S)
+        for step in range(walk[2]):
+            sample, inside = sample_of(walk, step)
             r, counted = load_rewards(rewards_ptr, sample, inside, rewards, BLOCK_K)
             part = part_of(r, counted, weight, known, scalars, DECOUPLED, BASELINE, SCALE)
             t = inside.to(tl.float64)
             if BY_TOKEN:
                 t = load_tokens(lengths_ptr, sample, inside)
-            value = tl.sum(part, axis=2)
-            more = tl.sum(tl.sum(t, axis=1), axis=0)
-            more_mean = tl.zeros([BLOCK_K], tl.float64)
-            if not CENTRED:
-                weighted = tl.sum(tl.sum(t[:, :, None] * part, axis=1), axis=0)
-                more_mean = weighted / tl.maximum(more, 1.0)
-            distance = value - tl.sum(more_mean, axis=0)
-            more_squares = tl.sum(tl.sum(t * distance * distance, axis=1), axis=0)
-            # _merge for the value, whose mean is the sum of the rewards' means.
-            apart = tl.sum(more_mean - mean, axis=0)
-            share = more / tl.maximum(tokens + more, 1.0)
-            squares += more_squares + apart * apart * tokens * share
-            mean += (more_mean - mean) * share
-            tokens += more
-            lowest = tl.min(tl.where(inside, value, float("inf")), axis=1)
-            highest = tl.max(tl.where(inside, value, float("-inf")), axis=1)
-            low = tl.minimum(low, tl.min(lowest, axis=0))
-            high = tl.maximum(high, tl.max(highest, axis=0))
+            value = tl.sum(part, axis=1)
+            low = tl.minimum(low, tl.where(inside, value, float("inf")))
+            high = tl.maximum(high, tl.where(inside, value, float("-inf")))
+            if CENTRED:
+                squares += t * value * value
+                tokens += t
+            else:
+                # `merge` for the value, whose mean is the sum of the rewards' means.
+                share = t / tl.maximum(tokens + t, 1.0)
+                apart = value - tl.sum(mean, axis=1)
+                squares += apart * apart * tokens * share
+                mean += (part - mean) * share[:, None]
+                tokens += t
+    total = tl.sum(tokens, axis=0)
+    centre = tl.sum(tokens[:, None] * mean, axis=0) / tl.maximum(total, 1.0)
+    apart = tl.sum(mean - centre[None, :], axis=1)
     row = partial_ptr + program * (4 + BLOCK_K)
-    tl.store(row, tokens)
-    tl.store(row + 1, squares)
-    tl.store(row + 2, low)
-    tl.store(row + 3, high)
-    tl.store(row + 4 + k, mean)
+    tl.store(row, total)
+    tl.store(row + 1, tl.sum(squares + tokens * apart * apart, axis=0))
+    tl.store(row + 2, tl.min(low, axis=0))
+    tl.store(row + 3, tl.max(high, axis=0))
+    tl.store(row + 4 + k, centre)
 
 
 @triton.jit(do_not_specialize=["batch", "groups", "programs"])
@@ -205,7 +194,6 @@ def _write_kernel(
     SCALE: tl.constexpr,
     CENTRED: tl.constexpr,
     BLOCK_G: tl.constexpr,
-    BLOCK_S: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
     """The advantages, and what every program knows of the batch's statistics."""
@@ -216,11 +204,12 @@ def _write_kernel(
     divisor = batch_divisor(spread_ptr, programs, scalars, SCALE, BLOCK_K)
     if measured_ptr is not None:
         shift, unit = reduce_whitening(measured_ptr, programs, scalars, CENTRED, BLOCK_K)
-    zeros = tl.zeros([BLOCK_K], tl.float64)
+    zeros = tl.zeros([BLOCK_G, BLOCK_K], tl.float64)
     n, mean, squares, share = zeros, zeros, zeros, zeros
-    constant = tl.zeros([BLOCK_K], tl.int32)
-    seen = tl.zeros([BLOCK_K], tl.int32)
-    energy, nonzero = tl.zeros([], tl.float64), tl.zeros([], tl.float64)
+    constant = tl.zeros([BLOCK_G, BLOCK_K], tl.int32)
+    seen = tl.zeros([BLOCK_G, BLOCK_K], tl.int32)
+    energy = tl.zeros([BLOCK_G], tl.float64)
+    nonzero = tl.zeros([BLOCK_G], tl.int32)
     program = tl.program_id(0)
     for block in range(program, tl.cdiv(groups, BLOCK_G), programs):
         walk = groups_of(offsets_ptr, block, groups, batch, BLOCK_G)
@@ -235,44 +224,41 @@ def _write_kernel(
             DECOUPLED,
             BASELINE,
             SCALE,
-            BLOCK_S,
             BLOCK_K,
         )
         count, group_mean, group_squares, varies = moments
-        seen += tl.sum((count > 0).to(tl.int32), axis=0)
-        constant += tl.sum(tl.where(varies, 0, (count > 0).to(tl.int32)), axis=0)
-        more = tl.sum(count, axis=0)
-        more_mean = tl.sum(count * group_mean, axis=0) / tl.maximum(more, 1.0)
-        apart = group_mean - more_mean[None, :]
-        more_squares = tl.sum(group_squares + count * apart * apart, axis=0)
-        n, mean, squares = merge(n, mean, squares, more, more_mean, more_squares)
-        for step in range(0, walk[2], BLOCK_S):
-            sample, inside = samples_of(walk, step, BLOCK_S)
+        applied = (count > 0).to(tl.int32)
+        seen += applied
+        constant += tl.where(varies, 0, applied)
+        n, mean, squares = merge(n, mean, squares, count, group_mean, group_squares)
+        for step in range(walk[2]):
+            sample, inside = sample_of(walk, step)
             r, counted = load_rewards(rewards_ptr, sample, inside, rewards, BLOCK_K)
             part = part_of(r, counted, weight, known, scalars, DECOUPLED, BASELINE, SCALE)
-            mask = inside[:, :, None] & (k < rewards)[None, None, :]
+            mask = inside[:, None] & (k < rewards)[None, :]
             if measured_ptr is not None:
-                part = (part - shift[None, None, :]) * unit
+                part = (part - shift[None, :]) * unit
                 part = tl.where(mask, part, 0.0)
-            value = tl.sum(part, axis=2)
+            value = tl.sum(part, axis=1)
             clipped = tl.minimum(tl.maximum(value, -clip), clip)
-            part = part * tl.where(clipped == value, 1.0, clipped / value)[:, :, None]
+            part = part * tl.where(clipped == value, 1.0, clipped / value)[:, None]
             out_dtype = values_ptr.dtype.element_ty
-            to = sample[:, :, None] * rewards + k[None, None, :]
+            to = sample[:, None] * rewards + k[None, :]
             tl.store(per_reward_ptr + to, part.to(out_dtype), mask=mask)
             tl.store(values_ptr + sample, clipped.to(out_dtype), mask=inside)
-            energy += tl.sum(tl.sum(clipped * clipped, axis=1), axis=0)
-            nonzero += tl.sum(tl.sum((clipped != 0.0).to(tl.float64), axis=1), axis=0)
-            share += tl.sum(tl.sum(part * clipped[:, :, None], axis=1), axis=0)
+            energy += clipped * clipped
+            nonzero += (clipped != 0.0).to(tl.int32)
+            share += part * clipped[:, None]
     row = partial_ptr + program * (STATS * BLOCK_K) + k
+    n, mean, squares = merge_lanes(n, mean, squares)
     tl.store(row, n)
     tl.store(row + BLOCK_K, mean)
     tl.store(row + 2 * BLOCK_K, squares)
-    tl.store(row + 3 * BLOCK_K, constant.to(tl.float64))
-    tl.store(row + 4 * BLOCK_K, seen.to(tl.float64))
-    tl.store(row + 5 * BLOCK_K, share)
-    tl.store(row + 6 * BLOCK_K, zeros + energy)
-    tl.store(row + 7 * BLOCK_K, zeros + nonzero)
+    tl.store(row + 3 * BLOCK_K, tl.sum(constant, axis=0).to(tl.float64))
+    tl.store(row + 4 * BLOCK_K, tl.sum(seen, axis=0).to(tl.float64))
+    tl.store(row + 5 * BLOCK_K, tl.sum(share, axis=0))
+    tl.store(row + 6 * BLOCK_K, tl.zeros([BLOCK_K], tl.float64) + tl.sum(energy, axis=0))
+    tl.store(row + 7 * BLOCK_K, tl.zeros([BLOCK_K], tl.float64) + tl.sum(nonzero, axis=0))
 
 
 @triton.jit(do_not_specialize=["batch", "programs"])
@@ -327,9 +313,9 @@ def normalize_advantages(
     batch, count = rewards.shape
     groups = offsets.shape[0] - 1
     block_k = triton.next_power_of_2(count)
-    blocks = {"BLOCK_G": max(1, TILE // BLOCK_S // block_k), "BLOCK_S": BLOCK_S}
-    config = LaunchConfig(blocks | {"BLOCK_K": block_k}, num_warps=4, num_stages=1)
-    programs = min(cdiv(groups, blocks["BLOCK_G"]), MAX_PROGRAMS)
+    block_g = max(1, TILE // block_k)
+    config = LaunchConfig({"BLOCK_G": block_g, "BLOCK_K": block_k}, num_warps=4, num_stages=1)
+    programs = min(cdiv(groups, block_g), MAX_PROGRAMS)
     inputs = {
         "rewards_ptr": rewards.contiguous(),
         "offsets_ptr": offsets.contiguous(),

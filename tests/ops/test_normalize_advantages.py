@@ -108,18 +108,22 @@ def test_matches_reference(backend, params):
     check(backend, make_inputs(*RAGGED, torch.float64) | {"params": params})
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_every_dtype(backend, dtype):
+    check(backend, make_inputs(*RAGGED, dtype) | {"params": AdvantageParams()})
+
+
 @pytest.mark.parametrize("name", ["decoupled", "grpo_batch", "opo"])
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES.keys())
-def test_every_shape_and_dtype(backend, shape, name, dtype):
-    check(backend, make_inputs(*shape, dtype) | {"params": AdvantageParams.preset(name)})
+def test_every_shape(backend, shape, name):
+    check(backend, make_inputs(*shape) | {"params": AdvantageParams.preset(name)})
 
 
 @settings(
-    max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    max_examples=10, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 @given(
-    sizes=st.lists(st.integers(0, 20), min_size=1, max_size=12),
+    sizes=st.lists(st.integers(0, 10), min_size=1, max_size=8),
     rewards=st.integers(1, 3),
     params=st.sampled_from(list(PARAMS.values())),
 )
