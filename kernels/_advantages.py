@@ -333,3 +333,19 @@ def batch_divisor(spread_ptr, programs, scalars, SCALE: tl.constexpr, BLOCK_K: t
         _, fraction, _ = reduce_moments(spread_ptr, programs, 3, BLOCK_K)
         divisor = floored(fraction, eps, std_floor)
     return divisor
+
+
+@triton.jit
+def store_statistics(row, moments, constant, seen, share, energy, nonzero):
+    """A program's STATS rows; all but `moments` are summed over their first dimension."""
+    n, mean, squares = moments
+    BLOCK_K: tl.constexpr = n.shape[0]
+    zeros = n * 0.0
+    tl.store(row, n)
+    tl.store(row + BLOCK_K, mean)
+    tl.store(row + 2 * BLOCK_K, squares)
+    tl.store(row + 3 * BLOCK_K, tl.sum(constant, axis=0).to(tl.float64))
+    tl.store(row + 4 * BLOCK_K, tl.sum(seen, axis=0).to(tl.float64))
+    tl.store(row + 5 * BLOCK_K, tl.sum(share, axis=0))
+    tl.store(row + 6 * BLOCK_K, zeros + tl.sum(energy, axis=0))
+    tl.store(row + 7 * BLOCK_K, zeros + tl.sum(nonzero, axis=0))

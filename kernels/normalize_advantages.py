@@ -31,6 +31,7 @@ from lvrpo.kernels._advantages import (
     reduce_row,
     reduce_whitening,
     sample_of,
+    store_statistics,
 )
 from lvrpo.kernels._launch import LaunchConfig, cdiv, launch
 from lvrpo.kernels._primitives import as_scalar
@@ -250,15 +251,7 @@ def _write_kernel(
             nonzero += (clipped != 0.0).to(tl.int32)
             share += part * clipped[:, None]
     row = partial_ptr + program * (STATS * BLOCK_K) + k
-    n, mean, squares = merge_lanes(n, mean, squares)
-    tl.store(row, n)
-    tl.store(row + BLOCK_K, mean)
-    tl.store(row + 2 * BLOCK_K, squares)
-    tl.store(row + 3 * BLOCK_K, tl.sum(constant, axis=0).to(tl.float64))
-    tl.store(row + 4 * BLOCK_K, tl.sum(seen, axis=0).to(tl.float64))
-    tl.store(row + 5 * BLOCK_K, tl.sum(share, axis=0))
-    tl.store(row + 6 * BLOCK_K, tl.zeros([BLOCK_K], tl.float64) + tl.sum(energy, axis=0))
-    tl.store(row + 7 * BLOCK_K, tl.zeros([BLOCK_K], tl.float64) + tl.sum(nonzero, axis=0))
+    store_statistics(row, merge_lanes(n, mean, squares), constant, seen, share, energy, nonzero)
 
 
 @triton.jit(do_not_specialize=["batch", "programs"])
@@ -329,20 +322,9 @@ def normalize_advantages(
     def fresh(*shape, dtype=torch.float64):
         return rewards.new_empty(shape, dtype=dtype)
 
-    def column(**choice):
-        partial = fresh(programs, 3, block_k)
-        launch(_batch_kernel, (programs,), config, partial_ptr=partial, **inputs, **choice)
-        return partial
-
-    spread = None
-    if scale in ("batch", "nonzero"):
-        of_rewards = None
-        if scale == "batch" and not decoupled and count > 1:
-            of_rewards = column(means_ptr=None, DECOUPLED=True, NONZERO=False)
-        spread = column(means_ptr=of_rewards, DECOUPLED=decoupled, NONZERO=scale == "nonzero")
     estimator = inputs | {
         "lengths_ptr": None if lengths is None else lengths.contiguous(),
-        "spread_ptr": spread,
+        "spread_ptr": _spread(inputs, config, decoupled, scale),
         "ddof": float(ddof),
         "eps": eps,
         "std_floor": std_floor,
@@ -379,7 +361,32 @@ def normalize_advantages(
         clip=clip,
         **estimator,
     )
-    stats, all_zero = fresh(5, count, dtype=dtype), fresh(dtype=torch.bool)
+    return values, per_reward, *_stats(partial, values, batch, count, float(ddof))
+
+
+def _spread(inputs, config, decoupled, scale):
+    """What _batch_kernel leaves behind, where a sum over the batch divides every group."""
+    if scale not in ("batch", "nonzero"):
+        return None
+    rewards, programs = inputs["rewards_ptr"], inputs["programs"]
+
+    def column(**choice):
+        shape = (programs, 3, config.blocks["BLOCK_K"])
+        partial = rewards.new_empty(shape, dtype=torch.float64)
+        launch(_batch_kernel, (programs,), config, partial_ptr=partial, **inputs, **choice)
+        return partial
+
+    means = None
+    if scale == "batch" and not decoupled and rewards.shape[1] > 1:
+        # A sum counts a reward that nobody in the group has as the mean of the batch.
+        means = column(means_ptr=None, DECOUPLED=True, NONZERO=False)
+    return column(means_ptr=means, DECOUPLED=decoupled, NONZERO=scale == "nonzero")
+
+
+def _stats(partial, values, batch, count, ddof):
+    stats = values.new_empty(5, count)
+    all_zero = values.new_empty((), dtype=torch.bool)
+    programs, _, block_k = partial.shape
     launch(
         _stats_kernel,
         (1,),
@@ -390,6 +397,6 @@ def normalize_advantages(
         batch=batch,
         rewards=count,
         programs=programs,
-        ddof=float(ddof),
+        ddof=ddof,
     )
-    return values, per_reward, stats, all_zero
+    return stats, all_zero
