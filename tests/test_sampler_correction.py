@@ -210,7 +210,7 @@ def test_a_token_that_the_sampler_did_not_score_counts_as_no_mismatch():
 def test_statistics():
     inputs = make_inputs(LENGTHS, torch.float64)
     params = SamplerCorrectionParams(
-        low=0.8, high=1.2, reject=(Rejection("k2", "token", high=0.3),)
+        low=0.8, high=1.2, reject=(Rejection("k2", "token", high=0.1),)
     )
     weights, stats = lvrpo.sampler_weights(**inputs, params=params)
     gap = (inputs["old_logprobs"] - inputs["sampler_logprobs"])[inputs["mask"]]
