@@ -35,6 +35,7 @@ train: setup  ## warm start and LVRPO on real handwritten digits, then the repor
 
 test: setup  ## every test, and the benchmarks at small size
 	$(BIN)/pytest
+	TRITON_INTERPRET=1 $(BIN)/pytest -k triton $(wildcard $(patsubst kernels/%.py,tests/ops/test_%*.py,$(wildcard kernels/[a-z]*.py)))
 	$(BIN)/pytest benchmarks --benchmark-only
 
 bench: setup  ## the benchmarks at full size

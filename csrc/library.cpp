@@ -9,12 +9,12 @@ STABLE_TORCH_LIBRARY(lvrpo, m) {
   // softcap = 0 means none; entropy is empty unless asked for.
   m.def(
       "gather_logprobs_fwd(Tensor logits, Tensor token_ids, Tensor? row_index, Tensor? vocab_range, "
-      "float temperature, float softcap, int ignore_index, bool with_entropy) "
-      "-> (Tensor logprobs, Tensor lse, Tensor entropy)");
+      "float temperature, float softcap, int ignore_index, bool with_entropy, bool with_sum_squares) "
+      "-> (Tensor logprobs, Tensor lse, Tensor entropy, Tensor sum_squares)");
   m.def(
-      "gather_logprobs_bwd(Tensor dlogprobs, Tensor? dentropy, Tensor logits, Tensor token_ids, Tensor? row_index, "
+      "gather_logprobs_bwd(Tensor(a!) dlogits, Tensor dlogprobs, Tensor? dentropy, Tensor logits, Tensor token_ids, Tensor? row_index, "
       "Tensor? vocab_range, Tensor lse, Tensor? entropy, float temperature, float softcap, int ignore_index) "
-      "-> Tensor dlogits");
+      "-> ()");
   // noise is absent when every step is deterministic.
   m.def(
       "flow_step_fwd(Tensor velocity, Tensor x_t, Tensor? noise, Tensor c_x, Tensor c_v, Tensor std) "

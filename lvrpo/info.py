@@ -77,15 +77,10 @@ def op_names() -> list[str]:
 
 def backends_of(op: str) -> list[str]:
     """The backends that `op` has in this build; "torch" is the reference and always there."""
-    names = {name.split(".")[0] for name in torch._C._dispatch_get_all_op_names()}
-    compiled = names & {f"lvrpo::{op}", f"lvrpo::{op}_fwd"}
-    found = []
-    for backend in _backend.BACKENDS:
-        key = {"cpp": "CPU", "cuda": "CUDA"}.get(backend)
-        has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key
-        if backend == "torch" or (key and any(has_kernel(name, key) for name in compiled)):
-            found.append(backend)
-    return found
+    found = [name for name in ("cpp", "triton") if _library.implements(name, op)]
+    if _library.MISSING:
+        found.remove("cpp")
+    return [*found, "torch"]
 
 
 def optional_packages() -> dict[str, dict[str, str | None]]:
@@ -134,8 +129,7 @@ def describe() -> str:
 
     lines += ["", "Backends, in order of preference:"]
     for backend in _backend.BACKENDS:
-        reasons = _backend.why_not(backend, [])
-        lines.append(f"  {backend:8} {'; '.join(reasons) or 'available'}")
+        lines.append(f"  {backend:8} {_backend.why_unavailable(backend) or 'available'}")
 
     width = max(len(op) for op in op_names())
     lines += ["", "Ops:"]

@@ -66,7 +66,7 @@ def check_against_plain(
         return
     assert bool(wide_ours[finite].isfinite().all()), f"{name}: ours holds NaN or inf, gold does not"
 
-    magnitude = gold.abs() if scale is None else torch.as_tensor(scale, dtype=torch.float64)
+    magnitude = gold.abs() if scale is None else torch.as_tensor(scale).to(gold)
     inside = min(torch.finfo(ours.dtype).eps, torch.finfo(torch.float32).eps)
     slack = (magnitude.expand_as(gold) * (ulps * inside))[finite]
     rounding = torch.zeros_like(slack)
@@ -138,10 +138,13 @@ def check_op(
             generator = torch.Generator().manual_seed(seed)
             output_dtypes.extend(out.dtype for out in outputs if dtype is None)
             upstream = [
-                (torch.randn(out.shape, generator=generator, dtype=torch.float64) / out.numel())
+                (
+                    torch.randn(out.shape, generator=generator, dtype=torch.float64, device="cpu")
+                    / out.numel()
+                )
                 .float()
                 .to(held)
-                .to(out.dtype)
+                .to(out)
                 for out, held in zip(outputs, output_dtypes, strict=True)
             ]
             pairs = [

@@ -2,17 +2,52 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import pytest
 import torch
 
-from lvrpo.ops import _library
+from lvrpo import info
+from lvrpo.ops import _backend
 
 
-@pytest.fixture(params=["cpp", "torch"])
-def backend(request: pytest.FixtureRequest) -> str:
-    if request.param == "cpp" and _library.MISSING:
-        pytest.skip(f"backend cpp: {_library.MISSING}")
-    return str(request.param)
+def backends() -> list[str]:
+    """Triton's is there when its kernels can run: on a GPU, or with TRITON_INTERPRET=1."""
+    return ["cpp", "torch"] + ["triton"] * (not _backend.why_unavailable("triton"))
+
+
+@pytest.fixture(params=backends())
+def backend(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Name of a backend; on a GPU, the tensors that a test of Triton makes are on it."""
+    name, stem = str(request.param), request.path.stem.removeprefix("test_")
+    op = max((op for op in info.op_names() if stem.startswith(op)), key=len)
+    if reasons := _backend.why_not(name, op, []):
+        pytest.skip(f"backend {name}: {'; '.join(reasons)}")
+    if name == "triton" and not _backend.triton_interprets():
+        with torch.device("cuda"):
+            yield name
+    else:
+        yield name
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _interpreter_rounds_to_bf16():
+    """Triton's interpreter truncates where the hardware, and torch, round to nearest even."""
+    if _backend.why_unavailable("triton") or not _backend.triton_interprets():
+        yield
+        return
+    from triton.runtime import interpreter
+
+    truncating = interpreter._convert_float
+
+    def rounding(data, source, target, mode):
+        if source == interpreter.tl.float32 and target == interpreter.tl.bfloat16:
+            return torch.from_numpy(data.copy()).bfloat16().view(torch.uint16).numpy()
+        return truncating(data, source, target, mode)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(interpreter, "_convert_float", rounding)
+        yield
 
 
 @pytest.fixture(autouse=True)

@@ -44,6 +44,7 @@ EXCEPTIONS: dict[str, tuple[int, str]] = {
 #: Modules that users run or import themselves, and nothing inside lvrpo needs to.
 DOORS = {"lvrpo", "lvrpo.cli", "lvrpo.info", "lvrpo.testing"}
 ENVIRONMENT_VARIABLES = {"LVRPO_BACKEND", "LVRPO_BUILD", "LVRPO_CHECK"}
+ENVIRONMENT_VARIABLES |= {"TRITON_INTERPRET"}  # Triton's own
 TOOLCHAIN_VARIABLES = {"CXX", "TORCH_CUDA_ARCH_LIST"}  # read by setup.py, defined by others
 
 

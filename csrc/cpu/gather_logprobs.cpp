@@ -167,9 +167,11 @@ class Targets {
 // A row can be as long as a vocabulary; a thread is worth starting for about this many logits.
 int64_t row_grain(int64_t vocab) { return std::max<int64_t>(1, 16384 / std::max<int64_t>(1, vocab)); }
 
-std::tuple<Tensor, Tensor, Tensor> gather_logprobs_fwd(Tensor logits, Tensor token_ids, optional<Tensor> row_index,
+std::tuple<Tensor, Tensor, Tensor, Tensor> gather_logprobs_fwd(Tensor logits, Tensor token_ids, optional<Tensor> row_index,
                                                        optional<Tensor> vocab_range, double temperature,
-                                                       double softcap, int64_t ignore_index, bool with_entropy) {
+                                                       double softcap, int64_t ignore_index, bool with_entropy,
+                                                       bool with_sum_squares) {
+  LVRPO_CHECK(!with_sum_squares, "the sum of squares is not there yet");
   LVRPO_CHECK(logits.dim() == 2, "logits must be [R, V]");
   if (logits.stride(1) != 1) logits = torch::stable::contiguous(logits);
   const int64_t rows = logits.size(0), vocab = logits.size(1);
@@ -210,10 +212,10 @@ std::tuple<Tensor, Tensor, Tensor> gather_logprobs_fwd(Tensor logits, Tensor tok
       }
     }
   });
-  return {logprobs, lse, entropy};
+  return {logprobs, lse, entropy, torch::stable::new_empty(lse, {0})};
 }
 
-Tensor gather_logprobs_bwd(Tensor dlogprobs, optional<Tensor> dentropy, Tensor logits, Tensor token_ids,
+void gather_logprobs_bwd(Tensor dlogits, Tensor dlogprobs, optional<Tensor> dentropy, Tensor logits, Tensor token_ids,
                            optional<Tensor> row_index, optional<Tensor> vocab_range, Tensor lse,
                            optional<Tensor> entropy, double temperature, double softcap, int64_t ignore_index) {
   LVRPO_CHECK(logits.dim() == 2, "logits must be [R, V]");
@@ -232,7 +234,8 @@ Tensor gather_logprobs_bwd(Tensor dlogprobs, optional<Tensor> dentropy, Tensor l
   }
   dlogprobs = torch::stable::contiguous(dlogprobs);
   lse = torch::stable::contiguous(lse);
-  Tensor dlogits = torch::stable::new_empty(logits, {rows, vocab});
+  check_dtype(dlogits, logits.scalar_type(), "dlogits");
+  check_contiguous(dlogits, "dlogits");
 
   LVRPO_DISPATCH_FLOATING(logits.scalar_type(), scalar_t, [&] {
     using acc = acc_t<scalar_t>;
@@ -285,7 +288,6 @@ Tensor gather_logprobs_bwd(Tensor dlogprobs, optional<Tensor> dentropy, Tensor l
       }
     });
   });
-  return dlogits;
 }
 
 }  // namespace

@@ -7,6 +7,7 @@ silence.
 
 from __future__ import annotations
 
+import importlib.util
 import os
 from collections.abc import Iterable, Sequence
 
@@ -15,19 +16,37 @@ from torch import Tensor
 
 from lvrpo.ops import _library
 
-#: In order of preference. `triton`, `cuda` and `flash` join as their kernels land.
-BACKENDS = ("cpp", "torch")
+#: In order of preference. `cuda` and `flash` join as their kernels land.
+BACKENDS = ("cpp", "triton", "torch")
+TRITON_INSTALLED = importlib.util.find_spec("triton") is not None
 FLOATING = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
-def why_not(backend: str, tensors: Iterable[Tensor]) -> list[str]:
-    """Reasons that `backend` cannot run an op on these tensors."""
+def why_unavailable(backend: str) -> str:
+    """Why no op can run on `backend` here; empty when it can."""
+    if backend == "cpp":
+        return _library.MISSING
+    if backend == "triton":
+        if not TRITON_INSTALLED:
+            return "triton is not installed (pip install lvrpo[triton])"
+        if not torch.cuda.is_available() and not triton_interprets():
+            return "torch sees no GPU (TRITON_INTERPRET=1 tests the kernels on the CPU)"
+    return ""
+
+
+def why_not(backend: str, op: str, tensors: Iterable[Tensor]) -> list[str]:
+    """Reasons that `backend` cannot run `op` on these tensors."""
     if backend == "torch":
         return []
-    reasons = [_library.MISSING] if _library.MISSING else []
+    if not _library.implements(backend, op):
+        return [f"{op} has no {backend} kernel"]
+    if why_unavailable(backend):
+        return [why_unavailable(backend)]
+    reasons = []
+    device = "cuda" if backend == "triton" and not triton_interprets() else "cpu"
     for tensor in tensors:
-        if tensor.device.type != "cpu":
-            reasons.append(f"it runs on CPU tensors, got one on {tensor.device}")
+        if tensor.device.type != device:
+            reasons.append(f"it runs on {device.upper()} tensors, got one on {tensor.device}")
             break
     for tensor in tensors:
         if tensor.is_floating_point() and tensor.dtype not in FLOATING:
@@ -50,11 +69,16 @@ def resolve(op: str, tensors: Sequence[Tensor | None], backend: str | None) -> s
     present = [tensor for tensor in tensors if tensor is not None]
     backend = backend or os.environ.get("LVRPO_BACKEND") or None
     if backend is None:
-        return next(name for name in BACKENDS if not why_not(name, present))
+        return next(name for name in BACKENDS if not why_not(name, op, present))
     if backend not in BACKENDS:
         raise ValueError(f"{op}: backend is {backend!r}, expected one of {', '.join(BACKENDS)}")
-    if why_not(backend, present):
-        table = {name: why_not(name, present) for name in BACKENDS}
+    if why_not(backend, op, present):
+        table = {name: why_not(name, op, present) for name in BACKENDS}
         lines = [f"  {name}: {'; '.join(reasons) or 'can run'}" for name, reasons in table.items()]
         raise ValueError(f"{op}: backend {backend!r} cannot run these inputs\n" + "\n".join(lines))
     return backend
+
+
+def triton_interprets() -> bool:
+    """Whether Triton runs kernels in its interpreter, on CPU tensors."""
+    return os.environ.get("TRITON_INTERPRET") == "1"

@@ -262,7 +262,7 @@ class _FlowPolicyLoss(torch.autograd.Function):
         return dvelocity, *[None] * 10
 
 
-@_library.register_fake("flow_policy_loss_fwd")
+@_library.register("flow_policy_loss_fwd")
 def _fwd_fake(velocity: Tensor, velocity_old: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
     return (
         velocity_old.new_empty(()),
@@ -271,7 +271,7 @@ def _fwd_fake(velocity: Tensor, velocity_old: Tensor, *_: Any) -> tuple[Tensor, 
     )
 
 
-@_library.register_fake("flow_policy_loss_bwd")
+@_library.register("flow_policy_loss_bwd")
 def _bwd_fake(dloss: Tensor, velocity: Tensor, *_: Any) -> Tensor:
     return velocity.new_empty(velocity.shape)
 

@@ -124,12 +124,12 @@ class _FlowStep(torch.autograd.Function):
         return dvelocity.to(ctx.velocity_dtype), dx_t, None, None, None, None
 
 
-@_library.register_fake("flow_step_fwd")
+@_library.register("flow_step_fwd")
 def _fwd_fake(velocity: Tensor, x_t: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
     return x_t.new_empty(x_t.shape), x_t.new_empty(x_t.shape[0])
 
 
-@_library.register_fake("flow_step_bwd")
+@_library.register("flow_step_bwd")
 def _bwd_fake(dx_next: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
     return dx_next.new_empty(dx_next.shape), dx_next.new_empty(dx_next.shape)
 

@@ -111,6 +111,7 @@ def gather_logprobs(
         float(softcap or 0.0),
         ignore_index,
         return_entropy,
+        chosen,
     )
     if _checks.check_values(lse):
         _refuse_rows(~torch.isfinite(lse), logits, vocab_range, softcap)
@@ -129,8 +130,9 @@ class _GatherLogprobs(torch.autograd.Function):
         softcap: float,
         ignore_index: int,
         with_entropy: bool,
+        backend: str,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        logprobs, lse, entropy = torch.ops.lvrpo.gather_logprobs_fwd(
+        logprobs, lse, entropy, _ = _library.op("gather_logprobs_fwd", backend)(
             logits,
             token_ids,
             row_index,
@@ -139,10 +141,12 @@ class _GatherLogprobs(torch.autograd.Function):
             softcap,
             ignore_index,
             with_entropy,
+            False,
         )
         ctx.save_for_backward(logits, token_ids, row_index, vocab_range, lse, entropy)
         ctx.scalars = temperature, softcap, ignore_index
         ctx.with_entropy = with_entropy
+        ctx.backend = backend
         ctx.mark_non_differentiable(lse)
         return logprobs, entropy, lse
 
@@ -150,7 +154,9 @@ class _GatherLogprobs(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, dlogprobs: Tensor, dentropy: Tensor, _: Tensor) -> tuple[Any, ...]:
         logits, token_ids, row_index, vocab_range, lse, entropy = ctx.saved_tensors
-        dlogits = torch.ops.lvrpo.gather_logprobs_bwd(
+        dlogits = torch.empty_like(logits)
+        _library.op("gather_logprobs_bwd", ctx.backend)(
+            dlogits,
             dlogprobs,
             dentropy if ctx.with_entropy else None,
             logits,
@@ -161,10 +167,10 @@ class _GatherLogprobs(torch.autograd.Function):
             entropy if ctx.with_entropy else None,
             *ctx.scalars,
         )
-        return dlogits, None, None, None, None, None, None, None
+        return dlogits, *[None] * 8
 
 
-@_library.register_fake("gather_logprobs_fwd")
+@_library.register("gather_logprobs_fwd", triton=OP)
 def _fwd_fake(
     logits: Tensor,
     token_ids: Tensor,
@@ -174,19 +180,34 @@ def _fwd_fake(
     softcap: float,
     ignore_index: int,
     with_entropy: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
+    with_sum_squares: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
     rows = logits.shape[0]
     return (
         logits.new_empty(token_ids.shape, dtype=dtype),
         logits.new_empty(rows, dtype=dtype),
         logits.new_empty(rows if with_entropy else 0, dtype=dtype),
+        logits.new_empty(rows if with_sum_squares else 0, dtype=dtype),
     )
 
 
-@_library.register_fake("gather_logprobs_bwd")
-def _bwd_fake(dlogprobs: Tensor, dentropy: Tensor | None, logits: Tensor, *_: Any) -> Tensor:
-    return logits.new_empty(logits.shape)
+@_library.register("gather_logprobs_bwd", triton=OP, mutates=["dlogits"])
+def _bwd_fake(
+    dlogits: Tensor,
+    dlogprobs: Tensor,
+    dentropy: Tensor | None,
+    logits: Tensor,
+    token_ids: Tensor,
+    row_index: Tensor | None,
+    vocab_range: Tensor | None,
+    lse: Tensor,
+    entropy: Tensor | None,
+    temperature: float,
+    softcap: float,
+    ignore_index: int,
+) -> None:
+    return None
 
 
 def _as_row_ranges(vocab_range: Tensor | tuple[int, int] | None, logits: Tensor) -> Tensor | None:

@@ -186,7 +186,7 @@ class _GrpoLoss(torch.autograd.Function):
         return dloss * dlogprobs, to_entropy, None, None, None, None, None, None
 
 
-@_library.register_fake("grpo_loss_fwd")
+@_library.register("grpo_loss_fwd")
 def _fwd_fake(
     logprobs: Tensor,
     old_logprobs: Tensor | None,

@@ -115,14 +115,14 @@ class _PackedAttention(torch.autograd.Function):
         return (*gradients, *[None] * 7)
 
 
-@_library.register_fake("packed_attention_fwd")
+@_library.register("packed_attention_fwd")
 def _fwd_fake(q: Tensor, k: Tensor, v: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
     lse_dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
     out = q.new_empty(q.shape[0], q.shape[1], v.shape[2])
     return out, q.new_empty(q.shape[:2], dtype=lse_dtype)
 
 
-@_library.register_fake("packed_attention_bwd")
+@_library.register("packed_attention_bwd")
 def _bwd_fake(
     dout: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, *_: Any
 ) -> tuple[Tensor, Tensor, Tensor]:

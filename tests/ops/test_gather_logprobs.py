@@ -25,13 +25,13 @@ SHAPES = {
 
 
 def make_inputs(rows: int, vocab: int, tokens: int | None, dtype: torch.dtype) -> dict[str, Any]:
-    generator = torch.Generator().manual_seed(rows * vocab)
-    logits = (torch.randn(rows, vocab, generator=generator) * 3).to(dtype)
+    torch.manual_seed(rows * vocab)
+    logits = (torch.randn(rows, vocab) * 3).to(dtype)
     count = rows if tokens is None else tokens
-    token_ids = torch.randint(0, vocab, (count,), generator=generator)
+    token_ids = torch.randint(0, vocab, (count,))
     inputs: dict[str, Any] = {"logits": logits, "token_ids": token_ids, "return_entropy": True}
     if tokens is not None:
-        inputs["row_index"] = torch.randint(0, rows, (count,), generator=generator)
+        inputs["row_index"] = torch.randint(0, rows, (count,))
     return inputs
 
 
@@ -43,7 +43,7 @@ def scales(inputs: dict[str, Any]) -> dict[str, Tensor | float]:
     z = inputs["logits"].double()
     z = (z if cap == torch.inf else cap * torch.tanh(z / cap)) / inputs.get("temperature", 1.0)
     largest = 1 + float(z.abs().max())
-    ids, rows = inputs["token_ids"], inputs.get("row_index", torch.arange(len(z)))
+    ids, rows = inputs["token_ids"], inputs.get("row_index", torch.arange(len(z), device=z.device))
     dlogits = z.softmax(dim=1) * largest**2 * (1 + rows.bincount(minlength=len(z))[:, None])
     dlogits[rows, ids] += largest
     dlogits /= len(ids)

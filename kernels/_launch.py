@@ -1,0 +1,85 @@
+"""Launching a kernel: fixed configurations as data, and a record of what would be launched."""
+
+from __future__ import annotations
+
+import contextlib
+import contextvars
+import dataclasses
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+@dataclasses.dataclass(frozen=True)
+class LaunchConfig:
+    """How a kernel is compiled and launched; depends on the op and the dtype, never on a batch.
+
+    Attributes:
+        blocks: compile-time tile sizes by the name of the kernel's parameter.
+        num_warps: warps of 32 threads per program.
+        num_stages: depth of the software pipeline of loads.
+    """
+
+    blocks: Mapping[str, int]
+    num_warps: int = 4
+    num_stages: int = 3
+
+
+@dataclasses.dataclass(frozen=True)
+class Launch:
+    """One kernel launch: what `kernel[grid](**arguments)` was or would have been called with."""
+
+    kernel: Any
+    grid: tuple[int, ...]
+    arguments: Mapping[str, Any]
+
+
+_records: contextvars.ContextVar[list[Launch] | None] = contextvars.ContextVar(
+    "lvrpo_launches", default=None
+)
+
+
+@contextlib.contextmanager
+def record() -> Iterator[list[Launch]]:
+    """Collect launches instead of running them.
+
+    With tensors on the meta device this needs no GPU: it is how the kernels are compiled ahead of
+    time, and how a test counts that a sweep over lengths compiles once.
+    """
+    launches: list[Launch] = []
+    token = _records.set(launches)
+    try:
+        yield launches
+    finally:
+        _records.reset(token)
+
+
+def launch(kernel: Any, grid: tuple[int, ...], config: LaunchConfig, **arguments: Any) -> None:
+    """Run `kernel` on the device of its tensors; an empty grid has nothing to do.
+
+    Args:
+        kernel: a `triton.jit` function.
+        grid: programs along x, y, z. Put rows on x: the others end at 65,535.
+        config: tile sizes and warps.
+        **arguments: every other parameter of the kernel by name, None for an absent tensor.
+    """
+    arguments |= dict(config.blocks)
+    arguments |= {"num_warps": config.num_warps, "num_stages": config.num_stages}
+    launches = _records.get()
+    if launches is not None:
+        launches.append(Launch(kernel, grid, arguments))
+        return
+    if 0 in grid:
+        return
+    device = next(a.device for a in arguments.values() if isinstance(a, Tensor))
+    # Triton launches on the current device, which need not be the tensors'.
+    guard = torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
+    with guard:
+        kernel[grid](**arguments)
+
+
+def cdiv(n: int, block: int) -> int:
+    """Number of blocks that cover n."""
+    return -(-n // block)

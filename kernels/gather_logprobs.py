@@ -1,0 +1,328 @@
+"""log p(token) and entropy from logits: one read of the logits, one exponential per element.
+
+Derivation: docs/ops/gather_logprobs.md.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from lvrpo.kernels._launch import LaunchConfig, cdiv, launch
+from lvrpo.kernels._primitives import (
+    LN2,
+    LOG2E,
+    as_scalar,
+    capped_logit,
+    capped_logit_derivative,
+)
+
+# Tiles are [BLOCK_V / LANES, LANES]: a thread holds whole rows of a tile, so that its running
+# maximum and its sums need no word from other threads until the row is read.
+LANES = 8
+ROW_STATS = LaunchConfig({"BLOCK_V": 4096, "LANES": LANES}, num_warps=8, num_stages=3)
+GATHER = LaunchConfig({"BLOCK_T": 128}, num_warps=4, num_stages=1)
+DLOGITS = LaunchConfig({"BLOCK_V": 2048}, num_warps=4, num_stages=1)
+
+
+@triton.jit
+def _fold_tile(x, scale, row_max, sum_exp, sum_exp_d, sum_exp_squared, entropy_ptr, squares_ptr):
+    """The sums over a row after one more tile x [groups, LANES] of capped logits, -inf outside.
+
+    With d = scale * (x - row_max), in bits: sums of 2^d, of 2^d d and of 4^d.
+    """
+    new_max = tl.maximum(row_max, tl.max(x, axis=1))
+    # Where nothing but -inf was seen, any finite base keeps -inf - base from being NaN.
+    base = tl.where(new_max == float("-inf"), 0.0, new_max)
+    # Subtracting before scaling keeps the digits of logits with a large common offset.
+    d = (x - base[:, None]) * scale
+    e = tl.exp2(d)
+    shift = (row_max - base) * scale
+    factor = tl.exp2(shift)
+    if entropy_ptr is not None:
+        moved = sum_exp_d + tl.where(sum_exp > 0, shift, 0.0) * sum_exp
+        # d is -inf where e is 0; their product must be 0.
+        sum_exp_d = factor * moved + tl.sum(tl.where(e > 0, e * d, 0.0), axis=1)
+    if squares_ptr is not None:
+        sum_exp_squared = factor * factor * sum_exp_squared + tl.sum(e * e, axis=1)
+    return new_max, factor * sum_exp + tl.sum(e, axis=1), sum_exp_d, sum_exp_squared
+
+
+@triton.jit
+def _row_stats_kernel(
+    logits_ptr,  # [R, V]
+    vocab_range_ptr,  # [R, 2] or None
+    max_ptr,  # [R], of the capped logits
+    log_sum_ptr,  # [R], log2 sum 2^d
+    lse_ptr,  # [R], nats
+    entropy_ptr,  # [R], nats, or None
+    squares_ptr,  # [R] or None
+    vocab,
+    stride_row: tl.int64,
+    inv_temperature: tl.float64,
+    softcap: tl.float64,
+    HAS_SOFTCAP: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+    LANES: tl.constexpr,
+):
+    acc_dtype = lse_ptr.dtype.element_ty
+    row = tl.program_id(0).to(tl.int64)
+    scale = as_scalar(inv_temperature, acc_dtype) * LOG2E
+    cap = as_scalar(softcap, acc_dtype)
+    groups: tl.constexpr = BLOCK_V // LANES
+    offset = tl.arange(0, groups)[:, None] * LANES + tl.arange(0, LANES)[None, :]
+    row_max = tl.full([groups], float("-inf"), acc_dtype)
+    sum_exp = tl.zeros([groups], acc_dtype)
+    sum_exp_d = tl.zeros([groups], acc_dtype)
+    squares = tl.zeros([groups], acc_dtype)
+    if vocab_range_ptr is None:
+        low, high = 0, vocab
+        # Tiles that lie inside the row need no mask, which would cost as much as the exponential.
+        whole = vocab // BLOCK_V * BLOCK_V
+        for begin in range(0, whole, BLOCK_V):
+            x = tl.load(logits_ptr + row * stride_row + begin + offset).to(acc_dtype)
+            x = capped_logit(x, cap, HAS_SOFTCAP)
+            row_max, sum_exp, sum_exp_d, squares = _fold_tile(
+                x, scale, row_max, sum_exp, sum_exp_d, squares, entropy_ptr, squares_ptr
+            )
+    else:
+        low = tl.load(vocab_range_ptr + 2 * row)
+        high = tl.load(vocab_range_ptr + 2 * row + 1)
+        # A multiple of the tile, so that loads stay aligned.
+        whole = low // BLOCK_V * BLOCK_V
+    for begin in range(whole, high, BLOCK_V):
+        column = begin + offset
+        inside = (column >= low) & (column < high)
+        x = tl.load(logits_ptr + row * stride_row + column, mask=inside, other=0.0).to(acc_dtype)
+        x = tl.where(inside, capped_logit(x, cap, HAS_SOFTCAP), float("-inf"))
+        row_max, sum_exp, sum_exp_d, squares = _fold_tile(
+            x, scale, row_max, sum_exp, sum_exp_d, squares, entropy_ptr, squares_ptr
+        )
+
+    top = tl.max(row_max, axis=0)
+    shift = tl.where(sum_exp > 0, (row_max - top) * scale, 0.0)
+    factor = tl.exp2(shift)
+    total = tl.sum(factor * sum_exp, axis=0)
+    log_sum = tl.log2(total)
+    tl.store(max_ptr + row, top)
+    tl.store(log_sum_ptr + row, log_sum)
+    tl.store(lse_ptr + row, top * as_scalar(inv_temperature, acc_dtype) + log_sum * LN2)
+    if entropy_ptr is not None:
+        mean = tl.sum(factor * (sum_exp_d + shift * sum_exp), axis=0) / total
+        tl.store(entropy_ptr + row, (log_sum - mean) * LN2)
+    if squares_ptr is not None:
+        tl.store(squares_ptr + row, tl.sum(factor * factor * squares, axis=0) / (total * total))
+
+
+@triton.jit(do_not_specialize=["tokens", "rows"])
+def _gather_kernel(
+    logits_ptr,  # [R, V]
+    token_ids_ptr,  # [T]
+    row_index_ptr,  # [T] or None
+    max_ptr,  # [R], of the capped logits
+    log_sum_ptr,  # [R]
+    logprobs_ptr,  # [T]
+    tokens,
+    rows,
+    vocab,
+    stride_row: tl.int64,
+    inv_temperature: tl.float64,
+    softcap: tl.float64,
+    ignore_index: tl.int64,
+    HAS_SOFTCAP: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+):
+    acc_dtype = logprobs_ptr.dtype.element_ty
+    t = tl.program_id(0).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
+    inside = t < tokens
+    token = tl.load(token_ids_ptr + t, mask=inside, other=ignore_index)
+    row = t
+    if row_index_ptr is not None:
+        row = tl.load(row_index_ptr + t, mask=inside, other=0)
+    # An index that nobody checked reads nothing: on a GPU values are checked on request only.
+    valid = (token != ignore_index) & (token >= 0) & (token < vocab) & (row >= 0) & (row < rows)
+    x = tl.load(logits_ptr + row * stride_row + token, mask=valid, other=0.0).to(acc_dtype)
+    scale = as_scalar(inv_temperature, acc_dtype) * LOG2E
+    x = capped_logit(x, as_scalar(softcap, acc_dtype), HAS_SOFTCAP)
+    row_max = tl.load(max_ptr + row, mask=valid, other=0.0)
+    log_sum = tl.load(log_sum_ptr + row, mask=valid, other=0.0)
+    # In this order a large common offset of the logits cancels before it can round the result.
+    logprob = ((x - row_max) * scale - log_sum) * LN2
+    tl.store(logprobs_ptr + t, tl.where(valid, logprob, 0.0), mask=inside)
+
+
+@triton.jit(do_not_specialize=["tiles"])
+def _dlogits_kernel(
+    dlogits_ptr,  # [R, V]
+    dlogprobs_ptr,  # [T]
+    dentropy_ptr,  # [R] or None
+    logits_ptr,  # [R, V]
+    token_ids_ptr,  # [T]
+    order_ptr,  # [T], tokens sorted by row; None when token t belongs to row t
+    first_ptr,  # [R + 1], where a row's tokens begin in `order`
+    vocab_range_ptr,  # [R, 2] or None
+    lse_ptr,  # [R], nats
+    entropy_ptr,  # [R] or None
+    vocab,
+    tiles,
+    stride_row: tl.int64,
+    stride_dlogits_row: tl.int64,
+    inv_temperature: tl.float64,
+    softcap: tl.float64,
+    ignore_index: tl.int64,
+    HAS_SOFTCAP: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+):
+    acc_dtype = lse_ptr.dtype.element_ty
+    row = (tl.program_id(0) // tiles).to(tl.int64)
+    column = (tl.program_id(0) % tiles) * BLOCK_V + tl.arange(0, BLOCK_V)
+    inv_temp = as_scalar(inv_temperature, acc_dtype)
+    cap = as_scalar(softcap, acc_dtype)
+    low, high = 0, vocab
+    if vocab_range_ptr is not None:
+        low = tl.load(vocab_range_ptr + 2 * row)
+        high = tl.load(vocab_range_ptr + 2 * row + 1)
+    inside = (column >= low) & (column < high)
+
+    # total: what the row's targets send back in all; hits: to each column.
+    total = tl.zeros([], acc_dtype)
+    hits = tl.zeros([BLOCK_V], acc_dtype)
+    if order_ptr is None:
+        token = tl.load(token_ids_ptr + row)
+        total = tl.load(dlogprobs_ptr + row) * (token != ignore_index).to(acc_dtype)
+        hits = tl.where(column == token, total, hits)
+    else:
+        for index in range(tl.load(first_ptr + row), tl.load(first_ptr + row + 1)):
+            t = tl.load(order_ptr + index)
+            token = tl.load(token_ids_ptr + t)
+            dlogprob = tl.load(dlogprobs_ptr + t) * (token != ignore_index).to(acc_dtype)
+            total += dlogprob
+            hits += tl.where(column == token, dlogprob, 0.0)
+
+    x = tl.load(logits_ptr + row * stride_row + column, mask=inside, other=0.0).to(acc_dtype)
+    z = capped_logit(x, cap, HAS_SOFTCAP) * inv_temp
+    lse = tl.load(lse_ptr + row)
+    p = tl.exp2((z - lse) * LOG2E)
+    slope = -total
+    if dentropy_ptr is not None:
+        # d entropy / dz = p (mean of z - z), and the mean of z is lse - entropy.
+        mean_z = lse - tl.load(entropy_ptr + row)
+        slope = tl.load(dentropy_ptr + row) * (mean_z - z) - total
+    # z is -inf where p is 0; their product must be 0. The target's column is summed before it is
+    # rounded to the output's dtype: rounding p first would lose 1 - p.
+    dz = hits + tl.where(p > 0, p * slope, 0.0)
+    dx = dz * inv_temp * capped_logit_derivative(x, cap, HAS_SOFTCAP)
+    dx = tl.where(inside, dx, 0.0).to(dlogits_ptr.dtype.element_ty)
+    tl.store(dlogits_ptr + row * stride_dlogits_row + column, dx, mask=column < vocab)
+
+
+def gather_logprobs_fwd(
+    logits,
+    token_ids,
+    row_index,
+    vocab_range,
+    temperature,
+    softcap,
+    ignore_index,
+    with_entropy,
+    with_sum_squares,
+):
+    """Launcher; contract in `lvrpo.ops.gather_logprobs`."""
+    logits = _with_unit_columns(logits)
+    rows, vocab = logits.shape
+    dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
+
+    def per_row(wanted=True):
+        return logits.new_empty(rows if wanted else 0, dtype=dtype)
+
+    lse, entropy, sum_squares = per_row(), per_row(with_entropy), per_row(with_sum_squares)
+    row_max, log_sum = per_row(), per_row()
+    scalars = {
+        "stride_row": logits.stride(0),
+        "inv_temperature": 1.0 / temperature,
+        "softcap": softcap,
+        "HAS_SOFTCAP": softcap > 0,
+    }
+    launch(
+        _row_stats_kernel,
+        (rows,),
+        ROW_STATS,
+        logits_ptr=logits,
+        vocab_range_ptr=None if vocab_range is None else vocab_range.contiguous(),
+        max_ptr=row_max,
+        log_sum_ptr=log_sum,
+        lse_ptr=lse,
+        entropy_ptr=entropy if with_entropy else None,
+        squares_ptr=sum_squares if with_sum_squares else None,
+        vocab=vocab,
+        **scalars,
+    )
+    tokens = token_ids.shape[0]
+    logprobs = logits.new_empty(tokens, dtype=dtype)
+    launch(
+        _gather_kernel,
+        (cdiv(tokens, GATHER.blocks["BLOCK_T"]),),
+        GATHER,
+        logits_ptr=logits,
+        token_ids_ptr=token_ids.contiguous(),
+        row_index_ptr=None if row_index is None else row_index.contiguous(),
+        max_ptr=row_max,
+        log_sum_ptr=log_sum,
+        logprobs_ptr=logprobs,
+        tokens=tokens,
+        rows=rows,
+        vocab=vocab,
+        ignore_index=ignore_index,
+        **scalars,
+    )
+    return logprobs, lse, entropy, sum_squares
+
+
+def gather_logprobs_bwd(
+    dlogits,
+    dlogprobs,
+    dentropy,
+    logits,
+    token_ids,
+    row_index,
+    vocab_range,
+    lse,
+    entropy,
+    temperature,
+    softcap,
+    ignore_index,
+):
+    """Launcher; writes `dlogits`, which may be `logits` itself."""
+    logits = _with_unit_columns(logits)
+    rows, vocab = logits.shape
+    order, first = None, None
+    if row_index is not None:
+        in_order, order = row_index.sort(stable=True)
+        first = torch.searchsorted(in_order, torch.arange(rows + 1, device=logits.device))
+    tiles = cdiv(vocab, DLOGITS.blocks["BLOCK_V"])
+    launch(
+        _dlogits_kernel,
+        (rows * tiles,),
+        DLOGITS,
+        dlogits_ptr=dlogits,
+        dlogprobs_ptr=dlogprobs.contiguous(),
+        dentropy_ptr=None if dentropy is None else dentropy.contiguous(),
+        logits_ptr=logits,
+        token_ids_ptr=token_ids.contiguous(),
+        order_ptr=order,
+        first_ptr=first,
+        vocab_range_ptr=None if vocab_range is None else vocab_range.contiguous(),
+        lse_ptr=lse,
+        entropy_ptr=entropy,
+        vocab=vocab,
+        tiles=tiles,
+        stride_row=logits.stride(0),
+        stride_dlogits_row=dlogits.stride(0),
+        inv_temperature=1.0 / temperature,
+        softcap=softcap,
+        ignore_index=ignore_index,
+        HAS_SOFTCAP=softcap > 0,
+    )
+
+
+def _with_unit_columns(logits):
+    return logits if logits.stride(1) == 1 else logits.contiguous()

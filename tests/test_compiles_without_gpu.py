@@ -1,0 +1,100 @@
+"""Every Triton kernel compiles for every architecture, spills no registers, and compiles once.
+
+No GPU is needed: the launchers run on tensors of the meta device, whose launches are recorded, and
+Triton's compiler and ptxas do the rest.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import re
+import subprocess
+import tempfile
+from pathlib import Path
+
+import pytest
+
+triton = pytest.importorskip("triton", reason="triton is not installed")
+if triton.knobs.runtime.interpret:
+    pytest.skip("TRITON_INTERPRET=1 replaces the compiler", allow_module_level=True)
+
+from triton.backends.compiler import GPUTarget  # noqa: E402
+from triton.compiler import ASTSource, make_backend  # noqa: E402
+from triton.runtime.jit import compute_cache_key, create_function_from_signature  # noqa: E402
+
+from lvrpo.kernels import _launch  # noqa: E402
+
+ROOT = Path(__file__).parents[1]
+OPS = sorted(path.stem for path in (ROOT / "kernels").glob("[a-z]*.py"))
+ARCHITECTURES = (80, 90, 100)
+CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+#: Bytes of local memory per thread a kernel may use, beyond which registers have spilled.
+SPILL_BUDGET: dict[str, int] = {}
+
+
+def specialise(launch: _launch.Launch, architecture: int):
+    """What Triton's runtime would compile for this launch, and the key it would cache it under."""
+    kernel = launch.kernel
+    backend = make_backend(GPUTarget("cuda", architecture, 32))
+    binder = create_function_from_signature(kernel.signature, kernel.params, backend)
+    bound, specialization, options = binder(**launch.arguments)
+    key = compute_cache_key({}, specialization, options)
+    options, signature, constexprs, attributes = kernel._pack_args(
+        backend, dict(launch.arguments), bound, specialization, options
+    )
+    return key, ASTSource(kernel, signature, constexprs, attributes), options
+
+
+def launches_of(op: str, group: str) -> list[_launch.Launch]:
+    calls = importlib.import_module(f"launches.{op}")
+    with _launch.record() as launches:
+        result = getattr(calls, group)()
+        if result is not None:
+            list(result)
+    return launches
+
+
+def local_bytes(cubin: bytes) -> int:
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        command = [CUOBJDUMP, "--dump-resource-usage", file.name]
+        printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    stack, local = re.search(r"STACK:(\d+).* LOCAL:(\d+)", printed).groups()
+    return int(stack) + int(local)
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_every_kernel_is_launched_by_the_cases(op):
+    kernels = importlib.import_module(f"lvrpo.kernels.{op}")
+    jitted = {name for name in vars(kernels) if name.endswith("_kernel")}
+    assert jitted
+    assert {launch.kernel.__name__ for launch in launches_of(op, "every_form")} == jitted
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("op", OPS)
+def test_compiles_without_spills(op, architecture):
+    variants = {}
+    for launch in launches_of(op, "every_form"):
+        key, source, options = specialise(launch, architecture)
+        variants[launch.kernel.__name__, key] = source, options
+    spilled = []
+    for (name, _), (source, options) in variants.items():
+        target = GPUTarget("cuda", architecture, 32)
+        compiled = triton.compile(source, target=target, options=options.__dict__)
+        used = local_bytes(compiled.asm["cubin"])
+        if used > SPILL_BUDGET.get(name, 0):
+            spilled.append(f"{name}: {used} bytes for {json.dumps(source.signature)}")
+    assert not spilled, "\n".join(spilled)
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_a_training_run_compiles_once(op):
+    keys: dict[str, set[str]] = {}
+    for launch in launches_of(op, "one_training_run"):
+        keys.setdefault(launch.kernel.__name__, set()).add(specialise(launch, 90)[0])
+    several = {name: len(found) for name, found in keys.items() if len(found) > 1}
+    assert not several, "these would compile again and again"
+    assert keys
