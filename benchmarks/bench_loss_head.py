@@ -156,10 +156,9 @@ def head_flops(rows: int, width: int, vocab: int) -> dict[str, int]:
 
 
 def head_scales(rows: int, inputs: dict[str, Any]) -> dict[str, float]:
-    """A logit is a sum of `width` products, and a gradient a sum over rows or the vocabulary."""
+    """Of a log-prob, the largest logit; of a gradient, the terms of a sum after a mean."""
     hidden, weight = (float(inputs[name].abs().max()) for name in ("hidden", "weight"))
-    width = inputs["hidden"].shape[1]
-    logit = hidden * weight * width**0.5
+    logit = 5 * float(inputs["weight"].square().sum(dim=1).mean().sqrt())  # of a standard normal
     return {
         "out0": logit,
         "out1": logit,
