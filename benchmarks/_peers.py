@@ -13,6 +13,7 @@ import torch
 from _providers import DEVICE, Peer
 from torch import Tensor
 
+TRL_CHUNK_SIZE = 32_768  # of the vocabulary, in trl.trainer.utils
 NEEDS_GPU = "" if DEVICE == "cuda" else "needs a CUDA device"
 CLIP_LOW, CLIP_HIGH = 0.2, 0.28  # of the preset "dapo", for peers that have the whole loss
 
@@ -83,7 +84,10 @@ def _trl_two_calls() -> Callable[..., Any]:
 
 
 def _trl_one_call() -> Callable[..., Any]:
-    from trl.trainer.utils import selective_log_softmax_and_entropy
+    if DEVICE == "cuda":  # its Triton kernel by itself, which needs fewer packages
+        from trl.kernels.logprob_entropy import selective_log_softmax_and_entropy
+    else:
+        from trl.trainer.utils import selective_log_softmax_and_entropy
 
     def run(logits: Tensor, token_ids: Tensor, return_entropy: bool = True) -> Any:
         return selective_log_softmax_and_entropy(logits, token_ids)
@@ -122,12 +126,11 @@ def _quack_from_logits() -> Callable[..., Any]:
 
 def _trl_linear() -> Callable[..., Any]:
     from trl.kernels import ChunkedLogProbFunction
-    from trl.trainer.utils import _CHUNKED_LOGPROB_CHUNK_SIZE
 
     def run(hidden: Tensor, weight: Tensor, token_ids: Tensor, return_entropy: bool = False) -> Any:
         outputs = ("entropy",) if return_entropy else ()
         logprobs, entropy, *_ = ChunkedLogProbFunction.apply(
-            *(hidden, weight, None, token_ids, 1.0, _CHUNKED_LOGPROB_CHUNK_SIZE, None, 1.0, outputs)
+            *(hidden, weight, None, token_ids, 1.0, TRL_CHUNK_SIZE, None, 1.0, outputs)
         )
         return (logprobs, entropy) if return_entropy else logprobs
 

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import datetime
+import importlib.metadata
 import json
 import re
 import subprocess
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from _providers import DEVICE
 
 from lvrpo import info
 
+Row = Mapping[str, Any]
 FOLDER = Path(__file__).parent / "results"
 #: Of every row, in this order; None where a fact does not apply.
 FIELDS = (
@@ -28,17 +30,13 @@ FIELDS = (
 def header(ceilings: Mapping[str, float]) -> dict[str, Any]:
     """What every number of a file must be read with."""
     commit = info.commit() or ""
-    try:
-        import triton
-    except ImportError:
-        triton = None
     facts = info.environment()
     return {
         "device": torch.cuda.get_device_name() if DEVICE == "cuda" else facts["cpu"],
         "driver": _driver(),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
-        "triton": triton and triton.__version__,
+        "triton": _version("triton"),
         "python": facts["python"],
         "commit": commit.removesuffix("-dirty") or None,
         "dirty": commit.endswith("-dirty") if commit else None,
@@ -56,13 +54,13 @@ def why_not_publishable() -> str:
     return ""
 
 
-def write(folder: Path, head: Mapping[str, Any], rows: Iterable[Mapping[str, Any]]) -> Path:
+def write(folder: Path, head: Mapping[str, Any], rows: Iterable[Row]) -> Path:
     """<folder>/<device>/<date>-<commit>.json, added to if it is there."""
     device = re.sub(r"[^a-z0-9]+", "-", head["device"].lower()).strip("-")
     date = datetime.datetime.now(datetime.timezone.utc).date().isoformat()
     path = folder / device / f"{date}-{head['commit'][:12]}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
-    merged: dict[tuple[Any, ...], Mapping[str, Any]] = {}
+    merged: dict[tuple[Any, ...], Row] = {}
     if path.exists():
         merged = {key(row): row for row in json.loads(path.read_text("utf-8"))["rows"]}
     merged |= {key(row): row for row in rows}
@@ -71,47 +69,54 @@ def write(folder: Path, head: Mapping[str, Any], rows: Iterable[Mapping[str, Any
     return path
 
 
-def key(row: Mapping[str, Any]) -> tuple[Any, ...]:
+def key(row: Row) -> tuple[Any, ...]:
     """What tells one measurement from another."""
     return tuple(row[name] for name in FIELDS[:5])
 
 
-def title(row: Mapping[str, Any]) -> str:
+def title(row: Row) -> str:
     return " ".join(str(row[name]) for name in FIELDS[:4] if row[name])
 
 
-def table(rows: Iterable[Mapping[str, Any]]) -> list[str]:
+def table(rows: Sequence[Row]) -> list[str]:
     """A line per row, under a line per group; ratios are to provider "torch" of the group.
 
     Who has a number nowhere is named once, at the end.
     """
-    groups: dict[str, list[Mapping[str, Any]]] = {}
-    by_provider: dict[str, list[Mapping[str, Any]]] = {}
-    for row in rows:
-        groups.setdefault(title(row), []).append(row)
-        by_provider.setdefault(row["provider"], []).append(row)
-    absent = {
-        name: dict.fromkeys(str(row["why_no_number"]) for row in found)
-        for name, found in by_provider.items()
-        if all(published(row) is None for row in found)
-    }
     lines: list[str] = []
-    for name, members in groups.items():
+    absent = reasons(rows)
+    for name, members in grouped(rows, title).items():
         base = next((published(r) for r in members if r["provider"] == "torch"), None)
         lines += ["", name]
         for row in members:
             if row["provider"] not in absent:
                 lines.append(f"  {row['provider']:14} {_line(row, base)}")
     lines += [""] * bool(absent)
-    return lines + [f"NO NUMBER for {name}: {'; '.join(why)}" for name, why in absent.items()]
+    return lines + [f"NO NUMBER for {name}: {reason}" for name, reason in absent.items()]
 
 
-def published(row: Mapping[str, Any]) -> float | None:
+def reasons(rows: Sequence[Row]) -> dict[str, str]:
+    """Why, for every provider that has no number in any row."""
+    return {
+        name: "; ".join(dict.fromkeys(str(row["why_no_number"]) for row in found))
+        for name, found in grouped(rows, lambda row: row["provider"]).items()
+        if all(published(row) is None for row in found)
+    }
+
+
+def grouped(rows: Iterable[Row], by: Callable[[Row], str]) -> dict[str, list[Row]]:
+    groups: dict[str, list[Row]] = {}
+    for row in rows:
+        groups.setdefault(by(row), []).append(row)
+    return groups
+
+
+def published(row: Row) -> float | None:
     """Milliseconds: on the device where there is one."""
     return row["wall_ms"] if row["device_ms"] is None else row["device_ms"]
 
 
-def _line(row: Mapping[str, Any], base: float | None) -> str:
+def _line(row: Row, base: float | None) -> str:
     ms = published(row)
     if ms is None:
         return f"NO NUMBER: {row['why_no_number']}"
@@ -126,6 +131,13 @@ def _line(row: Mapping[str, Any], base: float | None) -> str:
     elif row["precision"] not in (None, "float32"):
         parts.append(f"  as precise as plain {row['precision']}")
     return " ".join(parts).rstrip()
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
 
 
 def _driver() -> str | None:

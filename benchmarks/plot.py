@@ -11,16 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from _results import published, title
-
-Rows = list[Mapping[str, Any]]
-
-
-def groups_of(rows: Rows) -> dict[str, Rows]:
-    found: dict[str, Rows] = {}
-    for row in rows:
-        found.setdefault(title(row), []).append(row)
-    return found
+from _results import grouped, published, reasons, title
 
 
 def markdown(content: Mapping[str, Any]) -> str:
@@ -29,8 +20,10 @@ def markdown(content: Mapping[str, Any]) -> str:
         "| op | provider | ms | peak MiB | of the ceiling | precision |",
         "|---|---|---|---|---|---|",
     ]
-    for name, rows in groups_of(content["rows"]).items():
-        for row in sorted(rows, key=lambda row: published(row) or float("inf")):
+    absent = reasons(content["rows"])
+    rows = [row for row in content["rows"] if row["provider"] not in absent]
+    for name, members in grouped(rows, title).items():
+        for row in sorted(members, key=lambda row: published(row) or float("inf")):
             ms, peak, part = published(row), row["peak_bytes"], row["fraction_of_ceiling"]
             cells = (
                 name,
@@ -43,6 +36,7 @@ def markdown(content: Mapping[str, Any]) -> str:
             lines.append("| " + " | ".join(cell.replace("|", "/") for cell in cells) + " |")
     head = content["header"]
     lines += ["", ", ".join(f"{k} {head[k]}" for k in ("device", "torch", "python", "commit"))]
+    lines += [f"No number for {name}: {reason}" for name, reason in absent.items()]
     return "\n".join(lines)
 
 
@@ -52,7 +46,7 @@ def figure(content: Mapping[str, Any], path: Path) -> None:
 
     groups = {
         name: [row for row in rows if published(row) is not None]
-        for name, rows in groups_of(content["rows"]).items()
+        for name, rows in grouped(content["rows"], title).items()
     }
     groups = {name: rows for name, rows in groups.items() if rows}
     heights = [len(rows) for rows in groups.values()]
