@@ -61,7 +61,7 @@ class Gate:
         check_against_plain(ours, gold, plain, scale=scale, ulps=ulps, name=name)
 
     def _run(self, function: Callable[..., Any], dtype: torch.dtype | None) -> dict[str, Tensor]:
-        arguments = dict(self.case.inputs)
+        arguments = dict(self.case.gate or self.case.inputs)
         for name, value in arguments.items():
             if isinstance(value, Tensor) and value.is_floating_point():
                 wide = value.detach() if dtype is None else value.detach().to(dtype)

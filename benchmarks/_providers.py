@@ -51,6 +51,8 @@ class Case:
         flops: by direction; empty for ops that memory limits.
         peers: by provider name.
         scales: of the correctness gate, see `lvrpo.testing.check_op`.
+        gate: inputs of the correctness gate, where those in fp64 would not fit into memory: some of
+            the rows. None takes all.
         shape: to print; None prints that of the first tensor.
     """
 
@@ -63,6 +65,7 @@ class Case:
     flops: Mapping[str, int] = field(default_factory=dict)
     peers: Mapping[str, Peer] = field(default_factory=dict)
     scales: Mapping[str, Tensor | float] = field(default_factory=dict)
+    gate: Mapping[str, Any] | None = None
     shape: str | None = None
 
     @property

@@ -20,6 +20,8 @@ from lvrpo.ops.normalize_advantages import AdvantageParams
 
 BOTH = (torch.float32, torch.bfloat16)
 GROUP = 8  # completions of a prompt
+LENGTH = 16  # tokens of a completion
+GATE_ROWS = 512  # whose gradients in fp64 fit anywhere
 DAPO = LossParams.preset("dapo")
 PAPER = AdvantageParams.preset("paper")
 
@@ -73,19 +75,17 @@ def bench_logprobs_from_logits(measure, direction, case_of, entropy):
     some = _peers.FROM_LOGITS_WITH_ENTROPY if entropy else _peers.FROM_LOGITS_WITHOUT_ENTROPY
     # A log-prob is a difference of numbers as large as the largest logit.
     largest = 1 + float(logits.abs().max())
+    inputs = {"logits": logits, "token_ids": torch.randint(0, vocab, (rows,))}
     case = Case(
         "gather_logprobs",
-        {
-            "logits": logits,
-            "token_ids": torch.randint(0, vocab, (rows,)),
-            "return_entropy": entropy,
-        },
+        inputs | {"return_entropy": entropy},
         ("logits",),
+        gate=some_rows(inputs) | {"return_entropy": entropy},
         plain=_peers.plain_gather_logprobs,
         # The backward reads the logits again and writes their gradient.
         bytes_moved={"forward": logits.nbytes, "forward+backward": 3 * logits.nbytes},
         peers={**_peers.FROM_LOGITS, **some},
-        scales={"out0": largest, "out1": largest, "dlogits": largest / rows},
+        scales={"out0": largest, "out1": largest, "dlogits": largest / min(rows, GATE_ROWS)},
         shape=f"{rows}x{vocab}{' with entropy' * entropy}",
     )
     measure(case, direction)
@@ -98,11 +98,12 @@ def bench_logprobs_from_hidden(measure, direction, case_of):
         "linear_logprobs",
         inputs | {"return_entropy": entropy},
         ("hidden", "weight"),
+        gate=some_rows(inputs) | {"return_entropy": entropy},
         plain=_peers.plain_linear_logprobs,
         # One product forward, two more for the gradients.
         flops=head_flops(rows, width, vocab),
         peers={**_peers.FROM_HIDDEN, **({} if entropy else _peers.FROM_HIDDEN_WITHOUT_ENTROPY)},
-        scales=head_scales(rows, inputs),
+        scales=head_scales(inputs),
         shape=f"{rows}x{width}x{vocab}{' with entropy' * entropy}",
     )
     measure(case, direction)
@@ -116,7 +117,7 @@ def first_of(functional: Any, **inputs: Any) -> Tensor:
 def bench_loss_from_hidden(measure, case_of):
     ((rows, width, vocab), live, active), dtype = case_of
     inputs = head_inputs(rows, width, vocab, dtype)
-    sequences = rows // 16
+    sequences = rows // LENGTH
     with torch.no_grad():
         logprobs = _peers.plain_linear_logprobs(**inputs)
     groups = math.ceil(sequences / GROUP)
@@ -124,7 +125,7 @@ def bench_loss_from_hidden(measure, case_of):
     inputs |= {
         "old_logprobs": logprobs + 0.1 * torch.randn(rows),
         "advantages": torch.randn(sequences) * varies,
-        "cu_seqlens": torch.arange(sequences + 1) * (rows // sequences),
+        "cu_seqlens": torch.arange(sequences + 1) * LENGTH,
         "token_weights": (torch.rand(rows) < active).float(),
     }
     case = Case(
@@ -132,11 +133,12 @@ def bench_loss_from_hidden(measure, case_of):
         inputs,
         ("hidden", "weight"),
         call=first_of,
+        gate=some_rows(inputs),
         plain=_peers.with_plain_loss(_peers.plain_linear_logprobs),
         flops=head_flops(rows, width, vocab),
         peers=_peers.WHOLE_LOSS,
         # The loss is a mean of terms of order 1 that cancel.
-        scales=head_scales(rows, inputs) | {"out0": 1.0},
+        scales=head_scales(inputs) | {"out0": 1.0},
         shape=f"{rows}x{width}x{vocab}, live {live:.0%}, active {active:.0%}",
     )
     measure(case, "forward+backward")
@@ -150,14 +152,25 @@ def head_inputs(rows: int, width: int, vocab: int, dtype: torch.dtype) -> dict[s
     }
 
 
+def some_rows(inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Whole sequences, as many as the gate takes."""
+    sizes = dict.fromkeys(("advantages", "cu_seqlens"), GATE_ROWS // LENGTH)
+    sizes["cu_seqlens"] += 1
+    return {
+        name: value if name == "weight" else value[: sizes.get(name, GATE_ROWS)]
+        for name, value in inputs.items()
+    }
+
+
 def head_flops(rows: int, width: int, vocab: int) -> dict[str, int]:
     product = 2 * rows * width * vocab
     return {"forward": product, "forward+backward": 3 * product}
 
 
-def head_scales(rows: int, inputs: dict[str, Any]) -> dict[str, float]:
+def head_scales(inputs: dict[str, Any]) -> dict[str, float]:
     """Of a log-prob, the largest logit; of a gradient, the terms of a sum after a mean."""
     hidden, weight = (float(inputs[name].abs().max()) for name in ("hidden", "weight"))
+    rows = min(len(inputs["hidden"]), GATE_ROWS)
     logit = 5 * float(inputs["weight"].square().sum(dim=1).mean().sqrt())  # of a standard normal
     return {
         "out0": logit,

@@ -66,9 +66,9 @@ if [ "$device" = cpu ]; then
   export TRITON_INTERPRET=1
   tests=(tests/ops/test_gather_logprobs.py)
 fi
-stage tests 150 "$python" -m pytest "${tests[@]}" -q -p no:cacheprovider -k triton
+stage tests 120 "$python" -m pytest "${tests[@]}" -q -p no:cacheprovider -k triton
 unset TRITON_INTERPRET
-stage loss_head 180 "$python" -m pytest benchmarks/bench_loss_head.py -q -p no:cacheprovider \
+stage loss_head 330 "$python" -m pytest benchmarks/bench_loss_head.py -q -p no:cacheprovider \
   --benchmark-only --size="$size" --time-wrong --benchmark-json="$out/loss_head.json"
 stage ops 90 "$python" -m pytest benchmarks -q -p no:cacheprovider \
   --ignore=benchmarks/bench_loss_head.py --ignore=benchmarks/bench_train_step.py \

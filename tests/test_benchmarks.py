@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import time
@@ -170,6 +171,17 @@ def test_results_of_one_commit_share_a_file(tmp_path):
     assert first.stem.endswith("-0123456789ab")
     rows = json.loads(first.read_text(encoding="utf-8"))["rows"]
     assert [(row["provider"], row["wall_ms"]) for row in rows] == [("a", 2.0), ("b", 1.0)]
+
+
+def test_the_script_for_a_gpu_says_that_there_is_none(tmp_path):
+    environment = os.environ | {"CUDA_VISIBLE_DEVICES": "", "PYTHON": sys.executable}
+    command = [str(ROOT / "benchmarks/gpu.sh"), "--out", str(tmp_path)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert done.stderr.startswith("No GPU: torch sees no CUDA device.")
+    asked = subprocess.run([command[0], "--help"], capture_output=True, text=True)
+    assert asked.returncode == 2
+    assert "--wheels DIR" in asked.stderr
 
 
 def test_a_run_writes_rows_under_a_header(tmp_path):
