@@ -48,7 +48,7 @@ def tiles(mask: SpanMask, block: int | tuple[int, int]) -> Tensor:
     lo_min, lo_max, hi_min, hi_max = tile_bounds(mask, block_k).unbind(1)
     begin = torch.arange(0, mask.num_queries, block_q, device=mask.q_lo.device)[:, None]
     end = (begin + block_q).clamp(max=mask.num_queries)
-    skip = (end <= lo_min) | (begin >= hi_max)
+    skip = begin.maximum(lo_min) >= end.minimum(hi_max)
     full = (begin >= lo_max) & (end <= hi_min)
     return torch.where(skip, Tile.SKIP, torch.where(full, Tile.FULL, Tile.PARTIAL)).to(torch.int8)
 
@@ -89,13 +89,12 @@ def row_intervals(mask: SpanMask) -> Tensor:
     """See `SpanMask.to_row_intervals`."""
     # From the host's copy of the layout: how many ranges there are must not be read from a device.
     runs, slices = ancestor_runs(mask.span_offsets, mask.parents)
-    ranges = []
-    for (first, last), own in zip(slices, pairwise(mask.span_offsets), strict=True):
+    ranges: list[list[tuple[int, int]]] = []
+    for (first, last), (start, end) in zip(slices, pairwise(mask.span_offsets), strict=True):
         path = runs[first:last]
-        if path and path[-1][1] == own[0]:
-            own = path.pop()[0], own[1]
-        ranges.append([*path, own])
-    most = max(map(len, ranges), default=1)
+        begin = path.pop()[0] if path and path[-1][1] == start else start
+        ranges.append([*path, (begin, end)] if start < end else [])
+    most = max([1, *map(len, ranges)])
     nothing = (mask.length, mask.length)
     # Padding comes after the last span and looks up the row of `nothing` that is added here.
     of_span = torch.tensor([path + [nothing] * (most - len(path)) for path in [*ranges, []]])
