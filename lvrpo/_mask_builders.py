@@ -1,4 +1,4 @@
-"""The formats that packed buffers come in, as spans: lengths, parents, modes. See `SpanMask`.
+"""The formats that packed buffers come in, as spans; and spans as the tables of a `SpanMask`.
 
 Everything here runs on the host. What spans cannot describe is a ValueError that says why.
 """
@@ -20,6 +20,8 @@ Span = tuple[int, str]
 Group = tuple[Sequence[Span], Sequence[Sequence[Span]]]
 #: (chain, children): a chain of spans, and the trees that continue it.
 Tree = tuple[Sequence[Span], Sequence["Tree"]]
+
+MODES = {"causal", "full"}
 
 
 class Layout(NamedTuple):
@@ -45,19 +47,20 @@ def host_ints(name: str, values: Sequence[int] | Tensor) -> list[int]:
 
 
 def check_layout(lengths: Sequence[int], parents: Sequence[int], modes: Sequence[str]) -> Layout:
-    """See `SpanMask.from_spans`; `subtree_ends` checks the order."""
+    """See `SpanMask.from_spans`; `tables` checks the order."""
     lengths = host_ints("lengths", lengths)
     parents = host_ints("parents", parents)
     if not len(lengths) == len(parents) == len(modes):
         counts = f"{len(lengths)} lengths, {len(parents)} parents and {len(modes)} modes"
         raise ValueError(f"SpanMask: {counts}, expected one of each per span")
-    for span, (length, mode) in enumerate(zip(lengths, modes, strict=True)):
-        if length < 0:
-            raise ValueError(f"SpanMask: span {span} has length {length}, expected >= 0")
-        if mode not in ("causal", "full"):
-            raise ValueError(
-                f"SpanMask: span {span} has mode {mode!r}, expected 'causal' or 'full'"
-            )
+    if min(lengths, default=0) < 0:
+        span = next(span for span, length in enumerate(lengths) if length < 0)
+        raise ValueError(f"SpanMask: span {span} has length {lengths[span]}, expected >= 0")
+    if not set(modes) <= MODES:
+        span = next(span for span, mode in enumerate(modes) if mode not in MODES)
+        raise ValueError(
+            f"SpanMask: span {span} has mode {modes[span]!r}, expected 'causal' or 'full'"
+        )
     if (total := sum(lengths)) >= 1 << 31:
         raise ValueError(f"SpanMask: the spans add up to {total} tokens, expected < 2^31")
     return Layout(lengths, parents, list(modes))
@@ -183,7 +186,12 @@ def _append_chain(layout: Layout, chain: Sequence[Span], parent: int, where: str
     """Append a chain under `parent`; returns its last span, or `parent` when it is empty."""
     lengths, parents, modes = layout
     for span in chain:
-        length, mode = _pair(f"a span of {where}", span, "(length, mode)")
+        try:
+            length, mode = span
+        except (TypeError, ValueError):
+            raise ValueError(
+                f"SpanMask: a span of {where} is {span!r}, expected (length, mode)"
+            ) from None
         parents.append(parent)
         parent = len(lengths)
         lengths.append(length)
@@ -191,7 +199,44 @@ def _append_chain(layout: Layout, chain: Sequence[Span], parent: int, where: str
     return parent
 
 
-def subtree_ends(offsets: list[int], parents: Sequence[int]) -> list[int]:
+@torch.inference_mode(False)  # a mask made during a rollout serves a later backward pass too
+def tables(layout: Layout) -> dict[str, Any]:
+    """The fields of a `SpanMask`."""
+    offsets = list(accumulate(layout.lengths, initial=0))
+    subtree_ends = _subtree_ends(offsets, layout.parents)
+    runs, run_slices = ancestor_runs(offsets, layout.parents)
+    length = offsets[-1]
+    edges = torch.tensor(offsets, dtype=torch.int32)
+    starts, ends = edges[:-1], edges[1:]
+    causal = torch.tensor([mode == "causal" for mode in layout.modes], dtype=torch.int32)
+    slices = torch.tensor(run_slices, dtype=torch.int32).view(-1, 2)
+    span_of = torch.repeat_interleave(edges.diff(), output_size=length)
+    token = torch.arange(length, dtype=torch.int32)
+    # A span without ancestor tokens shares nothing with what came before.
+    roots = [
+        start
+        for (start, end), (first, last) in zip(pairwise(offsets), run_slices, strict=True)
+        if first == last and end > start
+    ]
+    documents = (*roots, length) if roots else (0, 0)
+    return {
+        "length": length,
+        "q_lo": torch.where(causal.bool()[span_of], token, starts[span_of]),
+        "q_hi": torch.tensor(subtree_ends, dtype=torch.int32)[span_of],
+        "rows": token,
+        "spans": torch.cat(
+            [torch.stack([starts, ends, causal], 1), slices, torch.stack([starts, ends], 1)], 1
+        ),
+        "runs": torch.tensor(runs, dtype=torch.int32).view(-1, 2),
+        "span_offsets": tuple(offsets),
+        "parents": tuple(layout.parents),
+        "modes": tuple(layout.modes),
+        "documents": documents,
+        "document_rows": documents,
+    }
+
+
+def _subtree_ends(offsets: list[int], parents: Sequence[int]) -> list[int]:
     """Per span, the token after its last descendant; checks the order on the way."""
     ends = [offsets[-1]] * len(parents)
     path: list[int] = []

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterable, Sequence
-from itertools import accumulate, pairwise
 from typing import TYPE_CHECKING
 
 import torch
@@ -87,7 +86,7 @@ class SpanMask:
             ValueError: the sequences differ in length, a length is negative, a mode is unknown, or
                 a parent is not an earlier span on the path to the span before; names the span.
         """
-        return cls._from_layout(builders.check_layout(lengths, parents, modes))
+        return cls(**builders.tables(builders.check_layout(lengths, parents, modes)))
 
     @classmethod
     def from_cu_seqlens(cls, cu_seqlens: Sequence[int] | Tensor, causal: bool = True) -> SpanMask:
@@ -310,41 +309,3 @@ class SpanMask:
     def _check_all_queries(self, purpose: str) -> None:
         if self.num_queries != self.length:
             raise ValueError(f"SpanMask: {purpose} before selecting its queries")
-
-    @classmethod
-    @torch.inference_mode(False)  # a mask made during a rollout serves a later backward pass too
-    def _from_layout(cls, layout: builders.Layout) -> SpanMask:
-        offsets = list(accumulate(layout.lengths, initial=0))
-        ends_of_subtrees = builders.subtree_ends(offsets, layout.parents)
-        runs, run_slices = builders.ancestor_runs(offsets, layout.parents)
-        length = offsets[-1]
-        edges = torch.tensor(offsets, dtype=torch.int32)
-        starts, ends = edges[:-1], edges[1:]
-        causal = torch.tensor([mode == "causal" for mode in layout.modes], dtype=torch.int32)
-        slices = torch.tensor(run_slices, dtype=torch.int32).view(-1, 2)
-        span_of = torch.repeat_interleave(
-            torch.arange(len(causal)), (ends - starts).long(), output_size=length
-        )
-        token = torch.arange(length, dtype=torch.int32)
-        # A span without ancestor tokens shares nothing with what came before.
-        roots = [
-            start
-            for (start, end), (first, last) in zip(pairwise(offsets), run_slices, strict=True)
-            if first == last and end > start
-        ]
-        documents = (*roots, length) if roots else (0, 0)
-        return cls(
-            length=length,
-            q_lo=torch.where(causal.bool()[span_of], token, starts[span_of]),
-            q_hi=torch.tensor(ends_of_subtrees, dtype=torch.int32)[span_of],
-            rows=token,
-            spans=torch.cat(
-                [torch.stack([starts, ends, causal], 1), slices, torch.stack([starts, ends], 1)], 1
-            ),
-            runs=torch.tensor(runs, dtype=torch.int32).view(-1, 2),
-            span_offsets=tuple(offsets),
-            parents=tuple(layout.parents),
-            modes=tuple(layout.modes),
-            documents=documents,
-            document_rows=documents,
-        )
