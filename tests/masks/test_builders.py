@@ -156,19 +156,38 @@ def test_what_flashmask_says_and_spans_cannot(indices, causal, message):
         SpanMask.from_flashmask(indices, causal)
 
 
-@given(st.integers(0, 6).flatmap(lambda n: st.tuples(*[st.tuples(*[st.integers(0, 6)] * 2)] * n)))
-@settings(max_examples=300, deadline=None)
-def test_flashmask_is_exact_or_refused(columns):
+def dense_flashmask(bounds: torch.Tensor, causal: bool) -> torch.Tensor:
+    """By FlashMask's rule: bounds [L, n] of the rows that do not see each key."""
+    row, key = torch.arange(len(bounds))[:, None], torch.arange(len(bounds))
+    columns = list(bounds.unbind(1))
+    everything, nothing = torch.full_like(columns[0], len(bounds)), torch.zeros_like(columns[0])
+    if causal:
+        below, above = [*columns, everything][:2], (nothing, key)
+    elif len(columns) == 2:
+        below, above = (columns[0], everything), (nothing, columns[1])
+    else:
+        below, above = columns[:2], columns[2:]
+    hidden = [(begin <= row) & (row < end) for begin, end in (below, above)]
+    return ~(hidden[0] | hidden[1])
+
+
+@pytest.mark.parametrize(("count", "causal"), [(1, True), (2, True), (2, False), (4, False)])
+@given(data=st.data())
+@settings(max_examples=150, deadline=None)
+def test_flashmask_is_exact_or_refused(count, causal, data):
     """Whatever the numbers, a mask that is not refused is the one they describe."""
-    indices = torch.tensor(columns, dtype=torch.int64).view(1, 1, -1, 2)
+    length = data.draw(st.integers(0, 5))
+    numbers = st.lists(
+        st.sampled_from([0, 0, length, length, *range(length)]),
+        min_size=count * length,
+        max_size=count * length,
+    )
+    bounds = torch.tensor(data.draw(numbers), dtype=torch.int64).view(length, count)
     try:
-        mask = SpanMask.from_flashmask(indices)
+        mask = SpanMask.from_flashmask(bounds[None, None], causal)
     except ValueError:
         return
-    rows = torch.arange(len(columns))[:, None]
-    assert torch.equal(
-        mask.to_dense(), (indices[0, 0, :, 1] <= rows) & (rows < indices[0, 0, :, 0])
-    )
+    assert torch.equal(mask.to_dense(), dense_flashmask(bounds, causal))
 
 
 @given(bagel_packs())
