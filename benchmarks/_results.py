@@ -127,7 +127,7 @@ def _line(row: Row, base: float | None) -> str:
     parts.append("            " if peak is None else f"{peak / 2**20:8.1f} MiB")
     parts.append("     " if fraction is None else f"{fraction:5.0%}")
     if not row["correct"]:
-        parts.append(f"  WRONG: {row['why_no_number']}")
+        parts.append(f"  NOT CORRECT: {row['why_no_number']}")
     elif row["precision"] not in (None, "float32"):
         parts.append(f"  as precise as plain {row['precision']}")
     return " ".join(parts).rstrip()
