@@ -22,7 +22,7 @@ FOLDER = Path(__file__).parent / "results"
 FIELDS = (
     *("op", "direction", "shape", "dtype", "provider", "provider_version"),
     *("device_ms", "wall_ms", "quartile_low_ms", "quartile_high_ms", "min_ms", "first_call_ms"),
-    *("rounds", "peak_bytes", "bytes_moved", "flops", "fraction_of_ceiling"),
+    *("rounds", "peak_bytes", "result_bytes", "bytes_moved", "flops", "fraction_of_ceiling"),
     *("correct", "precision", "why_no_number"),
 )
 

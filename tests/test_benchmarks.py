@@ -197,6 +197,7 @@ def test_a_run_writes_rows_under_a_header(tmp_path):
     assert {"torch", "loops"} <= rows.keys()
     assert rows["loops"]["wall_ms"] > rows["torch"]["wall_ms"] > 0
     assert rows["loops"]["correct"] is True
+    assert rows["loops"]["result_bytes"] == 48 * 8 * 4
     assert 0 < rows["loops"]["fraction_of_ceiling"] < 1
     assert all(set(_results.FIELDS) <= row.keys() for row in rows.values())
     assert "loops" in done.stdout
