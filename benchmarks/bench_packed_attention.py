@@ -1,18 +1,22 @@
-"""Attention over groups that share a prompt: prompts of text and image, completions of either."""
+"""Attention over groups that share a prompt: prompts of text and image, completions of either.
+
+And what the layout costs: the mask itself, what follows from it, and its form for FlexAttention.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-from _providers import Case
+from _providers import Case, Peer
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from lvrpo.masks import SpanMask
+from lvrpo.positions import position_ids, target_index
 
-PEERS = ("sdpa",)
 # groups, completions, prompt tokens (text, image), completion tokens (text, image), heads, width
 SHAPES = {
     "small": {"two groups of 8": (2, 8, (24, 16), (12, 16), (4, 2), 32)},
@@ -41,7 +45,7 @@ def sdpa(q: Tensor, k: Tensor, v: Tensor, mask: SpanMask) -> Tensor:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def bench_packed_attention(measure, provider, direction, shape, dtype):
+def bench_packed_attention(measure, direction, shape, dtype):
     *layout, (q_heads, kv_heads), width = shape
     mask = make_mask(*layout)
 
@@ -67,7 +71,27 @@ def bench_packed_attention(measure, provider, direction, shape, dtype):
         # Two products per visible pair; the backward has five.
         flops={"forward": flops, "forward+backward": 7 * flops // 2},
         bytes_moved={"forward": moved, "forward+backward": 3 * moved},
-        peers={"sdpa": sdpa},
+        peers={"sdpa": Peer(lambda: sdpa)},
         scales={"out0": 4.0, **{f"d{name}": of_gradients for name in inputs}},
     )
-    measure(case, provider, direction)
+    measure(case, direction)
+
+
+#: 10 groups of 18 completions: 200 spans, 16,640 tokens.
+GROUPS = [([(400, "full"), (112, "causal")], [[(64, "causal")]] * 18)] * 10
+COMPLETIONS = [span for span in range(200) if span % 20 > 1]
+LAYOUT: dict[str, Callable[[SpanMask], Any]] = {
+    "mask": lambda mask: SpanMask.from_groups(GROUPS),
+    "position_ids": position_ids,
+    "target_index": lambda mask: target_index(mask, COMPLETIONS),
+    "tiles of 128 x 64": lambda mask: mask.tiles((128, 64)),
+    "BlockMask of 128 x 128": lambda mask: mask.to_block_mask(128),
+    "row intervals": lambda mask: mask.to_row_intervals(),
+    "to FlashMask and back": lambda mask: SpanMask.from_flashmask(mask.to_flashmask()),
+}
+
+
+@pytest.mark.parametrize("build", LAYOUT.values(), ids=LAYOUT.keys())
+def bench_layout(benchmark, build):
+    benchmark.group = "layout of 200 spans, 16,640 tokens"
+    benchmark(build, SpanMask.from_groups(GROUPS))

@@ -3,7 +3,7 @@
 Importing it needs torch only. The model is in `lvrpo.models`, the training loop in `lvrpo.trainer`.
 """
 
-from lvrpo.masks import SpanMask
+from lvrpo.masks import SpanMask, Tile
 from lvrpo.ops._policy_loss import LossMetrics, LossParams, PolicyLoss
 from lvrpo.ops.flow_policy_loss import (
     FlowLossMetrics,
@@ -21,6 +21,22 @@ from lvrpo.ops.normalize_advantages import (
     normalize_advantages,
 )
 from lvrpo.ops.packed_attention import packed_attention
+from lvrpo.positions import (
+    TargetIndex,
+    bagel_position_ids,
+    mrope_position_ids,
+    position_ids,
+    target_index,
+)
+from lvrpo.sampler_correction import (
+    Rejection,
+    SamplerCorrection,
+    SamplerCorrectionParams,
+    SamplerCorrectionStats,
+    off_policy_sequence_mask,
+    sampler_weights,
+    top_entropy_mask,
+)
 
 __version__ = "0.1.0"
 
@@ -34,12 +50,25 @@ __all__ = [
     "LossMetrics",
     "LossParams",
     "PolicyLoss",
+    "Rejection",
+    "SamplerCorrection",
+    "SamplerCorrectionParams",
+    "SamplerCorrectionStats",
     "SpanMask",
     "StepCoefficients",
+    "TargetIndex",
+    "Tile",
+    "bagel_position_ids",
     "flow_policy_loss",
     "flow_step",
     "gather_logprobs",
     "grpo_loss",
+    "mrope_position_ids",
     "normalize_advantages",
+    "off_policy_sequence_mask",
     "packed_attention",
+    "position_ids",
+    "sampler_weights",
+    "target_index",
+    "top_entropy_mask",
 ]
