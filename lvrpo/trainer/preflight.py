@@ -17,7 +17,6 @@ from lvrpo.trainer.sources import Source
 from lvrpo.trainer.task import Task, check_rewards
 from lvrpo.trainer.update import Objective
 
-
 #: The trainer has no other device.
 CPU_BACKENDS = ("cpp", "torch")
 
