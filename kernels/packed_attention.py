@@ -9,83 +9,40 @@ import torch
 import triton
 import triton.language as tl
 
-from lvrpo.kernels._launch import LaunchConfig, cdiv, launch
-from lvrpo.kernels._primitives import LN2, LOG2E, as_scalar, tanh
+from lvrpo.kernels._attention_tiles import (
+    first_after,
+    load_tile,
+    row_tile,
+    score_gradient,
+    scores,
+    segment,
+    visible,
+)
+from lvrpo.kernels._launch import LaunchConfig, architecture_of, cdiv, launch
+from lvrpo.kernels._primitives import LN2, LOG2E, as_scalar
 
 
-def _forward_config(width, dtype):
-    """Tiles by head width: the two operands of every product must fit into shared memory."""
-    if dtype in (torch.float32, torch.float64):
-        return LaunchConfig({"BLOCK_Q": 32, "BLOCK_K": 32}, num_warps=4, num_stages=1)
-    if width <= 64:
-        return LaunchConfig({"BLOCK_Q": 128, "BLOCK_K": 64}, num_warps=4, num_stages=3)
-    if width <= 128:
-        return LaunchConfig({"BLOCK_Q": 128, "BLOCK_K": 64}, num_warps=8, num_stages=3)
-    return LaunchConfig({"BLOCK_Q": 128, "BLOCK_K": 32}, num_warps=8, num_stages=2)
+def _tiles(rows, keys, num_stages, num_warps=8):
+    return LaunchConfig({"BLOCK_Q": rows, "BLOCK_K": keys}, num_warps, num_stages)
 
 
-def _backward_config(width, dtype):
-    if dtype in (torch.float32, torch.float64):
-        return LaunchConfig({"BLOCK_Q": 32, "BLOCK_K": 32}, num_warps=4, num_stages=1)
-    if width <= 64:
-        return LaunchConfig({"BLOCK_Q": 64, "BLOCK_K": 128}, num_warps=8, num_stages=2)
-    if width <= 128:
-        return LaunchConfig({"BLOCK_Q": 64, "BLOCK_K": 128}, num_warps=8, num_stages=2)
-    return LaunchConfig({"BLOCK_Q": 32, "BLOCK_K": 64}, num_warps=8, num_stages=1)
-
-
+# By the widest head they hold: the largest tiles whose sums and factors stay in registers and whose
+# operands fit into shared memory, on 9.0 with its products of operands in shared memory and before.
+FORWARD = {
+    80: {64: _tiles(128, 64, 2), 128: _tiles(128, 32, 2), 256: _tiles(64, 32, 1)},
+    90: {64: _tiles(128, 64, 2), 128: _tiles(128, 64, 3), 256: _tiles(128, 32, 2)},
+}
+DQ = {
+    80: {64: _tiles(128, 64, 2), 128: _tiles(64, 64, 1), 256: _tiles(32, 64, 1)},
+    90: {64: _tiles(128, 64, 2), 128: _tiles(128, 64, 2), 256: _tiles(32, 64, 1)},
+}
+DKV = {
+    80: {64: _tiles(32, 64, 2, 4), 128: _tiles(64, 64, 2), 256: _tiles(64, 32, 1)},
+    90: {64: _tiles(64, 128, 2), 128: _tiles(64, 64, 2), 256: _tiles(64, 32, 1)},
+}
+# fp32 and fp64 go without tensor cores.
+WIDE = _tiles(32, 32, 1)
 DELTA = LaunchConfig({"BLOCK_Q": 16}, num_warps=4, num_stages=1)
-
-
-@triton.jit
-def _first_after(ends_ptr, stride, count, value):
-    """The first index whose end is greater than `value`, or `count`; ends never decrease."""
-    low = tl.full([], 0, tl.int32)
-    high = low + count
-    while low < high:
-        middle = (low + high) // 2
-        greater = tl.load(ends_ptr + middle * stride) > value
-        high = tl.where(greater, middle, high)
-        low = tl.where(greater, low, middle + 1)
-    return low
-
-
-@triton.jit
-def _load_tile(
-    ptr, first, end, stride, MASKED: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr,
-    BLOCK: tl.constexpr,
-):  # fmt: skip
-    """[ROWS, BLOCK]: rows of a head from `first`, zero from `end` on and beyond its width."""
-    row, column = tl.arange(0, ROWS), tl.arange(0, BLOCK)
-    # One 64-bit address, and 32-bit offsets that no loop changes, take the fewest registers.
-    source = ptr + as_scalar(first, tl.int64) * stride + (row[:, None] * stride + column[None, :])
-    if MASKED:
-        return tl.load(
-            source, mask=(first + row < end)[:, None] & (column < WIDTH)[None, :], other=0.0
-        )
-    if BLOCK != WIDTH:
-        return tl.load(source, mask=(column < WIDTH)[None, :], other=0.0)
-    return tl.load(source)
-
-
-@triton.jit
-def _scores(a, b, scale, softcap, HAS_SOFTCAP: tl.constexpr, PRECISION: tl.constexpr):
-    """Scores in bits of the rows of a with the rows of b, [a, b], and tanh of the capped ones."""
-    z = tl.dot(a, tl.trans(b), input_precision=PRECISION, out_dtype=scale.dtype) * scale
-    t = z
-    if HAS_SOFTCAP:
-        t = tanh(z / softcap)
-        z = softcap * t
-    return z * LOG2E, t
-
-
-@triton.jit
-def _visible(q_lo_ptr, q_hi_ptr, first, end, row, BLOCK_K: tl.constexpr):
-    """[rows, BLOCK_K]: whether each row sees the keys from `first`."""
-    key = first + tl.arange(0, BLOCK_K)
-    lo = tl.load(q_lo_ptr + key, mask=key < end, other=0)
-    hi = tl.load(q_hi_ptr + key, mask=key < end, other=0)
-    return (lo[None, :] <= row[:, None]) & (row[:, None] < hi[None, :])
 
 
 @triton.jit
@@ -114,60 +71,25 @@ def _attend(
 ):
     """The state (out, maximum, sum) of a query tile after one more key tile."""
     out, row_max, row_sum = state
-    k = _load_tile(k_ptr, key, end, stride_k, MASKED, BLOCK_K, WIDTH, BLOCK_D)
-    z, _ = _scores(q, k, scale, softcap, HAS_SOFTCAP, PRECISION)
+    k = load_tile(k_ptr, key, end, stride_k, MASKED, BLOCK_K, WIDTH, BLOCK_D)
+    z, _ = scores(q, k, scale, softcap, HAS_SOFTCAP, PRECISION)
     if MASKED:
-        visible = _visible(q_lo_ptr, q_hi_ptr, key, end, row, BLOCK_K)
-        z = tl.where(visible, z, float("-inf"))
+        sees = visible(q_lo_ptr, q_hi_ptr, key, end, row, BLOCK_K)
+        z = tl.where(sees, z, float("-inf"))
     new_max = tl.maximum(row_max, tl.max(z, axis=1))
     # A row may see nothing yet; any finite base keeps -inf - base from being NaN.
     base = tl.where(new_max == float("-inf"), 0.0, new_max)
     p = tl.exp2(z - base[:, None])
     factor = tl.exp2(row_max - base)
     row_sum = factor * row_sum + tl.sum(p, axis=1)
-    v = _load_tile(v_ptr, key, end, stride_v, MASKED, BLOCK_K, V_WIDTH, BLOCK_DV)
+    v = load_tile(v_ptr, key, end, stride_v, MASKED, BLOCK_K, V_WIDTH, BLOCK_DV)
     if MASKED:
         # Keys that nobody sees may be memory that nobody wrote: 0 * NaN is NaN.
-        seen = tl.max(visible.to(tl.int32), axis=0) > 0
+        seen = tl.max(sees.to(tl.int32), axis=0) > 0
         v = tl.where(seen[:, None], v, 0.0)
     out = out * factor[:, None]
     out += tl.dot(p.to(v.dtype), v, input_precision=PRECISION, out_dtype=scale.dtype)
     return out, new_max, row_sum
-
-
-@triton.jit
-def _row_tile(rows_ptr, spans_ptr, queries, num_spans, first, BLOCK_Q: tl.constexpr):
-    """Of the query tile at `first`: its span, its first and last buffer row, the end of its keys.
-
-    Also how many of its own span's keys all rows of the tile see, -1 when it spans several spans.
-    """
-    last = tl.minimum(first + BLOCK_Q, queries) - 1
-    # Columns of a span: first token, end, causal, begin and end in `runs`, begin and end in `rows`.
-    span = _first_after(spans_ptr + 6, 7, num_spans, first)
-    last_span = tl.minimum(_first_after(spans_ptr + 6, 7, num_spans, last), num_spans - 1)
-    first_row = tl.load(rows_ptr + first)
-    last_row = tl.load(rows_ptr + last)
-    start = tl.load(spans_ptr + 7 * tl.minimum(span, num_spans - 1))
-    end = tl.load(spans_ptr + 7 * last_span + 1)
-    causal = tl.load(spans_ptr + 7 * last_span + 2) != 0
-    stop = tl.where(causal, tl.minimum(end, last_row + 1), end)
-    together = tl.where(causal, first_row + 1, end)
-    return span, start, stop, tl.where(span == last_span, together, -1)
-
-
-@triton.jit
-def _segment(runs_ptr, run, run_end, start, stop, together, BLOCK_K: tl.constexpr):
-    """The keys of the tile's next range: its first, where whole visible tiles end, its end.
-
-    The ranges of the ancestors come first, and after them the tile's own stretch of the buffer.
-    """
-    begin, end, seen_by_all = start, stop, together
-    if run < run_end:
-        begin = tl.load(runs_ptr + 2 * run)
-        end = tl.load(runs_ptr + 2 * run + 1)
-        seen_by_all = tl.where(together < 0, begin, end)
-    whole = begin + tl.maximum(seen_by_all - begin, 0) // BLOCK_K * BLOCK_K
-    return begin, whole, end
 
 
 @triton.jit(do_not_specialize=["queries", "num_spans"])
@@ -215,17 +137,17 @@ def _forward_kernel(
     q_ptr += head.to(tl.int64) * stride_q_head
     k_ptr += (head // heads_per_kv).to(tl.int64) * stride_k_head
     v_ptr += (head // heads_per_kv).to(tl.int64) * stride_v_head
-    q = _load_tile(q_ptr, first, queries, stride_q, True, BLOCK_Q, WIDTH, BLOCK_D)
+    q = load_tile(q_ptr, first, queries, stride_q, True, BLOCK_Q, WIDTH, BLOCK_D)
     out = tl.zeros([BLOCK_Q, BLOCK_DV], acc_dtype)
     row_max = tl.full([BLOCK_Q], float("-inf"), acc_dtype)
     row_sum = tl.zeros([BLOCK_Q], acc_dtype)
     state = (out, row_max, row_sum)
 
-    span, start, stop, together = _row_tile(rows_ptr, spans_ptr, queries, num_spans, first, BLOCK_Q)
+    span, start, stop, together = row_tile(rows_ptr, spans_ptr, queries, num_spans, first, BLOCK_Q)
     if span < num_spans:
         run_end = tl.load(spans_ptr + 7 * span + 4)
         for run in range(tl.load(spans_ptr + 7 * span + 3), run_end + 1):
-            begin, whole, end = _segment(runs_ptr, run, run_end, start, stop, together, BLOCK_K)
+            begin, whole, end = segment(runs_ptr, run, run_end, start, stop, together, BLOCK_K)
             for key in range(begin, whole, BLOCK_K):
                 state = _attend(
                     state, q, row, key, end, k_ptr, v_ptr,
@@ -268,22 +190,12 @@ def _delta_kernel(
     first = tl.program_id(0).to(tl.int64) * BLOCK_Q
     index = first + tl.arange(0, BLOCK_Q)
     inside = index < count
-    dout = _load_tile(dout_ptr, first, count, V_WIDTH, True, BLOCK_Q, V_WIDTH, BLOCK_DV)
-    out = _load_tile(out_ptr, first, count, V_WIDTH, True, BLOCK_Q, V_WIDTH, BLOCK_DV)
+    dout = load_tile(dout_ptr, first, count, V_WIDTH, True, BLOCK_Q, V_WIDTH, BLOCK_DV)
+    out = load_tile(out_ptr, first, count, V_WIDTH, True, BLOCK_Q, V_WIDTH, BLOCK_DV)
     delta = tl.sum(dout.to(acc_dtype) * out.to(acc_dtype), axis=1)
     if dlse_ptr is not None:
         delta -= tl.load(dlse_ptr + index, mask=inside, other=0.0)
     tl.store(delta_ptr + index, delta, mask=inside)
-
-
-@triton.jit
-def _score_gradient(z, t, lse, dp, delta, HAS_SOFTCAP: tl.constexpr):
-    """Probabilities, and d loss / d score before the cap and the scale."""
-    p = tl.exp2(z - lse)
-    ds = p * (dp - delta)
-    if HAS_SOFTCAP:
-        ds = ds * (1.0 - t) * (1.0 + t)
-    return p, ds
 
 
 @triton.jit
@@ -314,15 +226,15 @@ def _dq_tile(
     BLOCK_K: tl.constexpr,
 ):
     """dq / scale of a query tile after one more key tile."""
-    k = _load_tile(k_ptr, key, end, stride_k, MASKED, BLOCK_K, WIDTH, BLOCK_D)
-    v = _load_tile(v_ptr, key, end, stride_v, MASKED, BLOCK_K, V_WIDTH, BLOCK_DV)
-    z, t = _scores(q, k, scale, softcap, HAS_SOFTCAP, PRECISION)
+    k = load_tile(k_ptr, key, end, stride_k, MASKED, BLOCK_K, WIDTH, BLOCK_D)
+    v = load_tile(v_ptr, key, end, stride_v, MASKED, BLOCK_K, V_WIDTH, BLOCK_DV)
+    z, t = scores(q, k, scale, softcap, HAS_SOFTCAP, PRECISION)
     dp = tl.dot(dout, tl.trans(v), input_precision=PRECISION, out_dtype=scale.dtype)
-    _, ds = _score_gradient(z, t, lse[:, None], dp, delta[:, None], HAS_SOFTCAP)
+    _, ds = score_gradient(z, t, lse[:, None], dp, delta[:, None], HAS_SOFTCAP)
     if MASKED:
-        visible = _visible(q_lo_ptr, q_hi_ptr, key, end, row, BLOCK_K)
-        ds = tl.where(visible, ds, 0.0)
-        k = tl.where((tl.max(visible.to(tl.int32), axis=0) > 0)[:, None], k, 0.0)
+        sees = visible(q_lo_ptr, q_hi_ptr, key, end, row, BLOCK_K)
+        ds = tl.where(sees, ds, 0.0)
+        k = tl.where((tl.max(sees.to(tl.int32), axis=0) > 0)[:, None], k, 0.0)
     return dq + tl.dot(ds.to(k.dtype), k, input_precision=PRECISION, out_dtype=scale.dtype)
 
 
@@ -373,19 +285,19 @@ def _dq_kernel(
     k_ptr += (head // heads_per_kv).to(tl.int64) * stride_k_head
     v_ptr += (head // heads_per_kv).to(tl.int64) * stride_v_head
     q_ptr += head.to(tl.int64) * stride_q_head
-    q = _load_tile(q_ptr, first, queries, stride_q, True, BLOCK_Q, WIDTH, BLOCK_D)
+    q = load_tile(q_ptr, first, queries, stride_q, True, BLOCK_Q, WIDTH, BLOCK_D)
     dout_ptr += head.to(tl.int64) * V_WIDTH
-    dout = _load_tile(dout_ptr, first, queries, heads * V_WIDTH, True, BLOCK_Q, V_WIDTH, BLOCK_DV)
+    dout = load_tile(dout_ptr, first, queries, heads * V_WIDTH, True, BLOCK_Q, V_WIDTH, BLOCK_DV)
     lse = tl.load(lse_ptr + place, mask=inside, other=float("inf")) * LOG2E
     lse = tl.where(lse == float("-inf"), float("inf"), lse)
     delta = tl.load(delta_ptr + place, mask=inside, other=0.0)
     dq = tl.zeros([BLOCK_Q, BLOCK_D], acc_dtype)
 
-    span, start, stop, together = _row_tile(rows_ptr, spans_ptr, queries, num_spans, first, BLOCK_Q)
+    span, start, stop, together = row_tile(rows_ptr, spans_ptr, queries, num_spans, first, BLOCK_Q)
     if span < num_spans:
         run_end = tl.load(spans_ptr + 7 * span + 4)
         for run in range(tl.load(spans_ptr + 7 * span + 3), run_end + 1):
-            begin, whole, end = _segment(runs_ptr, run, run_end, start, stop, together, BLOCK_K)
+            begin, whole, end = segment(runs_ptr, run, run_end, start, stop, together, BLOCK_K)
             for key in range(begin, whole, BLOCK_K):
                 dq = _dq_tile(
                     dq, q, dout, lse, delta, row, key, end,
@@ -440,22 +352,22 @@ def _dkv_tile(
     """dk / scale and dv of a key tile after one more query tile."""
     index = first + tl.arange(0, BLOCK_Q)
     inside = index < end
-    q = _load_tile(q_ptr, first, end, stride_q, MASKED, BLOCK_Q, WIDTH, BLOCK_D)
-    dout = _load_tile(dout_ptr, first, end, stride_dout, MASKED, BLOCK_Q, V_WIDTH, BLOCK_DV)
+    q = load_tile(q_ptr, first, end, stride_q, MASKED, BLOCK_Q, WIDTH, BLOCK_D)
+    dout = load_tile(dout_ptr, first, end, stride_dout, MASKED, BLOCK_Q, V_WIDTH, BLOCK_DV)
     place = index.to(tl.int64) * heads + head
     # A row that sees nothing, or is none of ours, has probability 0 everywhere.
     lse = tl.load(lse_ptr + place, mask=inside, other=float("inf")) * LOG2E
     lse = tl.where(lse == float("-inf"), float("inf"), lse)
     delta = tl.load(delta_ptr + place, mask=inside, other=0.0)
     # Keys are the rows here, so that the products below take their left sides from registers.
-    z, t = _scores(k, q, scale, softcap, HAS_SOFTCAP, PRECISION)
+    z, t = scores(k, q, scale, softcap, HAS_SOFTCAP, PRECISION)
     dp = tl.dot(v, tl.trans(dout), input_precision=PRECISION, out_dtype=scale.dtype)
-    p, ds = _score_gradient(z, t, lse[None, :], dp, delta[None, :], HAS_SOFTCAP)
+    p, ds = score_gradient(z, t, lse[None, :], dp, delta[None, :], HAS_SOFTCAP)
     if MASKED:
         row = tl.load(rows_ptr + index, mask=inside, other=-1)
-        visible = (lo[:, None] <= row[None, :]) & (row[None, :] < hi[:, None])
-        p = tl.where(visible, p, 0.0)
-        ds = tl.where(visible, ds, 0.0)
+        sees = (lo[:, None] <= row[None, :]) & (row[None, :] < hi[:, None])
+        p = tl.where(sees, p, 0.0)
+        ds = tl.where(sees, ds, 0.0)
     dv += tl.dot(p.to(dout.dtype), dout, input_precision=PRECISION, out_dtype=scale.dtype)
     dk += tl.dot(ds.to(q.dtype), q, input_precision=PRECISION, out_dtype=scale.dtype)
     return dk, dv
@@ -507,18 +419,18 @@ def _dkv_kernel(
     inside = key < keys
     k_ptr += kv_head.to(tl.int64) * stride_k_head
     v_ptr += kv_head.to(tl.int64) * stride_v_head
-    k = _load_tile(k_ptr, first_key, keys, stride_k, True, BLOCK_K, WIDTH, BLOCK_D)
-    v = _load_tile(v_ptr, first_key, keys, stride_v, True, BLOCK_K, V_WIDTH, BLOCK_DV)
+    k = load_tile(k_ptr, first_key, keys, stride_k, True, BLOCK_K, WIDTH, BLOCK_D)
+    v = load_tile(v_ptr, first_key, keys, stride_v, True, BLOCK_K, V_WIDTH, BLOCK_DV)
     # Beyond the last key, an interval that changes neither bound of the tile.
     lo = tl.load(q_lo_ptr + tl.minimum(key, keys - 1))
     hi = tl.load(q_hi_ptr + tl.minimum(key, keys - 1))
     some_begin, all_begin = tl.min(lo, axis=0), tl.max(lo, axis=0)
     all_end, some_end = tl.min(hi, axis=0), tl.max(hi, axis=0)
     if SELECTED:
-        some_begin = _first_after(rows_ptr, 1, queries, some_begin - 1)
-        all_begin = _first_after(rows_ptr, 1, queries, all_begin - 1)
-        all_end = _first_after(rows_ptr, 1, queries, all_end - 1)
-        some_end = _first_after(rows_ptr, 1, queries, some_end - 1)
+        some_begin = first_after(rows_ptr, 1, queries, some_begin - 1)
+        all_begin = first_after(rows_ptr, 1, queries, all_begin - 1)
+        all_end = first_after(rows_ptr, 1, queries, all_end - 1)
+        some_end = first_after(rows_ptr, 1, queries, some_end - 1)
     # Rows [all_begin, all_end) see the whole tile, the others of [some_begin, some_end) a part.
     tiles = tl.maximum(all_end - all_begin, 0) // BLOCK_Q
     all_begin = tl.where(tiles > 0, all_begin, some_begin)
@@ -570,7 +482,7 @@ def packed_attention_fwd(q, k, v, q_lo, q_hi, rows, spans, runs, scale, softcap)
     """Launcher; contract in `lvrpo.ops.packed_attention`."""
     q, k, v = (_with_unit_columns(x) for x in (q, k, v))
     queries, heads, _ = q.shape
-    config = _forward_config(max(q.shape[2], v.shape[2]), q.dtype)
+    config = _config(FORWARD, q, v)
     out = q.new_empty(queries, heads, v.shape[2])
     lse = q.new_empty(queries, heads, dtype=_acc_dtype(q))
     launch(
@@ -602,7 +514,7 @@ def packed_attention_bwd(
     dout = dout.contiguous()
     queries, heads, width = q.shape
     keys, kv_heads, v_width = v.shape
-    config = _backward_config(max(width, v_width), q.dtype)
+    of_dq, of_dkv = _config(DQ, q, v), _config(DKV, q, v)
     delta = torch.empty_like(lse)
     launch(
         _delta_kernel,
@@ -622,8 +534,8 @@ def packed_attention_bwd(
     dq = q.new_empty(q.shape)
     launch(
         _dq_kernel,
-        (cdiv(queries, config.blocks["BLOCK_Q"]) * heads,),
-        config,
+        (cdiv(queries, of_dq.blocks["BLOCK_Q"]) * heads,),
+        of_dq,
         dq_ptr=dq,
         **saved,
         spans_ptr=spans,
@@ -640,8 +552,8 @@ def packed_attention_bwd(
     dv = q.new_empty(parts, keys, kv_heads, v_width, dtype=dtype)
     launch(
         _dkv_kernel,
-        (cdiv(keys, config.blocks["BLOCK_K"]) * heads,),
-        config,
+        (cdiv(keys, of_dkv.blocks["BLOCK_K"]) * heads,),
+        of_dkv,
         dk_ptr=dk,
         dv_ptr=dv,
         **saved,
@@ -653,6 +565,14 @@ def packed_attention_bwd(
     if parts == 1:
         return dq, dk[0], dv[0]
     return dq, dk.sum(0).to(q.dtype), dv.sum(0).to(q.dtype)
+
+
+def _config(table, q, v):
+    if q.dtype.itemsize > 2:
+        return WIDE
+    configs = table[90 if architecture_of(q) == 90 else 80]
+    width = max(q.shape[2], v.shape[2])
+    return next(config for widest, config in configs.items() if width <= widest)
 
 
 def _common(q, k, v, scale, softcap):
