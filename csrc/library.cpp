@@ -6,15 +6,16 @@
 #include <string>
 
 STABLE_TORCH_LIBRARY(lvrpo, m) {
-  // softcap = 0 means none; entropy is empty unless asked for.
+  // softcap = 0 means none; entropy and sum_squares are empty unless asked for.
   m.def(
       "gather_logprobs_fwd(Tensor logits, Tensor token_ids, Tensor? row_index, Tensor? vocab_range, "
       "float temperature, float softcap, int ignore_index, bool with_entropy, bool with_sum_squares) "
       "-> (Tensor logprobs, Tensor lse, Tensor entropy, Tensor sum_squares)");
+  // dlogits has the shape of logits and any floating dtype, and may be the logits themselves.
   m.def(
-      "gather_logprobs_bwd(Tensor(a!) dlogits, Tensor dlogprobs, Tensor? dentropy, Tensor logits, Tensor token_ids, Tensor? row_index, "
-      "Tensor? vocab_range, Tensor lse, Tensor? entropy, float temperature, float softcap, int ignore_index) "
-      "-> ()");
+      "gather_logprobs_bwd(Tensor(a!) dlogits, Tensor dlogprobs, Tensor? dentropy, Tensor logits, Tensor token_ids, "
+      "Tensor? row_index, Tensor? vocab_range, Tensor lse, Tensor? entropy, float temperature, float softcap, "
+      "int ignore_index) -> ()");
   // noise is absent when every step is deterministic.
   m.def(
       "flow_step_fwd(Tensor velocity, Tensor x_t, Tensor? noise, Tensor c_x, Tensor c_v, Tensor std) "
@@ -40,19 +41,21 @@ STABLE_TORCH_LIBRARY(lvrpo, m) {
       "packed_attention_bwd(Tensor dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, "
       "Tensor q_lo, Tensor q_hi, Tensor rows, Tensor spans, Tensor runs, float scale, float softcap) "
       "-> (Tensor dq, Tensor dk, Tensor dv)");
-  // scale: 0 = group, 1 = batch, 2 = none. clip may be infinite.
+  // baseline, scale and whiten count through the choices of lvrpo/ops/_advantage_params.py; clip may be infinite. stats
+  // [5, K] are share, constant_groups, mean, std, applicable.
   m.def(
-      "normalize_advantages(Tensor rewards, Tensor offsets, Tensor weights, bool decoupled, bool leave_one_out, "
-      "int scale, int ddof, float eps, float std_floor, bool whiten, float clip) "
-      "-> (Tensor values, Tensor per_reward, Tensor share, Tensor constant_groups, Tensor mean, Tensor std, "
-      "Tensor applicable, Tensor all_zero)");
-  // ratio, kl and aggregation count through the choices of lvrpo/ops/_policy_loss.py; denominator = 0 means the op's
-  // own count. dlogprobs and dentropy are the derivatives of the loss: its backward only scales them.
+      "normalize_advantages(Tensor rewards, Tensor offsets, Tensor weights, Tensor? lengths, bool decoupled, "
+      "int baseline, int scale, int whiten, int ddof, float eps, float std_floor, float clip) "
+      "-> (Tensor values, Tensor per_reward, Tensor stats, Tensor all_zero)");
+  // The ints count through the choices of lvrpo/ops/_policy_loss.py, whose scalars_of makes this list; own_* are numbers
+  // of the surrogate where the advantage is positive and where it is not; an absent bound is infinity; denominator = 0
+  // means the op's own count. dlogprobs and dentropy are the derivatives of the loss: its backward only scales them.
   m.def(
       "grpo_loss_fwd(Tensor logprobs, Tensor? old_logprobs, Tensor advantages, Tensor cu_seqlens, "
-      "Tensor? ref_logprobs, Tensor? entropy, Tensor? token_weights, int ratio, float clip_low, float clip_high, "
-      "float ratio_cap, float beta, int kl, bool kl_times_ratio, float entropy_coef, int aggregation, "
-      "float max_length, float denominator) "
+      "Tensor? ref_logprobs, Tensor? entropy, Tensor? token_weights, int ratio, int surrogate, float clip_low, "
+      "float clip_high, float ratio_cap, float own_pos_0, float own_pos_1, float own_neg_0, float own_neg_1, "
+      "float beta, int kl, int kl_factor, int kl_gradient, float kl_log_ratio_limit, float kl_limit, "
+      "float entropy_coef, int aggregation, float max_length, bool count_empty, float denominator) "
       "-> (Tensor loss, Tensor metrics, Tensor dlogprobs, Tensor dentropy)");
 }
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from lvrpo.ops.grpo_loss import LossMetrics, LossParams, grpo_loss
+from lvrpo.reference._policy_terms import Sequences, ratio_of
 from lvrpo.reference.grpo_loss import grpo_loss as reference
 
 INF = math.inf
@@ -26,7 +27,38 @@ PARAMS = {
     ),
     "reinforce": LossParams.preset("reinforce", beta=0.1),
     "no clip": LossParams(clip_low=INF, clip_high=INF),
+    "gspo_token, all terms": LossParams.preset(
+        "gspo_token",
+        clip_low=0.02,
+        clip_high=0.03,
+        ratio_cap=1.04,
+        beta=0.1,
+        kl_gradient="k2",
+        entropy_coef=0.01,
+    ),
+    "cispo, both bounds": LossParams.preset(
+        "cispo", clip_low=0.2, clip_high=0.28, beta=0.1, kl_factor="detached_ratio"
+    ),
+    "sapo": LossParams.preset("sapo", gate_neg=2.0, entropy_coef=0.01),
+    "vespo, clamped KL": LossParams.preset(
+        "vespo", beta=0.1, kl_log_ratio_limit=0.5, kl_limit=0.12, kl_factor="ratio"
+    ),
+    "luspo": LossParams.preset("luspo", clip_low=0.05, clip_high=0.06),
+    "gmpo": LossParams.preset("gmpo", clip_low=0.2, clip_high=0.3, beta=0.1, kl="abs"),
+    "rloo": LossParams.preset("rloo", ratio_cap=1.5, count_empty=False),
+    "dppo_tv": LossParams.preset("dppo_tv", clip_low=0.1, ratio_cap=1.2),
+    "dppo_kl": LossParams.preset("dppo_kl", clip_low=0.01, clip_high=0.02, ratio_cap=1.2),
+    "token sum": LossParams(
+        aggregation="token_sum", beta=0.1, kl="k1", kl_limit=0.3, kl_gradient="k2"
+    ),
 }
+
+
+def stops_a_gradient(params: LossParams) -> bool:
+    """Whether the gradient is by design not that of the value, so that gradcheck has no say."""
+    constant_weight = ("detached", "gamma", "total_variation", "binary_kl")
+    kl = params.beta > 0 and (params.kl_gradient == "k2" or params.kl_factor == "detached_ratio")
+    return params.surrogate in constant_weight or params.ratio == "seq_mean_token" or kl
 
 
 def make_inputs(lengths: list[int], dtype: torch.dtype = torch.float32) -> dict[str, Any]:
@@ -65,27 +97,36 @@ def scales(inputs: dict[str, Any]) -> dict[str, Tensor]:
         k: x.double() if torch.is_tensor(x) and x.is_floating_point() else x
         for k, x in inputs.items()
     }
-    size["advantages"] = -size["advantages"].abs()
-    size["params"] = dataclasses.replace(params, entropy_coef=-abs(params.entropy_coef), kl="k2")
-    loss, metrics = reference(**size)
+    positive = dataclasses.replace(params, entropy_coef=-abs(params.entropy_coef), kl="k2")
+    losses, policies = 0.0, 0.0
+    for sign in (-1, 1):  # a surrogate may treat them differently
+        signed = size | {"advantages": sign * size["advantages"].abs(), "params": positive}
+        loss, metrics = reference(**signed)
+        losses, policies = losses + loss.abs(), policies + metrics[0].abs()
     d = size["ref_logprobs"] - size["logprobs"]
-    loss = loss.abs() + params.beta * d.abs().sum() + 2 * metrics[0].abs()
+    loss = losses + params.beta * d.abs().sum() + 2 * policies
     metrics = metrics.abs()
+    metrics[0] = policies
     metrics[1] = d.abs().mean() + 1
     if inputs["logprobs"].dtype == torch.float64:
         # Gold has no more digits than ours here, and adds in another order.
         loss, metrics = loss * len(d) ** 0.5, metrics * len(d) ** 0.5
 
     lengths = inputs["cu_seqlens"].diff()
-    ratio = (size["logprobs"] - size["old_logprobs"]).exp()
-    advantage = size["advantages"].abs()
-    advantage = (
-        advantage.repeat_interleave(lengths) if len(advantage) == len(lengths) else advantage
-    )
-    slope = size["token_weights"] * advantage * ratio.clamp(min=1) + params.beta * (1 + d.exp())
-    if params.ratio == "seq_mean":
+    of_token = torch.arange(len(lengths)).repeat_interleave(lengths)
+    advantage = size["advantages"]
+    advantage = advantage[of_token] if len(advantage) == len(lengths) else advantage
+    active = size["token_weights"] != 0
+    log_ratio = torch.where(active, size["logprobs"] - size["old_logprobs"], 0.0)
+    sequences = Sequences(of_token, torch.zeros(len(lengths)).double())
+    sequences = Sequences(of_token, sequences.sum(active.double()))
+    ratio = ratio_of(log_ratio, advantage, sequences, params).clamp(min=1)
+    slope = size["token_weights"] * advantage.abs() * ratio * log_ratio.exp().clamp(min=1)
+    slope = slope + params.beta * (1 + d.exp())
+    if params.sequence_level:
         # Every token carries the rounding of a sum over its sequence.
-        slope = slope * (1 + (size["logprobs"] - size["old_logprobs"]).abs().mean() * lengths.max())
+        terms = 1 + log_ratio.abs().mean() * lengths.max()
+        slope = slope * (terms * terms if params.ratio == "seq_sum" else terms)
     # The reference's gradient by the entropy is minus the coefficient times a token's factor.
     entropy = torch.ones_like(ratio).requires_grad_()
     one = dataclasses.replace(params, entropy_coef=-1.0)

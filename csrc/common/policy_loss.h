@@ -1,4 +1,5 @@
-// Per-token formulas of the policy losses, one copy for every kernel that forms such a loss.
+// Per-token formulas of the policy losses, one copy for every kernel that forms such a loss. A new variant is one more
+// struct with a `term`.
 #pragma once
 
 #include <cstdint>
@@ -9,9 +10,26 @@
 namespace lvrpo {
 
 // In the order of the choices in lvrpo/ops/_policy_loss.py.
-enum Ratio { RATIO_NONE = 0, RATIO_TOKEN = 1, RATIO_SEQ_MEAN = 2 };
-enum KL { K1 = 0, K2 = 1, K3 = 2, KL_ABS = 3 };
-enum Aggregation { TOKEN_MEAN = 0, SEQ_MEAN_TOKEN_MEAN = 1, SEQ_MEAN_TOKEN_SUM = 2, SEQ_MEAN_TOKEN_SUM_NORM = 3 };
+enum Ratio { RATIO_NONE, RATIO_TOKEN, RATIO_SEQ_MEAN, RATIO_SEQ_MEAN_TOKEN, RATIO_SEQ_SUM };
+enum Surrogate { CLIP, DETACHED, SIGMOID, GAMMA, TOTAL_VARIATION, BINARY_KL, LOG_CLIP };
+enum KL { K1, K2, K3, KL_ABS };
+enum KLFactor { FACTOR_NONE, FACTOR_RATIO, FACTOR_DETACHED_RATIO };
+enum KLGradient { GRADIENT_OWN, GRADIENT_K2 };
+enum Aggregation {
+  TOKEN_MEAN,
+  SEQ_MEAN_TOKEN_MEAN,
+  SEQ_MEAN_TOKEN_SUM,
+  SEQ_MEAN_TOKEN_SUM_NORM,
+  TOKEN_SUM
+};
+
+// Where the published code stops log-ratios, and VESPO's smallest ratio of a sequence.
+inline constexpr double LOG_RATIO_LIMIT = 20.0, RATIO_LIMIT = 485165195.40979, GAMMA_FLOOR = 1e-8;
+
+template <typename acc>
+LVRPO_INLINE acc clamp(acc x, acc low, acc high) {  // a NaN stays a NaN
+  return x < low ? low : x > high ? high : x;
+}
 
 // exp of a log-ratio of any size; overflows to infinity.
 LVRPO_INLINE double exp_ratio(double x) { return std::exp(x); }
@@ -34,6 +52,165 @@ LVRPO_INLINE float exp_excess(float x) {
   return x > -0.5f && x < 0.5f ? p * x * x : far;
 }
 
+// log of a normal positive number: the Cephes polynomial on [sqrt(1/2), sqrt(2)).
+LVRPO_INLINE double log_fast(double x) { return std::log(x); }
+LVRPO_INLINE float log_fast(float x) {
+  int32_t bits;
+  std::memcpy(&bits, &x, sizeof(bits));
+  const int32_t up = bits - 0x3f3504f3;  // sqrt(1/2)
+  const float exponent = static_cast<float>(up >> 23);
+  bits = (up & 0x007fffff) + 0x3f3504f3;
+  float m;
+  std::memcpy(&m, &bits, sizeof(m));
+  m -= 1.0f;
+  float p = 7.0376836292e-2f;
+  p = p * m - 1.1514610310e-1f;
+  p = p * m + 1.1676998740e-1f;
+  p = p * m - 1.2420140846e-1f;
+  p = p * m + 1.4249322787e-1f;
+  p = p * m - 1.6668057665e-1f;
+  p = p * m + 2.0000714765e-1f;
+  p = p * m - 2.4999993993e-1f;
+  p = p * m + 3.3333331174e-1f;
+  const float square = m * m;
+  return exponent * 0.693359375f + (m + (p * m * square - 0.5f * square - exponent * 2.12194440e-4f));
+}
+
+// The loss of one token; what LossParams says, with the choices that do not change inside a loop left out.
+template <typename acc>
+struct Policy {
+  acc clip_low, clip_high;  // as given
+  acc low, high, cap;       // bounds of the ratio
+  acc own_pos[2], own_neg[2];
+};
+
+template <typename acc>
+struct Token {
+  acc logp, log_ratio;
+  acc ratio;      // at the level that LossParams.ratio names
+  acc of_weight;  // what a whole sequence is weighed by: see Gamma and LogClip
+  acc advantage;
+};
+
+// Of a weight of one. `slope` is d value / d log of the ratio at its level, or d value / d logp where the log-prob itself
+// is what the advantage multiplies. low, high, cap: which bound holds the token.
+template <typename acc>
+struct Term {
+  acc value, slope;
+  bool low, high, cap;
+};
+
+struct ClipSurrogate {
+  template <typename acc>
+  static LVRPO_INLINE Term<acc> term(const Policy<acc>& by, const Token<acc>& x) {
+    const acc a = x.advantage, rho = x.ratio;
+    const bool is_low = a < acc(0) && rho < by.low;
+    const bool is_high = a > acc(0) && rho > by.high;
+    const bool is_cap = a < acc(0) && rho > by.cap;
+    // max(-rho a, -clip(rho) a): only one side of the clip can bind, the one that the sign of a picks.
+    const acc upper = a < acc(0) ? by.cap : by.high;
+    const acc bounded = is_low ? by.low : rho > upper ? upper : rho;
+    const acc value = -a * bounded;
+    return {value, is_low || is_high || is_cap ? acc(0) : value, is_low, is_high, is_cap};
+  }
+};
+
+// Ratio "none": the log-prob in place of the ratio; the bounds are reported for information.
+struct ScoreSurrogate {
+  template <typename acc>
+  static LVRPO_INLINE Term<acc> term(const Policy<acc>& by, const Token<acc>& x) {
+    Term<acc> t = ClipSurrogate::term(by, x);
+    t.value = -x.advantage * x.logp;
+    t.slope = -x.advantage;
+    return t;
+  }
+};
+
+struct DetachedSurrogate {
+  template <typename acc>
+  static LVRPO_INLINE Term<acc> term(const Policy<acc>& by, const Token<acc>& x) {
+    const acc slope = -x.advantage * clamp(x.ratio, by.low, by.high);
+    return {slope * x.logp, slope, x.ratio < by.low, x.ratio > by.high, false};
+  }
+};
+
+struct SigmoidSurrogate {
+  template <typename acc>
+  static LVRPO_INLINE Term<acc> term(const Policy<acc>& by, const Token<acc>& x) {
+    const acc tau = x.advantage > acc(0) ? by.own_pos[0] : by.own_neg[0];
+    // Past the limit the gate is open and flat; infinity would make 0 times infinity of its slope.
+    const acc rho = x.ratio > acc(RATIO_LIMIT) ? acc(RATIO_LIMIT) : x.ratio;
+    const acc at = tau * (rho - acc(1));
+    // sigma and sigma (1 - sigma) from e^-|x|, which neither overflows nor cancels.
+    const acc e = exp_ratio(at < acc(0) ? at : -at), inverse = acc(1) / (acc(1) + e);
+    const acc gate = at < acc(0) ? e * inverse : inverse;
+    return {acc(-4) / tau * gate * x.advantage, acc(-4) * e * inverse * inverse * rho * x.advantage, false, false, false};
+  }
+};
+
+// of_weight is gamma_weight of the sequence.
+struct GammaSurrogate {
+  template <typename acc>
+  static LVRPO_INLINE Term<acc> term(const Policy<acc>&, const Token<acc>& x) {
+    const acc slope = -x.advantage * x.of_weight;
+    return {slope * x.logp, slope, false, false, false};
+  }
+};
+
+// of_weight is the sequence's ratio after the clip; `slope` is by its log.
+struct LogClipSurrogate {
+  template <typename acc>
+  static LVRPO_INLINE Term<acc> term(const Policy<acc>& by, const Token<acc>& x) {
+    const acc value = -x.advantage * x.of_weight, d = x.log_ratio;
+    return {value, value, x.advantage < acc(0) && d < -by.clip_low, x.advantage > acc(0) && d > by.clip_high, false};
+  }
+};
+
+template <typename acc>
+LVRPO_INLINE Term<acc> trust_region_term(const Policy<acc>& by, const Token<acc>& x, bool inside) {
+  const acc weight = inside ? (x.ratio > by.cap ? by.cap : x.ratio) : acc(0);
+  const acc slope = -x.advantage * weight;
+  return {slope * x.logp, slope, x.advantage < acc(0) && !inside, x.advantage > acc(0) && !inside,
+          inside && x.ratio > by.cap};
+}
+
+struct TotalVariationSurrogate {
+  template <typename acc>
+  static LVRPO_INLINE Term<acc> term(const Policy<acc>& by, const Token<acc>& x) {
+    const acc change = exp_ratio(x.logp) - exp_ratio(x.logp - x.log_ratio);
+    const bool inside = x.advantage > acc(0) ? change <= by.clip_high : change >= -by.clip_low;
+    return trust_region_term(by, x, inside);
+  }
+};
+
+struct BinaryKLSurrogate {
+  template <typename acc>
+  static LVRPO_INLINE Term<acc> term(const Policy<acc>& by, const Token<acc>& x) {
+    const acc old = x.logp - x.log_ratio;
+    const acc change = exp_ratio(x.logp) - exp_ratio(old);
+    // 1 - p without cancellation; 1e-8 as in the published code, for a token of probability 1.
+    const acc rest = -(exp_excess(x.logp) + x.logp), rest_old = -(exp_excess(old) + old);
+    const acc quotient = ((rest_old > acc(0) ? rest_old : acc(0)) + acc(1e-8)) / ((rest > acc(0) ? rest : acc(0)) + acc(1e-8));
+    const acc divergence = -exp_ratio(old) * x.log_ratio + rest_old * log_fast(quotient);
+    const bool up = x.advantage > acc(0);
+    const bool near = divergence <= (up ? by.clip_high : by.clip_low);
+    return trust_region_term(by, x, near || (up ? change <= acc(0) : change >= acc(0)));
+  }
+};
+
+// VESPO's e^l w^k e^(-l w), which is 1 at w = 1.
+inline double gamma_weight(double log_w, double k, double rate) {
+  return std::exp(rate + k * log_w - rate * std::exp(log_w));
+}
+
+// How the estimator of the KL divergence is evaluated; an absent limit is infinity.
+template <typename acc>
+struct KLForm {
+  int64_t factor;
+  bool gradient_of_k2;
+  acc log_ratio_limit, limit;
+};
+
 // The estimator's value and its derivative by the policy's log-prob, at d = ref - logp.
 template <int64_t kind, typename acc>
 LVRPO_INLINE void estimate_kl(acc d, acc& value, acc& slope) {
@@ -50,6 +227,16 @@ LVRPO_INLINE void estimate_kl(acc d, acc& value, acc& slope) {
     value = d < acc(0) ? -d : d;
     slope = d < acc(0) ? acc(1) : d > acc(0) ? acc(-1) : acc(0);
   }
+}
+
+// The same with the clamps of `form`, whose slope is 0 where they bind, and its choice of gradient.
+template <int64_t kind, typename acc>
+LVRPO_INLINE void formed_kl(const KLForm<acc>& form, acc d, acc& value, acc& slope) {
+  const acc far = form.log_ratio_limit, most = form.limit;
+  estimate_kl<kind>(clamp(d, -far, far), value, slope);
+  const bool flat = d > far || d < -far || value > most || value < -most;
+  value = clamp(value, -most, most);
+  slope = form.gradient_of_k2 ? -d : flat ? acc(0) : slope;
 }
 
 }  // namespace lvrpo

@@ -1,111 +1,28 @@
-// One pass per row for the log-sum-exp and the entropy, one for the gradient. Formulas: docs/ops/gather_logprobs.md.
+// One pass over the logits for the log-sum-exp, the entropy and the sum of squares, one for the gradient.
+// Formulas: docs/ops/gather_logprobs.md.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
 #include <algorithm>
+#include <cmath>
 #include <optional>
 #include <tuple>
+#include <utility>
 #include <vector>
 
 #include "common/check.h"
 #include "common/dispatch.h"
-#include "common/simd.h"
+#include "common/huge_pages.h"
+#include "cpu/gather_logprobs_rows.h"
 
 namespace lvrpo {
 namespace {
 
 using std::optional;
 
-// Columns of one step: the scaled logits of a block stay in L1 between its maximum and its exponentials, so every
-// exponential is computed once and every logit read once.
-constexpr int64_t BLOCK_V = 1024;
-
-template <typename acc>
-struct RowStats {
-  acc max;           // largest scaled logit
-  acc sum_exp;       // sum exp(z - max)
-  acc sum_exp_z;     // sum exp(z - max) * (z - max)
-};
-
-template <typename acc>
-struct LogitScale {
-  acc inv_temperature;
-  acc softcap;  // 0 = none
-
-  // z of a logit x.
-  LVRPO_INLINE acc operator()(acc x) const {
-    return (softcap > acc(0) ? softcap * std::tanh(x / softcap) : x) * inv_temperature;
-  }
-  // dz / dx.
-  LVRPO_INLINE acc derivative(acc x) const {
-    if (!(softcap > acc(0))) return inv_temperature;
-    const acc t = std::tanh(x / softcap);
-    return inv_temperature * (acc(1) - t) * (acc(1) + t);
-  }
-};
-
-template <typename scalar_t, typename acc>
-LVRPO_MULTIVERSION RowStats<acc> row_stats(const scalar_t* x, int64_t n, LogitScale<acc> scale) {
-  RowStats<acc> stats{-std::numeric_limits<acc>::infinity(), acc(0), acc(0)};
-  acc z[BLOCK_V];
-  for (int64_t begin = 0; begin < n; begin += BLOCK_V) {
-    const int64_t size = n - begin < BLOCK_V ? n - begin : BLOCK_V;
-    acc block_max = -std::numeric_limits<acc>::infinity();
-    if (scale.softcap > acc(0)) {
-      for (int64_t i = 0; i < size; ++i) z[i] = scale(static_cast<acc>(x[begin + i]));
-    } else {
-#pragma omp simd
-      for (int64_t i = 0; i < size; ++i) z[i] = static_cast<acc>(x[begin + i]) * scale.inv_temperature;
-    }
-#pragma omp simd reduction(max : block_max)
-    for (int64_t i = 0; i < size; ++i) block_max = z[i] > block_max ? z[i] : block_max;
-    if (block_max > stats.max) {
-      // Shift the sums to the new maximum: sum e^(z-m') (z-m') = e^(m-m') (sum e^(z-m) (z-m) + (m-m') sum e^(z-m)).
-      const acc shift = stats.max - block_max;
-      if (stats.sum_exp > acc(0)) {
-        const acc factor = std::exp(shift);
-        stats.sum_exp_z = factor * (stats.sum_exp_z + shift * stats.sum_exp);
-        stats.sum_exp *= factor;
-      }
-      stats.max = block_max;
-    }
-    if (stats.max == -std::numeric_limits<acc>::infinity()) continue;
-    acc sum = 0, sum_z = 0;
-    const acc lowest = std::is_same_v<acc, double> ? acc(-700) : acc(-87);
-#pragma omp simd reduction(+ : sum, sum_z)
-    for (int64_t i = 0; i < size; ++i) {
-      const acc d = z[i] - stats.max;
-      const acc e = exp_fast(d);
-      sum += e;
-      // d may be -inf where e is 0; their product must be 0.
-      sum_z += e * (d < lowest ? lowest : d);
-    }
-    stats.sum_exp += sum;
-    stats.sum_exp_z += sum_z;
-  }
-  return stats;
-}
-
-template <typename scalar_t, typename acc>
-LVRPO_MULTIVERSION void row_gradient(const scalar_t* x, scalar_t* dx, int64_t n, LogitScale<acc> scale, acc lse,
-                                     acc dlogprob_sum, acc dentropy, acc mean_z) {
-  if (scale.softcap > acc(0)) {
-    for (int64_t i = 0; i < n; ++i) {
-      const acc z = scale(static_cast<acc>(x[i]));
-      const acc p = exp_fast(z - lse);
-      const acc dz = p > acc(0) ? p * (dentropy * (mean_z - z) - dlogprob_sum) : acc(0);
-      dx[i] = static_cast<scalar_t>(dz * scale.derivative(static_cast<acc>(x[i])));
-    }
-    return;
-  }
-#pragma omp simd
-  for (int64_t i = 0; i < n; ++i) {
-    const acc z = static_cast<acc>(x[i]) * scale.inv_temperature;
-    const acc p = exp_fast(z - lse);
-    const acc dz = p > acc(0) ? p * (dentropy * (mean_z - z) - dlogprob_sum) : acc(0);
-    dx[i] = static_cast<scalar_t>(dz * scale.inv_temperature);
-  }
-}
+// A row is summed in chunks of this many columns, which threads share when there are few rows. Where the chunks begin
+// depends on the row alone, so its bits do not depend on the threads or on other rows.
+constexpr int64_t CHUNK_V = 8 * BLOCK_V;
 
 // The columns a row's softmax runs over.
 struct Columns {
@@ -164,16 +81,27 @@ class Targets {
   int64_t count_, ignore_index_;
 };
 
-// A row can be as long as a vocabulary; a thread is worth starting for about this many logits.
-int64_t row_grain(int64_t vocab) { return std::max<int64_t>(1, 16384 / std::max<int64_t>(1, vocab)); }
+bool has_unit_columns(const Tensor& t) { return t.size(1) <= 1 || t.stride(1) == 1; }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> gather_logprobs_fwd(Tensor logits, Tensor token_ids, optional<Tensor> row_index,
-                                                       optional<Tensor> vocab_range, double temperature,
-                                                       double softcap, int64_t ignore_index, bool with_entropy,
-                                                       bool with_sum_squares) {
-  LVRPO_CHECK(!with_sum_squares, "the sum of squares is not there yet");
+int64_t chunks_of(int64_t columns) { return std::max<int64_t>(1, (columns + CHUNK_V - 1) / CHUNK_V); }
+
+// body(row, chunk) for every chunk of every row; a thread is worth starting for about this many logits.
+template <typename Body>
+void for_each_chunk(int64_t rows, int64_t columns, const Body& body) {
+  const int64_t chunks = chunks_of(columns);
+  const int64_t grain = std::max<int64_t>(1, CHUNK_V / std::max<int64_t>(1, std::min(columns, CHUNK_V)));
+  torch::stable::parallel_for(0, rows * chunks, grain, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) body(i / chunks, i % chunks);
+  });
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> gather_logprobs_fwd(Tensor logits, Tensor token_ids,
+                                                               optional<Tensor> row_index,
+                                                               optional<Tensor> vocab_range, double temperature,
+                                                               double softcap, int64_t ignore_index,
+                                                               bool with_entropy, bool with_sum_squares) {
   LVRPO_CHECK(logits.dim() == 2, "logits must be [R, V]");
-  if (logits.stride(1) != 1) logits = torch::stable::contiguous(logits);
+  if (!has_unit_columns(logits)) logits = torch::stable::contiguous(logits);
   const int64_t rows = logits.size(0), vocab = logits.size(1);
   const Columns columns = columns_of(vocab_range, rows, vocab);
   const Targets targets(token_ids, row_index, rows, columns, ignore_index);
@@ -182,44 +110,123 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> gather_logprobs_fwd(Tensor logits, Te
   Tensor logprobs = torch::stable::new_empty(logits, {targets.count()}, out_dtype);
   Tensor lse = torch::stable::new_empty(logits, {rows}, out_dtype);
   Tensor entropy = torch::stable::new_empty(logits, {with_entropy ? rows : 0}, out_dtype);
+  Tensor sum_squares = torch::stable::new_empty(logits, {with_sum_squares ? rows : 0}, out_dtype);
 
   LVRPO_DISPATCH_FLOATING(dtype, scalar_t, [&] {
     using acc = acc_t<scalar_t>;
-    const LogitScale<acc> scale{static_cast<acc>(1.0 / temperature), static_cast<acc>(softcap)};
+    const LogitScale<acc> scale(temperature, softcap);
     const scalar_t* x = logits.const_data_ptr<scalar_t>();
-    const int64_t stride = logits.stride(0);
+    const int64_t stride = logits.stride(0), chunks = chunks_of(vocab);
+    std::vector<SoftmaxSums<acc>> sums(rows * chunks);
+    const bool moments = with_entropy || with_sum_squares;
+    for_each_chunk(rows, vocab, [&](int64_t row, int64_t chunk) {
+      const int64_t begin = columns.low(row) + chunk * CHUNK_V, size = std::min(columns.high(row) - begin, CHUNK_V);
+      if (size <= 0) return;
+      const scalar_t* from = x + row * stride + begin;
+      sums[row * chunks + chunk] = moments ? softmax_sums<true, scalar_t, acc>(from, size, scale)
+                                           : softmax_sums<false, scalar_t, acc>(from, size, scale);
+    });
+
     acc* lse_ptr = lse.mutable_data_ptr<acc>();
     acc* entropy_ptr = entropy.mutable_data_ptr<acc>();
+    acc* sum_squares_ptr = sum_squares.mutable_data_ptr<acc>();
     acc* out = logprobs.mutable_data_ptr<acc>();
-    // log p is (z - max) - log(sum), which keeps its digits under a large common offset of the logits; z - lse does not.
-    std::vector<acc> max(rows), log_sum(rows);
-    torch::stable::parallel_for(0, rows, row_grain(vocab), [&](int64_t begin, int64_t end) {
-      for (int64_t row = begin; row < end; ++row) {
-        const int64_t low = columns.low(row), high = columns.high(row);
-        const RowStats<acc> stats = row_stats<scalar_t, acc>(x + row * stride + low, high - low, scale);
-        max[row] = stats.max;
-        log_sum[row] = std::log(stats.sum_exp);
-        lse_ptr[row] = stats.max + log_sum[row];
-        if (with_entropy) entropy_ptr[row] = log_sum[row] - stats.sum_exp_z / stats.sum_exp;
-      }
-    });
+    std::vector<acc> log_sum(rows);
+    for (int64_t row = 0; row < rows; ++row) {
+      SoftmaxSums<acc>& of_row = sums[row * chunks];
+      for (int64_t chunk = 1; chunk < chunks; ++chunk) add_sums(of_row, sums[row * chunks + chunk], scale.log2_scale);
+      log_sum[row] = std::log(of_row.e);
+      lse_ptr[row] = of_row.reference * scale.inv_temperature + log_sum[row];
+      if (with_entropy) entropy_ptr[row] = log_sum[row] - acc(0.69314718055994530942) * (of_row.e_t / of_row.e);
+      if (with_sum_squares) sum_squares_ptr[row] = of_row.e_e / (of_row.e * of_row.e);
+    }
     for (int64_t t = 0; t < targets.count(); ++t) {
       const int64_t row = targets.row(t);
       if (targets.ignored(t)) {
         out[t] = acc(0);
       } else {
-        out[t] = (scale(static_cast<acc>(x[row * stride + targets.id(t)])) - max[row]) - log_sum[row];
+        // Keeps its digits under a large common offset of the logits, which z - lse does not.
+        const acc distance = scale.cap(load(x + row * stride + targets.id(t))) - sums[row * chunks].reference;
+        out[t] = distance * scale.inv_temperature - log_sum[row];
       }
     }
   });
-  return {logprobs, lse, entropy, torch::stable::new_empty(lse, {0})};
+  return {logprobs, lse, entropy, sum_squares};
+}
+
+// A column that is the target of one or more tokens of its row.
+template <typename acc>
+struct Hit {
+  int64_t id;
+  acc dlogprob;  // summed over those tokens, in their order
+  acc y;         // the capped logit, read before the gradient may overwrite it
+};
+
+// The hits of every row by ascending id; `first` [R + 1] says where a row's begin.
+template <typename acc>
+struct Hits {
+  std::vector<Hit<acc>> list;
+  std::vector<int64_t> first;
+  std::vector<acc> dlogprob;  // [R] summed over a row's tokens
+};
+
+template <typename scalar_t, typename acc>
+Hits<acc> find_hits(const Targets& targets, const scalar_t* x, int64_t rows, int64_t stride, const acc* dlogprobs,
+                    const LogitScale<acc>& scale) {
+  std::vector<int64_t> first(rows + 1, 0);
+  for (int64_t t = 0; t < targets.count(); ++t) first[targets.row(t) + 1] += !targets.ignored(t);
+  for (int64_t row = 0; row < rows; ++row) first[row + 1] += first[row];
+  std::vector<int64_t> next(first.begin(), first.end() - 1);
+  std::vector<std::pair<int64_t, int64_t>> id_token(first[rows]);
+  for (int64_t t = 0; t < targets.count(); ++t)
+    if (!targets.ignored(t)) id_token[next[targets.row(t)]++] = {targets.id(t), t};
+
+  Hits<acc> hits;
+  hits.list.reserve(id_token.size());
+  hits.first.assign(rows + 1, 0);
+  hits.dlogprob.assign(rows, acc(0));
+  for (int64_t row = 0; row < rows; ++row) {
+    const auto begin = id_token.begin() + first[row], end = id_token.begin() + first[row + 1];
+    for (auto it = begin; it != end; ++it) hits.dlogprob[row] += dlogprobs[it->second];
+    std::sort(begin, end);
+    for (auto it = begin; it != end; ++it) {
+      if (it == begin || it->first != (it - 1)->first)
+        hits.list.push_back({it->first, acc(0), scale.cap(load(x + row * stride + it->first))});
+      hits.list.back().dlogprob += dlogprobs[it->second];
+    }
+    hits.first[row + 1] = static_cast<int64_t>(hits.list.size());
+  }
+  return hits;
+}
+
+// The gradient may take the place of the logits, element for element; any other overlap would overwrite a logit that
+// is still to be read.
+void check_memory(const Tensor& dlogits, const Tensor& logits) {
+  const int64_t rows = logits.size(0), vocab = logits.size(1);
+  check_size(dlogits, 0, rows, "dlogits");
+  check_size(dlogits, 1, vocab, "dlogits");
+  LVRPO_CHECK(has_unit_columns(dlogits), "the columns of dlogits must be adjacent");
+  LVRPO_CHECK(rows <= 1 || dlogits.stride(0) >= vocab, "rows of dlogits overlap");
+  if (rows == 0 || vocab == 0) return;
+  const auto range = [&](const Tensor& t) {
+    const char* begin = static_cast<const char*>(t.data_ptr());
+    const int64_t last = (rows - 1) * t.stride(0) + (vocab - 1) * t.stride(1);
+    return std::pair(begin, begin + (last + 1) * t.element_size());
+  };
+  const auto [out_begin, out_end] = range(dlogits);
+  const auto [in_begin, in_end] = range(logits);
+  const bool apart = out_end <= in_begin || in_end <= out_begin;
+  const bool same = out_begin == in_begin && dlogits.scalar_type() == logits.scalar_type() &&
+                    (rows == 1 || dlogits.stride(0) == logits.stride(0)) && has_unit_columns(logits);
+  LVRPO_CHECK(apart || same, "dlogits overlaps logits; it may be the same tensor or share no memory");
 }
 
 void gather_logprobs_bwd(Tensor dlogits, Tensor dlogprobs, optional<Tensor> dentropy, Tensor logits, Tensor token_ids,
-                           optional<Tensor> row_index, optional<Tensor> vocab_range, Tensor lse,
-                           optional<Tensor> entropy, double temperature, double softcap, int64_t ignore_index) {
-  LVRPO_CHECK(logits.dim() == 2, "logits must be [R, V]");
-  if (logits.stride(1) != 1) logits = torch::stable::contiguous(logits);
+                         optional<Tensor> row_index, optional<Tensor> vocab_range, Tensor lse,
+                         optional<Tensor> entropy, double temperature, double softcap, int64_t ignore_index) {
+  LVRPO_CHECK(logits.dim() == 2 && dlogits.dim() == 2, "logits and dlogits must be [R, V]");
+  check_memory(dlogits, logits);
+  if (!has_unit_columns(logits)) logits = torch::stable::contiguous(logits);
   const int64_t rows = logits.size(0), vocab = logits.size(1);
   const Columns columns = columns_of(vocab_range, rows, vocab);
   const Targets targets(token_ids, row_index, rows, columns, ignore_index);
@@ -234,58 +241,39 @@ void gather_logprobs_bwd(Tensor dlogits, Tensor dlogprobs, optional<Tensor> dent
   }
   dlogprobs = torch::stable::contiguous(dlogprobs);
   lse = torch::stable::contiguous(lse);
-  check_dtype(dlogits, logits.scalar_type(), "dlogits");
-  check_contiguous(dlogits, "dlogits");
+  if (rows > 0) advise_huge_pages(dlogits.data_ptr(), ((rows - 1) * dlogits.stride(0) + vocab) * dlogits.element_size());
 
   LVRPO_DISPATCH_FLOATING(logits.scalar_type(), scalar_t, [&] {
     using acc = acc_t<scalar_t>;
-    const LogitScale<acc> scale{static_cast<acc>(1.0 / temperature), static_cast<acc>(softcap)};
+    const LogitScale<acc> scale(temperature, softcap);
     const scalar_t* x = logits.const_data_ptr<scalar_t>();
-    const int64_t stride = logits.stride(0);
-    const acc* dlp = dlogprobs.const_data_ptr<acc>();
-    const acc* dent = dentropy ? dentropy->const_data_ptr<acc>() : nullptr;
-    const acc* ent = dentropy ? entropy->const_data_ptr<acc>() : nullptr;
+    const int64_t stride = logits.stride(0), out_stride = dlogits.stride(0);
     const acc* lse_ptr = lse.const_data_ptr<acc>();
-    scalar_t* dx = dlogits.mutable_data_ptr<scalar_t>();
+    const acc* entropy_ptr = dentropy ? entropy->const_data_ptr<acc>() : nullptr;
+    const acc* dentropy_ptr = dentropy ? dentropy->const_data_ptr<acc>() : nullptr;
+    const Hits<acc> hits = find_hits(targets, x, rows, stride, dlogprobs.const_data_ptr<acc>(), scale);
 
-    // Targets sorted by row, so that each row is written by one thread and its sums have one order.
-    std::vector<int64_t> first(rows + 1, 0);
-    for (int64_t t = 0; t < targets.count(); ++t) first[targets.row(t) + 1] += !targets.ignored(t);
-    for (int64_t row = 0; row < rows; ++row) first[row + 1] += first[row];
-    std::vector<int64_t> next(first.begin(), first.end() - 1), order(first[rows]);
-    for (int64_t t = 0; t < targets.count(); ++t)
-      if (!targets.ignored(t)) order[next[targets.row(t)]++] = t;
-
-    torch::stable::parallel_for(0, rows, row_grain(vocab), [&](int64_t begin, int64_t end) {
-      for (int64_t row = begin; row < end; ++row) {
-        const int64_t low = columns.low(row), high = columns.high(row);
-        scalar_t* out = dx + row * vocab;
-        std::fill(out, out + low, scalar_t(0));
-        std::fill(out + high, out + vocab, scalar_t(0));
-        acc total = 0;
-        for (int64_t k = first[row]; k < first[row + 1]; ++k) total += dlp[order[k]];
-        const acc de = dent ? dent[row] : acc(0);
-        if (de == acc(0) && first[row] == first[row + 1]) {
-          std::fill(out + low, out + high, scalar_t(0));
-          continue;
+    LVRPO_DISPATCH_FLOATING(dlogits.scalar_type(), grad_t, [&] {
+      grad_t* dx = dlogits.mutable_data_ptr<grad_t>();
+      for_each_chunk(rows, vocab, [&](int64_t row, int64_t chunk) {
+        const int64_t begin = chunk * CHUNK_V, end = std::min(begin + CHUNK_V, vocab);
+        const int64_t low = std::clamp(columns.low(row), begin, end), high = std::clamp(columns.high(row), low, end);
+        grad_t* out = dx + row * out_stride;
+        std::fill(out + begin, out + low, grad_t(0));
+        std::fill(out + high, out + end, grad_t(0));
+        const RowGradient<acc> gradient{lse_ptr[row], dentropy ? entropy_ptr[row] : acc(0), hits.dlogprob[row],
+                                        dentropy ? dentropy_ptr[row] : acc(0)};
+        if (gradient.dentropy == acc(0) && hits.first[row] == hits.first[row + 1]) {
+          std::fill(out + low, out + high, grad_t(0));
+          return;
         }
-        const acc mean_z = ent ? lse_ptr[row] - ent[row] : acc(0);
-        row_gradient<scalar_t, acc>(x + row * stride + low, out + low, high - low, scale, lse_ptr[row], total, de,
-                                    mean_z);
-        for (int64_t k = first[row]; k < first[row + 1]; ++k) {
-          const int64_t id = targets.id(order[k]);
-          // A target's column is formed whole in acc and stored once: rounding p first would lose 1 - p.
-          acc hits = 0;
-          for (int64_t j = first[row]; j < first[row + 1]; ++j)
-            if (targets.id(order[j]) == id) hits += dlp[order[j]];
-          const acc logit = static_cast<acc>(x[row * stride + id]);
-          const acc z = scale(logit);
-          const acc p = exp_fast(z - lse_ptr[row]);
-          // z may be -inf where p is 0; their product must be 0.
-          const acc spread = p > acc(0) ? p * (de * (mean_z - z) - total) : acc(0);
-          out[id] = static_cast<scalar_t>((hits + spread) * scale.derivative(logit));
-        }
-      }
+        columns_gradient(x + row * stride + low, out + low, high - low, scale, gradient);
+        // A target's column is formed whole in acc and stored once: rounding p first would lose 1 - p.
+        auto hit = std::lower_bound(hits.list.begin() + hits.first[row], hits.list.begin() + hits.first[row + 1], low,
+                                    [](const Hit<acc>& a, int64_t id) { return a.id < id; });
+        for (; hit != hits.list.begin() + hits.first[row + 1] && hit->id < high; ++hit)
+          store(out + hit->id, gradient(hit->y, hit->dlogprob, scale) * scale.cap_slope(hit->y));
+      });
     });
   });
 }

@@ -5,253 +5,367 @@
 #include <algorithm>
 #include <cmath>
 #include <limits>
+#include <memory>
+#include <optional>
 #include <tuple>
+#include <type_traits>
 #include <vector>
 
 #include "common/check.h"
 #include "common/dispatch.h"
+#include "cpu/advantage_group.h"
 
 namespace lvrpo {
 namespace {
 
-// What is left of a group after subtracting its mean is rounding below this share of its largest reward.
-constexpr double ROUNDING = 0x1p-40;
 constexpr double NOT_A_NUMBER = std::numeric_limits<double>::quiet_NaN();
+// Groups that one thread takes at a time. Sums over the batch add these chunks up in order, whoever computed them.
+constexpr int64_t CHUNK = 256;
 
-enum Scale { GROUP = 0, BATCH = 1, NONE = 2 };
+using Doubles = std::unique_ptr<double[]>;
+using Load = void (*)(const void* x, int64_t begin, int64_t end, double* value, double* counted);
 
-struct Estimator {
-  bool decoupled, leave_one_out;
-  int64_t scale, ddof;
-  double eps, std_floor;
-
-  double freedom(double n) const { return std::max(n - static_cast<double>(ddof), 1.0); }
-  double divisor(double std) const { return scale == NONE ? 1.0 : std::max(std + eps, std_floor); }
-};
-
-// B samples of K rewards; a reward that does not apply holds 0 and counts 0.
-struct Table {
-  int64_t batch, rewards;
-  std::vector<double> value, counted;
-  double at(int64_t b, int64_t k) const { return value[b * rewards + k]; }
-  double counts(int64_t b, int64_t k) const { return counted[b * rewards + k]; }
-};
-
+// Rewards [begin, end) as numbers; one that does not apply holds 0 and counts 0.
 template <typename scalar_t>
-Table read(const scalar_t* x, int64_t batch, int64_t rewards) {
-  Table table{batch, rewards, std::vector<double>(batch * rewards), std::vector<double>(batch * rewards)};
-  for (int64_t i = 0; i < batch * rewards; ++i) {
-    const double value = static_cast<double>(x[i]);
-    table.counted[i] = std::isnan(value) ? 0.0 : 1.0;
-    table.value[i] = std::isnan(value) ? 0.0 : value;
+void load(const void* x, int64_t begin, int64_t end, double* value, double* counted) {
+  const scalar_t* from = static_cast<const scalar_t*>(x) + begin;
+  for (int64_t i = 0; i < end - begin; ++i) {
+    const double number = static_cast<double>(from[i]);
+    const bool applies = number == number;
+    value[i] = applies ? number : 0.0;
+    counted[i] = applies ? 1.0 : 0.0;
   }
-  return table;
 }
 
-struct Moments {
-  double count = 0, mean = 0, std = 0;
+struct Input {
+  int64_t batch, rewards, groups;
+  const void* x;
+  Load load;
+  const int64_t* start;
+  const double* weights;
+  const int64_t* lengths;  // null unless the estimator counts tokens
+
+  int64_t chunks() const { return (groups + CHUNK - 1) / CHUNK; }
 };
 
-// Over the samples that `count(b)` counts; NaN where there are none.
-template <typename Value, typename Count>
-Moments batch_moments(int64_t batch, const Estimator& estimator, Value value, Count count) {
-  Moments m;
-  for (int64_t b = 0; b < batch; ++b) m.count += count(b), m.mean += value(b) * count(b);
-  if (m.count == 0) return {0, NOT_A_NUMBER, NOT_A_NUMBER};
-  m.mean /= m.count;
-  double squares = 0;
-  for (int64_t b = 0; b < batch; ++b) {
-    const double deviation = count(b) * (value(b) - m.mean);
-    squares += deviation * deviation;
+// Groups [first, last) and their samples [begin, end).
+struct Chunk {
+  int64_t index, first, last, begin, end, rewards;
+  Doubles value, counted;
+
+  Chunk(const Input& in, int64_t c)
+      : index(c),
+        first(c * CHUNK),
+        last(std::min(in.groups, first + CHUNK)),
+        begin(in.start[first]),
+        end(in.start[last]),
+        rewards(in.rewards),
+        value(std::make_unique_for_overwrite<double[]>((end - begin) * rewards)),
+        counted(std::make_unique_for_overwrite<double[]>((end - begin) * rewards)) {
+    in.load(in.x, begin * rewards, end * rewards, value.get(), counted.get());
   }
-  m.std = std::sqrt(squares / estimator.freedom(m.count));
+  int64_t samples() const { return end - begin; }
+};
+
+// body(chunk, sums), or body(chunk's index, first sample, last, sums) where the rewards are not needed. sums [width]
+// start at 0; returns them added up in the order of the chunks.
+template <typename Body>
+std::vector<double> sum_over_chunks(const Input& in, int64_t width, const Body& body) {
+  std::vector<double> partial(in.chunks() * width, 0.0), total(width, 0.0);
+  torch::stable::parallel_for(0, in.chunks(), 1, [&](int64_t from, int64_t to) {
+    for (int64_t c = from; c < to; ++c) {
+      double* sums = partial.data() + c * width;
+      if constexpr (std::is_invocable_v<Body, const Chunk&, double*>)
+        body(Chunk(in, c), sums);
+      else
+        body(c, in.start[c * CHUNK], in.start[std::min(in.groups, (c + 1) * CHUNK)], sums);
+    }
+  });
+  for (int64_t c = 0; c < in.chunks(); ++c)
+    for (int64_t i = 0; i < width; ++i) total[i] += partial[c * width + i];
+  return total;
+}
+
+// Of every reward, over the samples it applies to.
+struct Moments {
+  std::vector<double> count, mean, std;
+};
+
+Moments moments(const Input& in, const Estimator& estimator) {
+  const int64_t rewards = in.rewards;
+  const std::vector<double> sums = sum_over_chunks(in, 2 * rewards, [&](const Chunk& chunk, double* sum) {
+    for (int64_t b = 0; b < chunk.samples(); ++b)
+      for (int64_t k = 0; k < rewards; ++k) {
+        sum[k] += chunk.counted[b * rewards + k];
+        sum[rewards + k] += chunk.value[b * rewards + k];
+      }
+  });
+  Moments m{std::vector<double>(sums.begin(), sums.begin() + rewards), std::vector<double>(rewards, NOT_A_NUMBER),
+            std::vector<double>(rewards, NOT_A_NUMBER)};
+  for (int64_t k = 0; k < rewards; ++k)
+    if (m.count[k] > 0) m.mean[k] = sums[rewards + k] / m.count[k];
+  const std::vector<double> squares = sum_over_chunks(in, rewards, [&](const Chunk& chunk, double* sum) {
+    for (int64_t b = 0; b < chunk.samples(); ++b)
+      for (int64_t k = 0; k < rewards; ++k) {
+        const double deviation = chunk.counted[b * rewards + k] * (chunk.value[b * rewards + k] - m.mean[k]);
+        sum[k] += deviation * deviation;
+      }
+  });
+  for (int64_t k = 0; k < rewards; ++k)
+    if (m.count[k] > 0) m.std[k] = estimator.std(squares[k], m.count[k]);
   return m;
 }
 
-// A contiguous range of samples, and what is divided by one spread in it: all of it or nothing.
-struct Column {
-  double squares = 0, largest = 0, magnitude = 0;
-  void add(double deviation, double size) {
-    squares += deviation * deviation;
-    largest = std::max(largest, std::abs(deviation));
-    magnitude = std::max(magnitude, size);
-  }
-  bool varies() const { return largest > ROUNDING * magnitude; }
-};
-
-// One group: fills its rows of `part` with what each reward contributes and `constant[k]` for rewards that do not vary.
-void group_parts(const Table& table, const double* weights, const Estimator& estimator, const double* batch_std,
-                 int64_t begin, int64_t end, double* part, signed char* constant) {
-  const int64_t rewards = table.rewards;
-  const double size = static_cast<double>(end - begin);
-  std::vector<double> factor(rewards, 0.0);
-  for (int64_t k = 0; k < rewards; ++k) {
-    double count = 0, sum = 0;
-    for (int64_t b = begin; b < end; ++b) count += table.counts(b, k), sum += table.at(b, k);
-    const double mean = sum / std::max(count, 1.0);
-    Column column;
-    for (int64_t b = begin; b < end; ++b) {
-      part[b * rewards + k] = table.counts(b, k) * (table.at(b, k) - mean);
-      column.add(part[b * rewards + k], std::abs(table.at(b, k)));
-    }
-    constant[k] = count > 0 ? !column.varies() : -1;  // -1: applies to nobody here
-    if (!column.varies()) {
-      for (int64_t b = begin; b < end; ++b) part[b * rewards + k] = 0;
-      continue;
-    }
-    factor[k] = weights[k] * (estimator.leave_one_out ? count / std::max(count - 1.0, 1.0) : 1.0);
-    if (estimator.decoupled) {
-      const double std = estimator.scale == BATCH ? batch_std[k] : std::sqrt(column.squares / estimator.freedom(count));
-      factor[k] /= estimator.divisor(std);
-    }
-  }
-  if (!estimator.decoupled) {
-    Column column;
-    for (int64_t b = begin; b < end; ++b) {
-      double total = 0, magnitude = 0;
-      for (int64_t k = 0; k < rewards; ++k) {
-        total += weights[k] * part[b * rewards + k];
-        magnitude += std::abs(weights[k]) * std::abs(table.at(b, k));
-      }
-      column.add(total, magnitude);
-    }
-    const double std = estimator.scale == BATCH ? batch_std[0] : std::sqrt(column.squares / estimator.freedom(size));
-    for (int64_t k = 0; k < rewards; ++k) factor[k] = column.varies() ? factor[k] / estimator.divisor(std) : 0.0;
-  }
-  for (int64_t b = begin; b < end; ++b)
-    for (int64_t k = 0; k < rewards; ++k) part[b * rewards + k] *= factor[k];
-}
-
-std::vector<double> row_sums(const std::vector<double>& part, int64_t batch, int64_t rewards) {
-  std::vector<double> sums(batch, 0.0);
-  for (int64_t b = 0; b < batch; ++b)
-    for (int64_t k = 0; k < rewards; ++k) sums[b] += part[b * rewards + k];
-  return sums;
-}
-
-double sum_of_squares(const std::vector<double>& x) {
+// The weighted sum of a sample's rewards, a missing one counted as `missing[k]`.
+double weighted_sum(const Input& in, const double* value, const double* counted, const double* missing) {
   double sum = 0;
-  for (const double value : x) sum += value * value;
+  for (int64_t k = 0; k < in.rewards; ++k)
+    sum += in.weights[k] * (counted[k] > 0 || missing == nullptr ? value[k] : missing[k]);
   return sum;
 }
 
-double std_of_sum(const Table& table, const double* weights, const Estimator& estimator) {
-  const auto total = [&](int64_t b) {
-    double sum = 0;
-    for (int64_t k = 0; k < table.rewards; ++k) sum += weights[k] * table.at(b, k);
-    return sum;
+// What a group is divided by where that is the same for the whole batch: one number per reward, or one for their sum.
+std::vector<double> batch_spread(const Input& in, const Estimator& estimator, const Moments& m) {
+  const int64_t rewards = in.rewards;
+  const double batch = static_cast<double>(in.batch);
+  if (estimator.scale == NONZERO) {
+    const int64_t columns = estimator.decoupled ? rewards : 1;
+    std::vector<double> fraction = sum_over_chunks(in, columns, [&](const Chunk& chunk, double* sum) {
+      for (int64_t b = 0; b < chunk.samples(); ++b) {
+        const double *value = chunk.value.get() + b * rewards, *counted = chunk.counted.get() + b * rewards;
+        double size = 0;
+        for (int64_t k = 0; k < rewards; ++k) {
+          if (estimator.decoupled) sum[k] += value[k] != 0;
+          size += std::abs(in.weights[k]) * std::abs(value[k]);
+        }
+        if (!estimator.decoupled) sum[0] += std::abs(weighted_sum(in, value, counted, nullptr)) > ROUNDING * size;
+      }
+    });
+    for (int64_t k = 0; k < columns; ++k) fraction[k] /= estimator.decoupled ? m.count[k] : batch;
+    return fraction;
+  }
+  if (estimator.scale != BATCH) return std::vector<double>(rewards, 1.0);
+  if (estimator.decoupled) return m.std;
+
+  Doubles total = std::make_unique_for_overwrite<double[]>(in.batch);
+  const std::vector<double> sums = sum_over_chunks(in, 1, [&](const Chunk& chunk, double* sum) {
+    std::vector<double> missing(rewards);
+    for (int64_t p = chunk.first; p < chunk.last; ++p) {
+      const int64_t from = in.start[p] - chunk.begin, to = in.start[p + 1] - chunk.begin;
+      for (int64_t k = 0; k < rewards; ++k) {
+        double count = 0, all = 0;
+        for (int64_t b = from; b < to; ++b)
+          count += chunk.counted[b * rewards + k], all += chunk.value[b * rewards + k];
+        missing[k] = count > 0 ? all / count : m.count[k] > 0 ? m.mean[k] : 0.0;
+      }
+      for (int64_t b = from; b < to; ++b)
+        *sum += total[chunk.begin + b] = weighted_sum(in, chunk.value.get() + b * rewards,
+                                                      chunk.counted.get() + b * rewards, missing.data());
+    }
+  });
+  const std::vector<double> squares = sum_over_chunks(in, 1, [&](const Chunk& chunk, double* sum) {
+    for (int64_t b = chunk.begin; b < chunk.end; ++b)
+      *sum += (total[b] - sums[0] / batch) * (total[b] - sums[0] / batch);
+  });
+  return {estimator.std(squares[0], batch)};
+}
+
+// part [B, K] of a chunk's samples, from its first one on; see group_parts for sums.
+void chunk_parts(const Input& in, const Estimator& estimator, const std::vector<double>& spread, const Chunk& chunk,
+                 double* part, double* sums) {
+  const int64_t rewards = in.rewards;
+  int64_t longest = 0;
+  for (int64_t p = chunk.first; p < chunk.last; ++p) longest = std::max(longest, in.start[p + 1] - in.start[p]);
+  const Doubles total = std::make_unique_for_overwrite<double[]>(longest);
+  std::vector<Column> columns(rewards);
+  for (int64_t p = chunk.first; p < chunk.last; ++p) {
+    const int64_t row = in.start[p] - chunk.begin;
+    const int64_t* lengths = in.lengths == nullptr ? nullptr : in.lengths + in.start[p];
+    const Group group{estimator,
+                      rewards,
+                      in.weights,
+                      in.start[p + 1] - in.start[p],
+                      chunk.value.get() + row * rewards,
+                      chunk.counted.get() + row * rewards,
+                      lengths,
+                      part + row * rewards};
+    group_parts(group, spread, total.get(), columns.data(), sums);
+  }
+}
+
+// What the whole batch's parts are shifted and divided by; zero = the batch's advantages agree up to rounding.
+struct Whitening {
+  std::vector<double> mean;
+  double divisor = 1;
+  bool zero = false;
+};
+
+double tokens_of(const Input& in, const Estimator& estimator, int64_t b) {
+  return estimator.whiten == PER_TOKEN ? static_cast<double>(in.lengths[b]) : 1.0;
+}
+
+Whitening whitening(const Input& in, const Estimator& estimator, const double* part) {
+  const int64_t rewards = in.rewards;
+  Whitening w{std::vector<double>(rewards, 0.0)};
+  std::vector<double> before(in.chunks(), 0.0), after(in.chunks(), 0.0);
+  const auto value_of = [&](int64_t b) {
+    double value = 0;
+    for (int64_t k = 0; k < rewards; ++k) value += part[b * rewards + k] - w.mean[k];
+    return value;
   };
-  return batch_moments(table.batch, estimator, total, [](int64_t) { return 1.0; }).std;
-}
-
-// Whitens and clips `part` in place, and returns its row sums: the advantages.
-std::vector<double> finish(const Estimator& estimator, int64_t batch, int64_t rewards, bool whiten, double clip,
-                           std::vector<double>& part) {
-  std::vector<double> values = row_sums(part, batch, rewards);
-  if (whiten) {
-    const double spread = std::sqrt(sum_of_squares(values) / estimator.freedom(static_cast<double>(batch)));
-    const double divisor = std::max(spread + estimator.eps, estimator.std_floor);
-    if (divisor > 0)
-      for (double& x : part) x /= divisor;
-    values = row_sums(part, batch, rewards);
+  const auto samples = [&](const auto& body) {  // body(chunk index, sample, sums)
+    return sum_over_chunks(in, rewards + 2, [&](int64_t c, int64_t begin, int64_t end, double* sums) {
+      for (int64_t b = begin; b < end; ++b) body(c, b, sums);
+    });
+  };
+  if (!estimator.sums_to_zero()) {
+    const std::vector<double> sums = samples([&](int64_t c, int64_t b, double* sum) {
+      const double tokens = tokens_of(in, estimator, b);
+      for (int64_t k = 0; k < rewards; ++k) sum[k] += tokens * part[b * rewards + k];
+      sum[rewards] += tokens;
+      before[c] = std::max(before[c], std::abs(value_of(b)));
+    });
+    for (int64_t k = 0; k < rewards; ++k) w.mean[k] = sums[k] / std::max(sums[rewards], 1.0);
   }
-  for (int64_t b = 0; b < batch; ++b) {
-    const double clipped = std::clamp(values[b], -clip, clip);
-    if (clipped == values[b]) continue;
-    for (int64_t k = 0; k < rewards; ++k) part[b * rewards + k] *= clipped / values[b];
-    values[b] = clipped;
-  }
-  return values;
+  const std::vector<double> sums = samples([&](int64_t c, int64_t b, double* sum) {
+    const double tokens = tokens_of(in, estimator, b), value = value_of(b);
+    sum[0] += tokens * value * value;
+    sum[1] += tokens;
+    after[c] = std::max(after[c], std::abs(value));
+  });
+  const auto largest = [](const std::vector<double>& x) {
+    return x.empty() ? 0.0 : *std::max_element(x.begin(), x.end());
+  };
+  w.zero = !estimator.sums_to_zero() && largest(after) <= ROUNDING * largest(before);
+  const double std = w.zero ? 0.0 : estimator.std(sums[0], sums[1]);
+  w.divisor = std::max(std + estimator.eps, estimator.std_floor);
+  if (w.divisor == 0) w.divisor = 1;
+  return w;
 }
-
-std::vector<double> covariance_shares(const std::vector<double>& part, const std::vector<double>& values,
-                                      int64_t rewards) {
-  const double energy = sum_of_squares(values);
-  std::vector<double> share(rewards, 0.0);
-  for (size_t b = 0; b < values.size(); ++b)
-    for (int64_t k = 0; k < rewards; ++k) share[k] += part[b * rewards + k] * values[b];
-  if (energy > 0)
-    for (double& x : share) x /= energy;
-  return share;
-}
-
-std::vector<double> constant_fractions(const std::vector<signed char>& constant, int64_t groups, int64_t rewards) {
-  std::vector<double> fraction(rewards);
-  for (int64_t k = 0; k < rewards; ++k) {
-    double flat = 0, seen = 0;
-    for (int64_t p = 0; p < groups; ++p) flat += constant[p * rewards + k] == 1, seen += constant[p * rewards + k] >= 0;
-    fraction[k] = flat / seen;
-  }
-  return fraction;
-}
-
-using Result = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 
 template <typename out_t>
-void store(const std::vector<double>& from, Tensor& to) {
-  out_t* out = to.mutable_data_ptr<out_t>();
-  for (size_t i = 0; i < from.size(); ++i) out[i] = static_cast<out_t>(from[i]);
+struct Output {
+  out_t *values, *per_reward;
+};
+
+// Whitens and clips the parts of samples [begin, end). sums: energy, number of advantages that are not 0, then
+// the covariance of every reward's part with the advantage.
+template <typename out_t>
+void finish(const Input& in, const Estimator& estimator, const Whitening& w, int64_t begin, int64_t end, double* part,
+            const Output<out_t>& out, double* sums) {
+  const int64_t rewards = in.rewards;
+  for (int64_t b = begin; b < end; ++b, part += rewards) {
+    double value = 0;
+    for (int64_t k = 0; k < rewards; ++k) {
+      part[k] = w.zero ? 0.0 : (part[k] - w.mean[k]) / w.divisor;
+      value += part[k];
+    }
+    const double clipped = std::clamp(value, -estimator.clip, estimator.clip);
+    const double shrink = clipped == value ? 1.0 : clipped / value;
+    for (int64_t k = 0; k < rewards; ++k) {
+      const double kept = part[k] * shrink;
+      sums[2 + k] += kept * clipped;
+      out.per_reward[b * rewards + k] = static_cast<out_t>(kept);
+    }
+    sums[0] += clipped * clipped;
+    sums[1] += clipped != 0;
+    out.values[b] = static_cast<out_t>(clipped);
+  }
 }
 
-Result normalize_advantages(Tensor rewards, Tensor offsets, Tensor weights, bool decoupled, bool leave_one_out,
-                            int64_t scale, int64_t ddof, double eps, double std_floor, bool whiten, double clip) {
-  LVRPO_CHECK(scale >= GROUP && scale <= NONE, "scale is ", scale);
-  LVRPO_CHECK(clip > 0, "clip is ", clip, ", expected > 0");
+// Fills the outputs and returns, by reward, constant groups, groups it applies to, then the sums of `finish`.
+template <typename out_t>
+std::vector<double> advantages(const Input& in, const Estimator& estimator, const std::vector<double>& spread,
+                               const Output<out_t>& out) {
+  const int64_t rewards = in.rewards;
+  Whitening w{std::vector<double>(rewards, 0.0)};
+  if (estimator.whiten == AS_IS)
+    return sum_over_chunks(in, 3 * rewards + 2, [&](const Chunk& chunk, double* sums) {
+      const Doubles part = std::make_unique_for_overwrite<double[]>(chunk.samples() * rewards);
+      chunk_parts(in, estimator, spread, chunk, part.get(), sums);
+      finish(in, estimator, w, chunk.begin, chunk.end, part.get(), out, sums + 2 * rewards);
+    });
+  const Doubles part = std::make_unique_for_overwrite<double[]>(in.batch * rewards);
+  std::vector<double> sums = sum_over_chunks(in, 2 * rewards, [&](const Chunk& chunk, double* sum) {
+    chunk_parts(in, estimator, spread, chunk, part.get() + chunk.begin * rewards, sum);
+  });
+  w = whitening(in, estimator, part.get());
+  const std::vector<double> rest =
+      sum_over_chunks(in, rewards + 2, [&](int64_t, int64_t begin, int64_t end, double* sum) {
+        finish(in, estimator, w, begin, end, part.get() + begin * rewards, out, sum);
+      });
+  sums.insert(sums.end(), rest.begin(), rest.end());
+  return sums;
+}
+
+void check(const Tensor& rewards, const Tensor& offsets, const Tensor& weights, const std::optional<Tensor>& lengths,
+           const Estimator& estimator) {
+  LVRPO_CHECK(estimator.baseline >= MEAN && estimator.baseline <= NO_BASELINE, "baseline is ", estimator.baseline);
+  LVRPO_CHECK(estimator.scale >= GROUP && estimator.scale <= UNSCALED, "scale is ", estimator.scale);
+  LVRPO_CHECK(estimator.whiten >= AS_IS && estimator.whiten <= PER_TOKEN, "whiten is ", estimator.whiten);
+  LVRPO_CHECK(estimator.clip > 0, "clip is ", estimator.clip, ", expected > 0");
   LVRPO_CHECK(rewards.dim() == 2, "rewards must be [B, K]");
   LVRPO_CHECK(offsets.dim() == 1 && offsets.size(0) >= 1, "offsets must be [P + 1]");
-  rewards = torch::stable::contiguous(rewards);
-  offsets = torch::stable::contiguous(offsets);
-  weights = torch::stable::contiguous(weights);
   check_dtype(offsets, ScalarType::Long, "offsets");
   check_dtype(weights, ScalarType::Double, "weights");
-  const int64_t batch = rewards.size(0), count = rewards.size(1), groups = offsets.size(0) - 1;
-  check_size(weights, 0, count, "weights");
+  check_size(weights, 0, rewards.size(1), "weights");
+  const int64_t batch = rewards.size(0), groups = offsets.size(0) - 1;
   const int64_t* start = offsets.const_data_ptr<int64_t>();
   LVRPO_CHECK(start[0] == 0 && start[groups] == batch, "offsets must run from 0 to ", batch);
   for (int64_t p = 0; p < groups; ++p) LVRPO_CHECK(start[p] <= start[p + 1], "offsets must not decrease");
-  const double* w = weights.const_data_ptr<double>();
-  const Estimator estimator{decoupled, leave_one_out, scale, ddof, eps, std_floor};
+  LVRPO_CHECK(lengths.has_value() || (estimator.baseline != LENGTH && estimator.whiten != PER_TOKEN),
+              "lengths must be given: the estimator counts tokens");
+  if (!lengths.has_value()) return;
+  check_dtype(*lengths, ScalarType::Long, "lengths");
+  check_size(*lengths, 0, batch, "lengths");
+}
 
-  Table table;
-  LVRPO_DISPATCH_FLOATING(rewards.scalar_type(), scalar_t,
-                          [&] { table = read(rewards.const_data_ptr<scalar_t>(), batch, count); });
+using Result = std::tuple<Tensor, Tensor, Tensor, Tensor>;
 
-  std::vector<double> mean(count), std(count), applicable(count);
-  for (int64_t k = 0; k < count; ++k) {
-    const Moments m = batch_moments(
-        batch, estimator, [&](int64_t b) { return table.at(b, k); }, [&](int64_t b) { return table.counts(b, k); });
-    mean[k] = m.mean, std[k] = m.std, applicable[k] = m.count / static_cast<double>(batch);
-  }
-  const std::vector<double> batch_std = decoupled ? std : std::vector<double>{std_of_sum(table, w, estimator)};
-
-  std::vector<double> part(batch * count);
-  std::vector<signed char> constant(groups * count);
-  torch::stable::parallel_for(0, groups, 256, [&](int64_t first, int64_t last) {
-    for (int64_t p = first; p < last; ++p)
-      group_parts(table, w, estimator, batch_std.data(), start[p], start[p + 1], part.data(),
-                  constant.data() + p * count);
+Result normalize_advantages(Tensor rewards, Tensor offsets, Tensor weights, std::optional<Tensor> lengths,
+                            bool decoupled, int64_t baseline, int64_t scale, int64_t whiten, int64_t ddof, double eps,
+                            double std_floor, double clip) {
+  const Estimator estimator{decoupled, baseline, scale, whiten, ddof, eps, std_floor, clip};
+  rewards = torch::stable::contiguous(rewards);
+  offsets = torch::stable::contiguous(offsets);
+  weights = torch::stable::contiguous(weights);
+  if (lengths.has_value()) lengths = torch::stable::contiguous(*lengths);
+  check(rewards, offsets, weights, lengths, estimator);
+  const int64_t batch = rewards.size(0), count = rewards.size(1);
+  Input in{batch,
+           count,
+           offsets.size(0) - 1,
+           nullptr,
+           nullptr,
+           offsets.const_data_ptr<int64_t>(),
+           weights.const_data_ptr<double>(),
+           lengths.has_value() ? lengths->const_data_ptr<int64_t>() : nullptr};
+  LVRPO_DISPATCH_FLOATING(rewards.scalar_type(), scalar_t, [&] {
+    in.x = rewards.const_data_ptr<scalar_t>();
+    in.load = &load<scalar_t>;
   });
 
-  const std::vector<double> values = finish(estimator, batch, count, whiten, clip, part);
-  const std::vector<double> share = covariance_shares(part, values, count);
-  const std::vector<double> constant_groups = constant_fractions(constant, groups, count);
-
+  const Moments m = moments(in, estimator);
+  const std::vector<double> spread = batch_spread(in, estimator, m);
   const ScalarType out = rewards.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
   const auto fresh = [&](std::initializer_list<int64_t> size) { return torch::stable::new_empty(rewards, size, out); };
-  Result result{fresh({batch}), fresh({batch, count}), fresh({count}), fresh({count}), fresh({count}), fresh({count}),
-                fresh({count}), torch::stable::new_empty(rewards, {}, ScalarType::Bool)};
+  Tensor values = fresh({batch}), per_reward = fresh({batch, count}), stats = fresh({5, count});
+  Tensor all_zero = torch::stable::new_empty(rewards, {}, ScalarType::Bool);
   LVRPO_DISPATCH_ACC(out, out_t, [&] {
-    store<out_t>(values, std::get<0>(result));
-    store<out_t>(part, std::get<1>(result));
-    store<out_t>(share, std::get<2>(result));
-    store<out_t>(constant_groups, std::get<3>(result));
-    store<out_t>(mean, std::get<4>(result));
-    store<out_t>(std, std::get<5>(result));
-    store<out_t>(applicable, std::get<6>(result));
+    const Output<out_t> output{values.mutable_data_ptr<out_t>(), per_reward.mutable_data_ptr<out_t>()};
+    const std::vector<double> sums = advantages(in, estimator, spread, output);
+    const double *constant = sums.data(), *seen = constant + count, *energy = seen + count;
+    out_t* stat = stats.mutable_data_ptr<out_t>();
+    for (int64_t k = 0; k < count; ++k) {
+      stat[k] = static_cast<out_t>(energy[0] > 0 ? energy[2 + k] / energy[0] : energy[2 + k]);
+      stat[count + k] = static_cast<out_t>(constant[k] / seen[k]);
+      stat[2 * count + k] = static_cast<out_t>(m.mean[k]);
+      stat[3 * count + k] = static_cast<out_t>(m.std[k]);
+      stat[4 * count + k] = static_cast<out_t>(m.count[k] / static_cast<double>(batch));
+    }
+    *all_zero.mutable_data_ptr<bool>() = energy[1] == 0;
   });
-  *std::get<7>(result).mutable_data_ptr<bool>() =
-      std::all_of(values.begin(), values.end(), [](double value) { return value == 0; });
-  return result;
+  return {values, per_reward, stats, all_zero};
 }
 
 }  // namespace

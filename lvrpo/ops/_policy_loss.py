@@ -8,12 +8,30 @@ from typing import Any, Literal, NamedTuple, get_args
 
 from torch import Tensor
 
-Ratio = Literal["none", "token", "seq_mean"]
-KL = Literal["k1", "k2", "k3", "abs"]
-KLFactor = Literal["none", "ratio"]
-Aggregation = Literal[
-    "token_mean", "seq_mean_token_mean", "seq_mean_token_sum", "seq_mean_token_sum_norm"
+Ratio = Literal["none", "token", "seq_mean", "seq_mean_token", "seq_sum"]
+Surrogate = Literal[
+    "clip", "detached", "sigmoid", "gamma", "total_variation", "binary_kl", "log_clip"
 ]
+KL = Literal["k1", "k2", "k3", "abs"]
+KLFactor = Literal["none", "ratio", "detached_ratio"]
+KLGradient = Literal["own", "k2"]
+Aggregation = Literal[
+    "token_mean",
+    "seq_mean_token_mean",
+    "seq_mean_token_sum",
+    "seq_mean_token_sum_norm",
+    "token_sum",
+]
+#: The ratios that each surrogate is defined for.
+SURROGATE_RATIOS: dict[str, tuple[str, ...]] = {
+    "clip": get_args(Ratio),
+    "detached": ("token",),
+    "sigmoid": ("token",),
+    "gamma": ("seq_sum",),
+    "total_variation": ("token",),
+    "binary_kl": ("token",),
+    "log_clip": ("seq_mean",),
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,37 +40,72 @@ class LossParams:
 
     Attributes:
         ratio: what the advantage multiplies: "token", exp(logp - old) of the token; "seq_mean", the
-            exponential of its mean over the sequence (GSPO); "none", the log-prob itself
-            (REINFORCE, not clipped).
+            exponential of its mean over the sequence (GSPO); "seq_mean_token", the same value whose
+            gradient runs through the token's own log-prob, for advantages per token (GSPO-token);
+            "seq_sum", the exponential of its sum, the ratio of whole sequences; "none", the
+            log-prob itself (REINFORCE, not clipped).
+        surrogate: what is made of the ratio: "clip", the lesser of ratio and clipped ratio times
+            the advantage; "detached", the clipped ratio as a constant weight of the log-prob
+            (CISPO); "sigmoid", a smooth gate in place of the clip (SAPO); "gamma", w^k e^(-l w) of
+            the sequence's ratio w as a constant weight (VESPO); "total_variation" and "binary_kl",
+            the ratio as a constant weight inside a trust region and 0 outside (DPPO); "log_clip",
+            log-ratios clipped per token before the mean over the sequence (GMPO).
         clip_low: a ratio below 1 - clip_low gets no gradient where the advantage is negative;
-            infinity for no bound.
-        clip_high: likewise above 1 + clip_high where it is positive.
+            infinity for no bound. For "detached" the lower bound of the weight; for a trust region
+            how far a token may move down; for "log_clip" the bound of a token's log-ratio.
+        clip_high: likewise above 1 + clip_high where the advantage is positive.
         ratio_cap: a ratio above it gets no gradient where the advantage is negative (dual clip,
-            two-sided clip); None for no bound.
+            two-sided clip); for a trust region the largest weight; None for no bound.
+        gate_pos: steepness of "sigmoid" where the advantage is positive.
+        gate_neg: the same where it is not.
+        gamma_pos: k and l of "gamma" where the advantage is positive.
+        gamma_neg: the same where it is not.
         beta: coefficient of the KL divergence to the reference policy.
         kl: its estimator, with d = ref - logp: k1 = -d, k2 = d^2 / 2, k3 = e^d - d - 1, abs = |d|.
         kl_factor: "ratio" multiplies the estimator by exp(logp - old) of the token, differentiated
-            too, which makes it unbiased on samples of an older policy.
+            too, which makes it unbiased on samples of an older policy; "detached_ratio", by the
+            same as a constant.
+        kl_gradient: "k2" keeps the estimator's value and differentiates k2 in its place, which is
+            the unbiased gradient.
+        kl_log_ratio_limit: d is clamped to plus or minus this; None for no bound.
+        kl_limit: likewise the estimator's value.
         entropy_coef: coefficient of the entropy bonus.
-        aggregation: from tokens to a scalar: "token_mean", over all tokens; "seq_mean_token_mean",
-            per sequence, then over all B sequences; "seq_mean_token_sum", sum instead of the inner
-            mean; "seq_mean_token_sum_norm", that sum over `max_length`.
+        aggregation: from tokens to a scalar: "token_mean", over all tokens; "token_sum";
+            "seq_mean_token_mean", per sequence, then over all B sequences; "seq_mean_token_sum",
+            sum instead of the inner mean; "seq_mean_token_sum_norm", that sum over `max_length`.
         max_length: constant divisor of "seq_mean_token_sum_norm".
+        count_empty: whether a sequence without active tokens counts in a mean over sequences.
     """
 
     ratio: Ratio = "token"
+    surrogate: Surrogate = "clip"
     clip_low: float = 0.2
     clip_high: float = 0.2
     ratio_cap: float | None = None
+    gate_pos: float = 1.0
+    gate_neg: float = 1.05
+    gamma_pos: tuple[float, float] = (2.0, 3.0)
+    gamma_neg: tuple[float, float] = (3.0, 2.0)
     beta: float = 0.0
     kl: KL = "k3"
     kl_factor: KLFactor = "none"
+    kl_gradient: KLGradient = "own"
+    kl_log_ratio_limit: float | None = None
+    kl_limit: float | None = None
     entropy_coef: float = 0.0
     aggregation: Aggregation = "seq_mean_token_mean"
     max_length: int | None = None
+    count_empty: bool = True
 
     def __post_init__(self) -> None:
-        choices = {"ratio": Ratio, "kl": KL, "kl_factor": KLFactor, "aggregation": Aggregation}
+        choices = {
+            "ratio": Ratio,
+            "surrogate": Surrogate,
+            "kl": KL,
+            "kl_factor": KLFactor,
+            "kl_gradient": KLGradient,
+            "aggregation": Aggregation,
+        }
         for name, allowed in choices.items():
             value = getattr(self, name)
             if value not in get_args(allowed):
@@ -65,13 +118,46 @@ class LossParams:
             raise ValueError(f"LossParams: beta is {self.beta}, expected finite and >= 0")
         if not math.isfinite(self.entropy_coef):
             raise ValueError(f"LossParams: entropy_coef is {self.entropy_coef}, expected finite")
-        if self.ratio_cap is not None and not self.ratio_cap >= 1 + self.clip_high:
+        for name in ("kl_log_ratio_limit", "kl_limit"):
+            limit = getattr(self, name)
+            if limit is not None and not limit > 0:
+                raise ValueError(f"LossParams: {name} is {limit}, expected > 0, or None")
+        self._check_surrogate()
+        self._check_max_length()
+
+    def _check_surrogate(self) -> None:
+        allowed = SURROGATE_RATIOS[self.surrogate]
+        if self.ratio not in allowed:
+            raise ValueError(
+                f"LossParams: ratio is {self.ratio!r}, but surrogate {self.surrogate!r} is defined "
+                f"for {', '.join(allowed)}"
+            )
+        for name in ("gate_pos", "gate_neg"):
+            if not 0 < getattr(self, name) < math.inf:
+                value = getattr(self, name)
+                raise ValueError(f"LossParams: {name} is {value}, expected finite and > 0")
+        for name in ("gamma_pos", "gamma_neg"):
+            value = getattr(self, name)
+            if len(value) != 2 or not all(0 < x < math.inf for x in value):
+                raise ValueError(f"LossParams: {name} is {value}, expected two numbers > 0")
+        if self.ratio_cap is None:
+            return
+        if self.ratio == "none":
+            raise ValueError(f'LossParams: ratio_cap is {self.ratio_cap}, but ratio is "none"')
+        if self.surrogate not in ("clip", "total_variation", "binary_kl"):
+            raise ValueError(
+                f"LossParams: ratio_cap is {self.ratio_cap}, but surrogate is {self.surrogate!r}, "
+                "which does not use it"
+            )
+        if self.surrogate == "clip" and not self.ratio_cap >= 1 + self.clip_high:
             raise ValueError(
                 f"LossParams: ratio_cap is {self.ratio_cap}, expected at least 1 + clip_high = "
                 f"{1 + self.clip_high}, or None"
             )
-        if self.ratio_cap is not None and self.ratio == "none":
-            raise ValueError(f'LossParams: ratio_cap is {self.ratio_cap}, but ratio is "none"')
+        if not self.ratio_cap > 0:
+            raise ValueError(f"LossParams: ratio_cap is {self.ratio_cap}, expected > 0, or None")
+
+    def _check_max_length(self) -> None:
         needs_length = self.aggregation == "seq_mean_token_sum_norm"
         if needs_length and (self.max_length is None or self.max_length < 1):
             raise ValueError(
@@ -84,11 +170,21 @@ class LossParams:
                 f"{self.aggregation!r}, which does not use it"
             )
 
+    @property
+    def sequence_level(self) -> bool:
+        """Whether the gradient of a token depends on the log-probs of its whole sequence."""
+        return self.ratio.startswith("seq_")
+
+    @property
+    def needs_sequence_advantages(self) -> bool:
+        """Whether the loss is defined for one advantage per sequence only."""
+        return self.ratio in ("seq_mean", "seq_sum")
+
     @classmethod
     def preset(cls, name: str, **changes: Any) -> LossParams:
         """A published loss by name, with single fields changed by keyword.
 
-        "grpo", "dr_grpo" (give it `max_length`), "bnpo", "dapo", "gspo" and "reinforce".
+        The names are those of `LOSS_PRESETS`; "dr_grpo" needs `max_length`.
         """
         if name not in LOSS_PRESETS:
             expected = ", ".join(LOSS_PRESETS)
@@ -103,8 +199,73 @@ LOSS_PRESETS: dict[str, dict[str, Any]] = {
     # DAPO's mean runs over the tokens of the whole optimiser step: pass that count as denominator.
     "dapo": {"aggregation": "token_mean", "clip_high": 0.28},
     "gspo": {"ratio": "seq_mean", "clip_low": 3e-4, "clip_high": 4e-4},
+    "gspo_token": {"ratio": "seq_mean_token", "clip_low": 3e-4, "clip_high": 4e-4},
+    # No lower bound, and 5 as the upper one.
+    "cispo": {
+        "surrogate": "detached",
+        "clip_low": math.inf,
+        "clip_high": 4.0,
+        "aggregation": "token_mean",
+    },
+    "sapo": {"surrogate": "sigmoid"},
+    "vespo": {"ratio": "seq_sum", "surrogate": "gamma", "aggregation": "token_mean"},
+    # GSPO's loss of a sequence times its length is its sum over tokens.
+    "luspo": {
+        "ratio": "seq_mean",
+        "clip_low": 3e-4,
+        "clip_high": 4e-4,
+        "aggregation": "seq_mean_token_sum",
+    },
+    "gmpo": {"ratio": "seq_mean", "surrogate": "log_clip", "clip_low": 0.4, "clip_high": 0.4},
+    "rloo": {"ratio": "seq_sum"},
+    "gpg": {"ratio": "none", "aggregation": "token_mean"},
+    "dppo_tv": {
+        "surrogate": "total_variation",
+        "clip_low": 0.15,
+        "clip_high": 0.15,
+        "ratio_cap": 20.0,
+        "aggregation": "token_mean",
+    },
+    "dppo_kl": {
+        "surrogate": "binary_kl",
+        "clip_low": 0.05,
+        "clip_high": 0.05,
+        "ratio_cap": 20.0,
+        "aggregation": "token_mean",
+    },
     "reinforce": {"ratio": "none", "aggregation": "token_mean"},
 }
+
+
+def scalars_of(params: LossParams, denominator: float | None = None) -> tuple[int | float, ...]:
+    """What follows the tensors in a call of `lvrpo::grpo_loss_fwd`, in the order of its schema."""
+    own = {
+        "sigmoid": (params.gate_pos, 0.0, params.gate_neg, 0.0),
+        "gamma": (*params.gamma_pos, *params.gamma_neg),
+    }.get(params.surrogate, (0.0, 0.0, 0.0, 0.0))
+    return (
+        get_args(Ratio).index(params.ratio),
+        get_args(Surrogate).index(params.surrogate),
+        float(params.clip_low),
+        float(params.clip_high),
+        _or_infinity(params.ratio_cap),
+        *(float(x) for x in own),
+        float(params.beta),
+        get_args(KL).index(params.kl),
+        get_args(KLFactor).index(params.kl_factor),
+        get_args(KLGradient).index(params.kl_gradient),
+        _or_infinity(params.kl_log_ratio_limit),
+        _or_infinity(params.kl_limit),
+        float(params.entropy_coef),
+        get_args(Aggregation).index(params.aggregation),
+        float(params.max_length or 1),
+        params.count_empty,
+        float(denominator or 0.0),
+    )
+
+
+def _or_infinity(bound: float | None) -> float:
+    return math.inf if bound is None else float(bound)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -115,10 +276,13 @@ class LossMetrics:
         policy_loss: the loss without its KL and entropy terms.
         kl: mean of the KL estimator, without `beta`; 0 without reference log-probs.
         entropy: mean entropy, nats; 0 without `entropy`.
-        clip_fraction_low: share of tokens held by the lower clip.
-        clip_fraction_high: share of tokens held by the upper clip.
+        clip_fraction_low: share of tokens held by the lower bound, or outside the trust region with
+            a negative advantage; 0 for surrogates without bounds ("sigmoid" and "gamma").
+        clip_fraction_high: share of tokens held by the upper bound, or outside the trust region
+            with a positive advantage; 0 likewise.
         clip_fraction_cap: share of tokens held by `ratio_cap`.
-        ratio_min: smallest ratio; 1 when no token is active, like the next three.
+        ratio_min: smallest ratio before any bound, of tokens or of sequences as `ratio` says, of
+            tokens for "log_clip"; 1 when no token is active, like the next three.
         ratio_max: largest ratio.
         ratio_mean: mean ratio.
         effective_sample_size: (sum of ratios)^2 / (sum of squares), over the number of tokens: 1

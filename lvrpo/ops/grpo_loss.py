@@ -1,4 +1,4 @@
-"""The clipped policy loss of GRPO and its relatives: loss, metrics and gradient in one pass.
+"""The policy loss of GRPO and its relatives: loss, metrics and gradient in one pass.
 
 T packed tokens, B sequences. Derivation: docs/ops/grpo_loss.md.
 """
@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import Any, get_args
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,19 +16,25 @@ from torch.autograd.function import once_differentiable
 
 from lvrpo.ops import _backend, _checks, _library
 from lvrpo.ops._policy_loss import (
-    KL,
     LOSS_PRESETS,
-    Aggregation,
     LossMetrics,
     LossParams,
     PolicyLoss,
-    Ratio,
+    scalars_of,
 )
 from lvrpo.reference._precision import widen
 from lvrpo.reference.grpo_loss import grpo_loss as reference_grpo_loss
 
 OP = "grpo_loss"
-__all__ = ["LOSS_PRESETS", "LossMetrics", "LossParams", "PolicyLoss", "grpo_loss"]
+__all__ = [
+    "LOSS_PRESETS",
+    "LossMetrics",
+    "LossParams",
+    "PolicyLoss",
+    "grpo_loss",
+    "loss_op",
+    "scalars_of",
+]
 
 _DEFAULT = LossParams()
 
@@ -45,7 +52,7 @@ def grpo_loss(
     params: LossParams = _DEFAULT,
     backend: str | None = None,
 ) -> PolicyLoss:
-    """Sum of -min(ratio A, clip(ratio) A) + beta KL - entropy_coef H over tokens, aggregated.
+    """Surrogate(ratio, A) + beta KL - entropy_coef H of every token, aggregated.
 
     Differentiable in `logprobs` and `entropy`; everything else is data.
 
@@ -53,7 +60,8 @@ def grpo_loss(
         logprobs: [T] log-probs of the sampled tokens under the policy, nats, any floating dtype.
         old_logprobs: [T] the same under the policy that sampled them. None: that is this policy,
             the ratio is exactly 1 and its gradient is that of the log-prob.
-        advantages: [B] per sequence, or [T] per token; read as per sequence when B equals T.
+        advantages: [B] per sequence, or [T] per token; read as per sequence when B equals T. The
+            ratios "seq_mean" and "seq_sum" take one per sequence only.
         cu_seqlens: [B + 1] int64 offsets of the sequences; a sequence may be empty.
         ref_logprobs: [T] log-probs under the reference policy; needed when beta > 0, and otherwise
             only for the KL metric.
@@ -62,9 +70,10 @@ def grpo_loss(
             correction in one. A weight of 0 leaves the token out altogether: no KL, no entropy, not
             counted, and its log-probs may hold anything.
         denominator: replaces the number that the outer mean divides by: the active tokens for
-            "token_mean", the sequences for the others. Give the count of the whole optimiser step
-            when a call sees a part of it (gradient accumulation, ranks, modalities); a sum of such
-            losses is then the loss of the whole. A tensor is not read on the host.
+            "token_mean", 1 for "token_sum", the sequences for the others. Give the count of the
+            whole optimiser step when a call sees a part of it (gradient accumulation, ranks,
+            modalities); a sum of such losses is then the loss of the whole. A tensor is not read on
+            the host.
         params: the loss.
         backend: "cpp", "torch", or None for the first that can run.
 
@@ -88,8 +97,29 @@ def grpo_loss(
     # Dividing by a tensor afterwards keeps the op free of a read from the device.
     host = 1.0 if isinstance(denominator, Tensor) else denominator
     chosen = _backend.resolve(OP, (logprobs, *optional.values(), advantages, cu_seqlens), backend)
-    run = _reference if chosen == "torch" else _run_cpp
-    loss, metrics = run(logp, advantages.detach().to(logp.dtype), cu_seqlens, as_logp, host, params)
+    as_data = advantages.detach().to(logp.dtype)
+    if chosen == "torch":
+        loss, metrics = reference_grpo_loss(
+            logp,
+            advantages=as_data,
+            cu_seqlens=cu_seqlens,
+            denominator=host,
+            params=params,
+            **as_logp,
+        )
+    else:
+        result = _GrpoLoss.apply(  # type: ignore[no-untyped-call]
+            logp,
+            as_logp["entropy"],
+            as_logp["old_logprobs"],
+            as_data,
+            cu_seqlens,
+            as_logp["ref_logprobs"],
+            as_logp["token_weights"],
+            scalars_of(params, host),
+            chosen,
+        )
+        loss, metrics = result
     if _checks.check_values(loss) and not bool(loss.detach().isfinite()):
         _refuse_tokens(logprobs, optional)
     fields = list(metrics.unbind())
@@ -99,56 +129,15 @@ def grpo_loss(
     return PolicyLoss(loss, LossMetrics(*fields))
 
 
-def _reference(
-    logprobs: Tensor,
-    advantages: Tensor,
-    cu_seqlens: Tensor,
-    optional: dict[str, Tensor | None],
-    denominator: float | None,
-    params: LossParams,
-) -> tuple[Tensor, Tensor]:
-    return reference_grpo_loss(
-        logprobs,
-        advantages=advantages,
-        cu_seqlens=cu_seqlens,
-        denominator=denominator,
-        params=params,
-        **optional,
-    )
+def loss_op(backend: str) -> Callable[..., tuple[Tensor, Tensor, Tensor, Tensor]]:
+    """`grpo_loss_fwd` of "cpp" or "triton", for ops that form this loss inside.
 
-
-def _run_cpp(
-    logprobs: Tensor,
-    advantages: Tensor,
-    cu_seqlens: Tensor,
-    optional: dict[str, Tensor | None],
-    denominator: float | None,
-    params: LossParams,
-) -> tuple[Tensor, Tensor]:
-    scalars = (
-        get_args(Ratio).index(params.ratio),
-        float(params.clip_low),
-        float(params.clip_high),
-        math.inf if params.ratio_cap is None else float(params.ratio_cap),
-        float(params.beta),
-        get_args(KL).index(params.kl),
-        params.kl_factor == "ratio",
-        float(params.entropy_coef),
-        get_args(Aggregation).index(params.aggregation),
-        float(params.max_length or 1),
-        denominator or 0.0,
-    )
-    result: tuple[Tensor, Tensor] = _GrpoLoss.apply(  # type: ignore[no-untyped-call]
-        logprobs,
-        optional["entropy"],
-        optional["old_logprobs"],
-        advantages,
-        cu_seqlens,
-        optional["ref_logprobs"],
-        optional["token_weights"],
-        scalars,
-    )
-    return result
+    Called with (logprobs, old_logprobs, advantages, cu_seqlens, ref_logprobs, entropy,
+    token_weights, *scalars_of(params, denominator)), all floating tensors in the dtype of
+    `logprobs`. Returns loss, the fields of `LossMetrics` as a vector, and the derivatives of the
+    loss by `logprobs` and `entropy`; nothing is checked and nothing is differentiable.
+    """
+    return _library.op("grpo_loss_fwd", backend)
 
 
 class _GrpoLoss(torch.autograd.Function):
@@ -162,9 +151,10 @@ class _GrpoLoss(torch.autograd.Function):
         cu_seqlens: Tensor,
         ref_logprobs: Tensor | None,
         token_weights: Tensor | None,
-        scalars: tuple[Any, ...],
+        scalars: tuple[int | float, ...],
+        backend: str,
     ) -> tuple[Tensor, Tensor]:
-        loss, metrics, dlogprobs, dentropy = torch.ops.lvrpo.grpo_loss_fwd(
+        loss, metrics, dlogprobs, dentropy = loss_op(backend)(
             logprobs,
             old_logprobs,
             advantages,
@@ -183,7 +173,7 @@ class _GrpoLoss(torch.autograd.Function):
     def backward(ctx: Any, dloss: Tensor, _: Tensor) -> tuple[Any, ...]:
         dlogprobs, dentropy = ctx.saved_tensors
         to_entropy = dloss * dentropy if ctx.needs_input_grad[1] else None
-        return dloss * dlogprobs, to_entropy, None, None, None, None, None, None
+        return dloss * dlogprobs, to_entropy, *[None] * 7
 
 
 @_library.register("grpo_loss_fwd")
@@ -230,6 +220,11 @@ def _check(
         raise ValueError(
             f"{OP}: advantages has shape {tuple(advantages.shape)}, expected [B] = [{sequences}] "
             f"or [T] = [{tokens}]"
+        )
+    if params.needs_sequence_advantages and advantages.shape[0] != sequences:
+        raise ValueError(
+            f"{OP}: advantages has shape {tuple(advantages.shape)}, but ratio {params.ratio!r} "
+            f"takes one per sequence, [{sequences}]"
         )
     if params.beta > 0 and optional["ref_logprobs"] is None:
         raise ValueError(f"{OP}: ref_logprobs is None, but beta is {params.beta}")

@@ -8,85 +8,30 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Sequence
-from typing import Any, Literal, get_args
+from typing import get_args
 
 import torch
 from torch import Tensor
 
 from lvrpo.ops import _backend, _checks, _library
+from lvrpo.ops._advantage_params import (
+    ADVANTAGE_PRESETS,
+    AdvantageParams,
+    Baseline,
+    Scale,
+    Whiten,
+)
 from lvrpo.reference.normalize_advantages import normalize_advantages as reference_advantages
 
+__all__ = [
+    "ADVANTAGE_PRESETS",
+    "AdvantageParams",
+    "AdvantageStats",
+    "Advantages",
+    "normalize_advantages",
+]
+
 OP = "normalize_advantages"
-
-Combine = Literal["decoupled", "sum"]
-Baseline = Literal["mean", "leave_one_out"]
-Scale = Literal["group", "batch", "none"]
-
-
-@dataclasses.dataclass(frozen=True)
-class AdvantageParams:
-    """How rewards become advantages; the defaults are the preset "decoupled".
-
-    Attributes:
-        combine: "decoupled" divides every reward by its own spread before the weighted sum (GDPO);
-            "sum" adds the rewards up first and divides by the spread of the sum (LVRPO, Eq 3).
-        baseline: what is subtracted: the group's mean, or the mean of the group's other samples.
-        scale: whose standard deviation divides: the group's, the batch's, or none.
-        ddof: 1 divides the sum of squares by n - 1, 0 by n.
-        eps: added to every standard deviation.
-        std_floor: every divisor is at least this, the whitening's too. Without it a group in which
-            the rewards agree up to noise gets full-size advantages made of that noise. In units of
-            reward: the default is 1 % of a reward in [0, 1].
-        whiten: divide the result by its standard deviation over the batch (its mean is zero).
-        clip: bound of the advantage's magnitude, or None.
-    """
-
-    combine: Combine = "decoupled"
-    baseline: Baseline = "mean"
-    scale: Scale = "group"
-    ddof: int = 1
-    eps: float = 1e-4
-    std_floor: float = 0.01
-    whiten: bool = True
-    clip: float | None = None
-
-    def __post_init__(self) -> None:
-        for name, choices in (("combine", Combine), ("baseline", Baseline), ("scale", Scale)):
-            value = getattr(self, name)
-            if value not in get_args(choices):
-                expected = ", ".join(get_args(choices))
-                raise ValueError(
-                    f"AdvantageParams: {name} is {value!r}, expected one of {expected}"
-                )
-        if self.ddof not in (0, 1):
-            raise ValueError(f"AdvantageParams: ddof is {self.ddof}, expected 0 or 1")
-        for name in ("eps", "std_floor"):
-            value = getattr(self, name)
-            if not 0 <= value < math.inf:
-                raise ValueError(f"AdvantageParams: {name} is {value}, expected finite and >= 0")
-        if self.clip is not None and not self.clip > 0:
-            raise ValueError(f"AdvantageParams: clip is {self.clip}, expected > 0, or None")
-
-    @classmethod
-    def preset(cls, name: str, **changes: Any) -> AdvantageParams:
-        """A published estimator by name, with single fields changed by keyword.
-
-        "paper" is LVRPO's Eq 3, "decoupled" GDPO with a floor, "dr_grpo" the group mean alone,
-        "rloo" leave-one-out.
-        """
-        if name not in ADVANTAGE_PRESETS:
-            expected = ", ".join(ADVANTAGE_PRESETS)
-            raise ValueError(f"AdvantageParams: preset is {name!r}, expected one of {expected}")
-        return cls(**ADVANTAGE_PRESETS[name] | changes)
-
-
-ADVANTAGE_PRESETS: dict[str, dict[str, Any]] = {
-    "paper": {"combine": "sum", "std_floor": 0.0, "whiten": False},
-    "decoupled": {},
-    "dr_grpo": {"combine": "sum", "scale": "none", "whiten": False},
-    "rloo": {"combine": "sum", "baseline": "leave_one_out", "scale": "none", "whiten": False},
-}
-
 _DEFAULT = AdvantageParams()
 
 
@@ -96,8 +41,9 @@ class AdvantageStats:
 
     Attributes:
         share: part of the advantages' variance that comes from the reward: the covariance of its
-            contribution with the advantage over the variance of the advantage. Sums to 1, or is 0
-            throughout when every advantage is. Negative where a reward opposes the others.
+            contribution with the advantage over the variance of the advantage, both about zero.
+            Sums to 1, or is 0 throughout when every advantage is. Negative where a reward opposes
+            the others.
         constant_groups: fraction of the groups it applied to in which it did not vary.
         mean: of the raw reward over the samples it applied to.
         std: likewise.
@@ -133,15 +79,17 @@ def normalize_advantages(
     groups: Tensor | int,
     *,
     weights: Tensor | Sequence[float] | None = None,
+    lengths: Tensor | None = None,
     params: AdvantageParams = _DEFAULT,
     backend: str | None = None,
 ) -> Advantages:
     """(reward - mean of its group) / (standard deviation + eps), for K rewards at once.
 
-    Statistics run in fp64 and over all groups of the call. `scale="batch"` and `whiten` couple the
-    samples of a call, so call once per modality: drawings would otherwise set the scale of answers.
-    A group of one and a group of equal rewards get advantage 0 exactly. The result does not depend
-    on the order of groups, or of samples inside a group, beyond fp64 rounding.
+    Statistics run in fp64 and over all groups of the call. `scale="batch"`, `scale="nonzero"` and
+    `whiten` couple the samples of a call, so call once per modality: drawings would otherwise set
+    the scale of answers. A group of one and a group of equal rewards get advantage 0 exactly,
+    before whitening; only `baseline="none"` has no such zeros. The result does not depend on the
+    order of groups, or of samples inside a group, beyond fp64 rounding.
 
     Args:
         rewards: [B] or [B, K], any floating dtype. NaN: this reward does not apply to this sample;
@@ -149,6 +97,8 @@ def normalize_advantages(
             Treated as data: no gradient flows to it.
         groups: [P + 1] int64 offsets of the groups in the batch, or an int G for equal groups.
         weights: K factors of the rewards; None means 1.
+        lengths: [B] int64, tokens of each sample, for the estimators that count tokens
+            (`params.needs_lengths`); the others ignore it.
         params: the estimator.
         backend: "cpp", "torch", or None for the first that can run.
 
@@ -156,8 +106,9 @@ def normalize_advantages(
         Advantages in fp32 (fp64 from fp64 rewards).
 
     Raises:
-        ValueError: shapes or dtypes do not match, G does not divide B; on a CPU also when a reward
-            is infinite, a sample has no reward that applies, or offsets or weights are unusable.
+        ValueError: shapes or dtypes do not match, G does not divide B, the estimator counts tokens
+            and has no lengths; on a CPU also when a reward is infinite, a sample has no reward that
+            applies, or offsets, weights or lengths are unusable.
     """
     _checks.check_floating(OP, "rewards", rewards)
     if rewards.dim() not in (1, 2):
@@ -165,35 +116,50 @@ def normalize_advantages(
     table = rewards.detach() if rewards.dim() == 2 else rewards.detach()[:, None]
     offsets = _as_offsets(groups, table)
     factors = _as_weights(weights, table)
-    _checks.check_same_device(OP, rewards=table, groups=offsets, weights=factors)
+    lengths = _check_lengths(lengths, table, params)
+    _checks.check_same_device(OP, rewards=table, groups=offsets, weights=factors, lengths=lengths)
     if _checks.check_values(table):
         _check_rewards(table, rewards.dim())
-    if _backend.resolve(OP, (table, offsets, factors), backend) == "torch":
-        values, per_reward, *stats = reference_advantages(table, offsets, factors, params=params)
+    tensors = (table, offsets, factors, lengths)
+    chosen = _backend.resolve(OP, tensors, backend)
+    if chosen == "torch":
+        values, per_reward, *stats, all_zero = reference_advantages(*tensors, params=params)
     else:
-        values, per_reward, *stats = torch.ops.lvrpo.normalize_advantages(
-            table,
-            offsets,
-            factors,
+        values, per_reward, columns, all_zero = torch.ops.lvrpo.normalize_advantages(
+            *tensors,
             params.combine == "decoupled",
-            params.baseline == "leave_one_out",
+            get_args(Baseline).index(params.baseline),
             get_args(Scale).index(params.scale),
+            get_args(Whiten).index(params.whiten),
             params.ddof,
             float(params.eps),
             float(params.std_floor),
-            params.whiten,
             math.inf if params.clip is None else float(params.clip),
         )
-    return Advantages(values, per_reward, AdvantageStats(*stats))
+        stats = list(columns.unbind())
+    return Advantages(values, per_reward, AdvantageStats(*stats, all_zero))
 
 
 @_library.register("normalize_advantages")
-def _fake(rewards: Tensor, *_: Any) -> tuple[Tensor, ...]:
+def _fake(
+    rewards: Tensor,
+    offsets: Tensor,
+    weights: Tensor,
+    lengths: Tensor | None,
+    decoupled: bool,
+    baseline: int,
+    scale: int,
+    whiten: int,
+    ddof: int,
+    eps: float,
+    std_floor: float,
+    clip: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     dtype = torch.float64 if rewards.dtype == torch.float64 else torch.float32
     batch, count = rewards.shape
-    shapes: list[tuple[int, ...]] = [(batch,), (batch, count), *[(count,)] * 5]
-    outputs = [rewards.new_empty(shape, dtype=dtype) for shape in shapes]
-    return (*outputs, rewards.new_empty((), dtype=torch.bool))
+    shapes: list[tuple[int, ...]] = [(batch,), (batch, count), (5, count)]
+    values, per_reward, stats = (rewards.new_empty(shape, dtype=dtype) for shape in shapes)
+    return values, per_reward, stats, rewards.new_empty((), dtype=torch.bool)
 
 
 def _as_offsets(groups: Tensor | int, rewards: Tensor) -> Tensor:
@@ -211,14 +177,36 @@ def _as_weights(weights: Tensor | Sequence[float] | None, rewards: Tensor) -> Te
     if weights is None:
         return rewards.new_ones(count, dtype=torch.float64)
     if not isinstance(weights, Tensor):
-        weights = torch.tensor(list(weights), dtype=torch.float64, device=rewards.device)
+        weights = torch.tensor(list(weights), dtype=torch.float64)
+        weights = weights.to(rewards.device, non_blocking=True)
     _checks.check_shape(OP, "weights", weights, (count,))
     if _checks.check_values(weights) and not bool(weights.isfinite().all()):
         raise ValueError(f"{OP}: weights is {weights.tolist()}, expected finite numbers")
     return weights.detach().double()
 
 
+def _check_lengths(
+    lengths: Tensor | None, rewards: Tensor, params: AdvantageParams
+) -> Tensor | None:
+    if not params.needs_lengths:
+        return None
+    if lengths is None:
+        field = "baseline" if params.baseline == "length" else "whiten"
+        raise ValueError(
+            f"{OP}: lengths is None, expected [B] numbers of tokens for {field} "
+            f"{getattr(params, field)!r}"
+        )
+    _checks.check_shape(OP, "lengths", lengths, (rewards.shape[0],))
+    _checks.check_integer(OP, "lengths", lengths)
+    if _checks.check_values(lengths) and bool((lengths < 0).any()):
+        sample = int((lengths < 0).nonzero()[0])
+        raise ValueError(f"{OP}: lengths[{sample}] is {int(lengths[sample])}, expected >= 0")
+    return lengths
+
+
 def _check_rewards(rewards: Tensor, dim: int) -> None:
+    if bool(rewards.sum().isfinite()):  # one cheap pass where every reward is a finite number
+        return
     infinite = rewards.isinf()
     if bool(infinite.any()):
         sample, reward = infinite.nonzero()[0].tolist()

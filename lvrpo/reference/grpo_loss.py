@@ -1,4 +1,4 @@
-"""The clipped policy loss on packed tokens, with its KL and entropy terms and its metrics."""
+"""The policy loss on packed tokens, with its KL and entropy terms and its metrics."""
 
 from __future__ import annotations
 
@@ -7,6 +7,14 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from lvrpo.reference._policy_terms import (
+    Sequences,
+    Tokens,
+    held,
+    kl_terms,
+    ratio_of,
+    surrogate,
+)
 from lvrpo.reference._precision import widen
 
 if TYPE_CHECKING:
@@ -27,7 +35,7 @@ def grpo_loss(
 ) -> tuple[Tensor, Tensor]:
     """See `lvrpo.grpo_loss`; the loss, and a vector of the fields of its metrics."""
     logp = widen(logprobs)
-    tokens, sequences = len(logp), len(cu_seqlens) - 1
+    tokens, batch = len(logp), len(cu_seqlens) - 1
     position = torch.arange(tokens, device=logp.device)
     sequence = torch.searchsorted(cu_seqlens, position, right=True) - 1
 
@@ -38,44 +46,36 @@ def grpo_loss(
     old = logp if old_logprobs is None else torch.where(active, old_logprobs.to(logp), 0.0)
     log_ratio = logp - old.detach()
     advantage = advantages.detach().to(logp)
-    if len(advantage) == sequences:
+    if len(advantage) == batch:
         advantage = advantage[sequence]
 
-    def per_sequence(x: Tensor) -> Tensor:  # [T] -> [B]
-        return x.new_zeros(sequences).index_add(0, sequence, x)
+    # Counted as integers: a float32 stops at 2^24 tokens.
+    counted = torch.zeros_like(cu_seqlens[1:]).index_add(0, sequence, active.long())
+    count, total = counted.to(logp), counted.sum().to(logp)
+    sequences = Sequences(sequence, count)
+    ratio = ratio_of(log_ratio, advantage, sequences, params)
+    x = Tokens(logp, log_ratio, ratio, advantage)
+    policy = weight * surrogate(x, params)
 
-    count = per_sequence(active.to(logp))
-    if params.ratio == "seq_mean":
-        ratio = (per_sequence(log_ratio) / count.clamp(min=1)).exp()[sequence]
-    else:
-        ratio = log_ratio.exp()
-
-    # max(-rho A, -clip(rho) A), as one clamp whose side depends on the sign of A.
-    low, high = 1.0 - params.clip_low, 1.0 + params.clip_high
-    cap = torch.inf if params.ratio_cap is None else params.ratio_cap
-    clipped = torch.where(advantage >= 0, ratio.clamp(max=high), ratio.clamp(low, cap))
-    policy = -weight * advantage * (logp if params.ratio == "none" else clipped)
-
-    kl = torch.zeros_like(logp)
+    kl = kl_term = torch.zeros_like(logp)
     if ref_logprobs is not None:
-        kl = estimate_kl(torch.where(active, ref_logprobs.detach().to(logp), 0.0) - logp, params.kl)
-    kl_term = kl * log_ratio.exp() if params.kl_factor == "ratio" else kl
+        ref = torch.where(active, ref_logprobs.detach().to(logp), 0.0)
+        kl, kl_term = kl_terms(logp, ref, log_ratio, params)
     ent = torch.zeros_like(logp) if entropy is None else torch.where(active, entropy.to(logp), 0.0)
 
     # Every aggregation is one factor per sequence.
-    total = count.sum()
-    if params.aggregation == "token_mean":
-        factor = torch.ones_like(count) / (denominator or total.clamp(min=1))
-    else:
-        factor = torch.ones_like(count) / (denominator or max(sequences, 1))
-        if params.aggregation == "seq_mean_token_mean":
-            factor = factor / count.clamp(min=1)
-        elif params.aggregation == "seq_mean_token_sum_norm":
-            assert params.max_length is not None
-            factor = factor / params.max_length
+    outer = {"token_mean": total, "token_sum": torch.ones_like(total)}.get(
+        params.aggregation, total.new_tensor(batch) if params.count_empty else (count > 0).sum()
+    )
+    factor = torch.ones_like(count) / (denominator or outer.clamp(min=1))
+    if params.aggregation == "seq_mean_token_mean":
+        factor = factor / count.clamp(min=1)
+    elif params.aggregation == "seq_mean_token_sum_norm":
+        assert params.max_length is not None
+        factor = factor / params.max_length
 
     def aggregate(x: Tensor) -> Tensor:
-        return (factor * per_sequence(torch.where(active, x, 0.0))).sum()
+        return (factor * sequences.sum(torch.where(active, x, 0.0))).sum()
 
     policy_loss = aggregate(policy)
     loss = policy_loss - params.entropy_coef * aggregate(ent)
@@ -89,32 +89,21 @@ def grpo_loss(
             return torch.where(active, x.double(), 0.0).sum() / total.clamp(min=1)
 
         def extreme(x: Tensor, sign: float) -> Tensor:
-            seen = torch.where(active, sign * x, -torch.inf)
-            return sign * torch.cat([seen, seen.new_full((1,), -torch.inf)]).amax()
+            on = torch.where(active, sign * x, -torch.inf)
+            return sign * torch.cat([on, on.new_full((1,), -torch.inf)]).amax()
+
+        # A clip per token happens inside the sequence's ratio: what it clips is the tokens' own.
+        seen = log_ratio.exp() if params.surrogate == "log_clip" else ratio
 
         metrics = (
             policy_loss,
             mean(kl),
             mean(ent),
-            mean((advantage < 0) & (ratio < low)),
-            mean((advantage > 0) & (ratio > high)),
-            mean((advantage < 0) & (ratio > cap)),
-            torch.where(none, 1.0, extreme(ratio, -1.0)),
-            torch.where(none, 1.0, extreme(ratio, 1.0)),
-            torch.where(none, 1.0, mean(ratio)),
-            torch.where(none, 1.0, mean(ratio) ** 2 / mean(ratio.double().square())),
+            *(mean(tokens_held) for tokens_held in held(x, params)),
+            torch.where(none, 1.0, extreme(seen, -1.0)),
+            torch.where(none, 1.0, extreme(seen, 1.0)),
+            torch.where(none, 1.0, mean(seen)),
+            torch.where(none, 1.0, mean(seen) ** 2 / mean(seen.double().square())),
             total,
         )
         return loss, torch.stack([x.to(logp.dtype) for x in metrics])
-
-
-def estimate_kl(d: Tensor, kind: str) -> Tensor:
-    """KL(policy || reference) of one sampled token, from d = log reference - log policy."""
-    if kind == "k1":
-        return -d
-    if kind == "abs":
-        return d.abs()
-    if kind == "k2":
-        return d.square() / 2
-    # expm1, because e^d - 1 in fp32 keeps nothing of a small d's square.
-    return torch.expm1(d) - d

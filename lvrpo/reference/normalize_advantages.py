@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from lvrpo.ops.normalize_advantages import AdvantageParams
+    from lvrpo.ops._advantage_params import AdvantageParams
 
 #: A group whose rewards differ by less than this share of their size is constant: what is left
 #: after subtracting the mean is rounding, and dividing it by its own spread would make it signal.
@@ -19,70 +20,70 @@ def normalize_advantages(
     rewards: Tensor,  # [B, K], NaN where a reward does not apply
     offsets: Tensor,  # [P + 1]
     weights: Tensor,  # [K] fp64
+    lengths: Tensor | None = None,  # [B], tokens of a sample
     *,
     params: AdvantageParams,
 ) -> tuple[Tensor, ...]:
     """See `lvrpo.normalize_advantages`; values, per_reward, then the fields of its stats."""
+    groups = _Groups(offsets, len(rewards))
     applies = ~rewards.isnan()
     r = rewards.detach().double().masked_fill(~applies, 0.0)
-    batch, groups = len(r), len(offsets) - 1
-    index = torch.arange(batch, device=r.device)
-    group = torch.searchsorted(offsets, index, right=True) - 1
-
-    def group_sum(x: Tensor) -> Tensor:  # [B, J] -> [P, J]
-        return x.new_zeros(groups, x.shape[1]).index_add(0, group, x)
-
-    def group_max(x: Tensor) -> Tensor:  # [B, J] -> [P, J], largest magnitude
-        start = x.new_zeros(groups, x.shape[1])
-        return start.scatter_reduce(0, group[:, None].expand_as(x), x.abs(), "amax")
-
-    def without_rounding(x: Tensor, magnitude: Tensor) -> Tensor:
-        varies = group_max(x) > ROUNDING * group_max(magnitude)
-        return x * varies[group]
-
-    def batch_std(x: Tensor, counted: Tensor) -> Tensor:
-        n = counted.sum(0)
-        mean = (x * counted).sum(0) / n
-        squares = (counted * (x - mean)).square().sum(0)
-        return (squares / (n - params.ddof).clamp(min=1)).sqrt()
-
     counted = applies.double()
-    group_count = group_sum(counted)
-    count = group_count[group]
-    mean = group_sum(r)[group] / count.clamp(min=1)
+    count = groups.sum(counted)
+    mean = groups.sum(r) / count.clamp(min=1)
     # A reward that does not apply deviates by nothing: it counts as the group's mean, not as 0.
-    deviation = without_rounding(counted * (r - mean), r)
+    deviation = groups.without_rounding(counted * (r - mean), r)
 
     # What is divided by its own spread: every reward, or only their weighted sum.
     if params.combine == "decoupled":
-        column, raw, column_count, column_counted = deviation, r, count, counted
+        column, size, column_counted = deviation, r.abs(), counted
     else:
-        column = without_rounding(
-            (deviation @ weights)[:, None], (r.abs() @ weights.abs())[:, None]
-        )
-        raw = (r @ weights)[:, None]
-        column_counted = torch.ones_like(raw)
-        column_count = group_sum(column_counted)[group]
-    if params.scale == "group":
-        squares = group_sum(column.square())[group]
-        std = (squares / (column_count - params.ddof).clamp(min=1)).sqrt()
-    elif params.scale == "batch":
-        std = batch_std(raw, column_counted)
-    else:
-        std = torch.ones_like(column)
-    divisor = std if params.scale == "none" else (std + params.eps).clamp(min=params.std_floor)
-    # An estimator that leaves a sample out of its own baseline: r - mean of the others.
-    others = count / (count - 1).clamp(min=1) if params.baseline == "leave_one_out" else 1.0
-    varies = group_max(column)[group] > 0
-    per_reward = torch.where(varies, weights * others * deviation / divisor, 0.0)
+        size = (r.abs() @ weights.abs())[:, None]
+        column = groups.without_rounding((deviation @ weights)[:, None], size)
+        column_counted = torch.ones_like(column)
+    column_count = groups.sum(column_counted)
 
+    def std(squares: Tensor, n: Tensor) -> Tensor:
+        return (squares / (n - params.ddof).clamp(min=1)).sqrt()
+
+    squares = groups.sum(column.square())
+    if params.scale == "group":
+        spread = std(squares, column_count)
+    elif params.scale == "leave_one_out":
+        own = column.square() * column_count / (column_count - 1).clamp(min=1)
+        others = (squares - own).where(squares - own > ROUNDING * squares, 0.0)
+        spread = std(others, column_count - 1)
+    elif params.scale == "batch":
+        batch_mean = (r.sum(0) / counted.sum(0)).nan_to_num()
+        filled = torch.where(applies, r, torch.where(count > 0, mean, batch_mean))
+        raw = r if params.combine == "decoupled" else (filled @ weights)[:, None]
+        raw_mean = (raw * column_counted).sum(0) / column_counted.sum(0)
+        spread = std((column_counted * (raw - raw_mean)).square().sum(0), column_counted.sum(0))
+    elif params.scale == "nonzero":
+        raw = r if params.combine == "decoupled" else (r @ weights)[:, None]
+        spread = (raw.abs() > ROUNDING * size).double().sum(0) / column_counted.sum(0)
+    divisor = torch.ones_like(column)
+    if params.scale != "none":
+        divisor = (spread + params.eps).clamp(min=params.std_floor)
+    if params.scale == "leave_one_out":
+        divisor = torch.where(spread > 0, divisor, 1.0)
+
+    above = deviation
+    if params.baseline == "leave_one_out":
+        above = count / (count - 1).clamp(min=1) * deviation
+    elif params.baseline == "length":
+        assert lengths is not None
+        tokens = lengths.double()[:, None] * counted
+        above = counted * (deviation - groups.sum(tokens * deviation) / groups.sum(tokens).clamp(1))
+    elif params.baseline == "second_best":
+        above = deviation * groups.lead(column, size)
+    elif params.baseline == "none":
+        above = r
+    varies = (groups.max(column) > 0) | (params.baseline == "none")
+    per_reward = torch.where(varies, weights * above / divisor, 0.0)
+
+    per_reward = _whiten(per_reward, lengths, params)
     values = per_reward.sum(1)
-    if params.whiten:
-        # Every group sums to zero, so the batch mean is zero and only the spread is left to remove.
-        std = (values.square().sum() / max(batch - params.ddof, 1)).sqrt()
-        divisor = (std + params.eps).clamp(min=params.std_floor)
-        per_reward = per_reward / torch.where(divisor > 0, divisor, 1.0)
-        values = per_reward.sum(1)
     if params.clip is not None:
         clipped = values.clamp(-params.clip, params.clip)
         per_reward = per_reward * torch.where(values == 0, 1.0, clipped / values)[:, None]
@@ -90,10 +91,86 @@ def normalize_advantages(
 
     energy = values.square().sum()
     share = (per_reward * values[:, None]).sum(0) / torch.where(energy > 0, energy, 1.0)
-    constant = (group_count > 0) & (group_max(deviation) == 0)
-    constant_groups = constant.double().sum(0) / (group_count > 0).double().sum(0)
+    constant = groups.each(((groups.max(deviation) == 0) & (count > 0)).double())
+    constant_groups = constant.sum(0) / groups.each((count > 0).double()).sum(0)
     total = counted.sum(0)
+    mean_reward = r.sum(0) / total
+    std_reward = std((counted * (r - mean_reward)).square().sum(0), total)
+    stats = (share, constant_groups, mean_reward, std_reward, total / len(rewards))
     dtype = torch.float64 if rewards.dtype == torch.float64 else torch.float32
-    mean_reward, std_reward = r.sum(0) / total, batch_std(r, counted)
-    outputs = (values, per_reward, share, constant_groups, mean_reward, std_reward, total / batch)
-    return (*(x.to(dtype) for x in outputs), (values == 0).all())
+    return (*(x.to(dtype) for x in (values, per_reward, *stats)), (values == 0).all())
+
+
+def _whiten(per_reward: Tensor, lengths: Tensor | None, params: AdvantageParams) -> Tensor:
+    """Divided by the standard deviation of its row sums over the batch, after their mean."""
+    if params.whiten == "none":
+        return per_reward
+    values = per_reward.sum(1)
+    tokens = torch.ones_like(values)
+    if params.whiten == "token":
+        assert lengths is not None
+        tokens = lengths.double()
+    if not sums_to_zero(params):
+        before = _largest(values)
+        per_reward = per_reward - (tokens @ per_reward) / tokens.sum().clamp(min=1)
+        values = per_reward.sum(1)
+        varies = _largest(values) > ROUNDING * before
+        values, per_reward = values * varies, per_reward * varies
+    std = (tokens * values.square()).sum() / (tokens.sum() - params.ddof).clamp(min=1)
+    divisor = (std.sqrt() + params.eps).clamp(min=params.std_floor)
+    return per_reward / torch.where(divisor > 0, divisor, 1.0)
+
+
+def sums_to_zero(params: AdvantageParams) -> bool:
+    """Whether the advantages of every group do, so that the batch has no mean to subtract."""
+    divides_alike = params.scale != "leave_one_out"
+    centred = params.baseline in ("mean", "leave_one_out")
+    return centred and divides_alike and params.whiten != "token"
+
+
+def _largest(x: Tensor) -> Tensor:
+    return torch.cat([x.new_zeros(1), x.abs()]).amax()
+
+
+class _Groups:
+    """Statistics over the group of every sample: [B, J] -> [B, J]."""
+
+    def __init__(self, offsets: Tensor, batch: int) -> None:
+        self.offsets = offsets
+        self.count = len(offsets) - 1
+        samples = torch.arange(batch, device=offsets.device)
+        self.index = torch.searchsorted(offsets, samples, right=True) - 1
+
+    def each(self, x: Tensor) -> Tensor:
+        """[B, J] -> [P, J], what all samples of a group agree on; 0 for an empty group."""
+        first = self.offsets[:-1].clamp(max=max(len(x) - 1, 0))
+        empty = self.offsets.diff() == 0
+        padded = x if len(x) else x.new_zeros(1, x.shape[1])
+        return padded[first].masked_fill(empty[:, None], 0.0)
+
+    def sum(self, x: Tensor) -> Tensor:
+        """The sum over the sample's group."""
+        return x.new_zeros(self.count, x.shape[1]).index_add(0, self.index, x)[self.index]
+
+    def largest(self, x: Tensor) -> Tensor:
+        """The maximum over the sample's group."""
+        start = x.new_full((self.count, x.shape[1]), -math.inf)
+        index = self.index[:, None].expand_as(x)
+        return start.scatter_reduce(0, index, x, "amax")[self.index]
+
+    def max(self, x: Tensor) -> Tensor:
+        """The largest magnitude in the sample's group."""
+        return self.largest(x.abs())
+
+    def without_rounding(self, x: Tensor, size: Tensor) -> Tensor:
+        """`x`, or 0 where all of the group's is rounding next to numbers of this size."""
+        return x * (self.max(x) > ROUNDING * self.max(size))
+
+    def lead(self, total: Tensor, size: Tensor) -> Tensor:
+        """(best - second best) / best for the group's best sample, 0 for the others."""
+        best = self.largest(total)
+        is_best = total == best
+        second = self.largest(total.masked_fill(is_best, -math.inf))
+        lead = best - second.where(second.isfinite(), best)
+        lead = lead * (self.sum(is_best.double()) == 1) * (lead > ROUNDING * self.max(size))
+        return torch.where(is_best & (best > 0), lead / best.where(best > 0, 1.0), 0.0)

@@ -139,10 +139,77 @@ MUTANTS: dict[str, Mutant] = {
     "extremes swapped": with_metric(6, lambda m: m[7]),
 }
 
-#: Only a sequence ratio can be wrong in this way.
-SEQUENCE_MUTANTS: dict[str, Mutant] = {
-    "sum instead of mean of the log-ratio": with_inputs(sum_for_mean_ratio),
-    "token ratio": with_params(ratio="token"),
-    "advantage of the neighbour": shifted("advantages"),
-    "gradient scaled by 2 %": with_gradient("logprobs", lambda g: g * 1.02),
+
+def gates_swapped(params: Any, **inputs: Any) -> tuple[Tensor, Tensor]:
+    gates = {"gate_pos": params.gate_neg, "gate_neg": params.gate_pos}
+    return reference(**inputs, params=dataclasses.replace(params, **gates))
+
+
+def gammas_swapped(params: Any, **inputs: Any) -> tuple[Tensor, Tensor]:
+    gammas = {"gamma_pos": params.gamma_neg, "gamma_neg": params.gamma_pos}
+    return reference(**inputs, params=dataclasses.replace(params, **gammas))
+
+
+#: By the name of the parameters: what only this variant can get wrong.
+VARIANT_MUTANTS: dict[str, dict[str, Mutant]] = {
+    "gspo, all terms": {
+        "sum instead of mean of the log-ratio": with_inputs(sum_for_mean_ratio),
+        "token ratio": with_params(ratio="token"),
+        "gradient through the own token": with_params(ratio="seq_mean_token"),
+        "advantage of the neighbour": shifted("advantages"),
+        "gradient scaled by 2 %": with_gradient("logprobs", lambda g: g * 1.02),
+    },
+    "gspo_token, all terms": {
+        "gradient of the mean": with_params(ratio="seq_mean"),
+        "token ratio": with_params(ratio="token"),
+        "gradient of the KL estimator": with_params(kl_gradient="own"),
+        "no ratio cap": with_params(ratio_cap=None),
+    },
+    "cispo, both bounds": {
+        "ratio differentiated": with_params(surrogate="clip"),
+        "no lower bound": with_params(clip_low=torch.inf),
+        "no upper bound": with_params(clip_high=torch.inf),
+        "KL without ratio": with_params(kl_factor="none"),
+        "ratio of the KL differentiated": with_params(kl_factor="ratio"),
+    },
+    "sapo": {
+        "hard clip": with_params(surrogate="clip"),
+        "gates swapped": gates_swapped,
+        "one gate": with_params(gate_neg=1.0),
+    },
+    "vespo, clamped KL": {
+        "gammas swapped": gammas_swapped,
+        "another shape": with_params(gamma_pos=(2.0, 2.0)),
+        "ratio of neighbours": shifted("old_logprobs"),
+        "clip in place of the shape": with_params(surrogate="clip"),
+        "log-ratio of the KL not clamped": with_params(kl_log_ratio_limit=None),
+        "KL not clamped": with_params(kl_limit=None),
+    },
+    "luspo": {"mean over the tokens": with_params(aggregation="seq_mean_token_mean")},
+    "gmpo": {
+        "clip after the mean": with_params(surrogate="clip"),
+        "no lower bound": with_params(clip_low=torch.inf),
+        "no upper bound": with_params(clip_high=torch.inf),
+    },
+    "rloo": {
+        "mean instead of sum of the log-ratio": with_params(ratio="seq_mean"),
+        "empty sequences counted": with_params(count_empty=True),
+        "no ratio cap": with_params(ratio_cap=None),
+    },
+    "dppo_tv": {
+        "no trust region": with_params(clip_low=torch.inf, clip_high=torch.inf),
+        "one threshold": with_params(clip_low=0.15),
+        "weight not capped": with_params(ratio_cap=None),
+        "another divergence": with_params(surrogate="binary_kl"),
+        "ratio clipped instead": with_params(surrogate="clip", ratio_cap=None),
+    },
+    "dppo_kl": {
+        "one threshold": with_params(clip_high=0.01),
+        "another divergence": with_params(surrogate="total_variation"),
+    },
+    "token sum": {
+        "mean": with_params(aggregation="token_mean"),
+        "gradient of the KL estimator": with_params(kl_gradient="own"),
+        "KL not clamped": with_params(kl_limit=None),
+    },
 }

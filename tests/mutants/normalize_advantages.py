@@ -9,29 +9,36 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lvrpo.ops.normalize_advantages import AdvantageParams
 from lvrpo.reference.normalize_advantages import normalize_advantages as reference
 
-Mutant = Callable[[Tensor, Tensor, Tensor, AdvantageParams], tuple[Tensor, ...]]
+Mutant = Callable[..., tuple[Tensor, ...]]
 
 
 def with_params(**changes: Any) -> Mutant:
-    def mutant(rewards, offsets, weights, params):
-        return reference(rewards, offsets, weights, params=dataclasses.replace(params, **changes))
+    def mutant(rewards, groups, weights, lengths, params):
+        changed = dataclasses.replace(params, **changes)
+        return reference(rewards, groups, weights, lengths, params=changed)
 
     return mutant
 
 
 def with_arguments(change: Callable[[Tensor, Tensor, Tensor], tuple[Tensor, ...]]) -> Mutant:
-    def mutant(rewards, offsets, weights, params):
-        return reference(*change(rewards, offsets, weights), params=params)
+    def mutant(rewards, groups, weights, lengths, params):
+        return reference(*change(rewards, groups, weights), lengths, params=params)
+
+    return mutant
+
+
+def with_lengths(change: Callable[[Tensor], Tensor]) -> Mutant:
+    def mutant(rewards, groups, weights, lengths, params):
+        return reference(rewards, groups, weights, change(lengths), params=params)
 
     return mutant
 
 
 def with_output(index: int, change: Callable[..., Tensor]) -> Mutant:
-    def mutant(rewards, offsets, weights, params):
-        outputs = list(reference(rewards, offsets, weights, params=params))
+    def mutant(rewards, groups, weights, lengths, params):
+        outputs = list(reference(rewards, groups, weights, lengths, params=params))
         outputs[index] = change(outputs)
         return tuple(outputs)
 
@@ -58,7 +65,11 @@ MUTANTS: dict[str, Mutant] = {
     "no scale": with_params(scale="none"),
     "leave-one-out baseline": with_params(baseline="leave_one_out"),
     "summed before normalising": with_params(combine="sum"),
-    "not whitened": with_params(whiten=False),
+    "spread of the others": with_params(scale="leave_one_out"),
+    "fraction of nonzero rewards": with_params(scale="nonzero"),
+    "length-weighted baseline": with_params(baseline="length"),
+    "not whitened": with_params(whiten="none"),
+    "whitened by tokens": with_params(whiten="token"),
     "not clipped": with_params(clip=None),
     "weights ignored": with_arguments(lambda r, o, w: (r, o, torch.ones_like(w))),
     "weights of the neighbour": with_arguments(lambda r, o, w: (r, o, w.roll(1))),
@@ -67,4 +78,18 @@ MUTANTS: dict[str, Mutant] = {
     "share of variance, not covariance": with_output(2, variance_share),
     "constant groups miscounted": with_output(3, lambda out: 1 - out[3]),
     "sum for mean": with_output(4, lambda out: out[4] * len(out[0])),
+}
+
+#: For an estimator that counts tokens.
+LENGTH_MUTANTS: dict[str, Mutant] = {
+    "lengths ignored": with_lengths(torch.ones_like),
+    "lengths of the neighbour": with_lengths(lambda lengths: lengths.roll(1)),
+    "plain baseline": with_params(baseline="mean"),
+    "whitened by samples": with_params(whiten="sequence"),
+}
+#: For the best sample alone.
+BEST_MUTANTS: dict[str, Mutant] = {
+    "everybody against the mean": with_params(baseline="mean"),
+    "the best against the mean": with_output(0, lambda out: out[0] * 1.3),
+    "not divided": with_params(scale="none"),
 }

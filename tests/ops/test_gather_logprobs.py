@@ -160,12 +160,24 @@ def test_opcheck():
     ids = torch.tensor([3, 0, 10, 5])
     torch.library.opcheck(
         torch.ops.lvrpo.gather_logprobs_fwd.default,
-        (logits, ids, None, None, 1.0, 0.0, -100, True),
+        (logits, ids, None, None, 1.0, 0.0, -100, True, False),
     )
-    _, lse, entropy = torch.ops.lvrpo.gather_logprobs_fwd(
-        logits, ids, None, None, 1.0, 0.0, -100, True
+    _, lse, entropy, _ = torch.ops.lvrpo.gather_logprobs_fwd(
+        logits, ids, None, None, 1.0, 0.0, -100, True, False
     )
-    arguments = (torch.randn(4), torch.randn(4), logits, ids, None, None, lse, entropy, 1.0, 0.0)
+    arguments = (
+        torch.empty(4, 11),
+        torch.randn(4),
+        torch.randn(4),
+        logits,
+        ids,
+        None,
+        None,
+        lse,
+        entropy,
+        1.0,
+        0.0,
+    )
     torch.library.opcheck(torch.ops.lvrpo.gather_logprobs_bwd.default, (*arguments, -100))
 
 
@@ -229,7 +241,11 @@ FORWARD = {
     "row_index": None,
     "vocab_range": None,
 }
-BACKWARD = {"dlogprobs": torch.ones(2), "dentropy": torch.ones(2)} | FORWARD
+BACKWARD = {
+    "dlogits": torch.empty(2, 4),
+    "dlogprobs": torch.ones(2),
+    "dentropy": torch.ones(2),
+} | FORWARD
 BACKWARD |= {"lse": torch.ones(2), "entropy": torch.ones(2)}
 FAR = 10**9
 UNFIT = {
@@ -253,6 +269,6 @@ def test_the_op_reads_and_writes_no_memory_that_is_not_there(change):
     scalars = (1.0, 0.0, -100)
     if change.keys() <= FORWARD.keys():
         with pytest.raises(RuntimeError):
-            torch.ops.lvrpo.gather_logprobs_fwd(*(FORWARD | change).values(), *scalars, True)
+            torch.ops.lvrpo.gather_logprobs_fwd(*(FORWARD | change).values(), *scalars, True, False)
     with pytest.raises(RuntimeError):
         torch.ops.lvrpo.gather_logprobs_bwd(*(BACKWARD | change).values(), *scalars)

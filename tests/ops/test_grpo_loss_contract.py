@@ -6,7 +6,7 @@ import pytest
 import torch
 from loss_inputs import INF
 
-from lvrpo.ops.grpo_loss import LossParams, grpo_loss
+from lvrpo.ops.grpo_loss import LOSS_PRESETS, LossParams, grpo_loss, scalars_of
 
 NAN_AT_1 = torch.tensor([0.0, math.nan])
 BAD = {
@@ -35,6 +35,10 @@ BAD = {
     "reference NaN": (
         {"ref_logprobs": NAN_AT_1, "params": LossParams(beta=0.1)},
         r"ref_logprobs\[1\] is nan",
+    ),
+    "advantages per token for a sequence": (
+        {"advantages": torch.zeros(2), "params": LossParams(ratio="seq_mean")},
+        r"advantages has shape \(2,\), but ratio 'seq_mean' takes one per sequence, \[1\]",
     ),
     "unknown backend": ({"backend": "cudnn"}, "backend is 'cudnn'"),
 }
@@ -65,6 +69,30 @@ BAD_PARAMS = {
         {"ratio_cap": 3.0, "ratio": "none"},
         'ratio_cap is 3.0, but ratio is "none"',
     ),
+    "cap of a gate": (
+        {"surrogate": "sigmoid", "ratio_cap": 3.0},
+        "ratio_cap is 3.0, but surrogate is 'sigmoid'",
+    ),
+    "cap of a trust region": (
+        {"surrogate": "binary_kl", "ratio_cap": 0.0},
+        "ratio_cap is 0.0, expected > 0",
+    ),
+    "surrogate": ({"surrogate": "ppo"}, "surrogate is 'ppo', expected one of clip"),
+    "cispo of a sequence": (
+        {"surrogate": "detached", "ratio": "seq_mean"},
+        "ratio is 'seq_mean', but surrogate 'detached' is defined for token",
+    ),
+    "vespo of a token": (
+        {"surrogate": "gamma"},
+        "ratio is 'token'.*'gamma' is defined for seq_sum",
+    ),
+    "gmpo of a token": ({"surrogate": "log_clip"}, "ratio is 'token'.*defined for seq_mean"),
+    "gate": ({"gate_pos": 0.0}, "gate_pos is 0.0"),
+    "gamma": ({"gamma_neg": (1.0, -1.0)}, r"gamma_neg is \(1.0, -1.0\)"),
+    "kl_factor": ({"kl_factor": "rho"}, "kl_factor is 'rho'"),
+    "kl_gradient": ({"kl_gradient": "k1"}, "kl_gradient is 'k1'"),
+    "kl_limit": ({"kl_limit": -1.0}, "kl_limit is -1.0"),
+    "kl_log_ratio_limit": ({"kl_log_ratio_limit": 0.0}, "kl_log_ratio_limit is 0.0"),
     "no max_length": ({"aggregation": "seq_mean_token_sum_norm"}, "max_length is None"),
     "max_length unused": ({"max_length": 8}, "max_length is 8, but aggregation"),
 }
@@ -76,12 +104,22 @@ def test_bad_params(change, message):
         LossParams(**change)
 
 
-@pytest.mark.parametrize(("position", "name"), [(0, "ratio"), (5, "kl"), (8, "aggregation")])
-def test_the_op_refuses_a_choice_that_does_not_exist(position, name):
-    scalars = [1, 0.2, 0.2, INF, 0.0, 2, False, 0.0, 1, 1.0, 0.0]
-    scalars[position] = 4
+CHOICES = {
+    "ratio": 0,
+    "surrogate": 1,
+    "kl": 10,
+    "kl_factor": 11,
+    "kl_gradient": 12,
+    "aggregation": 16,
+}
+
+
+@pytest.mark.parametrize(("name", "position"), CHOICES.items(), ids=CHOICES.keys())
+def test_the_op_refuses_a_choice_that_does_not_exist(name, position):
+    scalars = list(scalars_of(LossParams()))
+    scalars[position] = 9
     token = torch.zeros(1)
-    with pytest.raises(RuntimeError, match=f"{name} is 4"):
+    with pytest.raises(RuntimeError, match=f"{name} is 9"):
         torch.ops.lvrpo.grpo_loss_fwd(
             token, None, token, torch.tensor([0, 1]), None, None, None, *scalars
         )
@@ -115,3 +153,28 @@ def test_the_result_unpacks_like_that_of_the_flow_loss(backend):
 def test_unknown_preset():
     with pytest.raises(ValueError, match="preset is 'ppo2', expected one of grpo"):
         LossParams.preset("ppo2")
+
+
+def test_which_presets_see_whole_sequences():
+    length = {"dr_grpo": {"max_length": 8}}
+    presets = {name: LossParams.preset(name, **length.get(name, {})) for name in LOSS_PRESETS}
+    whole = {name for name, params in presets.items() if params.sequence_level}
+    assert whole == {"gspo", "gspo_token", "luspo", "gmpo", "rloo", "vespo"}
+
+
+@pytest.mark.parametrize("name", ["sapo", "cispo", "dppo_tv", "dppo_kl", "vespo"])
+@pytest.mark.parametrize("gap", [-90.0, 90.0])
+def test_a_ratio_past_the_range_of_floats_is_harmless(backend, name, gap):
+    logprobs = torch.tensor([-1.0, min(gap, 0.0)], requires_grad=True)
+    old = torch.tensor([-1.0, min(-gap, 0.0)])
+    loss, _ = grpo_loss(
+        logprobs,
+        old,
+        torch.ones(2),
+        torch.tensor([0, 1, 2]),
+        params=LossParams.preset(name),
+        backend=backend,
+    )
+    loss.backward()
+    assert logprobs.grad.isfinite().all()
+    assert loss.isfinite()

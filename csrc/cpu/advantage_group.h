@@ -1,0 +1,159 @@
+// The advantages of one group: its statistics, baseline and scale. Formulas: docs/ops/normalize_advantages.md.
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <limits>
+#include <vector>
+
+namespace lvrpo {
+
+// What is left of a group after subtracting its mean is rounding below this share of its largest reward.
+inline constexpr double ROUNDING = 0x1p-40;
+
+// In the order of lvrpo/ops/_advantage_params.py.
+enum Baseline { MEAN, LEAVE_ONE_OUT, LENGTH, SECOND_BEST, NO_BASELINE };
+enum Scale { GROUP, OTHERS, BATCH, NONZERO, UNSCALED };
+enum Whiten { AS_IS, PER_SEQUENCE, PER_TOKEN };
+
+struct Estimator {
+  bool decoupled;
+  int64_t baseline, scale, whiten, ddof;
+  double eps, std_floor, clip;
+
+  double freedom(double n) const { return std::max(n - static_cast<double>(ddof), 1.0); }
+  double std(double squares, double n) const { return std::sqrt(squares / freedom(n)); }
+  double divisor(double std) const { return scale == UNSCALED ? 1.0 : std::max(std + eps, std_floor); }
+  bool sums_to_zero() const {
+    return (baseline == MEAN || baseline == LEAVE_ONE_OUT) && scale != OTHERS && whiten != PER_TOKEN;
+  }
+};
+
+// A contiguous range of samples, and what is divided by one spread in it: all of it or nothing.
+struct Column {
+  double squares = 0, largest = 0, magnitude = 0, count = 0;
+  void add(double deviation, double size) {
+    squares += deviation * deviation;
+    largest = std::max(largest, std::abs(deviation));
+    magnitude = std::max(magnitude, size);
+  }
+  bool varies() const { return largest > ROUNDING * magnitude; }
+};
+
+// The rows of one group inside a chunk, and what every sample of it contributes.
+struct Group {
+  const Estimator& estimator;
+  int64_t rewards;
+  const double* weights;
+  int64_t size;
+  const double *value, *counted;
+  const int64_t* lengths;
+  double* part;  // [size, K]
+};
+
+// part = deviation from the group's mean, 0 where the reward does not vary. Counts the group for the reward if it
+// applies to somebody (seen) and does not vary (constant).
+inline Column centre(const Group& g, int64_t k, double& constant, double& seen) {
+  const int64_t stride = g.rewards;
+  Column column;
+  double sum = 0;
+  for (int64_t b = 0; b < g.size; ++b) column.count += g.counted[b * stride + k], sum += g.value[b * stride + k];
+  const double mean = sum / std::max(column.count, 1.0);
+  for (int64_t b = 0; b < g.size; ++b) {
+    g.part[b * stride + k] = g.counted[b * stride + k] * (g.value[b * stride + k] - mean);
+    column.add(g.part[b * stride + k], std::abs(g.value[b * stride + k]));
+  }
+  seen += column.count > 0;
+  constant += column.count > 0 && !column.varies();
+  if (!column.varies())
+    for (int64_t b = 0; b < g.size; ++b) g.part[b * stride + k] = 0;
+  return column;
+}
+
+inline Column centre_sum(const Group& g, double* total) {
+  Column column;
+  column.count = static_cast<double>(g.size);
+  for (int64_t b = 0; b < g.size; ++b) {
+    double magnitude = 0;
+    total[b] = 0;
+    for (int64_t k = 0; k < g.rewards; ++k) {
+      total[b] += g.weights[k] * g.part[b * g.rewards + k];
+      magnitude += std::abs(g.weights[k]) * std::abs(g.value[b * g.rewards + k]);
+    }
+    column.add(total[b], magnitude);
+  }
+  return column;
+}
+
+// From the deviation from the mean to the one from the estimator's baseline.
+inline void subtract_baseline(const Group& g, int64_t k) {
+  const int64_t stride = g.rewards;
+  if (g.estimator.baseline == NO_BASELINE)
+    for (int64_t b = 0; b < g.size; ++b) g.part[b * stride + k] = g.value[b * stride + k];
+  if (g.estimator.baseline != LENGTH) return;
+  double shift = 0, tokens = 0;
+  for (int64_t b = 0; b < g.size; ++b) {
+    const double length = static_cast<double>(g.lengths[b]) * g.counted[b * stride + k];
+    tokens += length, shift += length * g.part[b * stride + k];
+  }
+  shift /= std::max(tokens, 1.0);
+  for (int64_t b = 0; b < g.size; ++b) g.part[b * stride + k] -= g.counted[b * stride + k] * shift;
+}
+
+// Only the best sample keeps its part, and of that what the runner-up does not have as well.
+inline void keep_lead(const Group& g, const Column& column, const double* total) {
+  if (g.size == 0) return;
+  const int64_t best = std::max_element(total, total + g.size) - total;
+  double second = g.size > 1 ? -std::numeric_limits<double>::infinity() : total[best];
+  for (int64_t b = 0; b < g.size; ++b)
+    if (b != best) second = std::max(second, total[b]);
+  const double lead = total[best] - second;
+  const double kept = lead > ROUNDING * column.magnitude && total[best] > 0 ? lead / total[best] : 0.0;
+  for (int64_t b = 0; b < g.size; ++b)
+    for (int64_t k = 0; k < g.rewards; ++k) g.part[b * g.rewards + k] *= b == best ? kept : 0.0;
+}
+
+// Divides by the spread of the other samples' `own`; where they agree there is none, and the deviation stays.
+inline double others_divisor(const Estimator& estimator, const Column& column, double own) {
+  const double rest = column.squares - own * own * column.count / std::max(column.count - 1.0, 1.0);
+  return rest > ROUNDING * column.squares ? estimator.divisor(estimator.std(rest, column.count - 1.0)) : 1.0;
+}
+
+inline void scale_part(const Group& g, int64_t k, double count, const Column& column, const double* own, int64_t own_stride,
+                double spread) {
+  const Estimator& estimator = g.estimator;
+  double factor = column.varies() || estimator.baseline == NO_BASELINE ? g.weights[k] : 0.0;
+  if (estimator.baseline == LEAVE_ONE_OUT) factor *= count / std::max(count - 1.0, 1.0);
+  if (estimator.scale == OTHERS) {
+    for (int64_t b = 0; b < g.size; ++b)
+      g.part[b * g.rewards + k] *= factor / others_divisor(estimator, column, own[b * own_stride]);
+    return;
+  }
+  const double std = estimator.scale == GROUP ? estimator.std(column.squares, column.count) : spread;
+  if (factor != 0) factor /= estimator.divisor(std);
+  for (int64_t b = 0; b < g.size; ++b) g.part[b * g.rewards + k] *= factor;
+}
+
+// Fills g.part; counts groups by reward: sums[k] those in which it is constant, sums[K + k] those it applies to.
+inline void group_parts(const Group& g, const std::vector<double>& spread, double* total, Column* columns, double* sums) {
+  const int64_t rewards = g.rewards;
+  for (int64_t k = 0; k < rewards; ++k) columns[k] = centre(g, k, sums[k], sums[rewards + k]);
+  if (g.estimator.decoupled) {
+    for (int64_t k = 0; k < rewards; ++k) {
+      if (g.estimator.scale == OTHERS)  // the divisor needs the deviation from the mean, which the baseline overwrites
+        for (int64_t b = 0; b < g.size; ++b) total[b] = g.part[b * rewards + k];
+      subtract_baseline(g, k);
+      scale_part(g, k, columns[k].count, columns[k], total, 1, spread[k]);
+    }
+    return;
+  }
+  const Column sum = centre_sum(g, total);
+  if (g.estimator.baseline == SECOND_BEST) keep_lead(g, sum, total);
+  for (int64_t k = 0; k < rewards; ++k) {
+    subtract_baseline(g, k);
+    scale_part(g, k, columns[k].count, sum, total, 1, spread[0]);
+  }
+}
+
+}  // namespace lvrpo

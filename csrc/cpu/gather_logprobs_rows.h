@@ -1,0 +1,199 @@
+// The arithmetic of gather_logprobs on a run of columns of one row. Everything is linear algebra on 2^t with
+// t = (y - reference) log2(e) / temperature, y being a logit after the softcap. Formulas: docs/ops/gather_logprobs.md.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+#include <limits>
+#include <type_traits>
+
+#include "common/convert.h"
+#include "common/simd.h"
+
+namespace lvrpo {
+
+// Columns between two looks at the maximum; they stay in L1.
+inline constexpr int64_t BLOCK_V = 1024;
+
+template <typename acc>
+struct LogitScale {
+  LogitScale(double temperature, double softcap)
+      : inv_temperature(static_cast<acc>(1.0 / temperature)),
+        log2_scale(static_cast<acc>(1.4426950408889634074 / temperature)),
+        softcap(static_cast<acc>(softcap)),
+        inv_softcap(static_cast<acc>(softcap > 0.0 ? 1.0 / softcap : 0.0)) {}
+
+  bool capped() const { return softcap > acc(0); }
+  // y of a logit x.
+  LVRPO_INLINE acc cap(acc x) const { return capped() ? softcap * tanh_fast(x * inv_softcap) : x; }
+  // dy / dx at tanh = y / softcap.
+  LVRPO_INLINE acc cap_slope(acc y) const {
+    const acc t = y * inv_softcap;
+    return capped() ? (acc(1) - t) * (acc(1) + t) : acc(1);
+  }
+
+  acc inv_temperature, log2_scale, softcap, inv_softcap;
+  // Least t = log2 e. A run-time value: by a constant GCC splits the loop into cases instead of taking a maximum.
+  acc lowest = exp2_lowest<acc>;
+};
+
+// Sums over columns of e = 2^t. The reference is a number near the largest y, -inf while no column was above -inf; a
+// row that has no finite log-sum-exp ends with a sum that is 0 or NaN.
+template <typename acc>
+struct SoftmaxSums {
+  acc reference = -std::numeric_limits<acc>::infinity();
+  acc e = 0, e_t = 0, e_e = 0;
+};
+
+// A NaN stays a NaN.
+template <typename acc>
+LVRPO_INLINE acc at_least(acc bound, acc x) {
+  return x < bound ? bound : x;
+}
+
+// sum e t = 2^s sum e' (t' + s), where t' is relative to the old reference and s is their difference.
+template <typename acc>
+LVRPO_INLINE void move_reference(SoftmaxSums<acc>& sums, acc reference, acc log2_scale) {
+  const acc shift = (sums.reference - reference) * log2_scale;
+  const acc factor = exp2_fast(at_least(exp2_lowest<acc>, shift));
+  sums.e_t = factor * (sums.e_t + shift * sums.e);
+  sums.e *= factor;
+  sums.e_e *= factor * factor;
+  sums.reference = reference;
+}
+
+template <typename acc>
+LVRPO_INLINE void add_sums(SoftmaxSums<acc>& into, SoftmaxSums<acc> more, acc log2_scale) {
+  const acc none = -std::numeric_limits<acc>::infinity();
+  if (into.reference == none || more.reference == none) {
+    // At least one of them is all zeros or NaN, whatever its reference.
+    into.reference = std::max(into.reference, more.reference);
+  } else if (into.reference < more.reference) {
+    move_reference(into, more.reference, log2_scale);
+  } else if (into.reference > more.reference) {
+    move_reference(more, into.reference, log2_scale);
+  }
+  into.e += more.e;
+  into.e_t += more.e_t;
+  into.e_e += more.e_e;
+}
+
+template <typename acc>
+LVRPO_INLINE acc largest(const acc* y, int64_t n) {
+  acc max = -std::numeric_limits<acc>::infinity();
+#pragma omp simd reduction(max : max)
+  for (int64_t i = 0; i < n; ++i) max = y[i] > max ? y[i] : max;
+  return max;
+}
+
+// Sums of one block by a given reference; returns the block's largest y.
+template <bool moments, typename acc>
+LVRPO_INLINE acc block_sums(const acc* y, int64_t n, acc reference, const LogitScale<acc>& scale,
+                            SoftmaxSums<acc>& sums) {
+  acc max = -std::numeric_limits<acc>::infinity(), sum_e = 0, sum_e_t = 0, sum_e_e = 0;
+#pragma omp simd reduction(max : max) reduction(+ : sum_e, sum_e_t, sum_e_e)
+  for (int64_t i = 0; i < n; ++i) {
+    max = y[i] > max ? y[i] : max;
+    const acc t = at_least(scale.lowest, (y[i] - reference) * scale.log2_scale);
+    const acc e = exp2_fast(t);
+    sum_e += e;
+    if constexpr (moments) {
+      sum_e_t += e * t;
+      sum_e_e += e * e;
+    }
+  }
+  sums = {reference, sum_e, sum_e_t, sum_e_e};
+  return max;
+}
+
+// One pass: a block is summed by the maximum of the blocks before it, while its own is found. Only a block that rises
+// far above what came before is summed again.
+template <bool moments, typename acc>
+LVRPO_INLINE void add_block(const acc* y, int64_t n, const LogitScale<acc>& scale, SoftmaxSums<acc>& sums) {
+  constexpr acc rise = 16;  // e up to 2^16: far from overflow, and no digit of a sum depends on its scale
+  const acc none = -std::numeric_limits<acc>::infinity();
+  SoftmaxSums<acc> block;
+  acc reference = sums.reference == none ? largest(y, n) : sums.reference;
+  if (reference == none) reference = acc(0);
+  acc max = block_sums<moments>(y, n, reference, scale, block);
+  if ((max - reference) * scale.log2_scale > rise) max = block_sums<moments>(y, n, max, scale, block);
+  if (max == none) block.reference = none;
+  add_sums(sums, block, scale.log2_scale);
+  if (max > sums.reference) move_reference(sums, max, scale.log2_scale);
+}
+
+template <bool moments, typename scalar_t, typename acc>
+LVRPO_MULTIVERSION SoftmaxSums<acc> softmax_sums(const scalar_t* x, int64_t n, LogitScale<acc> scale) {
+  SoftmaxSums<acc> sums;
+  acc y[BLOCK_V];
+  for (int64_t begin = 0; begin < n; begin += BLOCK_V) {
+    const int64_t size = n - begin < BLOCK_V ? n - begin : BLOCK_V;
+    const scalar_t* from = x + begin;
+    if (scale.capped()) {
+#pragma omp simd
+      for (int64_t i = 0; i < size; ++i) y[i] = scale.softcap * tanh_fast(load(from + i) * scale.inv_softcap);
+      add_block<moments>(y, size, scale, sums);
+    } else if constexpr (std::is_same_v<scalar_t, acc>) {
+      add_block<moments>(from, size, scale, sums);
+    } else {
+      // Apart from the sums: GCC gives a loop with a reduction the narrow vectors of the baseline for 16-bit loads.
+#pragma omp simd
+      for (int64_t i = 0; i < size; ++i) y[i] = load(from + i);
+      add_block<moments>(y, size, scale, sums);
+    }
+  }
+  return sums;
+}
+
+// What a row's gradient is made of, per column: dz = p (dentropy (zbar - z) - dlogprob), and zbar = lse - entropy.
+template <typename acc>
+struct RowGradient {
+  acc lse, entropy, dlogprob, dentropy;
+
+  // d loss / d x of a column that holds `hits` of the upstream gradient as a target.
+  LVRPO_INLINE acc operator()(acc y, acc hits, const LogitScale<acc>& scale) const {
+    // Where p is 0 its logarithm stays finite.
+    const acc log_p = at_least(scale.lowest * acc(0.69314718055994530942), y * scale.inv_temperature - lse);
+    const acc p = exp2_fast(log_p * acc(1.4426950408889634074));
+    return (hits - p * (dentropy * (log_p + entropy) + dlogprob)) * scale.inv_temperature;
+  }
+};
+
+// dx of one block, x and dx the same memory or apart.
+template <typename scalar_t, typename acc>
+LVRPO_MULTIVERSION void block_gradient(const scalar_t* x, acc* dx, int64_t n, LogitScale<acc> scale,
+                                       RowGradient<acc> row) {
+  if (scale.capped()) {
+#pragma omp simd
+    for (int64_t i = 0; i < n; ++i) {
+      const acc tanh = tanh_fast(load(x + i) * scale.inv_softcap);
+      dx[i] = row(scale.softcap * tanh, acc(0), scale) * ((acc(1) - tanh) * (acc(1) + tanh));
+    }
+  } else {
+#pragma omp simd
+    for (int64_t i = 0; i < n; ++i) dx[i] = row(load(x + i), acc(0), scale);
+  }
+}
+
+template <typename acc, typename grad_t>
+LVRPO_MULTIVERSION void round_block(const acc* from, grad_t* to, int64_t n) {
+#pragma omp simd
+  for (int64_t i = 0; i < n; ++i) store(to + i, from[i]);
+}
+
+template <typename scalar_t, typename grad_t, typename acc>
+void columns_gradient(const scalar_t* x, grad_t* dx, int64_t n, const LogitScale<acc>& scale,
+                      const RowGradient<acc>& row) {
+  for (int64_t begin = 0; begin < n; begin += BLOCK_V) {
+    const int64_t size = std::min(n - begin, BLOCK_V);
+    if constexpr (std::is_same_v<grad_t, acc>) {
+      block_gradient<scalar_t, acc>(x + begin, dx + begin, size, scale, row);
+    } else {
+      acc block[BLOCK_V];
+      block_gradient<scalar_t, acc>(x + begin, block, size, scale, row);
+      round_block<acc, grad_t>(block, dx + begin, size);
+    }
+  }
+}
+
+}  // namespace lvrpo

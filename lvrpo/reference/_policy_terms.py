@@ -1,0 +1,190 @@
+"""The parts of a policy loss at one token, as values; autograd makes their gradients."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from lvrpo.ops._policy_loss import LossParams
+
+#: Where the published code stops log-ratios: e^20 is past anything a gate or a gamma lets through.
+LOG_RATIO_LIMIT = 20.0
+#: VESPO's smallest ratio of a sequence.
+GAMMA_FLOOR = 1e-8
+
+
+@dataclasses.dataclass(frozen=True)
+class Tokens:
+    """What the surrogates see: log-prob, log-ratio, ratio at its level, and advantage, all [T]."""
+
+    logp: Tensor
+    log_ratio: Tensor
+    ratio: Tensor
+    advantage: Tensor
+
+
+@dataclasses.dataclass(frozen=True)
+class Sequences:
+    """The sequence of each token [T], and the active tokens of each sequence [B]."""
+
+    of_token: Tensor
+    count: Tensor
+
+    def sum(self, x: Tensor) -> Tensor:
+        """[T] -> [B]."""
+        return x.new_zeros(len(self.count)).index_add(0, self.of_token, x)
+
+
+def ratio_of(
+    log_ratio: Tensor, advantage: Tensor, sequences: Sequences, params: LossParams
+) -> Tensor:
+    """The ratio that multiplies the advantage, [T]."""
+    if params.ratio in ("none", "token"):
+        return log_ratio.exp()
+    if params.surrogate == "log_clip":
+        low, high = -params.clip_low, params.clip_high
+        log_ratio = torch.where(advantage > 0, log_ratio.clamp(max=high), log_ratio.clamp(min=low))
+    elif params.surrogate == "gamma":
+        total = sequences.sum(log_ratio.clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT))
+        return total.clamp(math.log(GAMMA_FLOOR), LOG_RATIO_LIMIT).exp()[sequences.of_token]
+    total = sequences.sum(log_ratio)
+    if params.ratio == "seq_sum":
+        return total.exp()[sequences.of_token]
+    mean = (total / sequences.count.clamp(min=1))[sequences.of_token]
+    if params.ratio == "seq_mean_token":
+        return (mean.detach() + (log_ratio - log_ratio.detach())).exp()
+    return mean.exp()
+
+
+def surrogate(x: Tokens, params: LossParams) -> Tensor:
+    """The policy term of each token, for a weight of one."""
+    if params.ratio == "none":
+        return -x.advantage * x.logp
+    return SURROGATES[params.surrogate](x, params)
+
+
+def clip(x: Tokens, params: LossParams) -> Tensor:
+    """max(-rho A, -clip(rho) A), as one clamp whose side depends on the sign of A."""
+    low, high, cap = 1.0 - params.clip_low, 1.0 + params.clip_high, _cap(params)
+    bounded = torch.where(x.advantage >= 0, x.ratio.clamp(max=high), x.ratio.clamp(low, cap))
+    return -x.advantage * bounded
+
+
+def detached(x: Tokens, params: LossParams) -> Tensor:
+    """-sg(clip(rho)) A log pi: every token keeps a gradient (CISPO)."""
+    weight = x.ratio.detach().clamp(1.0 - params.clip_low, 1.0 + params.clip_high)
+    return -x.advantage * weight * x.logp
+
+
+def sigmoid(x: Tokens, params: LossParams) -> Tensor:
+    """-(4 / tau) sigmoid(tau (rho - 1)) A (SAPO)."""
+    tau = _by_sign(x.advantage, params.gate_pos, params.gate_neg)
+    ratio = x.log_ratio.clamp(max=LOG_RATIO_LIMIT).exp()
+    return -x.advantage * torch.sigmoid(tau * (ratio - 1.0)) * (4.0 / tau)
+
+
+def gamma(x: Tokens, params: LossParams) -> Tensor:
+    """-sg(e^l w^k e^(-l w)) A log pi, which is 1 at w = 1 (VESPO)."""
+    w = x.ratio.detach()
+    k = _by_sign(x.advantage, params.gamma_pos[0], params.gamma_neg[0])
+    rate = _by_sign(x.advantage, params.gamma_pos[1], params.gamma_neg[1])
+    return -x.advantage * torch.exp(rate + k * w.log() - rate * w) * x.logp
+
+
+def trust_region(x: Tokens, params: LossParams) -> Tensor:
+    """-sg(min(rho, cap)) A log pi inside the trust region, 0 outside (DPPO)."""
+    weight = x.ratio.detach().clamp(max=_cap(params)).where(inside_trust_region(x, params), 0.0)
+    return -x.advantage * weight * x.logp
+
+
+def log_clip(x: Tokens, params: LossParams) -> Tensor:
+    """-rho A: the clip is inside the ratio already (GMPO)."""
+    return -x.advantage * x.ratio
+
+
+SURROGATES = {
+    "clip": clip,
+    "detached": detached,
+    "sigmoid": sigmoid,
+    "gamma": gamma,
+    "total_variation": trust_region,
+    "binary_kl": trust_region,
+    "log_clip": log_clip,
+}
+
+
+def inside_trust_region(x: Tokens, params: LossParams) -> Tensor:
+    """Whether the token's divergence from the old policy is small, or shrinks with this update."""
+    new, old = x.logp.detach(), (x.logp - x.log_ratio).detach()
+    change = new.exp() - old.exp()
+    up = x.advantage > 0
+    if params.surrogate == "total_variation":
+        return torch.where(up, change <= params.clip_high, change >= -params.clip_low)
+    # Of the token against all others; 1e-8 as in the published code, for a token of probability 1.
+    rest_new, rest_old = ((-torch.expm1(p)).clamp(min=0.0) + 1e-8 for p in (new, old))
+    divergence = old.exp() * (old - new) + (-torch.expm1(old)) * (rest_old / rest_new).log()
+    near = torch.where(up, divergence <= params.clip_high, divergence <= params.clip_low)
+    return near | torch.where(up, change <= 0, change >= 0)
+
+
+def held(x: Tokens, params: LossParams) -> tuple[Tensor, Tensor, Tensor]:
+    """Which tokens the lower bound, the upper bound and the cap hold, for the metrics."""
+    negative, positive = x.advantage < 0, x.advantage > 0
+    low, high, cap = 1.0 - params.clip_low, 1.0 + params.clip_high, _cap(params)
+    never = torch.zeros_like(negative)
+    if params.surrogate == "clip":
+        return negative & (x.ratio < low), positive & (x.ratio > high), negative & (x.ratio > cap)
+    if params.surrogate == "detached":
+        return x.ratio < low, x.ratio > high, never
+    if params.surrogate == "log_clip":
+        d = x.log_ratio
+        return negative & (d < -params.clip_low), positive & (d > params.clip_high), never
+    if params.surrogate in ("total_variation", "binary_kl"):
+        inside = inside_trust_region(x, params)
+        return negative & ~inside, positive & ~inside, inside & (x.ratio > cap)
+    return never, never, never
+
+
+def kl_terms(
+    logp: Tensor, ref: Tensor, log_ratio: Tensor, params: LossParams
+) -> tuple[Tensor, Tensor]:
+    """KL(policy || reference) of one sampled token: the estimator, and what the loss sums."""
+    d = ref - logp
+    value = _estimate_kl(_clamp(d, params.kl_log_ratio_limit), params.kl)
+    value = _clamp(value, params.kl_limit)
+    term = value
+    if params.kl_gradient == "k2":
+        k2 = d.square() / 2
+        term = k2 - k2.detach() + value.detach()
+    if params.kl_factor != "none":
+        ratio = log_ratio.exp()
+        term = term * (ratio if params.kl_factor == "ratio" else ratio.detach())
+    return value, term
+
+
+def _estimate_kl(d: Tensor, kind: str) -> Tensor:
+    if kind == "k1":
+        return -d
+    if kind == "abs":
+        return d.abs()
+    if kind == "k2":
+        return d.square() / 2
+    # expm1, because e^d - 1 in fp32 keeps nothing of a small d's square.
+    return torch.expm1(d) - d
+
+
+def _clamp(x: Tensor, limit: float | None) -> Tensor:
+    return x if limit is None else x.clamp(-limit, limit)
+
+
+def _cap(params: LossParams) -> float:
+    return math.inf if params.ratio_cap is None else params.ratio_cap
+
+
+def _by_sign(advantage: Tensor, positive: float, otherwise: float) -> Tensor:
+    return torch.full_like(advantage, otherwise).masked_fill(advantage > 0, positive)
