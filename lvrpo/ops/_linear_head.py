@@ -135,11 +135,15 @@ class LinearHead:
 
 def _matmul(out: Tensor, left: Tensor, right: Tensor, *, plus: Tensor | None) -> None:
     """out = left @ right + plus; sums of narrow factors stay in the wider dtype of `out`."""
-    widening = {"out_dtype": out.dtype} if out.dtype != left.dtype else {}
-    if plus is None:
-        torch.mm(left, right, out=out, **widening)
+    if out.dtype != left.dtype:
+        if plus is None:
+            torch.mm(left, right, out_dtype=out.dtype, out=out)
+        else:
+            torch.addmm(plus, left, right, out_dtype=out.dtype, out=out)
+    elif plus is None:
+        torch.mm(left, right, out=out)
     else:
-        torch.addmm(plus, left, right, out=out, **widening)
+        torch.addmm(plus, left, right, out=out)
 
 
 def fake_gradients(

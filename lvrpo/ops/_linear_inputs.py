@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from lvrpo.ops import _checks
-from lvrpo.ops import gather_logprobs as gather
 from lvrpo.ops._linear_head import dtypes_of
 from lvrpo.ops._linear_rows import OUTSIDE
 
@@ -79,40 +78,16 @@ def vocab_slice(op: str, vocab_range: VocabRange, vocab: int) -> Slice:
     return Slice(low, high, None)
 
 
-def row_ranges(vocab_range: VocabRange, hidden: Tensor) -> Tensor | None:
-    """[R, 2] for those who know of rows only."""
-    if vocab_range is None or isinstance(vocab_range, Tensor):
-        return vocab_range
-    pair = torch.tensor(vocab_range, dtype=torch.int64, device=hidden.device)
-    return pair.expand(len(hidden), 2)
-
-
-def check_targets(
-    hidden: Tensor,
-    weight: Tensor,
-    token_ids: Tensor,
-    row_index: Tensor | None,
-    vocab_range: VocabRange,
-    temperature: float,
-    softcap: float | None,
-    ignore_index: int,
-) -> None:
-    """As `gather_logprobs` checks them, for logits that are not there."""
-    logits = hidden.detach()[:1, :1].expand(len(hidden), len(weight))
-    ranges = row_ranges(vocab_range, hidden)
-    gather._check(logits, token_ids, row_index, temperature, softcap, ranges, ignore_index)
-
-
 def token_columns(token_ids: Tensor, low: int, ignore_index: int) -> Tensor:
     """Ids counted from the first column of the slice."""
     return torch.where(token_ids == ignore_index, OUTSIDE, token_ids - low)
 
 
-def refuse_rows(op: str, lse: Tensor) -> None:
-    """Name the row whose probabilities are not numbers."""
-    if _checks.check_values(lse) and not bool(lse.isfinite().all()):
-        row = int((~lse.isfinite()).nonzero()[0])
+def refuse_rows(op: str, statistic: Tensor) -> None:
+    """Name the row whose log-sum-exp, or entropy, is not a number."""
+    if _checks.check_values(statistic) and not bool(statistic.isfinite().all()):
+        row = int((~statistic.isfinite()).nonzero()[0])
         raise ValueError(
-            f"{op}: row {row} of hidden has no finite log-sum-exp ({float(lse[row])}); expected "
-            "finite hidden states, weight and bias"
+            f"{op}: row {row} of hidden @ weight.T + bias has no finite log-sum-exp; expected "
+            "finite values, or -inf beside them"
         )

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.types import Number
 
-from lvrpo.ops import _backend, _checks, _library
+from lvrpo.ops import _backend, _checks, _library, _targets
 from lvrpo.ops import _linear_inputs as _inputs
 from lvrpo.ops import grpo_loss as _loss
 from lvrpo.ops._linear_head import LinearHead, dtypes_of, fake_gradients
@@ -67,17 +67,16 @@ def linear_grpo_loss(
 ) -> LinearPolicyLoss:
     """`grpo_loss` of the log-probs and entropies of `linear_logprobs`, with its gradient.
 
-    Differentiable in `hidden`, `weight` and `bias`. What a token adds to the loss depends on its own
-    row (or sequence) only, so the forward already forms the gradient of each chunk of logits while
-    they are there, and multiplies by it: no logits are kept and none are computed twice. Rows whose
-    gradient is zero whatever their logits are (advantage 0, no KL, no entropy bonus) are projected
-    for the metrics and not multiplied again; rows without a token of nonzero weight are left out.
+    Differentiable in `hidden`, `weight` and `bias`. What a token adds to the loss depends on its
+    own row (or sequence) only, so the forward forms the gradient of each chunk of logits while they
+    are there: none are kept and none computed twice. Rows whose gradient is zero whatever their
+    logits (advantage 0, no KL, no entropy bonus) are projected for the metrics and no more; rows
+    without a token of nonzero weight are left out.
 
     The gradients wait, unscaled and in fp32, for the backward, which scales them by its upstream
-    gradient and gives them away; a second backward computes them anew. On a GPU one small read from
-    the device says how many rows have a gradient (and for ratios per sequence where sequences may
-    be cut), before the first GEMM. While a CUDA graph is captured nothing is read: every row then
-    counts as one with a gradient.
+    gradient and gives them away; a second backward computes them anew. On a GPU one small read
+    before the first GEMM says how many rows have a gradient (for ratios per sequence also where
+    chunks may end). While a CUDA graph is captured nothing is read and every row counts as such.
 
     Args:
         hidden: [R, H] fp32, fp64, bf16 or fp16.
@@ -110,9 +109,10 @@ def linear_grpo_loss(
     """
     _inputs.check_head(OP, hidden, weight, bias)
     vocab = _inputs.vocab_slice(OP, vocab_range, weight.shape[0])
-    _inputs.check_targets(
-        hidden, weight, token_ids, row_index, vocab_range, temperature, softcap, ignore_index
-    )
+    ranges = _targets.as_row_ranges(vocab_range, hidden)
+    _targets.check_scale(OP, temperature, softcap)
+    rows, columns = hidden.shape[0], weight.shape[0]
+    _targets.check_targets(OP, rows, columns, token_ids, row_index, ranges, ignore_index)
     most = _inputs.rows_at_once(OP, hidden, vocab.high - vocab.low, memory_budget)
     data = {
         "old_logprobs": old_logprobs,
@@ -125,6 +125,8 @@ def linear_grpo_loss(
     tensors = (hidden, weight, bias, token_ids, row_index, vocab.ranges, advantages, cu_seqlens)
     chosen = _backend.resolve(OP, (*tensors, *data.values()), backend)
     data = {name: x if x is None else x.detach().to(dtype) for name, x in data.items()}
+    weights = torch.ones_like(later) if token_weights is None else token_weights.detach().to(dtype)
+    data["token_weights"] = torch.where(token_ids == ignore_index, 0.0, weights)
     # Dividing by a tensor afterwards keeps the op free of a read from the device.
     host = 1.0 if isinstance(denominator, Tensor) else denominator
     if chosen == "torch":
@@ -141,13 +143,11 @@ def linear_grpo_loss(
                 params=params,
                 temperature=temperature,
                 softcap=softcap,
-                vocab_range=_inputs.row_ranges(vocab_range, hidden),
+                vocab_range=ranges,
                 ignore_index=ignore_index,
                 **data,
             )
     else:
-        weights = data["token_weights"]
-        weights = torch.ones_like(later) if weights is None else weights
         loss, values, logprobs, entropy, lse = _LinearGrpoLoss.apply(  # type: ignore[no-untyped-call]
             hidden,
             weight,
@@ -159,7 +159,7 @@ def linear_grpo_loss(
             advantages.detach().to(dtype),
             cu_seqlens,
             data["ref_logprobs"],
-            torch.where(token_ids == ignore_index, 0.0, weights),
+            data["token_weights"],
             [torch.is_grad_enabled() and x is not None and x.requires_grad for x in tensors[:3]],
             (vocab.low, vocab.high, float(temperature), float(softcap or 0.0), most),
             (
@@ -173,7 +173,6 @@ def linear_grpo_loss(
         )
         _inputs.refuse_rows(OP, lse)
     if _checks.check_values(loss) and not bool(loss.detach().isfinite()):
-        data["token_weights"] = torch.where(token_ids == ignore_index, 0.0, weights)
         _loss._refuse_tokens(logprobs, data)
     fields = list(values.unbind())
     if isinstance(denominator, Tensor):
@@ -201,8 +200,10 @@ class _LinearGrpoLoss(torch.autograd.Function):
         head: tuple[Any, ...],
         loss: tuple[Any, ...],
     ) -> tuple[Tensor, ...]:
-        inputs = (hidden, weight, bias, token_ids, row_index, vocab_range)
-        inputs += (old_logprobs, advantages, cu_seqlens, ref_logprobs, token_weights)
+        inputs = (
+            *(hidden, weight, bias, token_ids, row_index, vocab_range),
+            *(old_logprobs, advantages, cu_seqlens, ref_logprobs, token_weights),
+        )
         ctx.scalars = needs, *head, *loss
         *results, dhidden, dweight, dbias = torch.ops.lvrpo.linear_grpo_loss_fwd(
             *inputs, *ctx.scalars

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from lvrpo.ops import _backend, _library
+from lvrpo.ops import _backend, _library, _targets
 from lvrpo.ops import _linear_inputs as _inputs
 from lvrpo.ops._linear_head import LinearHead, dtypes_of, fake_gradients, split
 from lvrpo.ops._linear_rows import HeadRows, Softmax
@@ -104,15 +104,16 @@ def linear_logprobs(
     """
     _inputs.check_head(OP, hidden, weight, bias)
     vocab = _inputs.vocab_slice(OP, vocab_range, weight.shape[0])
-    _inputs.check_targets(
-        hidden, weight, token_ids, row_index, vocab_range, temperature, softcap, ignore_index
-    )
+    ranges = _targets.as_row_ranges(vocab_range, hidden)
+    _targets.check_scale(OP, temperature, softcap)
+    rows, columns = hidden.shape[0], weight.shape[0]
+    _targets.check_targets(OP, rows, columns, token_ids, row_index, ranges, ignore_index)
     most = _inputs.rows_at_once(OP, hidden, vocab.high - vocab.low, memory_budget)
     tensors = (hidden, weight, bias, token_ids, row_index, vocab.ranges)
     chosen = _backend.resolve(OP, tensors, backend)
     if chosen == "torch":
         with torch.autocast(hidden.device.type, enabled=False):
-            return reference_linear_logprobs(
+            logprobs, entropy = reference_linear_logprobs(
                 hidden,
                 weight,
                 token_ids,
@@ -120,21 +121,23 @@ def linear_logprobs(
                 bias=bias,
                 temperature=temperature,
                 softcap=softcap,
-                vocab_range=_inputs.row_ranges(vocab_range, hidden),
+                vocab_range=ranges,
                 ignore_index=ignore_index,
-                return_entropy=return_entropy,
+                return_entropy=True,
             )
-    logprobs, entropy, lse = _LinearLogprobs.apply(  # type: ignore[no-untyped-call]
-        hidden,
-        weight,
-        bias,
-        _inputs.token_columns(token_ids, vocab.low, ignore_index),
-        row_index,
-        vocab.ranges,
-        return_entropy,
-        (vocab.low, vocab.high, float(temperature), float(softcap or 0.0), most, chosen),
-    )
-    _inputs.refuse_rows(OP, lse)
+        _inputs.refuse_rows(OP, entropy)
+    else:
+        logprobs, entropy, lse = _LinearLogprobs.apply(  # type: ignore[no-untyped-call]
+            hidden,
+            weight,
+            bias,
+            _inputs.token_columns(token_ids, vocab.low, ignore_index),
+            row_index,
+            vocab.ranges,
+            return_entropy,
+            (vocab.low, vocab.high, float(temperature), float(softcap or 0.0), most, chosen),
+        )
+        _inputs.refuse_rows(OP, lse)
     return (logprobs, entropy) if return_entropy else logprobs
 
 
@@ -188,7 +191,7 @@ def _fwd_fake(
     with_entropy: bool,
     *_: Any,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    _, dtype = dtypes_of(hidden)
+    dtype = dtypes_of(hidden)[1]
     rows = hidden.shape[0]
     return (
         hidden.new_empty(token_ids.shape, dtype=dtype),

@@ -55,6 +55,6 @@ def linear_grpo_loss(
         denominator=denominator,
         params=params,
     )
-    active = weights != 0
-    seen = (torch.where(active, x, 0.0).detach() for x in (logprobs, entropy))
-    return loss, metrics, *seen
+    masked = weights == 0
+    logprobs, entropy = (x.detach().masked_fill(masked, 0.0) for x in (logprobs, entropy))
+    return loss, metrics, logprobs, entropy

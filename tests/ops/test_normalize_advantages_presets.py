@@ -200,9 +200,7 @@ def test_is_the_published_formula(backend, name, rewards, gaps):
         backend=backend,
     )
     bounds = groups.tolist()
-    pieces = [
-        (r[a:b].cpu(), lengths[a:b].cpu()) for a, b in itertools.pairwise(bounds)
-    ]
+    pieces = [(r[a:b].cpu(), lengths[a:b].cpu()) for a, b in itertools.pairwise(bounds)]
     expected = torch.cat(FORMULAS[name](pieces, weights.cpu()))
     torch.testing.assert_close(ours.values.cpu(), expected)
     torch.testing.assert_close(ours.per_reward.sum(1), ours.values)
