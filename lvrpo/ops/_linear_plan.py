@@ -64,7 +64,7 @@ def plan_rows(tokens: Tokens, rows: int, most: int, *, whole_sequences: bool) ->
         most: rows of a chunk.
         whole_sequences: whether a token's gradient depends on the log-probs of its sequence.
     """
-    if tokens.active.is_cuda and torch.cuda.is_current_stream_capturing():
+    if is_captured(tokens.active):
         chunks = split(0, rows, most)
         return Plan(None, [chunks] if whole_sequences else [[chunk] for chunk in chunks], [])
     pulls = tokens.pulls
@@ -98,6 +98,11 @@ def group_between(cuts: Sequence[int], most: int) -> list[list[Chunk]]:
         groups.append(split(begin, end, most))
         begin = end
     return groups
+
+
+def is_captured(tensor: Tensor) -> bool:
+    """Whether a CUDA graph is being recorded, which must not wait for the device."""
+    return tensor.is_cuda and torch.cuda.is_current_stream_capturing()
 
 
 def _any_of(flags: Tensor, group: Tensor | None, groups: int) -> Tensor:
