@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+import importlib.metadata
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -12,9 +13,26 @@ import torch
 from torch import Tensor
 
 import lvrpo
+from lvrpo.ops import _backend
 
-#: At small size only what CI needs; compiling takes longer there than everything measured.
-PROVIDERS = {"small": ("torch", "cpp"), "full": ("torch", "cpp", "torch.compile")}
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+@dataclass(frozen=True)
+class Peer:
+    """Somebody else's implementation, called like our op.
+
+    Attributes:
+        load: imports it and returns a function with the signature and results of our op.
+        package: the distribution it comes in, for its version.
+        why_not: the reason that it cannot run here, or "".
+        compiles: with torch.compile or an autotuner, which takes longer than all small shapes.
+    """
+
+    load: Callable[[], Callable[..., Any]]
+    package: str = "torch"
+    why_not: str = ""
+    compiles: bool = False
 
 
 @dataclass(frozen=True)
@@ -27,27 +45,69 @@ class Case:
         differentiable: the inputs whose gradients are taken.
         call: call(functional, **inputs) -> tensor or tuple of tensors, for ops whose arguments or
             results are not plain tensors; None calls functional(**inputs).
+        plain: the op as one writes it in PyTorch, computing in the dtype of its inputs; None takes
+            backend "torch". It is the base of all comparisons, and in fp64 the truth.
         bytes_moved: by direction: what an ideal implementation reads and writes.
         flops: by direction; empty for ops that memory limits.
-        peers: by provider name: another implementation with the signature of the op.
+        peers: by provider name.
         scales: of the correctness gate, see `lvrpo.testing.check_op`.
+        gate: inputs of the correctness gate, where those in fp64 would not fit into memory: some of
+            the rows. None takes all.
+        shape: to print; None prints that of the first tensor.
     """
 
     op: str
     inputs: Mapping[str, Any]
     differentiable: tuple[str, ...] = ()
     call: Callable[..., Any] | None = None
+    plain: Callable[..., Any] | None = None
     bytes_moved: Mapping[str, int] = field(default_factory=dict)
     flops: Mapping[str, int] = field(default_factory=dict)
-    peers: Mapping[str, Callable[..., Any]] = field(default_factory=dict)
+    peers: Mapping[str, Peer] = field(default_factory=dict)
     scales: Mapping[str, Tensor | float] = field(default_factory=dict)
+    gate: Mapping[str, Any] | None = None
+    shape: str | None = None
+
+    @property
+    def first(self) -> Tensor:
+        """The tensor that names the case."""
+        return next(value for value in self.inputs.values() if isinstance(value, Tensor))
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.first.dtype
+
+    @property
+    def described(self) -> str:
+        return self.shape or "x".join(map(str, self.first.shape))
+
+    def providers(self, size: str) -> dict[str, str]:
+        """Every provider, the plain one first, with the reason that it cannot run here or "".
+
+        At small size without those that compile, which takes longer than everything measured.
+        """
+        tensors = [value for value in self.inputs.values() if isinstance(value, Tensor)]
+        found = {"torch": ""}
+        for backend in _backend.BACKENDS:
+            if backend != "torch" and (backend != "cpp" or DEVICE == "cpu"):
+                found[backend] = "; ".join(_backend.why_not(backend, self.op, tensors))
+        if size != "small":
+            found["torch.compile"] = ""
+        for name, peer in self.peers.items():
+            if size != "small" or not peer.compiles:
+                missing = self.version(name) is None
+                found[name] = f"{peer.package} is not installed" if missing else peer.why_not
+        return found
 
     def bind(self, provider: str) -> Callable[..., Any]:
         """The op as `provider` runs it, called with `inputs`."""
-        functional = self.peers.get(provider)
-        if functional is None:
+        if provider in self.peers:
+            functional = self.peers[provider].load()
+        elif self.plain is not None and provider in ("torch", "torch.compile"):
+            functional = self.plain
+        else:
             module = importlib.import_module(f"lvrpo.ops.{self.op}")
-            backend = "cpp" if provider == "cpp" else "torch"
+            backend = "torch" if provider == "torch.compile" else provider
             functional = functools.partial(getattr(module, self.op), backend=backend)
         bound = functional if self.call is None else functools.partial(self.call, functional)
         if provider == "torch.compile":
@@ -55,7 +115,11 @@ class Case:
             return torch.compile(bound, dynamic=False)
         return bound
 
-
-def version(provider: str) -> str:
-    """The version that a result of `provider` belongs to."""
-    return lvrpo.__version__ if provider == "cpp" else torch.__version__
+    def version(self, provider: str) -> str | None:
+        """The version that a result of `provider` belongs to; None if it is not installed."""
+        if provider in self.peers:
+            try:
+                return importlib.metadata.version(self.peers[provider].package)
+            except importlib.metadata.PackageNotFoundError:
+                return None
+        return torch.__version__ if provider.startswith("torch") else lvrpo.__version__

@@ -24,7 +24,7 @@ def loss_only(functional: Any, **inputs: Tensor) -> Tensor:
     return functional(coeffs=COEFFS, params=PARAMS, **inputs).loss
 
 
-def bench_flow_policy_loss(measure, provider, direction, shape):
+def bench_flow_policy_loss(measure, direction, shape):
     velocity, noise = torch.randn(2, *shape).unbind()
     inputs = {
         "velocity": velocity,
@@ -43,4 +43,4 @@ def bench_flow_policy_loss(measure, provider, direction, shape):
         # The loss is a mean of terms of order 1 that cancel.
         scales={"out0": 1.0, "dvelocity": 10.0 / velocity.numel()},
     )
-    measure(case, provider, direction)
+    measure(case, direction)

@@ -22,7 +22,7 @@ def step(functional: Any, velocity: Tensor, x_t: Tensor, noise: Tensor) -> Any:
     return functional(velocity, x_t, COEFFS, noise)
 
 
-def bench_flow_step(measure, provider, direction, shape):
+def bench_flow_step(measure, direction, shape):
     velocity, x_t, noise = torch.randn(3, *shape).unbind()
     case = Case(
         "flow_step",
@@ -33,4 +33,4 @@ def bench_flow_step(measure, provider, direction, shape):
         bytes_moved={"forward": 4 * x_t.nbytes, "forward+backward": 7 * x_t.nbytes},
         scales={"out0": 10.0, "out1": 10.0, "dvelocity": 10.0 / x_t.numel()},
     )
-    measure(case, provider, direction)
+    measure(case, direction)

@@ -17,7 +17,7 @@ SHAPES = {
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def bench_gather_logprobs(measure, provider, direction, shape, dtype):
+def bench_gather_logprobs(measure, direction, shape, dtype):
     rows, vocab = shape
     logits = (torch.randn(rows, vocab) * 3).to(dtype)
     inputs = {
@@ -35,4 +35,4 @@ def bench_gather_logprobs(measure, provider, direction, shape, dtype):
         bytes_moved={"forward": logits.nbytes, "forward+backward": 3 * logits.nbytes},
         scales={"out0": largest, "out1": largest, "dlogits": largest / rows},
     )
-    measure(case, provider, direction)
+    measure(case, direction)

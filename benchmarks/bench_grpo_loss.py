@@ -24,7 +24,7 @@ def loss_only(functional: Any, logprobs: torch.Tensor, **inputs: Any) -> torch.T
     return functional(logprobs, params=PARAMS, **inputs).loss
 
 
-def bench_grpo_loss(measure, provider, direction, shape):
+def bench_grpo_loss(measure, direction, shape):
     sequences, length = shape
     tokens = sequences * length
     logprobs = -torch.rand(tokens) * 3
@@ -45,4 +45,4 @@ def bench_grpo_loss(measure, provider, direction, shape):
         # The loss is a mean of terms of order 1 that cancel, a gradient such a term over T.
         scales={"out0": 1.0, "dlogprobs": 10.0 / tokens},
     )
-    measure(case, provider, direction)
+    measure(case, direction)

@@ -19,7 +19,7 @@ def values_and_parts(functional: Any, rewards: torch.Tensor) -> tuple[torch.Tens
     return advantages.values, advantages.per_reward
 
 
-def bench_normalize_advantages(measure, provider, shape):
+def bench_normalize_advantages(measure, shape):
     samples, count = shape
     rewards = torch.rand(samples, count)
     moved = 2 * rewards.nbytes + 4 * samples
@@ -31,4 +31,4 @@ def bench_normalize_advantages(measure, provider, shape):
         # An advantage is a difference of rewards of order 1 over a spread of order 0.3.
         scales={"out0": 10.0, "out1": 10.0},
     )
-    measure(case, provider, "forward")
+    measure(case, "forward")

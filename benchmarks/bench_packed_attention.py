@@ -6,13 +6,12 @@ from typing import Any
 
 import pytest
 import torch
-from _providers import Case
+from _providers import Case, Peer
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from lvrpo.masks import SpanMask
 
-PEERS = ("sdpa",)
 # groups, completions, prompt tokens (text, image), completion tokens (text, image), heads, width
 SHAPES = {
     "small": {"two groups of 8": (2, 8, (24, 16), (12, 16), (4, 2), 32)},
@@ -41,7 +40,7 @@ def sdpa(q: Tensor, k: Tensor, v: Tensor, mask: SpanMask) -> Tensor:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def bench_packed_attention(measure, provider, direction, shape, dtype):
+def bench_packed_attention(measure, direction, shape, dtype):
     *layout, (q_heads, kv_heads), width = shape
     mask = make_mask(*layout)
 
@@ -67,7 +66,7 @@ def bench_packed_attention(measure, provider, direction, shape, dtype):
         # Two products per visible pair; the backward has five.
         flops={"forward": flops, "forward+backward": 7 * flops // 2},
         bytes_moved={"forward": moved, "forward+backward": 3 * moved},
-        peers={"sdpa": sdpa},
+        peers={"sdpa": Peer(lambda: sdpa)},
         scales={"out0": 4.0, **{f"d{name}": of_gradients for name in inputs}},
     )
-    measure(case, provider, direction)
+    measure(case, direction)

@@ -1,7 +1,6 @@
 """One whole step of the default configuration: rollout, rewards, advantages, update.
 
-Small size has fewer prompts. Before every round the other backend takes its step, unmeasured, so
-that whatever else the machine does meets both alike. The stages of a step are in `stages_ms`.
+Small size has fewer prompts. Every step starts from the same weights; `stages_ms` has its stages.
 """
 
 from __future__ import annotations
@@ -16,9 +15,9 @@ from typing import Any
 
 import pytest
 import torch
-from _providers import version
 from torch import Tensor
 
+import lvrpo
 from lvrpo.models.policy import Policy
 from lvrpo.ops import _library
 from lvrpo.testing import check_against_plain
@@ -119,35 +118,26 @@ def steps(request: pytest.FixtureRequest, tmp_path_factory: Any) -> dict[str, St
     return steps
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-def bench_train_step(benchmark: Any, steps: dict[str, Step], rounds: int, backend: str) -> None:
-    if backend not in steps:
-        pytest.skip(f"cpp: {_library.MISSING}")
-    ours = steps[backend]
-    others = [step for name, step in steps.items() if name != backend]
+def bench_train_step(race: Any, publish: Any, steps: dict[str, Step], rounds: int) -> None:
+    def before(name: str) -> None:
+        steps[name].reset()
 
-    def others_step() -> None:
-        for step in others:
-            step.reset()
-            step()
-        ours.reset()
-
-    ours.reset()
-    ours()  # warm
-    ours.stages.clear()
-    rollout = ours.config.rollout
+    rollout = next(iter(steps.values())).config.rollout
     prompts = f"{rollout.understand_prompts}+{rollout.generate_prompts} prompts"
-    size = f"{prompts} x {rollout.group_size} float32"
-    benchmark.group = f"train_step whole {size}"
-    benchmark.pedantic(ours, setup=others_step, rounds=rounds)
-    benchmark.extra_info.update(
-        op="train_step",
-        direction="whole",
-        shape=size,
-        provider=backend,
-        provider_version=version(backend),
-        bytes_moved=None,
-        flops=None,
-        correct=True,
-        stages_ms={k: round(1e3 * statistics.median(v), 3) for k, v in ours.stages.items()},
-    )
+    shape = f"{prompts} x {rollout.group_size}"
+    found = race(f"train_step {shape}", steps, before=before, most=rounds)
+    for name, step in steps.items():
+        stages = {k: v[-found.rounds :] for k, v in step.stages.items()}
+        publish(
+            op="train_step",
+            direction="whole",
+            shape=shape,
+            dtype="float32",
+            provider=name,
+            provider_version=lvrpo.__version__ if name == "cpp" else torch.__version__,
+            correct=True,
+            precision="float32",
+            rounds=found.rounds,
+            stages_ms={k: round(1e3 * statistics.median(v), 3) for k, v in stages.items()},
+            **found.times[name].facts(),
+        )

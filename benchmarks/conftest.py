@@ -1,177 +1,213 @@
-"""Measures an op for every provider, after its result has passed the tolerance rule.
+"""Measures an op for every provider, side by side, after each result has passed the tolerance rule.
 
     pytest benchmarks --benchmark-only                small shapes, seconds; what CI runs
     pytest benchmarks --benchmark-only --size=full    shapes of real models, minutes
+    pytest benchmarks --benchmark-only --size=gpu     shapes for a data-centre GPU
+    benchmarks/gpu.sh                                 build, tests and these, on such a machine
 
-With --benchmark-json=FILE the file also holds `rows`, one per measurement, and under `machine_info`
-the device, the versions and the memory bandwidth that a number must be read with.
+One test is one op at one shape. Its providers take turns, round after round; the table at the end
+has the median and the quartiles of each. `pip install -r benchmarks/requirements.txt` adds peers.
+--results writes rows and header under benchmarks/results, for a clean checkout only;
+--benchmark-json=FILE writes them for any. --time-wrong times providers that fail the rule, too.
 """
 
 from __future__ import annotations
 
-import time
-from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
+import _results
 import pytest
 import torch
-from _providers import PROVIDERS, Case, version
+from _measure import Gate, Race, bandwidth, ceilings, peak_bytes, step
+from _providers import DEVICE, Case
 
 from lvrpo import info
-from lvrpo.ops import _library
-from lvrpo.testing import check_op
 
 DIRECTIONS = ("forward", "forward+backward")
+#: For the rounds of one group.
+SECONDS = {"small": 0.3, "full": 10.0, "gpu": 2.0}
+ROWS = pytest.StashKey[list[dict[str, Any]]]()
+CEILINGS = pytest.StashKey[dict[str, float]]()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
-        "--size", choices=["small", "full"], default="small", help="shapes of the benchmarks"
+        "--size", choices=list(SECONDS), default="small", help="shapes of the benchmarks"
+    )
+    parser.addoption(
+        "--results",
+        nargs="?",
+        type=Path,
+        const=_results.FOLDER,
+        metavar="DIR",
+        help="write DIR/<device>/<date>-<commit>.json (default DIR: benchmarks/results)",
+    )
+    parser.addoption(
+        "--time-wrong",
+        action="store_true",
+        help="time providers that fail the tolerance rule, too, as correct: false",
     )
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    untouched = str(getattr(config.option, "benchmark_max_time", "")) == "1.0"
-    if config.getoption("--size") == "small" and untouched:
-        config.option.benchmark_max_time = 0.1
-        config.option.benchmark_min_rounds = max(config.option.benchmark_min_rounds, 20)
+    if config.getoption("--results") and (reason := _results.why_not_publishable()):
+        raise pytest.UsageError(f"--results: {reason}")
+    config.stash[ROWS] = []
+    # A benchmark of pytest-benchmark is here a round of all providers; our table has each.
+    config.option.benchmark_quiet = True
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """`shape`, `direction` and `provider` as parameters; a module names its SHAPES and PEERS."""
+    """`shape` and `direction` as parameters; a module names its SHAPES."""
+    shapes = getattr(metafunc.module, "SHAPES", {})
     size = metafunc.config.getoption("--size")
-    shapes = getattr(metafunc.module, "SHAPES", {}).get(size, {})
     choices = {
-        "shape": dict(shapes),
+        "shape": dict(shapes.get(size) or shapes.get("full", {})),
         "direction": {name: name for name in DIRECTIONS},
-        "provider": {
-            name: name for name in (*PROVIDERS[size], *getattr(metafunc.module, "PEERS", ()))
-        },
     }
     for name, values in choices.items():
         if name in metafunc.fixturenames:
             metafunc.parametrize(name, values.values(), ids=values.keys())
 
 
-@pytest.fixture
-def measure(benchmark: Any) -> Callable[[Case, str, str], None]:
-    """measure(case, provider, direction): the gate, then the clock."""
+@pytest.fixture(autouse=True)
+def _on_the_device() -> Iterator[None]:
+    torch.manual_seed(0)
+    torch.set_default_device(DEVICE)
+    yield
+    torch.set_default_device(None)
 
-    def run(case: Case, provider: str, direction: str) -> None:
-        if provider == "cpp" and _library.MISSING:
-            pytest.skip(f"cpp: {_library.MISSING}")
-        function = case.bind(provider)
-        backward = direction == "forward+backward"
-        if backward and not case.differentiable:
-            pytest.skip(f"{case.op} has no gradient")
-        try:
-            check_op(
-                function,
-                case.bind("torch"),
-                case.inputs,
-                differentiable=case.differentiable if backward else (),
-                scales=case.scales,
-            )
-        except AssertionError as error:
-            if provider in case.peers:
-                pytest.skip(f"{provider} fails the tolerance rule here and gets no number: {error}")
-            raise
-        benchmark.group = f"{case.op} {direction} {_describe(case)}"
-        benchmark.extra_info.update(
-            op=case.op,
-            direction=direction,
-            shape=_describe(case),
-            provider=provider,
-            provider_version=version(provider),
-            bytes_moved=case.bytes_moved.get(direction),
-            flops=case.flops.get(direction),
-            correct=True,
-        )
-        benchmark(_step(function, case, backward))
+
+@pytest.fixture
+def race(benchmark: Any, request: pytest.FixtureRequest) -> Callable[..., Race]:
+    """race(name, functions, before=...): all rounds of the functions, each timed on its own."""
+    config = request.config
+
+    def run(name: str, functions: Mapping[str, Callable[[], Any]], **options: Any) -> Race:
+        torch.set_default_device(None)  # which is a layer under every call of torch
+        seconds = SECONDS[config.getoption("--size")]
+        found = Race(functions, **{"seconds": seconds} | options)
+        benchmark.group = name
+        benchmark.pedantic(found.round, rounds=found.rounds)
+        return found
 
     return run
 
 
-def _step(function: Callable[..., Any], case: Case, backward: bool) -> Callable[[], Any]:
-    if not backward:
+@pytest.fixture
+def publish(request: pytest.FixtureRequest) -> Callable[..., None]:
+    """publish(**fields): one row of the results; fields that are not given are None."""
+    config = request.config
 
-        def forward() -> Any:
-            with torch.no_grad():
-                return function(**case.inputs)
+    def add(**facts: Any) -> None:
+        row = dict.fromkeys(_results.FIELDS) | facts
+        ms = _results.published(row)
+        if ms and (row["bytes_moved"] or row["flops"]):
+            found = _ceilings(config)
+            ideal = (row["bytes_moved"] or 0) / bandwidth(found)
+            rate = found.get(f"{row['dtype']}_tflop_per_s")
+            if row["flops"] and rate:
+                ideal = max(ideal, row["flops"] / rate / 1e12)
+            row["fraction_of_ceiling"] = ideal / ms * 1e3
+        config.stash[ROWS].append(row)
 
-        return forward
-    leaves = [case.inputs[name].detach().requires_grad_() for name in case.differentiable]
-    inputs = {**case.inputs, **dict(zip(case.differentiable, leaves, strict=True))}
-
-    def first(outputs: Any) -> torch.Tensor:
-        return outputs[0] if isinstance(outputs, tuple) else outputs
-
-    upstream = torch.randn_like(first(function(**inputs)).detach())
-
-    def forward_and_backward() -> Any:
-        return torch.autograd.grad(first(function(**inputs)), leaves, upstream)
-
-    return forward_and_backward
+    return add
 
 
-def _describe(case: Case) -> str:
-    """Shape and dtype of the op's first argument."""
-    tensor = next(value for value in case.inputs.values() if isinstance(value, torch.Tensor))
-    return f"{'x'.join(map(str, tensor.shape))} {str(tensor.dtype).removeprefix('torch.')}"
+@pytest.fixture
+def measure(request: pytest.FixtureRequest, race: Any, publish: Any) -> Callable[[Case, str], None]:
+    """measure(case, direction): the gate, the clock and the memory of every provider."""
+    size = request.config.getoption("--size")
+    time_wrong = request.config.getoption("--time-wrong")
+
+    def run(case: Case, direction: str) -> None:
+        if direction == "forward+backward" and not case.differentiable:
+            pytest.skip(f"{case.op} has no gradient")
+        torch.set_default_device(None)
+        gate = Gate(case, direction)
+        steps, verdicts = {}, {}
+        for provider, reason in case.providers(size).items():
+            precision = None
+            if not reason:
+                precision, reason, function = _examine(case, provider, gate)
+                if precision is None and provider not in case.peers and "torch" not in provider:
+                    raise AssertionError(f"{case.op}, backend {provider}: {reason}")
+                if function and (precision or time_wrong):
+                    steps[provider] = step(function, case, direction)
+            verdicts[provider] = (precision, reason)
+        del gate
+        dtype = str(case.dtype).removeprefix("torch.")
+        found = race(f"{case.op} {direction} {case.described} {dtype}", steps)
+        for provider, (precision, reason) in verdicts.items():
+            timed = provider in steps
+            publish(
+                op=case.op,
+                direction=direction,
+                shape=case.described,
+                dtype=dtype,
+                provider=provider,
+                provider_version=case.version(provider),
+                bytes_moved=case.bytes_moved.get(direction),
+                flops=case.flops.get(direction),
+                correct=precision is not None if timed else None,
+                precision=precision,
+                why_no_number=reason or None,
+                **({"rounds": found.rounds, **found.times[provider].facts()} if timed else {}),
+                peak_bytes=peak_bytes(steps[provider]) if timed else None,
+            )
+
+    return run
 
 
-def read_bandwidth_gbps(megabytes: int = 512) -> float:
-    """Of this machine's memory with torch's threads: the best of five sums over a large buffer."""
-    buffer = torch.ones(megabytes * 1024 * 1024 // 4)
-    seconds = []
-    for _ in range(5):
-        began = time.perf_counter()
-        buffer.sum()
-        seconds.append(time.perf_counter() - began)
-    return buffer.nbytes / min(seconds) / 1e9
+def _examine(case: Case, provider: str, gate: Gate) -> tuple[str | None, str, Any]:
+    """Its precision or the reason that it has none, and its function if it runs at all."""
+    try:
+        function = case.bind(provider)
+        precision, wrong = gate.grade(function)
+    except Exception as error:
+        if provider not in case.peers:
+            raise
+        # Whatever somebody else's code raises here is a sentence in the table.
+        return None, f"{type(error).__name__}: {str(error).strip().splitlines()[0][:200]}", None
+    return precision, f"outside the tolerance rule: {wrong}" if wrong else "", function
+
+
+def _ceilings(config: pytest.Config) -> dict[str, float]:
+    if CEILINGS not in config.stash:
+        config.stash[CEILINGS] = ceilings()
+    return config.stash[CEILINGS]
 
 
 def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: dict) -> None:
     machine_info["lvrpo"] = info.environment()
-    machine_info["read_bandwidth_gbps"] = read_bandwidth_gbps()
 
 
-def pytest_benchmark_update_json(config: Any, benchmarks: Any, output_json: dict) -> None:
-    ceiling = output_json["machine_info"]["read_bandwidth_gbps"] * 1e9
-    output_json["rows"] = rows = []
-    for result in output_json["benchmarks"]:
-        facts, seconds = result["extra_info"], result["stats"]["median"]
-        if "provider" not in facts:
-            continue
-        moved = facts["bytes_moved"]
-        rows.append(
-            {
-                **facts,
-                "wall_ms": seconds * 1e3,
-                "fraction_of_ceiling": moved / seconds / ceiling if moved else None,
-            }
-        )
+def pytest_benchmark_update_json(config: pytest.Config, output_json: dict) -> None:
+    output_json["header"] = _results.header(_ceilings(config))
+    output_json["rows"] = config.stash[ROWS]
 
 
 @pytest.hookimpl(trylast=True)
 def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
-    """How many times as fast as the torch backend each provider was, by its fastest round.
-
-    The fastest round is what others on the machine disturb least; files hold fastest and quartiles.
-    """
-    session = getattr(config, "_benchmarksession", None)
-    groups: dict[str, dict[str, float]] = defaultdict(dict)
-    for result in getattr(session, "benchmarks", []):
-        if "provider" in result.extra_info and result.stats.data:
-            groups[result.group][result.extra_info["provider"]] = result.stats.min
-    if not groups:
+    rows = config.stash[ROWS]
+    if not rows:
         return
-    terminalreporter.section("times as fast as backend torch")
-    width = max(map(len, groups))
-    for group, fastest in groups.items():
-        base = fastest.get("torch")
-        for provider, seconds in fastest.items():
-            if base is not None and provider != "torch":
-                ratio = f"{base * 1e3:9.3f} ms -> {seconds * 1e3:9.3f} ms  {base / seconds:6.2f}x"
-                terminalreporter.write_line(f"{group:{width}}  {provider:13} {ratio}")
+    device = _results.header(_ceilings(config))["device"]
+    terminalreporter.section("median of the rounds [quartiles], times as fast as torch, memory")
+    terminalreporter.write_line(f"{device}: {_describe(_ceilings(config))}")
+    for line in _results.table(rows):
+        terminalreporter.write_line(line)
+    if folder := config.getoption("--results"):
+        path = _results.write(folder, _results.header(_ceilings(config)), rows)
+        terminalreporter.write_line(f"\nwritten: {path}")
+
+
+def _describe(found: Mapping[str, float]) -> str:
+    names = {"gb_per_s": "GB/s", "tflop_per_s": "TFLOP/s"}
+    parts = []
+    for name, value in found.items():
+        what, _, unit = name.partition("_")
+        parts.append(f"{what} {value:.3g} {names[unit]}")
+    return ", ".join(parts)

@@ -23,6 +23,15 @@ from lvrpo.ops.normalize_advantages import (
     normalize_advantages,
 )
 from lvrpo.ops.packed_attention import packed_attention
+from lvrpo.sampler_correction import (
+    Rejection,
+    SamplerCorrection,
+    SamplerCorrectionParams,
+    SamplerCorrectionStats,
+    off_policy_sequence_mask,
+    sampler_weights,
+    top_entropy_mask,
+)
 
 __version__ = "0.1.0"
 
@@ -37,6 +46,10 @@ __all__ = [
     "LossMetrics",
     "LossParams",
     "PolicyLoss",
+    "Rejection",
+    "SamplerCorrection",
+    "SamplerCorrectionParams",
+    "SamplerCorrectionStats",
     "SpanMask",
     "StepCoefficients",
     "flow_policy_loss",
@@ -46,5 +59,8 @@ __all__ = [
     "linear_grpo_loss",
     "linear_logprobs",
     "normalize_advantages",
+    "off_policy_sequence_mask",
     "packed_attention",
+    "sampler_weights",
+    "top_entropy_mask",
 ]

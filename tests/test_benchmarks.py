@@ -1,0 +1,205 @@
+"""The benchmarks measure what they say: gate, clock, memory, and the files they write."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import _measure
+import _peers
+import _results
+import plot
+import pytest
+import torch
+from _providers import Case, Peer
+
+from lvrpo import info
+
+ROOT = Path(__file__).parents[1]
+ROWS, VOCAB = 16, 301
+
+
+def make_case(dtype=torch.float32, **changes):
+    logits = (torch.randn(ROWS, VOCAB) * 3).to(dtype)
+    token_ids = torch.randint(0, VOCAB, (ROWS,))
+    fields = {
+        "op": "gather_logprobs",
+        "inputs": {"logits": logits, "token_ids": token_ids, "return_entropy": True},
+        "differentiable": ("logits",),
+        "plain": _peers.plain_gather_logprobs,
+        "scales": {"out0": 20.0, "out1": 20.0, "dlogits": 20.0 / ROWS},
+    }
+    return Case(**fields | changes)
+
+
+def test_gate_knows_right_from_wrong():
+    gate = _measure.Gate(make_case(), "forward+backward")
+
+    def biased(**inputs):
+        logprobs, entropy = _peers.plain_gather_logprobs(**inputs)
+        return logprobs, entropy + 1e-3
+
+    def without_gradient_of_entropy(**inputs):
+        logprobs, entropy = _peers.plain_gather_logprobs(**inputs)
+        return logprobs, entropy.detach()
+
+    assert gate.grade(_peers.plain_gather_logprobs) == ("float32", "")
+    for wrong, named in ((biased, "out1"), (without_gradient_of_entropy, "dlogits")):
+        precision, sentence = gate.grade(wrong)
+        assert precision is None
+        assert sentence.startswith(f"{named}: worst element")
+
+
+def test_gate_tells_narrow_arithmetic_from_wide():
+    case = make_case(torch.bfloat16)
+    gate = _measure.Gate(case, "forward+backward")
+
+    def wide(logits, **inputs):
+        return _peers.plain_gather_logprobs(logits.float(), **inputs)
+
+    assert gate.grade(wide) == ("float32", "")
+    assert gate.grade(_peers.plain_gather_logprobs) == ("bfloat16", "")
+    assert gate.grade(case.bind("torch")) == ("bfloat16", "")
+    assert gate.grade(lambda **inputs: tuple(x * 1.05 for x in wide(**inputs)))[0] is None
+
+
+def test_every_round_starts_with_another_function():
+    order = []
+    functions = {name: lambda name=name: order.append(name) for name in "abc"}
+    race = _measure.Race(functions, seconds=0.0)
+    order.clear()
+    for _ in range(4):
+        race.round()
+    assert "".join(order) == "abcbcacababc"
+    assert all(len(times.wall) == 4 for times in race.times.values())
+
+
+def test_each_function_is_timed_on_its_own():
+    race = _measure.Race({"quick": lambda: None, "slow": lambda: time.sleep(0.01)}, seconds=0.0)
+    for _ in range(race.rounds):
+        race.round()
+    quick, slow = (race.times[name].facts() for name in ("quick", "slow"))
+    assert quick["wall_ms"] < 5
+    assert slow["wall_ms"] >= 10
+    for facts in (quick, slow):
+        assert facts["device_ms"] is None
+        assert facts["min_ms"] <= facts["quartile_low_ms"] <= facts["quartile_high_ms"]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="peak_bytes reads Linux's /proc")
+@pytest.mark.parametrize("mebibytes", [1, 8, 64])
+def test_peak_memory_of_a_known_case(mebibytes):
+    count = mebibytes * 2**20 // 4
+
+    def two_and_a_half():
+        first = torch.ones(count)
+        second = first + 1
+        kept = torch.zeros(count // 2)
+        kept.add_(1)
+        del first  # so that what comes next needs no more
+        return second, kept, torch.ones(count)
+
+    def outside_of_torch():
+        return bytearray(5 * mebibytes * 2**19)
+
+    slack = 2**19
+    for function in (two_and_a_half, outside_of_torch):
+        function()
+        measured = _measure.peak_bytes(function)
+        assert abs(measured - 2.5 * mebibytes * 2**20) < slack, function.__name__
+    assert _measure.peak_bytes(lambda: None) < slack
+
+
+def test_a_peer_that_is_not_installed_says_so():
+    case = make_case(peers={"there": Peer(lambda: None), "absent": Peer(lambda: None, "no-such")})
+    providers = case.providers("full")
+    assert next(iter(providers)) == "torch"
+    assert providers["there"] == ""
+    assert providers["absent"] == "no-such is not installed"
+    assert case.version("absent") is None
+    assert "torch.compile" in providers
+    assert "torch.compile" not in case.providers("small")
+
+
+def make_row(**changes):
+    names = ("op", "direction", "shape", "dtype", "provider")
+    row = dict.fromkeys(_results.FIELDS) | dict.fromkeys(names, "x") | {"correct": True}
+    times = ("wall_ms", "quartile_low_ms", "quartile_high_ms", "min_ms")
+    return row | dict.fromkeys(times, 2.0) | {"precision": "float32"} | changes
+
+
+NOTHING = dict.fromkeys(("wall_ms", "quartile_low_ms", "quartile_high_ms"))
+
+
+def test_the_table_is_loud_about_what_is_missing():
+    lines = _results.table(
+        [
+            make_row(provider="torch", wall_ms=4.0),
+            make_row(provider="cpp", peak_bytes=2**20, fraction_of_ceiling=0.5),
+            make_row(provider="sloppy", correct=False, why_no_number="outside the rule: off by 1"),
+            make_row(provider="narrow", precision="bfloat16"),
+            make_row(provider="gone", why_no_number="gone is not installed", **NOTHING),
+            make_row(provider="cpp", shape="y", why_no_number="no kernel", **NOTHING),
+        ]
+    )
+    text = "\n".join(lines)
+    assert lines[1] == "x x x x"
+    assert "2.000 ms [2.000, 2.000]            2.00x      1.0 MiB   50%" in text
+    assert "WRONG: outside the rule: off by 1" in text
+    assert "as precise as plain bfloat16" in text
+    assert "cpp            NO NUMBER: no kernel" in text
+    assert lines[-1] == "NO NUMBER for gone: gone is not installed"
+
+
+def test_results_are_refused_for_a_checkout_with_changes(monkeypatch):
+    for commit, reason in ((None, "no commit"), ("abc-dirty", "uncommitted"), ("abc", "")):
+        monkeypatch.setattr(info, "commit", lambda commit=commit: commit)
+        assert reason in _results.why_not_publishable()
+        assert bool(reason) == bool(_results.why_not_publishable())
+
+
+def test_results_of_one_commit_share_a_file(tmp_path):
+    head = {"device": "AMD EPYC (TM)", "commit": "0123456789abcdef"}
+    first = _results.write(tmp_path, head, [make_row(provider="a"), make_row(provider="b")])
+    again = _results.write(tmp_path, head, [make_row(provider="b", wall_ms=1.0)])
+    assert first == again
+    assert first.parent.name == "amd-epyc-tm"
+    assert first.stem.endswith("-0123456789ab")
+    rows = json.loads(first.read_text(encoding="utf-8"))["rows"]
+    assert [(row["provider"], row["wall_ms"]) for row in rows] == [("a", 2.0), ("b", 1.0)]
+
+
+def test_the_script_for_a_gpu_says_that_there_is_none(tmp_path):
+    environment = os.environ | {"CUDA_VISIBLE_DEVICES": "", "PYTHON": sys.executable}
+    command = [str(ROOT / "benchmarks/gpu.sh"), "--out", str(tmp_path)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert done.stderr.startswith("No GPU: torch sees no CUDA device.")
+    asked = subprocess.run([command[0], "--help"], capture_output=True, text=True)
+    assert asked.returncode == 2
+    assert "--wheels DIR" in asked.stderr
+
+
+def test_a_run_writes_rows_under_a_header(tmp_path):
+    file = tmp_path / "results.json"
+    command = [sys.executable, "-m", "pytest", "benchmarks/bench_loss_head.py", "-q"]
+    command += ["--benchmark-only", "-k", "advantages", f"--benchmark-json={file}"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    content = json.loads(file.read_text(encoding="utf-8"))
+    fields = ("device", "driver", "torch", "triton", "python", "commit", "dirty", "ceilings")
+    assert set(fields) <= content["header"].keys()
+    rows = {row["provider"]: row for row in content["rows"]}
+    assert {"torch", "loops"} <= rows.keys()
+    assert rows["loops"]["wall_ms"] > rows["torch"]["wall_ms"] > 0
+    assert rows["loops"]["correct"] is True
+    assert 0 < rows["loops"]["fraction_of_ceiling"] < 1
+    assert all(set(_results.FIELDS) <= row.keys() for row in rows.values())
+    assert "loops" in done.stdout
+    table = plot.markdown(content)
+    for provider in ("torch", "loops"):
+        assert f"| normalize_advantages forward 48 groups of 8, K=3 float32 | {provider} " in table
