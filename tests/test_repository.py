@@ -28,8 +28,8 @@ LAYERS = (
     "docs/ops/{}.md",
     "benchmarks/bench_{}.py",
 )
-#: Ops that run the kernels of others and have none of their own, so that a backend or a loss that is
-#: added there is theirs at once. What they add, GEMMs in chunks, is torch's on every device.
+#: Ops that run the kernels of others and have none of their own, so that a backend or a loss that
+#: is added there is theirs at once. What they add, GEMMs in chunks, is torch's on every device.
 COMPOSED = set(_library.COMPOSED)
 KERNEL_LAYERS = {"csrc/cpu/{}.cpp"}
 #: Lines a reader can hold; a function's are counted without its docstring. An exception is granted
