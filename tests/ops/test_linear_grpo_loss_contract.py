@@ -294,9 +294,9 @@ BAD = {
     "NaN": ({"hidden": torch.full((2, 4), torch.nan)}, r"row 0 of|logprobs\[0\] is nan"),
     "old log-probs": ({"old_logprobs": torch.zeros(3)}, r"old_logprobs has shape \(3,\)"),
     "an old log-prob": ({"old_logprobs": torch.tensor([0.0, torch.nan])}, r"old_logprobs\[1\]"),
-    "advantages": ({"advantages": torch.zeros(3)}, r"advantages has shape \(3,\)"),
-    "an advantage": ({"advantages": torch.tensor([torch.inf])}, r"advantages\[0\] is inf"),
-    "offsets": ({"cu_seqlens": torch.tensor([0, 1])}, "cu_seqlens ends at 1, expected 2"),
+    "advantages": ({"advantages": torch.zeros(4)}, r"advantages has shape \(4,\)"),
+    "an advantage": ({"advantages": torch.tensor([torch.inf, 0.0, 0.0])}, r"advantages\[0\] is inf"),
+    "offsets": ({"cu_seqlens": torch.tensor([0, 1, 1, 1])}, "cu_seqlens ends at 1, expected 2"),
     "weight": ({"token_weights": torch.tensor([1.0, -1.0])}, r"token_weights\[1\] is -1.0"),
     "no reference": ({"params": LossParams(beta=0.1)}, "ref_logprobs is None, but beta is 0.1"),
     "denominator": ({"denominator": 0.0}, "denominator is 0.0"),
@@ -311,8 +311,8 @@ def test_bad_input(backend, change, message):
         "weight": torch.zeros(9, 4),
         "token_ids": torch.tensor([0, 1]),
         "old_logprobs": torch.zeros(2),
-        "advantages": torch.ones(1),
-        "cu_seqlens": torch.tensor([0, 2]),
+        "advantages": torch.ones(3),
+        "cu_seqlens": torch.tensor([0, 2, 2, 2]),
         "backend": backend,
     }
     with pytest.raises(ValueError, match=message):
