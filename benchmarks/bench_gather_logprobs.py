@@ -11,7 +11,8 @@ SHAPES = {
     "full": {
         "a byte vocabulary": (8192, 259),
         "512 rows, 32k": (512, 32_003),
-        "512 rows, Qwen": (512, 151_936),
+        "256 rows, Qwen": (256, 151_936),
+        "one row, Qwen": (1, 151_936),
     },
 }
 

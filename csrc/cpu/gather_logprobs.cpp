@@ -118,13 +118,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> gather_logprobs_fwd(Tensor logits, Te
     const scalar_t* x = logits.const_data_ptr<scalar_t>();
     const int64_t stride = logits.stride(0), chunks = chunks_of(vocab);
     std::vector<SoftmaxSums<acc>> sums(rows * chunks);
-    const bool moments = with_entropy || with_sum_squares;
+    const Sums which = with_sum_squares ? WITH_SQUARES : with_entropy ? WITH_ENTROPY : PLAIN_SUM;
     for_each_chunk(rows, vocab, [&](int64_t row, int64_t chunk) {
       const int64_t begin = columns.low(row) + chunk * CHUNK_V, size = std::min(columns.high(row) - begin, CHUNK_V);
       if (size <= 0) return;
-      const scalar_t* from = x + row * stride + begin;
-      sums[row * chunks + chunk] = moments ? softmax_sums<true, scalar_t, acc>(from, size, scale)
-                                           : softmax_sums<false, scalar_t, acc>(from, size, scale);
+      sums[row * chunks + chunk] = softmax_sums(which, x + row * stride + begin, size, scale);
     });
 
     acc* lse_ptr = lse.mutable_data_ptr<acc>();
@@ -134,10 +132,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> gather_logprobs_fwd(Tensor logits, Te
     std::vector<acc> log_sum(rows);
     for (int64_t row = 0; row < rows; ++row) {
       SoftmaxSums<acc>& of_row = sums[row * chunks];
-      for (int64_t chunk = 1; chunk < chunks; ++chunk) add_sums(of_row, sums[row * chunks + chunk], scale.log2_scale);
+      for (int64_t chunk = 1; chunk < chunks; ++chunk) add_sums(of_row, sums[row * chunks + chunk], scale.inv_temperature);
       log_sum[row] = std::log(of_row.e);
       lse_ptr[row] = of_row.reference * scale.inv_temperature + log_sum[row];
-      if (with_entropy) entropy_ptr[row] = log_sum[row] - acc(0.69314718055994530942) * (of_row.e_t / of_row.e);
+      if (with_entropy) entropy_ptr[row] = log_sum[row] - of_row.e_d / of_row.e;
       if (with_sum_squares) sum_squares_ptr[row] = of_row.e_e / (of_row.e * of_row.e);
     }
     for (int64_t t = 0; t < targets.count(); ++t) {

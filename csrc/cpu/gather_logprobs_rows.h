@@ -1,5 +1,5 @@
-// The arithmetic of gather_logprobs on a run of columns of one row. Everything is linear algebra on 2^t with
-// t = (y - reference) log2(e) / temperature, y being a logit after the softcap. Formulas: docs/ops/gather_logprobs.md.
+// The arithmetic of gather_logprobs on a run of columns of one row. It sums powers of e = exp(d), d = (y - reference) /
+// temperature, y being a logit after the softcap. Formulas: docs/ops/gather_logprobs.md.
 #pragma once
 
 #include <algorithm>
@@ -19,7 +19,6 @@ template <typename acc>
 struct LogitScale {
   LogitScale(double temperature, double softcap)
       : inv_temperature(static_cast<acc>(1.0 / temperature)),
-        log2_scale(static_cast<acc>(1.4426950408889634074 / temperature)),
         softcap(static_cast<acc>(softcap)),
         inv_softcap(static_cast<acc>(softcap > 0.0 ? 1.0 / softcap : 0.0)) {}
 
@@ -32,17 +31,20 @@ struct LogitScale {
     return capped() ? (acc(1) - t) * (acc(1) + t) : acc(1);
   }
 
-  acc inv_temperature, log2_scale, softcap, inv_softcap;
-  // Least t = log2 e. A run-time value: by a constant GCC splits the loop into cases instead of taking a maximum.
-  acc lowest = exp2_lowest<acc>;
+  acc inv_temperature, softcap, inv_softcap;
+  // Least d. A run-time value: by a constant GCC splits the loop into cases instead of taking a maximum.
+  acc lowest = exp_lowest<acc>;
 };
 
-// Sums over columns of e = 2^t. The reference is a number near the largest y, -inf while no column was above -inf; a
+// What is summed: e; also e d, for the entropy; also e^2.
+enum Sums { PLAIN_SUM, WITH_ENTROPY, WITH_SQUARES };
+
+// Sums over columns of e = exp(d). The reference is a number near the largest y, -inf while no column was above -inf; a
 // row that has no finite log-sum-exp ends with a sum that is 0 or NaN.
 template <typename acc>
 struct SoftmaxSums {
   acc reference = -std::numeric_limits<acc>::infinity();
-  acc e = 0, e_t = 0, e_e = 0;
+  acc e = 0, e_d = 0, e_e = 0;
 };
 
 // A NaN stays a NaN.
@@ -51,30 +53,30 @@ LVRPO_INLINE acc at_least(acc bound, acc x) {
   return x < bound ? bound : x;
 }
 
-// sum e t = 2^s sum e' (t' + s), where t' is relative to the old reference and s is their difference.
+// sum e d = e^s sum e' (d' + s), where d' is relative to the old reference and s is the way to the new one.
 template <typename acc>
-LVRPO_INLINE void move_reference(SoftmaxSums<acc>& sums, acc reference, acc log2_scale) {
-  const acc shift = (sums.reference - reference) * log2_scale;
-  const acc factor = exp2_fast(at_least(exp2_lowest<acc>, shift));
-  sums.e_t = factor * (sums.e_t + shift * sums.e);
+LVRPO_INLINE void move_reference(SoftmaxSums<acc>& sums, acc reference, acc inv_temperature) {
+  const acc shift = (sums.reference - reference) * inv_temperature;
+  const acc factor = exp_fast(shift);
+  sums.e_d = factor * (sums.e_d + shift * sums.e);
   sums.e *= factor;
   sums.e_e *= factor * factor;
   sums.reference = reference;
 }
 
 template <typename acc>
-LVRPO_INLINE void add_sums(SoftmaxSums<acc>& into, SoftmaxSums<acc> more, acc log2_scale) {
+LVRPO_INLINE void add_sums(SoftmaxSums<acc>& into, SoftmaxSums<acc> more, acc inv_temperature) {
   const acc none = -std::numeric_limits<acc>::infinity();
   if (into.reference == none || more.reference == none) {
     // At least one of them is all zeros or NaN, whatever its reference.
     into.reference = std::max(into.reference, more.reference);
   } else if (into.reference < more.reference) {
-    move_reference(into, more.reference, log2_scale);
+    move_reference(into, more.reference, inv_temperature);
   } else if (into.reference > more.reference) {
-    move_reference(more, into.reference, log2_scale);
+    move_reference(more, into.reference, inv_temperature);
   }
   into.e += more.e;
-  into.e_t += more.e_t;
+  into.e_d += more.e_d;
   into.e_e += more.e_e;
 }
 
@@ -87,62 +89,68 @@ LVRPO_INLINE acc largest(const acc* y, int64_t n) {
 }
 
 // Sums of one block by a given reference; returns the block's largest y.
-template <bool moments, typename acc>
+template <Sums which, typename acc>
 LVRPO_INLINE acc block_sums(const acc* y, int64_t n, acc reference, const LogitScale<acc>& scale,
                             SoftmaxSums<acc>& sums) {
-  acc max = -std::numeric_limits<acc>::infinity(), sum_e = 0, sum_e_t = 0, sum_e_e = 0;
-#pragma omp simd reduction(max : max) reduction(+ : sum_e, sum_e_t, sum_e_e)
+  acc max = -std::numeric_limits<acc>::infinity(), sum_e = 0, sum_e_d = 0, sum_e_e = 0;
+#pragma omp simd reduction(max : max) reduction(+ : sum_e, sum_e_d, sum_e_e)
   for (int64_t i = 0; i < n; ++i) {
     max = y[i] > max ? y[i] : max;
-    const acc t = at_least(scale.lowest, (y[i] - reference) * scale.log2_scale);
-    const acc e = exp2_fast(t);
+    const acc d = at_least(scale.lowest, (y[i] - reference) * scale.inv_temperature);
+    const acc e = exp_bounded(d);
     sum_e += e;
-    if constexpr (moments) {
-      sum_e_t += e * t;
-      sum_e_e += e * e;
-    }
+    if constexpr (which != PLAIN_SUM) sum_e_d += e * d;
+    if constexpr (which == WITH_SQUARES) sum_e_e += e * e;
   }
-  sums = {reference, sum_e, sum_e_t, sum_e_e};
+  sums = {reference, sum_e, sum_e_d, sum_e_e};
   return max;
 }
 
 // One pass: a block is summed by the maximum of the blocks before it, while its own is found. Only a block that rises
 // far above what came before is summed again.
-template <bool moments, typename acc>
+template <Sums which, typename acc>
 LVRPO_INLINE void add_block(const acc* y, int64_t n, const LogitScale<acc>& scale, SoftmaxSums<acc>& sums) {
-  constexpr acc rise = 16;  // e up to 2^16: far from overflow, and no digit of a sum depends on its scale
+  constexpr acc rise = 12;  // e up to 160,000: far from overflow, and no digit of a sum depends on its scale
   const acc none = -std::numeric_limits<acc>::infinity();
   SoftmaxSums<acc> block;
   acc reference = sums.reference == none ? largest(y, n) : sums.reference;
   if (reference == none) reference = acc(0);
-  acc max = block_sums<moments>(y, n, reference, scale, block);
-  if ((max - reference) * scale.log2_scale > rise) max = block_sums<moments>(y, n, max, scale, block);
+  acc max = block_sums<which>(y, n, reference, scale, block);
+  if ((max - reference) * scale.inv_temperature > rise) max = block_sums<which>(y, n, max, scale, block);
   if (max == none) block.reference = none;
-  add_sums(sums, block, scale.log2_scale);
-  if (max > sums.reference) move_reference(sums, max, scale.log2_scale);
+  add_sums(sums, block, scale.inv_temperature);
+  if (max > sums.reference) move_reference(sums, max, scale.inv_temperature);
 }
 
-template <bool moments, typename scalar_t, typename acc>
-LVRPO_MULTIVERSION SoftmaxSums<acc> softmax_sums(const scalar_t* x, int64_t n, LogitScale<acc> scale) {
+template <Sums which, typename scalar_t, typename acc>
+LVRPO_MULTIVERSION SoftmaxSums<acc> softmax_sums_of(const scalar_t* x, int64_t n, LogitScale<acc> scale) {
   SoftmaxSums<acc> sums;
   acc y[BLOCK_V];
   for (int64_t begin = 0; begin < n; begin += BLOCK_V) {
     const int64_t size = n - begin < BLOCK_V ? n - begin : BLOCK_V;
     const scalar_t* from = x + begin;
+    prefetch(from + BLOCK_V, BLOCK_V);
     if (scale.capped()) {
 #pragma omp simd
       for (int64_t i = 0; i < size; ++i) y[i] = scale.softcap * tanh_fast(load(from + i) * scale.inv_softcap);
-      add_block<moments>(y, size, scale, sums);
+      add_block<which>(y, size, scale, sums);
     } else if constexpr (std::is_same_v<scalar_t, acc>) {
-      add_block<moments>(from, size, scale, sums);
+      add_block<which>(from, size, scale, sums);
     } else {
       // Apart from the sums: GCC gives a loop with a reduction the narrow vectors of the baseline for 16-bit loads.
 #pragma omp simd
       for (int64_t i = 0; i < size; ++i) y[i] = load(from + i);
-      add_block<moments>(y, size, scale, sums);
+      add_block<which>(y, size, scale, sums);
     }
   }
   return sums;
+}
+
+template <typename scalar_t, typename acc>
+SoftmaxSums<acc> softmax_sums(Sums which, const scalar_t* x, int64_t n, const LogitScale<acc>& scale) {
+  if (which == PLAIN_SUM) return softmax_sums_of<PLAIN_SUM, scalar_t, acc>(x, n, scale);
+  if (which == WITH_ENTROPY) return softmax_sums_of<WITH_ENTROPY, scalar_t, acc>(x, n, scale);
+  return softmax_sums_of<WITH_SQUARES, scalar_t, acc>(x, n, scale);
 }
 
 // What a row's gradient is made of, per column: dz = p (dentropy (zbar - z) - dlogprob), and zbar = lse - entropy.
@@ -153,8 +161,8 @@ struct RowGradient {
   // d loss / d x of a column that holds `hits` of the upstream gradient as a target.
   LVRPO_INLINE acc operator()(acc y, acc hits, const LogitScale<acc>& scale) const {
     // Where p is 0 its logarithm stays finite.
-    const acc log_p = at_least(scale.lowest * acc(0.69314718055994530942), y * scale.inv_temperature - lse);
-    const acc p = exp2_fast(log_p * acc(1.4426950408889634074));
+    const acc log_p = at_least(scale.lowest, y * scale.inv_temperature - lse);
+    const acc p = exp_bounded(log_p);
     return (hits - p * (dentropy * (log_p + entropy) + dlogprob)) * scale.inv_temperature;
   }
 };

@@ -5,14 +5,13 @@ R rows of logits, T target tokens, V vocabulary. Derivation: docs/ops/gather_log
 
 from __future__ import annotations
 
-import math
 from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from lvrpo.ops import _backend, _checks, _library
+from lvrpo.ops import _backend, _checks, _library, _targets
 from lvrpo.reference.gather_logprobs import gather_logprobs as reference_gather_logprobs
 
 OP = "gather_logprobs"
@@ -29,6 +28,8 @@ def gather_logprobs(
     vocab_range: Tensor | tuple[int, int] | None = ...,
     ignore_index: int = ...,
     return_entropy: Literal[False] = ...,
+    return_sum_squares: Literal[False] = ...,
+    inplace_backward: bool = ...,
     backend: str | None = ...,
 ) -> Tensor: ...
 
@@ -44,8 +45,27 @@ def gather_logprobs(
     vocab_range: Tensor | tuple[int, int] | None = ...,
     ignore_index: int = ...,
     return_entropy: Literal[True],
+    return_sum_squares: Literal[False] = ...,
+    inplace_backward: bool = ...,
     backend: str | None = ...,
 ) -> tuple[Tensor, Tensor]: ...
+
+
+@overload
+def gather_logprobs(
+    logits: Tensor,
+    token_ids: Tensor,
+    row_index: Tensor | None = None,
+    *,
+    temperature: float = ...,
+    softcap: float | None = ...,
+    vocab_range: Tensor | tuple[int, int] | None = ...,
+    ignore_index: int = ...,
+    return_entropy: bool = ...,
+    return_sum_squares: Literal[True],
+    inplace_backward: bool = ...,
+    backend: str | None = ...,
+) -> tuple[Tensor, ...]: ...
 
 
 def gather_logprobs(
@@ -58,8 +78,10 @@ def gather_logprobs(
     vocab_range: Tensor | tuple[int, int] | None = None,
     ignore_index: int = -100,
     return_entropy: bool = False,
+    return_sum_squares: bool = False,
+    inplace_backward: bool = False,
     backend: str | None = None,
-) -> Tensor | tuple[Tensor, Tensor]:
+) -> Tensor | tuple[Tensor, ...]:
     """log softmax(z)[token] with z = softcap * tanh(logits / softcap) / temperature.
 
     Args:
@@ -74,19 +96,30 @@ def gather_logprobs(
             probability zero, as when a unified vocabulary is sampled for one modality.
         ignore_index: see `token_ids`.
         return_entropy: also return the entropy of every row.
-        backend: "cpp", "torch", or None for the first that can run.
+        return_sum_squares: also return the sum of squared probabilities of every row, from which
+            a variance-optimal baseline is formed.
+        inplace_backward: the gradient takes the place of the logits in memory. Their values are
+            lost in the backward: reading them afterwards reads the gradient, and autograd raises
+            where it needs them after that. The torch backend and torch.compile do without.
+        backend: a name from `lvrpo.ops`, or None for the first that can run.
 
     Returns:
         logprobs: [T] fp32 (fp64 from fp64 logits), nats.
         entropy: [R] same dtype, nats, only with `return_entropy`. Differentiable too.
+        sum_squares: [R] same dtype, in (0, 1], only with `return_sum_squares`; no gradient.
 
     Raises:
-        ValueError: shapes or dtypes do not match; on a CPU also when a token is outside the
-            vocabulary or its row's range, a row index is out of range, or a row has no finite
-            log-sum-exp over its range (NaN, +inf, nothing but -inf).
+        ValueError: shapes or dtypes do not match, or the logits have no memory of their own for
+            `inplace_backward`; on a CPU also when a token is outside the vocabulary or its row's
+            range, a row index is out of range, or a row has no finite log-sum-exp over its range
+            (NaN, +inf, nothing but -inf).
+        RuntimeError: in the backward: the logits were changed after the forward.
     """
-    vocab_range = _as_row_ranges(vocab_range, logits)
-    _check(logits, token_ids, row_index, temperature, softcap, vocab_range, ignore_index)
+    vocab_range = _targets.as_row_ranges(vocab_range, logits)
+    _check(logits, token_ids, row_index, vocab_range, inplace_backward)
+    _targets.check_scale(OP, temperature, softcap)
+    rows, vocab = logits.shape
+    _targets.check_targets(OP, rows, vocab, token_ids, row_index, vocab_range, ignore_index)
     chosen = _backend.resolve(OP, (logits, token_ids, row_index, vocab_range), backend)
     if chosen == "torch":
         if _checks.check_values(logits):
@@ -101,8 +134,9 @@ def gather_logprobs(
             vocab_range=vocab_range,
             ignore_index=ignore_index,
             return_entropy=return_entropy,
+            return_sum_squares=return_sum_squares,
         )
-    logprobs, entropy, lse = _GatherLogprobs.apply(
+    results: tuple[Tensor, ...] = _GatherLogprobs.apply(
         logits,
         token_ids,
         row_index,
@@ -111,11 +145,16 @@ def gather_logprobs(
         float(softcap or 0.0),
         ignore_index,
         return_entropy,
+        return_sum_squares,
+        inplace_backward and not torch.compiler.is_compiling(),
         chosen,
     )
+    logprobs, entropy, sum_squares, lse = results
     if _checks.check_values(lse):
         _refuse_rows(~torch.isfinite(lse), logits, vocab_range, softcap)
-    return (logprobs, entropy) if return_entropy else logprobs
+    if not (return_entropy or return_sum_squares):
+        return logprobs
+    return logprobs, *[entropy] * return_entropy, *[sum_squares] * return_sum_squares
 
 
 class _GatherLogprobs(torch.autograd.Function):
@@ -130,9 +169,11 @@ class _GatherLogprobs(torch.autograd.Function):
         softcap: float,
         ignore_index: int,
         with_entropy: bool,
+        with_sum_squares: bool,
+        inplace_backward: bool,
         backend: str,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        logprobs, lse, entropy, _ = _library.op("gather_logprobs_fwd", backend)(
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        logprobs, lse, entropy, sum_squares = _library.op("gather_logprobs_fwd", backend)(
             logits,
             token_ids,
             row_index,
@@ -141,20 +182,22 @@ class _GatherLogprobs(torch.autograd.Function):
             softcap,
             ignore_index,
             with_entropy,
-            False,
+            with_sum_squares,
         )
         ctx.save_for_backward(logits, token_ids, row_index, vocab_range, lse, entropy)
         ctx.scalars = temperature, softcap, ignore_index
         ctx.with_entropy = with_entropy
+        ctx.inplace = inplace_backward
         ctx.backend = backend
-        ctx.mark_non_differentiable(lse)
-        return logprobs, entropy, lse
+        ctx.mark_non_differentiable(sum_squares, lse)
+        return logprobs, entropy, sum_squares, lse
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dlogprobs: Tensor, dentropy: Tensor, _: Tensor) -> tuple[Any, ...]:
+    def backward(ctx: Any, dlogprobs: Tensor, dentropy: Tensor, *_: Tensor) -> tuple[Any, ...]:
+        # Raises if the logits were changed since the forward.
         logits, token_ids, row_index, vocab_range, lse, entropy = ctx.saved_tensors
-        dlogits = torch.empty_like(logits)
+        dlogits = logits.detach() if ctx.inplace else logits.new_empty(logits.shape)
         _library.op("gather_logprobs_bwd", ctx.backend)(
             dlogits,
             dlogprobs,
@@ -167,7 +210,9 @@ class _GatherLogprobs(torch.autograd.Function):
             entropy if ctx.with_entropy else None,
             *ctx.scalars,
         )
-        return dlogits, *[None] * 8
+        if ctx.inplace:
+            torch.autograd.graph.increment_version(logits)
+        return dlogits, *[None] * 10
 
 
 @_library.register("gather_logprobs_fwd", triton=OP)
@@ -210,74 +255,28 @@ def _bwd_fake(
     return None
 
 
-def _as_row_ranges(vocab_range: Tensor | tuple[int, int] | None, logits: Tensor) -> Tensor | None:
-    if vocab_range is None or isinstance(vocab_range, Tensor):
-        return vocab_range
-    pair = torch.tensor(vocab_range, dtype=torch.int64, device=logits.device)
-    return pair.expand(logits.shape[0], 2)
-
-
 def _check(
     logits: Tensor,
     token_ids: Tensor,
     row_index: Tensor | None,
-    temperature: float,
-    softcap: float | None,
     vocab_range: Tensor | None,
-    ignore_index: int,
+    inplace_backward: bool,
 ) -> None:
     _checks.check_shape(OP, "logits", logits, ("R", "V"))
     _checks.check_floating(OP, "logits", logits)
-    _checks.check_shape(OP, "token_ids", token_ids, ("T",))
-    _checks.check_integer(OP, "token_ids", token_ids)
     _checks.check_same_device(
         OP, logits=logits, token_ids=token_ids, row_index=row_index, vocab_range=vocab_range
     )
     rows, vocab = logits.shape
     if rows and not vocab:
         raise ValueError(f"{OP}: logits has shape ({rows}, 0), expected at least one column")
-    if row_index is None:
-        if len(token_ids) != rows:
-            raise ValueError(
-                f"{OP}: {len(token_ids)} token_ids for {rows} rows of logits; give row_index when "
-                "they are not one to one"
-            )
-    else:
-        _checks.check_shape(OP, "row_index", row_index, (len(token_ids),))
-        _checks.check_integer(OP, "row_index", row_index)
-    if vocab_range is not None:
-        _checks.check_shape(OP, "vocab_range", vocab_range, (rows, 2))
-        _checks.check_integer(OP, "vocab_range", vocab_range)
-    if not 0 < temperature < math.inf:
-        raise ValueError(f"{OP}: temperature is {temperature}, expected finite and > 0")
-    if softcap is not None and not 0 < softcap < math.inf:
-        raise ValueError(f"{OP}: softcap is {softcap}, expected > 0, or None for no cap")
-    if _checks.check_values(logits):
-        _check_values(token_ids, row_index, vocab_range, ignore_index, rows, vocab)
-
-
-def _check_values(
-    token_ids: Tensor,
-    row_index: Tensor | None,
-    vocab_range: Tensor | None,
-    ignore_index: int,
-    rows: int,
-    vocab: int,
-) -> None:
-    if row_index is not None:
-        _refuse_first(row_index, (row_index < 0) | (row_index >= rows), "row_index", f"[0, {rows})")
-    low, high = 0, vocab
-    if vocab_range is not None:
-        low_high = vocab_range.unbind(1)
-        bad = (low_high[0] < 0) | (low_high[1] > vocab) | (low_high[0] >= low_high[1])
-        _refuse_first(vocab_range, bad, "vocab_range", f"0 <= low < high <= {vocab}")
-        of_token = low_high if row_index is None else tuple(side[row_index] for side in low_high)
-        outside = (token_ids < of_token[0]) | (token_ids >= of_token[1])
-    else:
-        outside = (token_ids < low) | (token_ids >= high)
-    outside &= token_ids != ignore_index
-    expected = f"[0, {vocab})" if vocab_range is None else "the range of its row in vocab_range"
-    _refuse_first(token_ids, outside, "token_ids", expected)
+    row_stride, column_stride = logits.stride()
+    own = (rows <= 1 or row_stride >= vocab) and (vocab <= 1 or column_stride == 1)
+    if inplace_backward and not own:
+        raise ValueError(
+            f"{OP}: logits has strides {logits.stride()}; inplace_backward=True needs rows that do "
+            "not overlap and adjacent columns"
+        )
 
 
 def _largest(logits: Tensor, vocab_range: Tensor | None, softcap: float | None) -> Tensor:
@@ -300,9 +299,3 @@ def _refuse_rows(
             f"{OP}: row {row} of logits has no finite log-sum-exp (its largest value is "
             f"{largest}); expected finite values, or -inf beside them"
         )
-
-
-def _refuse_first(values: Tensor, bad: Tensor, name: str, expected: str) -> None:
-    if bool(bad.any()):
-        at = int(bad.nonzero()[0])
-        raise ValueError(f"{OP}: {name}[{at}] is {values[at].tolist()}, expected {expected}")

@@ -1,4 +1,4 @@
-"""log p(token) under a softmax over logits, and the entropy of that softmax."""
+"""log p(token) under a softmax over logits, the entropy and the sum of squares of that softmax."""
 
 from __future__ import annotations
 
@@ -18,7 +18,8 @@ def gather_logprobs(
     vocab_range: Tensor | None = None,  # [R, 2]
     ignore_index: int = -100,
     return_entropy: bool = False,
-) -> Tensor | tuple[Tensor, Tensor]:
+    return_sum_squares: bool = False,
+) -> Tensor | tuple[Tensor, ...]:
     """See `lvrpo.gather_logprobs`."""
     z = widen(logits)
     if softcap is not None:
@@ -33,7 +34,9 @@ def gather_logprobs(
     ignored = token_ids == ignore_index
     rows = torch.arange(len(token_ids), device=z.device) if row_index is None else row_index
     logprobs = log_p[rows, token_ids.masked_fill(ignored, 0)].masked_fill(ignored, 0.0)
-    if not return_entropy:
+    if not (return_entropy or return_sum_squares):
         return logprobs
-    entropy = -(log_p.exp() * log_p.masked_fill(log_p == -torch.inf, 0.0)).sum(dim=-1)
-    return logprobs, entropy
+    p = log_p.exp()
+    entropy = -(p * log_p.masked_fill(log_p == -torch.inf, 0.0)).sum(dim=-1)
+    sum_squares = p.detach().square().sum(dim=-1)
+    return logprobs, *[entropy] * return_entropy, *[sum_squares] * return_sum_squares

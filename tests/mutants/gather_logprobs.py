@@ -53,8 +53,25 @@ def neighbour_row(logits: Tensor, token_ids: Tensor, row_index: Tensor, **option
 
 
 def entropy_in_bits(logits: Tensor, token_ids: Tensor, **options: Any) -> Any:
-    logprobs, entropy = reference(logits, token_ids, **options)
-    return logprobs, entropy / 0.6931471805599453
+    logprobs, entropy, squares = reference(logits, token_ids, **options)
+    return logprobs, entropy / 0.6931471805599453, squares
+
+
+def entropy_detached(logits: Tensor, token_ids: Tensor, **options: Any) -> Any:
+    logprobs, entropy, squares = reference(logits, token_ids, **options)
+    return logprobs, entropy.detach() + 0.0 * logits.sum(), squares
+
+
+def squares_relative_to_the_largest(logits: Tensor, token_ids: Tensor, **options: Any) -> Any:
+    logprobs, entropy, squares = reference(logits, token_ids, **options)
+    z = logits.detach().float() / options["temperature"]
+    return logprobs, entropy, squares / z.softmax(dim=1).amax(dim=1) ** 2
+
+
+def shared_row_counts_once(logits: Tensor, token_ids: Tensor, row_index: Tensor, **o: Any) -> Any:
+    logprobs, *others = reference(logits, token_ids, row_index, **o)
+    repeated = (row_index[:, None] == row_index).tril(-1).any(dim=1)
+    return torch.where(repeated, logprobs.detach(), logprobs), *others
 
 
 MUTANTS: dict[str, Callable[..., Any]] = {
@@ -69,4 +86,7 @@ MUTANTS: dict[str, Callable[..., Any]] = {
     "targets shifted by one": off_by_one,
     "row of the neighbour": neighbour_row,
     "entropy in bits": entropy_in_bits,
+    "entropy without a gradient": entropy_detached,
+    "sum of squares of e instead of p": squares_relative_to_the_largest,
+    "gradient of a shared row from its first token only": shared_row_counts_once,
 }

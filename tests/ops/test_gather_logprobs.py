@@ -29,7 +29,8 @@ def make_inputs(rows: int, vocab: int, tokens: int | None, dtype: torch.dtype) -
     logits = (torch.randn(rows, vocab) * 3).to(dtype)
     count = rows if tokens is None else tokens
     token_ids = torch.randint(0, vocab, (count,))
-    inputs: dict[str, Any] = {"logits": logits, "token_ids": token_ids, "return_entropy": True}
+    inputs: dict[str, Any] = {"logits": logits, "token_ids": token_ids}
+    inputs |= {"return_entropy": True, "return_sum_squares": True}
     if tokens is not None:
         inputs["row_index"] = torch.randint(0, rows, (count,))
     return inputs
@@ -38,16 +39,23 @@ def make_inputs(rows: int, vocab: int, tokens: int | None, dtype: torch.dtype) -
 def scales(inputs: dict[str, Any]) -> dict[str, Tensor | float]:
     # A log-prob is a difference of two numbers of the size of the scaled logits, so p, which is
     # exp(z - lse), has a relative error of that many ulps. A gradient adds up p times upstream
-    # values of the order 1 / outputs; its entropy part is once more a difference.
+    # values: 1 / tokens for each token of the row, and log p / rows for the entropy.
     cap = inputs.get("softcap", torch.inf)
     z = inputs["logits"].double()
     z = (z if cap == torch.inf else cap * torch.tanh(z / cap)) / inputs.get("temperature", 1.0)
-    largest = 1 + float(z.abs().max())
-    ids, rows = inputs["token_ids"], inputs.get("row_index", torch.arange(len(z), device=z.device))
-    dlogits = z.softmax(dim=1) * largest**2 * (1 + rows.bincount(minlength=len(z))[:, None])
-    dlogits[rows, ids] += largest
-    dlogits /= len(ids)
-    return {"out0": largest, "out1": largest, "dlogits": dlogits}
+    largest = 1 + 2 * float(z.abs().max())
+    if inputs.get("vocab_range") is not None:
+        low, high = inputs["vocab_range"].T[:, :, None]
+        column = torch.arange(z.shape[1], device=z.device)
+        z = z.masked_fill((column < low) | (column >= high), -torch.inf)
+    ids = inputs["token_ids"]
+    rows = inputs.get("row_index", torch.arange(len(z), device=z.device))
+    p = z.softmax(dim=1)
+    upstream = rows.bincount(minlength=len(z))[:, None] / len(ids) + largest / len(z)
+    dlogits = p * largest * upstream
+    dlogits[rows, ids] += largest / len(ids)
+    squares = p.square().sum(dim=1) * largest
+    return {"out0": largest, "out1": largest, "out2": squares, "dlogits": dlogits}
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
@@ -132,14 +140,6 @@ def test_non_contiguous_logits_and_stride_0_gradient(backend):
     ours_gradient, base.grad = base.grad, None
     reference(base[:, ::4], ids).sum().backward()
     torch.testing.assert_close(ours_gradient, base.grad)
-
-
-def test_a_row_alone_equals_the_row_in_a_batch():
-    logits = torch.randn(16, 3000)
-    ids = torch.randint(0, 3000, (16,))
-    batch = lvrpo.gather_logprobs(logits, ids)
-    alone = torch.cat([lvrpo.gather_logprobs(logits[i : i + 1], ids[i : i + 1]) for i in range(16)])
-    assert torch.equal(batch, alone)
 
 
 def test_gradcheck(backend):
