@@ -75,7 +75,7 @@ def grpo_loss(
             modalities); a sum of such losses is then the loss of the whole. A tensor is not read on
             the host.
         params: the loss.
-        backend: "cpp", "torch", or None for the first that can run.
+        backend: "cpp", "triton", "torch", or None for the first that can run.
 
     Returns:
         PolicyLoss in fp32 (fp64 from fp64 log-probs).
@@ -176,7 +176,7 @@ class _GrpoLoss(torch.autograd.Function):
         return dloss * dlogprobs, to_entropy, *[None] * 7
 
 
-@_library.register("grpo_loss_fwd")
+@_library.register("grpo_loss_fwd", triton=OP)
 def _fwd_fake(
     logprobs: Tensor,
     old_logprobs: Tensor | None,
@@ -184,7 +184,27 @@ def _fwd_fake(
     cu_seqlens: Tensor,
     ref_logprobs: Tensor | None,
     entropy: Tensor | None,
-    *_: Any,
+    token_weights: Tensor | None,
+    ratio: int,
+    surrogate: int,
+    clip_low: float,
+    clip_high: float,
+    ratio_cap: float,
+    own_pos_0: float,
+    own_pos_1: float,
+    own_neg_0: float,
+    own_neg_1: float,
+    beta: float,
+    kl: int,
+    kl_factor: int,
+    kl_gradient: int,
+    kl_log_ratio_limit: float,
+    kl_limit: float,
+    entropy_coef: float,
+    aggregation: int,
+    max_length: float,
+    count_empty: bool,
+    denominator: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return (
         logprobs.new_empty(()),

@@ -1,0 +1,62 @@
+"""Calls of the launchers on tensors without memory: every kernel in every form of it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+
+from lvrpo.kernels import grpo_loss as kernels
+from lvrpo.ops.grpo_loss import LossParams, scalars_of
+
+
+def call(
+    tokens: int,
+    sequences: int,
+    params: LossParams,
+    dtype: torch.dtype = torch.float32,
+    *,
+    bare: bool = False,
+    per_token: bool = False,
+    denominator: float | None = None,
+) -> None:
+    def numbers(count: int, wanted: bool = True) -> torch.Tensor | None:
+        return torch.empty(count, dtype=dtype, device="meta") if wanted else None
+
+    kernels.grpo_loss_fwd(
+        numbers(tokens),
+        numbers(tokens, not bare),
+        numbers(tokens if per_token else sequences),
+        torch.empty(sequences + 1, dtype=torch.int64, device="meta"),
+        numbers(tokens, not bare),
+        numbers(tokens, not bare),
+        numbers(tokens, not bare),
+        *scalars_of(params, denominator),
+    )
+
+
+#: Presets that differ in what is compiled for their tokens.
+FORMS = ("grpo", "gspo", "gspo_token", "cispo", "sapo", "vespo", "gmpo", "rloo")
+FORMS += ("dppo_tv", "dppo_kl", "reinforce")
+
+
+def every_form() -> None:
+    for name in FORMS:
+        params = LossParams.preset(name, beta=0.1, entropy_coef=0.01)
+        call(5000, 64, params)
+        if name in ("grpo", "dppo_kl", "reinforce"):
+            call(5000, 64, params, torch.float64)
+    for kl in ("k1", "k2", "abs"):
+        call(5000, 64, LossParams(kl=kl, kl_factor="ratio", kl_gradient="k2", count_empty=False))
+    call(5000, 64, LossParams(aggregation="token_sum"), bare=True, per_token=True)
+
+
+def one_training_run() -> Iterator[None]:
+    """What changes from step to step: lengths, and hyper-parameters that are scheduled."""
+    for tokens, sequences, beta, clip in (
+        (1, 1, 0.0, 0.1),
+        (5000, 16, 0.1, 0.2),
+        (10**6, 512, 1, 1),
+    ):
+        params = LossParams(beta=beta, clip_low=clip, entropy_coef=0.01 * beta)
+        yield call(tokens, sequences, params, denominator=float(tokens))
