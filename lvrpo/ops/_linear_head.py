@@ -17,7 +17,7 @@ Chunk = tuple[int, int]
 Rows = slice | Tensor
 
 #: Bytes of a narrow weight's fp32 tile, where no GEMM multiplies it as it is.
-TILE_BYTES = 4 << 20
+TILE_BYTES = {"cpu": 4 << 20, "cuda": 256 << 20}
 
 
 def split(begin: int, end: int, most: int) -> list[Chunk]:
@@ -127,7 +127,8 @@ class LinearHead:
         vocab, width = self.weight.shape
         size = vocab
         if self.weight.dtype != self.factors:
-            size = max(1, TILE_BYTES // max(1, width * self.factors.itemsize))
+            tile = TILE_BYTES[self.weight.device.type]
+            size = max(1, tile // max(1, width * self.factors.itemsize))
         for begin in range(0, vocab, size):
             columns = slice(begin, min(begin + size, vocab))
             yield columns, self.weight[columns].to(self.factors)

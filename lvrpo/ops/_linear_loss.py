@@ -185,8 +185,10 @@ def _fwd(
     entropy_bonus: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    tokens = _tokens(row_index, advantages, cu_seqlens, token_weights, any(needs), every_active)
-    plan = plan_rows(tokens, len(hidden), most, whole_sequences=whole_sequences)
+    tokens = _tokens(row_index, advantages, cu_seqlens, token_weights, every_active)
+    plan = plan_rows(
+        tokens, len(hidden), most, gradient=any(needs), whole_sequences=whole_sequences
+    )
     head = LinearHead(hidden, weight, bias, (low, high), plan.chunks(), needs)
     softmax = Softmax(temperature, softcap, backend)
     rows = HeadRows(head, softmax, token_ids, row_index, vocab_range, plan.order)
@@ -228,7 +230,6 @@ def _tokens(
     advantages: Tensor,  # [B] or [T]
     cu_seqlens: Tensor,
     token_weights: Tensor,
-    wanted: bool,
     every_active: bool,
 ) -> Tokens:
     """Which tokens count, and which of them can pull at the weights."""
@@ -236,8 +237,6 @@ def _tokens(
     position = torch.arange(len(token_weights), device=cu_seqlens.device)
     sequence = torch.searchsorted(cu_seqlens, position, right=True) - 1
     active = token_weights != 0
-    pulls = active & wanted
-    if not every_active:
-        of_token = advantages[sequence] if len(advantages) == sequences else advantages
-        pulls = pulls & (of_token != 0)
+    of_token = advantages[sequence] if len(advantages) == sequences else advantages
+    pulls = active & ((of_token != 0) | every_active)
     return Tokens(row_index, sequence, sequences, active, pulls)

@@ -55,19 +55,24 @@ class Tokens:
     pulls: Tensor
 
 
-def plan_rows(tokens: Tokens, rows: int, most: int, *, whole_sequences: bool) -> Plan:
+def plan_rows(
+    tokens: Tokens, rows: int, most: int, *, gradient: bool, whole_sequences: bool
+) -> Plan:
     """The plan, after one read from the device of the tokens (none while a graph is captured).
 
     Args:
         tokens: what is known of them.
         rows: R.
         most: rows of a chunk.
+        gradient: whether anything is to be differentiated.
         whole_sequences: whether a token's gradient depends on the log-probs of its sequence.
     """
     if is_captured(tokens.active):
         chunks = split(0, rows, most)
+        if not gradient:
+            return Plan(None, [], chunks)
         return Plan(None, [chunks] if whole_sequences else [[chunk] for chunk in chunks], [])
-    pulls = tokens.pulls
+    pulls = tokens.pulls & gradient
     if whole_sequences:
         pulls = tokens.active & _any_of(pulls, tokens.sequence, tokens.sequences)[tokens.sequence]
     live, seen = (_any_of(x, tokens.row, rows) for x in (pulls, tokens.active))

@@ -7,6 +7,7 @@ end) is of the order.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -54,9 +55,6 @@ class HeadRows:
         self.lse, self.entropy = like.new_zeros(rows), like.new_zeros(rows)
         if row_index is not None:
             self._position = row_index if order is None else inverse(order)[row_index]
-            sorted_rows, self._by_row = row_index.sort(stable=True)
-            bounds = torch.arange(rows + 1, device=row_index.device)
-            self._tokens_per_row = torch.searchsorted(sorted_rows, bounds).diff()
 
     def entropy_of_tokens(self) -> Tensor:
         """[T] the entropy of each token's row."""
@@ -121,9 +119,16 @@ class HeadRows:
         """[R] from [T], in the order of the tokens on every device."""
         if self.row_index is None:
             return values
-        return torch.segment_reduce(
-            values[self._by_row], "sum", lengths=self._tokens_per_row, unsafe=True
-        )
+        by_row, tokens_per_row = self._tokens_by_row
+        return torch.segment_reduce(values[by_row], "sum", lengths=tokens_per_row, unsafe=True)
+
+    @functools.cached_property
+    def _tokens_by_row(self) -> tuple[Tensor, Tensor]:
+        """Tokens [T] sorted by row, and how many each row has [R]."""
+        assert self.row_index is not None
+        in_order, by_row = self.row_index.sort(stable=True)
+        bounds = torch.arange(len(self.lse) + 1, device=by_row.device)
+        return by_row, torch.searchsorted(in_order, bounds).diff()
 
     def _op(self, name: str) -> Callable[..., Any]:
         return _library.op(name, self.softmax.backend)

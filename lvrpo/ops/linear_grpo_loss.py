@@ -104,7 +104,9 @@ def linear_grpo_loss(
     """
     _inputs.check_head(OP, hidden, weight, bias)
     vocab = _inputs.vocab_slice(OP, vocab_range, weight.shape[0])
-    ranges = _targets.as_row_ranges(vocab_range, hidden)
+    ranges = vocab.ranges
+    if _checks.check_values(token_ids):  # elsewhere a pair would be copied to the device
+        ranges = _targets.as_row_ranges(vocab_range, hidden)
     _targets.check_scale(OP, temperature, softcap)
     rows, columns = hidden.shape[0], weight.shape[0]
     _targets.check_targets(OP, rows, columns, token_ids, row_index, ranges, ignore_index)
@@ -137,7 +139,7 @@ def linear_grpo_loss(
     arguments["denominator"] = 1.0 if isinstance(denominator, Tensor) else denominator
     if chosen == "torch":
         with torch.autocast(hidden.device.type, enabled=False):
-            result = reference_linear_grpo_loss(**arguments, vocab_range=ranges, params=params)
+            result = reference_linear_grpo_loss(**arguments, vocab_range=_targets.as_row_ranges(vocab_range, hidden), params=params)
     else:
         result = fused_loss(**arguments, vocab=vocab, most=most, params=params, backend=chosen)
     loss, values, logprobs, entropy = result

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from lvrpo.ops import _backend, _library, _targets
+from lvrpo.ops import _backend, _checks, _library, _targets
 from lvrpo.ops import _linear_inputs as _inputs
 from lvrpo.ops._linear_head import LinearHead, dtypes_of, fake_gradients, split
 from lvrpo.ops._linear_rows import HeadRows, Softmax
@@ -104,7 +104,9 @@ def linear_logprobs(
     """
     _inputs.check_head(OP, hidden, weight, bias)
     vocab = _inputs.vocab_slice(OP, vocab_range, weight.shape[0])
-    ranges = _targets.as_row_ranges(vocab_range, hidden)
+    ranges = vocab.ranges
+    if _checks.check_values(token_ids):  # elsewhere a pair would be copied to the device
+        ranges = _targets.as_row_ranges(vocab_range, hidden)
     _targets.check_scale(OP, temperature, softcap)
     rows, columns = hidden.shape[0], weight.shape[0]
     _targets.check_targets(OP, rows, columns, token_ids, row_index, ranges, ignore_index)
@@ -121,7 +123,7 @@ def linear_logprobs(
                 bias=bias,
                 temperature=temperature,
                 softcap=softcap,
-                vocab_range=ranges,
+                vocab_range=_targets.as_row_ranges(vocab_range, hidden),
                 ignore_index=ignore_index,
                 return_entropy=True,
             )

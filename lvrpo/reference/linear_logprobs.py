@@ -18,7 +18,7 @@ def linear_logprobs(
     *,
     bias: Tensor | None = None,  # [V]
     **softmax: Any,
-) -> Tensor | tuple[Tensor, Tensor]:
+) -> Tensor | tuple[Tensor, ...]:
     """See `lvrpo.linear_logprobs`."""
     return gather_logprobs(project(hidden, weight, bias), token_ids, row_index, **softmax)
 

@@ -295,7 +295,10 @@ BAD = {
     "old log-probs": ({"old_logprobs": torch.zeros(3)}, r"old_logprobs has shape \(3,\)"),
     "an old log-prob": ({"old_logprobs": torch.tensor([0.0, torch.nan])}, r"old_logprobs\[1\]"),
     "advantages": ({"advantages": torch.zeros(4)}, r"advantages has shape \(4,\)"),
-    "an advantage": ({"advantages": torch.tensor([torch.inf, 0.0, 0.0])}, r"advantages\[0\] is inf"),
+    "an advantage": (
+        {"advantages": torch.tensor([torch.inf, 0.0, 0.0])},
+        r"advantages\[0\] is inf",
+    ),
     "offsets": ({"cu_seqlens": torch.tensor([0, 1, 1, 1])}, "cu_seqlens ends at 1, expected 2"),
     "weight": ({"token_weights": torch.tensor([1.0, -1.0])}, r"token_weights\[1\] is -1.0"),
     "no reference": ({"params": LossParams(beta=0.1)}, "ref_logprobs is None, but beta is 0.1"),
