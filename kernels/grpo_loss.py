@@ -361,6 +361,15 @@ def _reduce_kernel(
     tl.store(metrics_ptr + 10, active)
 
 
+#: The scalars of the op in the order of its schema, by the names that the kernels have for them.
+SCALARS = (
+    *("RATIO", "SURROGATE", "clip_low", "clip_high", "ratio_cap"),
+    *("own_pos_0", "own_pos_1", "own_neg_0", "own_neg_1"),
+    *("beta", "KL", "KL_FACTOR", "KL_GRADIENT", "kl_log_ratio_limit", "kl_limit"),
+    *("entropy_coef", "AGGREGATION", "max_length", "COUNT_EMPTY", "denominator"),
+)
+
+
 def grpo_loss_fwd(
     logprobs,
     old_logprobs,
@@ -369,33 +378,15 @@ def grpo_loss_fwd(
     ref_logprobs,
     entropy,
     token_weights,
-    ratio,
-    surrogate,
-    clip_low,
-    clip_high,
-    ratio_cap,
-    own_pos_0,
-    own_pos_1,
-    own_neg_0,
-    own_neg_1,
-    beta,
-    kl,
-    kl_factor,
-    kl_gradient,
-    kl_log_ratio_limit,
-    kl_limit,
-    entropy_coef,
-    aggregation,
-    max_length,
-    count_empty,
-    denominator,
+    *scalars,
 ):
     """Launcher; contract in `lvrpo.ops.grpo_loss`."""
+    by_name = dict(zip(SCALARS, scalars, strict=True))
     tokens, sequences = logprobs.shape[0], cu_seqlens.shape[0] - 1
     doubles = {"dtype": torch.float64, "device": logprobs.device}
     counts = torch.zeros(2 + sequences, dtype=torch.int64, device=logprobs.device)
     sums = None
-    if ratio >= RATIO_SEQ_MEAN.value:
+    if by_name["RATIO"] >= RATIO_SEQ_MEAN.value:
         sums = torch.zeros(sequences * COUNT_SPLITS, 2, **doubles)
     config = TERMS[logprobs.dtype]
     splits = cdiv(tokens, max(1, sequences) * config.blocks["BLOCK_T"] * BLOCKS_PER_PROGRAM)
@@ -412,17 +403,21 @@ def grpo_loss_fwd(
         "cu_seqlens_ptr": cu_seqlens.contiguous(),
         "counts_ptr": counts,
         "sums_ptr": sums,
-        "clip_low": clip_low,
-        "clip_high": clip_high,
-        "SURROGATE": surrogate,
     }
-    limited = surrogate in (GAMMA.value, LOG_CLIP.value)
-    launch(_count_kernel, (sequences * COUNT_SPLITS,), COUNT, **shared, HAS_LIMITS=limited)
+    launch(
+        _count_kernel,
+        (sequences * COUNT_SPLITS,),
+        COUNT,
+        **shared,
+        **{name: by_name[name] for name in ("clip_low", "clip_high", "SURROGATE")},
+        HAS_LIMITS=by_name["SURROGATE"] in (GAMMA.value, LOG_CLIP.value),
+    )
     launch(
         _terms_kernel,
         (sequences * splits,),
         config,
         **shared,
+        **by_name,
         ref_ptr=_contiguous(ref_logprobs),
         entropy_ptr=_contiguous(entropy),
         partial_ptr=partial,
@@ -430,24 +425,7 @@ def grpo_loss_fwd(
         dentropy_ptr=dentropy,
         sequences=sequences,
         splits=splits,
-        ratio_cap=ratio_cap,
-        own_pos_0=own_pos_0,
-        own_pos_1=own_pos_1,
-        own_neg_0=own_neg_0,
-        own_neg_1=own_neg_1,
-        beta=beta,
-        kl_log_ratio_limit=kl_log_ratio_limit,
-        kl_limit=kl_limit,
-        entropy_coef=entropy_coef,
-        max_length=max_length,
-        denominator=denominator,
         PER_TOKEN=advantages.shape[0] != sequences,
-        RATIO=ratio,
-        KL=kl,
-        KL_FACTOR=kl_factor,
-        KL_GRADIENT=kl_gradient,
-        AGGREGATION=aggregation,
-        COUNT_EMPTY=count_empty,
     )
     launch(
         _reduce_kernel,

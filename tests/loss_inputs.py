@@ -62,14 +62,14 @@ def stops_a_gradient(params: LossParams) -> bool:
 
 
 def make_inputs(lengths: list[int], dtype: torch.dtype = torch.float32) -> dict[str, Any]:
-    generator = torch.Generator().manual_seed(sum(lengths))
     tokens = sum(lengths)
+    torch.manual_seed(tokens)
 
     def normal(count: int, spread: float) -> Tensor:
-        return torch.randn(count, generator=generator) * spread
+        return torch.randn(count) * spread
 
     logprobs = -normal(tokens, 1.0).abs() - 0.1
-    weights = torch.rand(tokens, generator=generator) + 0.5
+    weights = torch.rand(tokens) + 0.5
     inputs = {
         "logprobs": logprobs,
         "old_logprobs": logprobs + normal(tokens, 0.3),
@@ -107,7 +107,7 @@ def scales(inputs: dict[str, Any]) -> dict[str, Tensor]:
     loss = losses + params.beta * d.abs().sum() + 2 * policies
     metrics = metrics.abs()
     metrics[0] = policies
-    metrics[1] = d.abs().mean() + 1
+    metrics[1] = d.abs().mean().nan_to_num() + 1
     if inputs["logprobs"].dtype == torch.float64:
         # Gold has no more digits than ours here, and adds in another order.
         loss, metrics = loss * len(d) ** 0.5, metrics * len(d) ** 0.5
@@ -125,7 +125,7 @@ def scales(inputs: dict[str, Any]) -> dict[str, Tensor]:
     slope = slope + params.beta * (1 + d.exp())
     if params.sequence_level:
         # Every token carries the rounding of a sum over its sequence.
-        terms = 1 + log_ratio.abs().mean() * lengths.max()
+        terms = 1 + log_ratio.abs().mean().nan_to_num() * lengths.max()
         slope = slope * (terms * terms if params.ratio == "seq_sum" else terms)
     # The reference's gradient by the entropy is minus the coefficient times a token's factor.
     entropy = torch.ones_like(ratio).requires_grad_()

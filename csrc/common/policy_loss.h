@@ -89,10 +89,10 @@ struct Token {
   acc logp, log_ratio;
   acc ratio;      // at the level that LossParams.ratio names
   acc of_weight;  // what a whole sequence is weighed by: see Gamma and LogClip
-  acc advantage;
+  acc advantage;  // times the token's weight: every term is linear in it, for one sign of it
 };
 
-// Of a weight of one. `slope` is d value / d log of the ratio at its level, or d value / d logp where the log-prob itself
+// `slope` is d value / d log of the ratio at its level, or d value / d logp where the log-prob itself
 // is what the advantage multiplies. low, high, cap: which bound holds the token.
 template <typename acc>
 struct Term {
@@ -209,6 +209,12 @@ struct KLForm {
   int64_t factor;
   bool gradient_of_k2;
   acc log_ratio_limit, limit;
+
+  // The estimator as it is.
+  bool plain() const {
+    const acc none = std::numeric_limits<acc>::infinity();
+    return factor == FACTOR_NONE && !gradient_of_k2 && log_ratio_limit == none && limit == none;
+  }
 };
 
 // The estimator's value and its derivative by the policy's log-prob, at d = ref - logp.

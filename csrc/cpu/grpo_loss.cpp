@@ -80,38 +80,50 @@ OfSequence<acc> of_sequence(const Loss<acc>& loss, const Sums& sums, acc advanta
   return {ratio, static_cast<acc>(gamma_weight(log_ratio, own[0], own[1]))};
 }
 
-// KL of a block: its slope is added to `slope`; `terms` is what the loss sums, `values` what the metric does.
-template <int64_t kind, typename acc>
-LVRPO_INLINE void kl_block(const Loss<acc>& loss, const acc* ref, const acc* logp, const acc* log_ratio,
-                           const bool* active, int64_t n, acc* slope, Sums& sums) {
+// Tokens of a block, in L1.
+template <typename acc>
+struct Block {
+  acc logp[BLOCK_T], log_ratio[BLOCK_T], ratio[BLOCK_T], weight[BLOCK_T], advantage[BLOCK_T], slope[BLOCK_T];
+  bool active[BLOCK_T];
+};
+
+// KL of a block: its slope is added to `slope`; `terms` is what the loss sums, `values` what the metric does. The form
+// that is the estimator alone has a loop of its own, because limits and factors take a quarter of the time of the other.
+template <int64_t kind, bool plain, typename acc>
+LVRPO_INLINE void kl_block(const Loss<acc>& loss, const acc* ref, Block<acc>& x, int64_t n, Sums& sums) {
   const KLForm<acc> form = loss.kl_form;
   const acc beta = loss.beta;
   const bool weighs = beta != acc(0);  // 0 times an overflow is NaN
-  const bool times_ratio = form.factor != FACTOR_NONE, through_ratio = form.factor == FACTOR_RATIO;
+  const bool times_ratio = !plain && form.factor != FACTOR_NONE;
+  const bool through_ratio = !plain && form.factor == FACTOR_RATIO;
   double terms = 0, values = 0;
 #pragma omp simd reduction(+ : terms, values)
   for (int64_t i = 0; i < n; ++i) {
+    const bool on = x.active[i];
+    const acc difference = ref[i] - x.logp[i], d = on ? difference : acc(0);
     acc value, derivative;
-    const acc d = ref[i] - logp[i];
-    formed_kl<kind>(form, active[i] ? d : acc(0), value, derivative);
-    const acc rho = times_ratio ? exp_ratio(log_ratio[i]) : acc(1);
+    if constexpr (plain) {
+      estimate_kl<kind>(d, value, derivative);
+    } else {
+      formed_kl<kind>(form, d, value, derivative);
+    }
+    const acc rho = times_ratio ? exp_ratio(x.log_ratio[i]) : acc(1);
     const acc term = rho * value;
-    terms += active[i] ? static_cast<double>(term) : 0.0;
-    values += active[i] ? static_cast<double>(value) : 0.0;
-    slope[i] += active[i] && weighs ? beta * (rho * derivative + (through_ratio ? term : acc(0))) : acc(0);
+    terms += on ? static_cast<double>(term) : 0.0;
+    values += on ? static_cast<double>(value) : 0.0;
+    x.slope[i] += on && weighs ? beta * (rho * derivative + (through_ratio ? term : acc(0))) : acc(0);
   }
   sums.kl_term += terms;
   sums.kl += values;
 }
 
 // Calls, not a table of pointers: a function reached through a pointer is not compiled for the caller's vectors.
-template <typename acc>
-LVRPO_INLINE void kl_any(const Loss<acc>& loss, const acc* ref, const acc* logp, const acc* log_ratio,
-                         const bool* active, int64_t n, acc* slope, Sums& sums) {
-  if (loss.kl == K1) return kl_block<K1>(loss, ref, logp, log_ratio, active, n, slope, sums);
-  if (loss.kl == K2) return kl_block<K2>(loss, ref, logp, log_ratio, active, n, slope, sums);
-  if (loss.kl == K3) return kl_block<K3>(loss, ref, logp, log_ratio, active, n, slope, sums);
-  kl_block<KL_ABS>(loss, ref, logp, log_ratio, active, n, slope, sums);
+template <bool plain, typename acc>
+LVRPO_INLINE void kl_any(const Loss<acc>& loss, const acc* ref, Block<acc>& x, int64_t n, Sums& sums) {
+  if (loss.kl == K1) return kl_block<K1, plain>(loss, ref, x, n, sums);
+  if (loss.kl == K2) return kl_block<K2, plain>(loss, ref, x, n, sums);
+  if (loss.kl == K3) return kl_block<K3, plain>(loss, ref, x, n, sums);
+  kl_block<KL_ABS, plain>(loss, ref, x, n, sums);
 }
 
 template <typename acc>
@@ -137,13 +149,6 @@ LVRPO_MULTIVERSION void count_sequence(const acc* logp, const acc* old, const ac
   sums.log_ratio = log_ratio;
 }
 
-// Tokens of a block, in L1.
-template <typename acc>
-struct Block {
-  acc logp[BLOCK_T], log_ratio[BLOCK_T], ratio[BLOCK_T], weight[BLOCK_T], advantage[BLOCK_T], slope[BLOCK_T];
-  bool active[BLOCK_T];
-};
-
 // Surrogate of a block: its value into sums, its derivative into `slope`.
 template <typename Kind, typename acc>
 LVRPO_INLINE void surrogate_block(const Policy<acc> by, acc of_weight, Block<acc>& x, int64_t n, Sums& sums) {
@@ -156,8 +161,8 @@ LVRPO_INLINE void surrogate_block(const Policy<acc> by, acc of_weight, Block<acc
     const Term<acc> term = Kind::term(by, token);
     const bool on = x.active[i];
     const double seen = on ? static_cast<double>(token.ratio) : 0.0;
-    policy += on ? static_cast<double>(x.weight[i] * term.value) : 0.0;
-    x.slope[i] = on ? x.weight[i] * term.slope : acc(0);
+    policy += on ? static_cast<double>(term.value) : 0.0;
+    x.slope[i] = on ? term.slope : acc(0);
     low += on && term.low ? 1.0 : 0.0;
     high += on && term.high ? 1.0 : 0.0;
     cap += on && term.cap ? 1.0 : 0.0;
@@ -206,6 +211,7 @@ LVRPO_INLINE void load_block(const Tokens<acc>& in, int64_t index, int64_t first
     const acc l = now[i], d = l - old[i];
     const bool on = x.weight[i] != acc(0);
     x.active[i] = on;
+    x.advantage[i] *= x.weight[i];
     x.logp[i] = on ? l : acc(0);
     x.log_ratio[i] = on ? d : acc(0);
   }
@@ -250,7 +256,8 @@ LVRPO_MULTIVERSION void sequence_terms(const Tokens<acc>& in, const Loss<acc>& l
     if (shares_slope) {
       for (int64_t i = 0; i < n; ++i) shared += static_cast<double>(x.slope[i]), x.slope[i] = acc(0);
     }
-    if (in.ref) kl_any(loss, in.ref + first, x.logp, x.log_ratio, x.active, n, x.slope, sums);
+    if (in.ref && loss.kl_form.plain()) kl_any<true>(loss, in.ref + first, x, n, sums);
+    if (in.ref && !loss.kl_form.plain()) kl_any<false>(loss, in.ref + first, x, n, sums);
     if (in.entropy) {
       double entropy = 0;
 #pragma omp simd reduction(+ : entropy)

@@ -1,34 +1,36 @@
 from __future__ import annotations
 
+import dataclasses
 import math
 from typing import Any
 
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from loss_inputs import INF, METRICS, PARAMS, make_inputs, run_op, scales, stops_a_gradient
 from mutants.grpo_loss import MUTANTS, VARIANT_MUTANTS
 from torch import Tensor
 
-from lvrpo.ops.grpo_loss import LOSS_PRESETS, LossParams, grpo_loss, scalars_of
+from lvrpo.ops import _backend
+from lvrpo.ops.grpo_loss import LOSS_PRESETS, LossParams, grpo_loss, loss_op, scalars_of
 from lvrpo.reference.grpo_loss import grpo_loss as reference
 from lvrpo.testing import check_op
 
 pytestmark = pytest.mark.usefixtures("poison_empty")
 
-# lengths of the sequences
+# Lengths of the sequences. The interpreter of Triton takes milliseconds per sequence.
+SEQUENCES = 12 if _backend.triton_interprets() else 260  # more than one thread's share
 SHAPES = {
     "one token": [1],
     "ragged, some empty": [3, 0, 7, 1, 0],
     "longer than a block": [1100, 5],
-    "more sequences than one thread's share": [20] * 260,
+    "many": [20] * SEQUENCES,
 }
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("params", PARAMS.values(), ids=PARAMS.keys())
-@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES.keys())
-def test_matches_reference(backend, shape, params, dtype):
-    inputs = make_inputs(shape, dtype) | {"params": params}
+def check(backend: str, lengths: list[int], dtype: torch.dtype, params: LossParams) -> None:
+    inputs = make_inputs(lengths, dtype) | {"params": params}
     check_op(
         lambda **inputs: run_op(**inputs, backend=backend),
         reference,
@@ -36,6 +38,31 @@ def test_matches_reference(backend, shape, params, dtype):
         differentiable=["logprobs", "entropy"],
         scales=scales(inputs),
     )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("params", PARAMS.values(), ids=PARAMS.keys())
+def test_matches_reference(backend, params, dtype):
+    check(backend, [3, 0, 7, 700, 1, 40, 0], dtype, params)
+
+
+@pytest.mark.parametrize("name", ["grpo, all terms", "gspo, all terms", "gmpo", "rloo", "dppo_kl"])
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES.keys())
+def test_matches_reference_in_every_shape(backend, shape, name):
+    check(backend, shape, torch.float32, PARAMS[name])
+
+
+@settings(
+    max_examples=5 if _backend.triton_interprets() else 40,
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
+@given(
+    lengths=st.lists(st.integers(0, 40), min_size=1, max_size=6),
+    name=st.sampled_from(sorted(PARAMS)),
+)
+def test_matches_reference_for_any_lengths(backend, lengths, name):
+    check(backend, lengths, torch.float32, PARAMS[name])
 
 
 def test_narrow_inputs_and_per_token_advantages(backend):
@@ -177,9 +204,9 @@ def test_non_contiguous_inputs_and_scaled_upstream_gradient(backend):
         for k, x in inputs.items()
     }
     gradients = []
-    for given in (inputs, apart):
-        logprobs = given["logprobs"].detach().requires_grad_()
-        loss = grpo_loss(**given | {"logprobs": logprobs}, backend=backend).loss
+    for some in (inputs, apart):
+        logprobs = some["logprobs"].detach().requires_grad_()
+        loss = grpo_loss(**some | {"logprobs": logprobs}, backend=backend).loss
         (loss.expand(3).sum() * 2).backward()
         gradients.append(logprobs.grad)
     assert torch.equal(*gradients)
@@ -216,7 +243,7 @@ def test_order_of_sequences_does_not_matter(backend, params):
 
 @pytest.mark.parametrize("params", PARAMS.values(), ids=PARAMS.keys())
 def test_same_bits_for_any_number_of_threads(params):
-    inputs = make_inputs([20] * 260) | {"params": params}
+    inputs = make_inputs([20] * 260) | {"params": params, "backend": "cpp"}
     threads = torch.get_num_threads()
     results = []
     try:
@@ -242,18 +269,42 @@ def test_gradcheck(backend, params):
     def function(logprobs: Tensor, entropy: Tensor) -> Tensor:
         return grpo_loss(logprobs, entropy=entropy, **inputs).loss
 
-    torch.autograd.gradcheck(function, (logprobs.requires_grad_(), entropy.requires_grad_()))
+    leaves = logprobs.requires_grad_(), entropy.requires_grad_()
+    # Along one random direction where every evaluation is slow.
+    torch.autograd.gradcheck(function, leaves, fast_mode=_backend.triton_interprets())
 
 
-def test_opcheck():
+@pytest.mark.parametrize(
+    "backend",
+    [name for name in ("cpp", "triton") if not _backend.why_unavailable(name)],
+    indirect=True,
+)
+def test_opcheck(backend):
     inputs = make_inputs([3, 0, 4])
     scalars = scalars_of(PARAMS["grpo, all terms"])
     names = ("logprobs", "old_logprobs", "advantages", "cu_seqlens")
-    given = [inputs[name] for name in (*names, "ref_logprobs", "entropy", "token_weights")]
-    op = torch.ops.lvrpo.grpo_loss_fwd.default
-    torch.library.opcheck(op, (*given, *scalars))
-    bare = (inputs["logprobs"], None, *given[2:4], None, None, None)
+    tensors = [inputs[name] for name in (*names, "ref_logprobs", "entropy", "token_weights")]
+    op = loss_op(backend).default
+    torch.library.opcheck(op, (*tensors, *scalars))
+    bare = (inputs["logprobs"], None, *tensors[2:4], None, None, None)
     torch.library.opcheck(op, (*bare, *scalars))
+
+
+@pytest.mark.parametrize(
+    "name", ["grpo, all terms", "gspo, all terms", "gmpo", "vespo, clamped KL"]
+)
+def test_a_sequence_does_not_depend_on_its_neighbours(backend, name):
+    params = dataclasses.replace(PARAMS[name], aggregation="token_sum")
+    inputs = make_inputs([30, 700, 4])
+    part = slice(30, 730)
+    alone = {k: x[part] for k, x in inputs.items() if len(x) == 734}
+    alone |= {"advantages": inputs["advantages"][1:2], "cu_seqlens": torch.tensor([0, 700])}
+    gradients = []
+    for some in (inputs, alone):
+        logprobs = some["logprobs"].clone().requires_grad_()
+        grpo_loss(**some | {"logprobs": logprobs}, params=params, backend=backend).loss.backward()
+        gradients.append(logprobs.grad)
+    assert torch.equal(gradients[0][part], gradients[1])
 
 
 def test_compiles_without_a_graph_break(backend):

@@ -45,7 +45,11 @@ BAD = {
 
 
 @pytest.mark.parametrize(("change", "message"), BAD.values(), ids=BAD.keys())
-def test_bad_input(backend, change, message):
+def test_bad_input(backend, change, message, monkeypatch):
+    monkeypatch.setenv("LVRPO_CHECK", "1")  # also on a GPU
+    change = {
+        k: x.to(torch.zeros(0).device) if torch.is_tensor(x) else x for k, x in change.items()
+    }
     arguments = {
         "logprobs": torch.zeros(2),
         "old_logprobs": None,
