@@ -13,10 +13,10 @@ from torch import Tensor
 
 from lvrpo.ops import _backend, _checks, _targets
 from lvrpo.ops import _linear_inputs as _inputs
-from lvrpo.ops import grpo_loss as _loss
 from lvrpo.ops._linear_head import dtypes_of
 from lvrpo.ops._linear_loss import fused_loss
 from lvrpo.ops._policy_loss import LossMetrics, LossParams
+from lvrpo.ops.grpo_loss import check_inputs, refuse_tokens
 from lvrpo.reference.linear_grpo_loss import linear_grpo_loss as reference_linear_grpo_loss
 
 OP = "linear_grpo_loss"
@@ -118,7 +118,8 @@ def linear_grpo_loss(
         "ref_logprobs": ref_logprobs,
         "token_weights": token_weights,
     }
-    _loss._check(later, advantages, cu_seqlens, data | {"entropy": later}, denominator, params)
+    known = data | {"entropy": later}
+    check_inputs(OP, later, advantages, cu_seqlens, known, denominator, params)
     head = {
         "hidden": hidden,
         "weight": weight,
@@ -139,12 +140,14 @@ def linear_grpo_loss(
     arguments["denominator"] = 1.0 if isinstance(denominator, Tensor) else denominator
     if chosen == "torch":
         with torch.autocast(hidden.device.type, enabled=False):
-            result = reference_linear_grpo_loss(**arguments, vocab_range=_targets.as_row_ranges(vocab_range, hidden), params=params)
+            result = reference_linear_grpo_loss(
+                **arguments, vocab_range=_targets.as_row_ranges(vocab_range, hidden), params=params
+            )
     else:
         result = fused_loss(**arguments, vocab=vocab, most=most, params=params, backend=chosen)
     loss, values, logprobs, entropy = result
     if _checks.check_values(loss) and not bool(loss.detach().isfinite()):
-        _loss._refuse_tokens(logprobs, data)
+        refuse_tokens(OP, logprobs, data)
     fields = list(values.unbind())
     if isinstance(denominator, Tensor):
         divisor = denominator.detach().to(dtype).reshape(())

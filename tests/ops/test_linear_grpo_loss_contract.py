@@ -240,6 +240,22 @@ def test_while_a_graph_is_captured_every_row_is_live(monkeypatch, params):
     torch.testing.assert_close(gradients_of(inputs), expected)
 
 
+@needs_kernels
+def test_factors_that_stay_narrow(monkeypatch):
+    # As on a GPU, whose GEMMs widen: bf16 factors and gradients of logits, fp32 sums.
+    def widening(out: Tensor, left: Tensor, right: Tensor, *, plus: Tensor | None) -> None:
+        product = left.float() @ right.float()
+        out.copy_(product if plus is None else plus + product)
+
+    inputs = make_loss_inputs(LENGTHS, torch.bfloat16) | {"params": ALL_TERMS}
+    expected = gradients_of(inputs)
+    monkeypatch.setattr(_linear_head, "dtypes_of", lambda _: (torch.bfloat16, torch.float32))
+    monkeypatch.setattr(_linear_head, "_matmul", widening)
+    for ours, wide in zip(gradients_of(inputs), expected, strict=True):
+        assert ours.dtype == torch.bfloat16
+        assert (ours - wide).float().norm() < 2**-7 * wide.float().norm()
+
+
 def test_groups_end_at_cuts():
     assert _linear_plan.group_between([0], 4) == []
     assert _linear_plan.group_between([0, 2, 4, 5], 4) == [[(0, 4)], [(4, 5)]]
@@ -318,5 +334,5 @@ def test_bad_input(backend, change, message):
         "cu_seqlens": torch.tensor([0, 2, 2, 2]),
         "backend": backend,
     }
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match=f"^linear_grpo_loss: .*({message})"):
         lvrpo.linear_grpo_loss(**arguments | change)

@@ -296,5 +296,5 @@ def test_bad_input(backend, change, message):
         "token_ids": torch.tensor([0, 1]),
         "backend": backend,
     }
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match=f"^linear_logprobs: .*{message}"):
         lvrpo.linear_logprobs(**arguments | change)
