@@ -233,6 +233,11 @@ def peak_bytes(function: Callable[[], Any]) -> int | None:
         libc.mallopt(_TRIM_THRESHOLD, 64 * 2**20)
 
 
+def result_bytes(function: Callable[[], Any]) -> int:
+    """Of the tensors that a call returns."""
+    return sum(out.nbytes for out in _as_tuple(function()))
+
+
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # of <malloc.h>
 
 

@@ -22,7 +22,7 @@ FOLDER = Path(__file__).parent / "results"
 FIELDS = (
     *("op", "direction", "shape", "dtype", "provider", "provider_version"),
     *("device_ms", "wall_ms", "quartile_low_ms", "quartile_high_ms", "min_ms", "first_call_ms"),
-    *("rounds", "peak_bytes", "bytes_moved", "flops", "fraction_of_ceiling"),
+    *("rounds", "peak_bytes", "result_bytes", "bytes_moved", "flops", "fraction_of_ceiling"),
     *("correct", "precision", "why_no_number"),
 )
 
@@ -127,7 +127,7 @@ def _line(row: Row, base: float | None) -> str:
     parts.append("            " if peak is None else f"{peak / 2**20:8.1f} MiB")
     parts.append("     " if fraction is None else f"{fraction:5.0%}")
     if not row["correct"]:
-        parts.append(f"  WRONG: {row['why_no_number']}")
+        parts.append(f"  NOT CORRECT: {row['why_no_number']}")
     elif row["precision"] not in (None, "float32"):
         parts.append(f"  as precise as plain {row['precision']}")
     return " ".join(parts).rstrip()

@@ -10,7 +10,11 @@ from _providers import Case
 GROUP = 8
 SHAPES = {
     "small": {"one step of the default run": (384, 3)},
-    "full": {"one step of the default run": (384, 3), "a large batch": (65_536, 3)},
+    "full": {
+        "one step of the default run": (384, 3),
+        "a large batch": (65_536, 3),
+        "65,536 groups": (524_288, 3),
+    },
 }
 
 

@@ -1,7 +1,11 @@
-"""Attention over groups that share a prompt: prompts of text and image, completions of either."""
+"""Attention over groups that share a prompt: prompts of text and image, completions of either.
+
+And what the layout costs: the mask itself, what follows from it, and its form for FlexAttention.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -11,6 +15,7 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from lvrpo.masks import SpanMask
+from lvrpo.positions import position_ids, target_index
 
 # groups, completions, prompt tokens (text, image), completion tokens (text, image), heads, width
 SHAPES = {
@@ -70,3 +75,23 @@ def bench_packed_attention(measure, direction, shape, dtype):
         scales={"out0": 4.0, **{f"d{name}": of_gradients for name in inputs}},
     )
     measure(case, direction)
+
+
+#: 10 groups of 18 completions: 200 spans, 16,640 tokens.
+GROUPS = [([(400, "full"), (112, "causal")], [[(64, "causal")]] * 18)] * 10
+COMPLETIONS = [span for span in range(200) if span % 20 > 1]
+LAYOUT: dict[str, Callable[[SpanMask], Any]] = {
+    "mask": lambda mask: SpanMask.from_groups(GROUPS),
+    "position_ids": position_ids,
+    "target_index": lambda mask: target_index(mask, COMPLETIONS),
+    "tiles of 128 x 64": lambda mask: mask.tiles((128, 64)),
+    "BlockMask of 128 x 128": lambda mask: mask.to_block_mask(128),
+    "row intervals": lambda mask: mask.to_row_intervals(),
+    "to FlashMask and back": lambda mask: SpanMask.from_flashmask(mask.to_flashmask()),
+}
+
+
+@pytest.mark.parametrize("build", LAYOUT.values(), ids=LAYOUT.keys())
+def bench_layout(benchmark, build):
+    benchmark.group = "layout of 200 spans, 16,640 tokens"
+    benchmark(build, SpanMask.from_groups(GROUPS))

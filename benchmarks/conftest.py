@@ -20,7 +20,7 @@ from typing import Any
 import _results
 import pytest
 import torch
-from _measure import Gate, Race, bandwidth, ceilings, peak_bytes, step
+from _measure import Gate, Race, bandwidth, ceilings, peak_bytes, result_bytes, step
 from _providers import DEVICE, Case
 
 from lvrpo import info
@@ -156,6 +156,8 @@ def measure(request: pytest.FixtureRequest, race: Any, publish: Any) -> Callable
                 why_no_number=reason or None,
                 **({"rounds": found.rounds, **found.times[provider].facts()} if timed else {}),
                 peak_bytes=peak_bytes(steps[provider]) if timed else None,
+                # Part of the peak: what no implementation can do without, such as a gradient.
+                result_bytes=result_bytes(steps[provider]) if timed else None,
             )
 
     return run

@@ -32,24 +32,25 @@ fi
 
 failed=0
 deadline=570
-# stage NAME SECONDS COMMAND...: its output in NAME.log, one line of what came of it here and in stages.txt.
+# stage NAME SECONDS COMMAND...: its output in log.txt, one line of what came of it here and in stages.txt.
 stage() {
   local name=$1 seconds=$2 began=$SECONDS code=0
   shift 2
+  printf '\n=== %s: %s\n' "$name" "$*" >>"$out/log.txt"
   ((seconds < deadline - SECONDS)) || seconds=$((deadline - SECONDS))
   if ((seconds > 0)); then
     # An interrupted pytest still writes what it has measured, unless it is interrupted twice.
-    timeout --foreground --signal=INT --kill-after=15 "$seconds" "$@" >"$out/$name.log" 2>&1 </dev/null || code=$?
+    timeout --foreground --signal=INT --kill-after=15 "$seconds" "$@" >>"$out/log.txt" 2>&1 </dev/null || code=$?
   else
     code=124
-    echo "no time left" >"$out/$name.log"
+    echo "no time left" >>"$out/log.txt"
   fi
   ((code == 0)) || failed=1
-  printf '%-12s exit %-3d %4d s  %s\n' "$name" "$code" $((SECONDS - began)) \
-    "$(grep -E '[0-9]+ (passed|failed|error)' "$out/$name.log" | tail -n 1)" | tee -a "$out/stages.txt"
+  printf '%-16s exit %-3d %4d s  %s\n' "$name" "$code" $((SECONDS - began)) \
+    "$(sed -n "/^=== $name:/,\$p" "$out/log.txt" | grep -E '[0-9]+ (passed|failed|error)' | tail -n 1)" | tee -a "$out/stages.txt"
 }
 
-: >"$out/stages.txt"
+rm -f "$out"/{stages.txt,log.txt,loss_head.json,ops.json}
 stage machine 30 bash -c 'nvidia-smi; nvcc --version; uname -a; git rev-parse HEAD; git status --short'
 if [ -n "$wheels" ]; then
   # Without dependencies, so that nothing brings another torch; one by one, since some may not fit.

@@ -3,7 +3,7 @@
 Importing it needs torch only. The model is in `lvrpo.models`, the training loop in `lvrpo.trainer`.
 """
 
-from lvrpo.masks import SpanMask
+from lvrpo.masks import SpanMask, Tile
 from lvrpo.ops._policy_loss import LossMetrics, LossParams, PolicyLoss
 from lvrpo.ops.flow_policy_loss import (
     FlowLossMetrics,
@@ -23,6 +23,13 @@ from lvrpo.ops.normalize_advantages import (
     normalize_advantages,
 )
 from lvrpo.ops.packed_attention import packed_attention
+from lvrpo.positions import (
+    TargetIndex,
+    bagel_position_ids,
+    mrope_position_ids,
+    position_ids,
+    target_index,
+)
 from lvrpo.sampler_correction import (
     Rejection,
     SamplerCorrection,
@@ -52,15 +59,21 @@ __all__ = [
     "SamplerCorrectionStats",
     "SpanMask",
     "StepCoefficients",
+    "TargetIndex",
+    "Tile",
+    "bagel_position_ids",
     "flow_policy_loss",
     "flow_step",
     "gather_logprobs",
     "grpo_loss",
     "linear_grpo_loss",
     "linear_logprobs",
+    "mrope_position_ids",
     "normalize_advantages",
     "off_policy_sequence_mask",
     "packed_attention",
+    "position_ids",
     "sampler_weights",
+    "target_index",
     "top_entropy_mask",
 ]

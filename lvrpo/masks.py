@@ -11,17 +11,22 @@ L tokens of the packed buffer, Lq query rows, S spans.
 from __future__ import annotations
 
 import dataclasses
-from bisect import bisect_right
 from collections.abc import Iterable, Sequence
-from itertools import accumulate, pairwise
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-#: (length, mode): one span of a prompt or of a completion.
-Span = tuple[int, str]
-#: (prompt, completions): a chain of spans, and the chains that continue it.
-Group = tuple[Sequence[Span], Sequence[Sequence[Span]]]
+from lvrpo import _mask_builders as builders
+from lvrpo import _mask_exports as exports
+from lvrpo._mask_builders import Group, Tree
+from lvrpo._mask_exports import Tile
+from lvrpo._mask_flashmask import flashmask_layout
+
+if TYPE_CHECKING:
+    from torch.nn.attention.flex_attention import BlockMask
+
+__all__ = ["Group", "SpanMask", "Tile", "Tree"]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -38,6 +43,8 @@ class SpanMask:
         runs: [N, 2] int32: maximal contiguous token ranges (begin, end). A span's slice lists all
             its ancestors' tokens, which every row of the span sees. Siblings share one slice.
         span_offsets: S + 1 token offsets: span s is the rows span_offsets[s]:span_offsets[s + 1].
+        parents: S indices of the span that each one continues; -1 starts a document.
+        modes: S times "causal" or "full".
         documents: offsets of the parts that never see each other; the last part may be padding.
         document_rows: the same boundaries as offsets into `rows`.
     """
@@ -49,6 +56,8 @@ class SpanMask:
     spans: Tensor
     runs: Tensor
     span_offsets: tuple[int, ...]
+    parents: tuple[int, ...]
+    modes: tuple[str, ...]
     documents: tuple[int, ...]
     document_rows: tuple[int, ...]
 
@@ -77,37 +86,16 @@ class SpanMask:
             ValueError: the sequences differ in length, a length is negative, a mode is unknown, or
                 a parent is not an earlier span on the path to the span before; names the span.
         """
-        if not len(lengths) == len(parents) == len(modes):
-            counts = f"{len(lengths)} lengths, {len(parents)} parents and {len(modes)} modes"
-            raise ValueError(f"SpanMask: {counts}, expected one of each per span")
-        for span, length in enumerate(lengths):
-            if length < 0:
-                raise ValueError(f"SpanMask: span {span} has length {length}, expected >= 0")
-        for span, mode in enumerate(modes):
-            if mode not in ("causal", "full"):
-                raise ValueError(
-                    f"SpanMask: span {span} has mode {mode!r}, expected 'causal' or 'full'"
-                )
-        offsets = list(accumulate(lengths, initial=0))
-        ends = _subtree_ends(offsets, parents)
-        runs, run_slices = _ancestor_runs(offsets, parents)
-        return cls._from_tables(
-            offsets, ends, [mode == "causal" for mode in modes], runs, run_slices
-        )
+        return cls(**builders.tables(builders.check_layout(lengths, parents, modes)))
 
     @classmethod
     def from_cu_seqlens(cls, cu_seqlens: Sequence[int] | Tensor, causal: bool = True) -> SpanMask:
         """Documents of one span each, from their offsets: 0, ..., L.
 
         Raises:
-            ValueError: the offsets do not start at 0, or decrease.
+            ValueError: the offsets do not start at 0, decrease, or are a tensor on a device.
         """
-        offsets = cu_seqlens.tolist() if isinstance(cu_seqlens, Tensor) else list(cu_seqlens)
-        if not offsets or offsets[0] != 0:
-            raise ValueError(f"SpanMask: cu_seqlens starts with {offsets[:1]}, expected [0]")
-        lengths = [end - start for start, end in pairwise(offsets)]
-        count = len(lengths)
-        return cls.from_spans(lengths, [-1] * count, ["causal" if causal else "full"] * count)
+        return cls.from_spans(*builders.cu_seqlens_layout(cu_seqlens, causal))
 
     @classmethod
     def from_groups(cls, groups: Iterable[Group]) -> SpanMask:
@@ -126,13 +114,22 @@ class SpanMask:
             >>> SpanMask.from_groups([question, drawing]).length
             221
         """
-        spans: list[Span] = []
-        parents: list[int] = []
-        for prompt, completions in groups:
-            trunk = _append_chain(prompt, -1, spans, parents)
-            for completion in completions:
-                _append_chain(completion, trunk, spans, parents)
-        return cls.from_spans([n for n, _ in spans], parents, [mode for _, mode in spans])
+        return cls.from_spans(*builders.group_layout(groups))
+
+    @classmethod
+    def from_tree(cls, trees: Iterable[Tree]) -> SpanMask:
+        """Chains of spans that branch at their ends, to any depth; spans come in preorder.
+
+        Args:
+            trees: one (chain, children) pair per document: a chain of (length, mode) spans, and the
+                trees that continue it, which see it and not each other.
+
+        Example:
+            >>> turn = ([(3, "causal")], [([(2, "causal")], []), ([(5, "causal")], [])])
+            >>> SpanMask.from_tree([([(8, "causal")], [turn, turn])]).parents
+            (-1, 0, 1, 1, 0, 4, 4)
+        """
+        return cls.from_spans(*builders.tree_layout(trees))
 
     @classmethod
     def from_bagel(
@@ -149,30 +146,45 @@ class SpanMask:
         Raises:
             ValueError: a mode is unknown, or a split crosses the end of its sample.
         """
-        if len(split_lens) != len(attn_modes):
-            counts = f"{len(split_lens)} split_lens, {len(attn_modes)} attn_modes"
-            raise ValueError(f"SpanMask: {counts}, expected one of each per split")
-        parents: list[int] = []
-        sample_ends = list(accumulate(sample_lens))
-        sample, position, last_visible = -1, 0, -1
-        for split, (length, mode) in enumerate(zip(split_lens, attn_modes, strict=True)):
-            if (own := bisect_right(sample_ends, position)) != sample:
-                sample, last_visible = own, -1
-            position += length
-            if sample < len(sample_ends) and position > sample_ends[sample]:
-                raise ValueError(
-                    f"SpanMask: split {split} ends at {position}, beyond its sample {sample}, "
-                    f"which ends at {sample_ends[sample]}"
-                )
-            parents.append(last_visible)
-            if mode != "noise":
-                last_visible = split
-        if position != sum(sample_lens):
-            total = f"{position} tokens, the samples to {sum(sample_lens)}"
-            raise ValueError(f"SpanMask: the splits add up to {total}")
-        modes = ["full" if mode == "noise" else mode for mode in attn_modes]
-        return cls.from_spans(split_lens, parents, modes)
+        return cls.from_spans(*builders.bagel_layout(split_lens, attn_modes, sample_lens))
 
+    @classmethod
+    def from_token_types(
+        cls,
+        token_types: Sequence[int] | Tensor,
+        cu_seqlens: Sequence[int] | Tensor | None = None,
+    ) -> SpanMask:
+        """Causal text with bidirectional images, from a type per token (as Gemma 3 has them).
+
+        Args:
+            token_types: [L], 0 for text; a run of one other value within a document is an image.
+            cu_seqlens: offsets of the documents, 0, ..., L; None: one document.
+
+        Raises:
+            ValueError: a type is negative, or the offsets do not tile the buffer.
+        """
+        return cls.from_spans(*builders.token_type_layout(token_types, cu_seqlens))
+
+    @classmethod
+    def from_flashmask(cls, startend_row_indices: Tensor, causal: bool = False) -> SpanMask:
+        """The mask that FlashMask's column-wise row indices describe, if spans can.
+
+        Args:
+            startend_row_indices: [1, heads, L, n] integers on the host: per key the rows that do
+                not see it. With `causal`, from the first bound on (n = 1) or between the two
+                (n = 2), below the diagonal; otherwise from the first on and before the last
+                (n = 2), or within two pairs of bounds (n = 4).
+            causal: see above.
+
+        Raises:
+            ValueError: spans cannot describe it: masks per head, a key seen by two ranges of rows,
+                a sliding window, interleaved branches, a branch that splits a full span, a key
+                hidden from its own row (trailing padding may be).
+        """
+        layout, length = flashmask_layout(startend_row_indices, causal)
+        return cls.from_spans(*layout).pad_to(length)
+
+    @torch.inference_mode(False)
     def select_queries(self, rows: Tensor | Sequence[int]) -> SpanMask:
         """The same keys for fewer queries: q holds only these rows of the buffer.
 
@@ -185,9 +197,9 @@ class SpanMask:
         Raises:
             ValueError: a row is outside the buffer, or the rows do not ascend.
         """
-        chosen = torch.as_tensor(rows, dtype=torch.int64, device="cpu").contiguous()
-        if chosen.dim() != 1:
-            raise ValueError(f"SpanMask: rows has shape {tuple(chosen.shape)}, expected [Lq]")
+        if isinstance(rows, Tensor):
+            builders.check_on_host("rows", rows, 1)
+        chosen = torch.as_tensor(rows, dtype=torch.int64).contiguous()
         if len(chosen):
             if not bool((chosen.diff() > 0).all()):
                 raise ValueError("SpanMask: rows must be strictly ascending")
@@ -195,15 +207,14 @@ class SpanMask:
             if first < 0 or last >= self.length:
                 went = f"rows go from {first} to {last}"
                 raise ValueError(f"SpanMask: {went}, expected [0, {self.length})")
-        spans = self.spans.cpu().clone()
-        edges = torch.tensor(self.span_offsets)
-        spans[:, 5] = torch.searchsorted(chosen, edges[:-1])
-        spans[:, 6] = torch.searchsorted(chosen, edges[1:])
+        device = self.rows.device
+        edges = torch.searchsorted(chosen, torch.tensor(self.span_offsets), out_int32=True)
+        slices = torch.stack([edges[:-1], edges[1:]], dim=1).to(device)
         document_rows = torch.searchsorted(chosen, torch.tensor(self.documents))
         return dataclasses.replace(
             self,
-            rows=chosen.int().to(self.rows.device),
-            spans=spans.to(self.spans.device),
+            rows=chosen.int().to(device),
+            spans=torch.cat([self.spans[:, :5], slices], dim=1),
             document_rows=tuple(document_rows.tolist()),
         )
 
@@ -217,13 +228,13 @@ class SpanMask:
         rows = torch.repeat_interleave(shift, lengths)
         return self.select_queries(rows + torch.arange(len(rows)))
 
+    @torch.inference_mode(False)
     def pad_to(self, length: int) -> SpanMask:
         """The mask of a longer buffer whose last rows see nothing and are seen by nobody."""
         extra = length - self.length
         if extra < 0:
             raise ValueError(f"SpanMask: cannot pad {self.length} rows to {length}")
-        if self.num_queries != self.length:
-            raise ValueError("SpanMask: pad the mask before selecting its queries")
+        self._check_all_queries("pad the mask")
         if extra == 0:
             return self
         nobody = self.q_hi.new_full((extra,), self.length)
@@ -237,6 +248,7 @@ class SpanMask:
             document_rows=(*self.document_rows, length),
         )
 
+    @torch.inference_mode(False)
     def to(self, device: torch.device | str) -> SpanMask:
         """The same mask with its tensors on `device`."""
         names = ("q_lo", "q_hi", "rows", "spans", "runs")
@@ -248,103 +260,52 @@ class SpanMask:
         row = self.rows[queries, None]
         return (self.q_lo[keys] <= row) & (row < self.q_hi[keys])
 
+    def tile_bounds(self, block: int) -> Tensor:
+        """Who sees the keys of each tile of `block` keys, as four query indices.
+
+        Returns:
+            [ceil(L / block), 4] int32 (lo_min, lo_max, hi_min, hi_max). The queries from lo_min to
+            hi_max, and no others, see a key of the tile; those from lo_max to hi_min see them all.
+        """
+        return exports.tile_bounds(self, block)
+
+    def tiles(self, block: int | tuple[int, int]) -> Tensor:
+        """What every tile of queries sees of every tile of keys; exact.
+
+        Args:
+            block: queries and keys of a tile, or one number for both.
+
+        Returns:
+            [ceil(Lq / queries), ceil(L / keys)] int8 of `Tile`: SKIP 0, PARTIAL 1, FULL 2.
+        """
+        return exports.tiles(self, block)
+
     def to_dense(self) -> Tensor:
         """Bool [Lq, L]: whether query row i sees key k. For tests and small buffers."""
         return self.visible()
 
-    @classmethod
-    def _from_tables(
-        cls,
-        offsets: list[int],
-        subtree_ends: list[int],
-        causal: list[bool],
-        runs: list[tuple[int, int]],
-        run_slices: list[tuple[int, int]],
-    ) -> SpanMask:
-        length = offsets[-1]
-        edges = torch.tensor(offsets, dtype=torch.int32)
-        starts, ends = edges[:-1], edges[1:]
-        is_causal = torch.tensor(causal, dtype=torch.int32)
-        slices = torch.tensor(run_slices, dtype=torch.int32).view(-1, 2)
-        span_of = torch.repeat_interleave(
-            torch.arange(len(causal)), (ends - starts).long(), output_size=length
-        )
-        token = torch.arange(length, dtype=torch.int32)
-        # A span without ancestor tokens shares nothing with what came before.
-        roots = [
-            start
-            for (start, end), (first, last) in zip(pairwise(offsets), run_slices, strict=True)
-            if first == last and end > start
-        ]
-        documents = (*roots, length) if roots else (0, 0)
-        return cls(
-            length=length,
-            q_lo=torch.where(is_causal.bool()[span_of], token, starts[span_of]),
-            q_hi=torch.tensor(subtree_ends, dtype=torch.int32)[span_of],
-            rows=token,
-            spans=torch.cat(
-                [
-                    torch.stack([starts, ends, is_causal], dim=1),
-                    slices,
-                    torch.stack([starts, ends], dim=1),
-                ],
-                dim=1,
-            ),
-            runs=torch.tensor(runs, dtype=torch.int32).view(-1, 2),
-            span_offsets=tuple(offsets),
-            documents=documents,
-            document_rows=documents,
-        )
+    def to_block_mask(self, block: int | tuple[int, int] = 128) -> BlockMask:
+        """For torch's `flex_attention`, one batch and all heads; no [Lq, L] mask is formed.
 
+        Args:
+            block: queries and keys of a block, or one number for both; powers of two for kernels.
+        """
+        return exports.block_mask(self, block)
 
-def _append_chain(chain: Sequence[Span], parent: int, spans: list[Span], parents: list[int]) -> int:
-    """Append a chain under `parent`; returns its last span, or `parent` when it is empty."""
-    for span in chain:
-        parents.append(parent)
-        parent = len(spans)
-        spans.append(span)
-    return parent
+    def to_row_intervals(self) -> Tensor:
+        """The keys that each query sees, as ranges.
 
+        Returns:
+            [Lq, N, 2] int32 (begin, end): disjoint, ascending, not touching. N is the most that a
+            query has; the others end with empty ranges, whose begin is their end.
+        """
+        return exports.row_intervals(self)
 
-def _subtree_ends(offsets: list[int], parents: Sequence[int]) -> list[int]:
-    """Per span, the token after its last descendant; checks the order on the way."""
-    ends = [offsets[-1]] * len(parents)
-    path: list[int] = []
-    for span, parent in enumerate(parents):
-        if not -1 <= parent < span:
-            raise ValueError(
-                f"SpanMask: span {span} has parent {parent}, expected -1 or an earlier span"
-            )
-        while path and path[-1] != parent:
-            ends[path.pop()] = offsets[span]
-        if parent >= 0 and not path:
-            raise ValueError(
-                f"SpanMask: span {span} has parent {parent}, whose descendants ended before span "
-                f"{span - 1}; spans must be in depth-first preorder"
-            )
-        path.append(span)
-    return ends
+    def to_flashmask(self) -> Tensor:
+        """[1, 1, L, 2] int32: FlashMask's bidirectional row indices; see `from_flashmask`."""
+        self._check_all_queries("export the mask")
+        return torch.stack([self.q_hi, self.q_lo], dim=1)[None, None]
 
-
-def _ancestor_runs(
-    offsets: list[int], parents: Sequence[int]
-) -> tuple[list[tuple[int, int]], list[tuple[int, int]]]:
-    """All ancestors' tokens as merged ranges, and each span's slice of them."""
-    runs: list[tuple[int, int]] = []
-    slices: list[tuple[int, int]] = []
-    of_children: dict[int, tuple[int, int]] = {-1: (0, 0)}
-    for parent in parents:
-        found = of_children.get(parent)
-        if found is None:
-            begin, end = slices[parent]
-            path = runs[begin:end]
-            start, stop = offsets[parent], offsets[parent + 1]
-            if path and path[-1][1] == start:
-                path[-1] = (path[-1][0], stop)
-            elif stop > start:
-                path.append((start, stop))
-            found = (len(runs), len(runs) + len(path))
-            of_children[parent] = found
-            runs += path
-        slices.append(found)
-    return runs, slices
+    def _check_all_queries(self, purpose: str) -> None:
+        if self.num_queries != self.length:
+            raise ValueError(f"SpanMask: {purpose} before selecting its queries")

@@ -20,9 +20,12 @@ def backends() -> list[str]:
 def backend(request: pytest.FixtureRequest) -> Iterator[str]:
     """Name of a backend; on a GPU, the tensors that a test of Triton makes are on it."""
     name, stem = str(request.param), request.path.stem.removeprefix("test_")
-    op = max((op for op in info.op_names() if stem.startswith(op)), key=len)
-    if reasons := _backend.why_not(name, op, []):
-        pytest.skip(f"backend {name}: {'; '.join(reasons)}")
+    ops = [op for op in info.op_names() if stem.startswith(op)]
+    reasons = [_backend.why_unavailable(name)] if name != "torch" else []
+    if ops:
+        reasons += _backend.why_not(name, max(ops, key=len), [])
+    if any(reasons):
+        pytest.skip(f"backend {name}: {'; '.join(filter(None, reasons))}")
     if name == "triton" and not _backend.triton_interprets():
         with torch.device("cuda"):
             yield name

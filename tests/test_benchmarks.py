@@ -149,7 +149,7 @@ def test_the_table_is_loud_about_what_is_missing():
     text = "\n".join(lines)
     assert lines[1] == "x x x x"
     assert "2.000 ms [2.000, 2.000]            2.00x      1.0 MiB   50%" in text
-    assert "WRONG: outside the rule: off by 1" in text
+    assert "NOT CORRECT: outside the rule: off by 1" in text
     assert "as precise as plain bfloat16" in text
     assert "cpp            NO NUMBER: no kernel" in text
     assert lines[-1] == "NO NUMBER for gone: gone is not installed"
@@ -197,6 +197,7 @@ def test_a_run_writes_rows_under_a_header(tmp_path):
     assert {"torch", "loops"} <= rows.keys()
     assert rows["loops"]["wall_ms"] > rows["torch"]["wall_ms"] > 0
     assert rows["loops"]["correct"] is True
+    assert rows["loops"]["result_bytes"] == 48 * 8 * 4
     assert 0 < rows["loops"]["fraction_of_ceiling"] < 1
     assert all(set(_results.FIELDS) <= row.keys() for row in rows.values())
     assert "loops" in done.stdout

@@ -30,7 +30,11 @@ OPS = sorted(path.stem for path in (ROOT / "kernels").glob("[a-z]*.py"))
 ARCHITECTURES = (80, 90, 100)
 CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 #: Bytes of local memory per thread a kernel may use, beyond which registers have spilled.
-SPILL_BUDGET: dict[str, int] = {}
+SPILL_BUDGET: dict[str, int] = {
+    # ptxas gives up one fp64 to fit another program on an SM, at every tile size that was tried.
+    "_measure_kernel": 8,
+    "_write_kernel": 8,
+}
 
 
 def specialise(launch: _launch.Launch, architecture: int):

@@ -24,7 +24,10 @@ struct Estimator {
 
   double freedom(double n) const { return std::max(n - static_cast<double>(ddof), 1.0); }
   double std(double squares, double n) const { return std::sqrt(squares / freedom(n)); }
-  double divisor(double std) const { return scale == UNSCALED ? 1.0 : std::max(std + eps, std_floor); }
+  double divisor(double std) const {
+    const double sum = std::max(std + eps, std_floor);
+    return sum > 0 ? sum : 1.0;
+  }
   bool sums_to_zero() const {
     return (baseline == MEAN || baseline == LEAVE_ONE_OUT) && scale != OTHERS && whiten != PER_TOKEN;
   }
@@ -131,7 +134,7 @@ inline void scale_part(const Group& g, int64_t k, double count, const Column& co
     return;
   }
   const double std = estimator.scale == GROUP ? estimator.std(column.squares, column.count) : spread;
-  if (factor != 0) factor /= estimator.divisor(std);
+  if (factor != 0 && estimator.scale != UNSCALED) factor /= estimator.divisor(std);
   for (int64_t b = 0; b < g.size; ++b) g.part[b * g.rewards + k] *= factor;
 }
 

@@ -238,8 +238,7 @@ Whitening whitening(const Input& in, const Estimator& estimator, const double* p
   };
   w.zero = !estimator.sums_to_zero() && largest(after) <= ROUNDING * largest(before);
   const double std = w.zero ? 0.0 : estimator.std(sums[0], sums[1]);
-  w.divisor = std::max(std + estimator.eps, estimator.std_floor);
-  if (w.divisor == 0) w.divisor = 1;
+  w.divisor = estimator.divisor(std);
   return w;
 }
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -18,6 +17,7 @@ from lvrpo.data.example import Example
 from lvrpo.models.packing import PackBuilder
 from lvrpo.models.policy import Policy
 from lvrpo.models.unified import PackedBatch
+from lvrpo.positions import target_index
 
 #: A prompt and the tokens of each of its completions.
 TextGroup = tuple[Example, Sequence[Sequence[int]]]
@@ -79,20 +79,16 @@ class _OpenPack:
         self.policy = policy
         self.builder: PackBuilder = policy.builder()
         self.first = completion, token, picture
-        self.lengths: list[int] = []
         self.token_ids: list[int] = []
-        self.predictor_rows: list[int] = []
+        self.text_spans: list[int] = []
         self.pictures = 0
 
     def add_text(self, example: Example, completions: Sequence[Sequence[int]]) -> None:
         builder = self.builder
         prompt = self.policy.add_prompt(builder, example)
         for tokens in completions:
-            child = builder.text(tokens[:-1], prompt)
-            self.lengths.append(len(tokens))
+            self.text_spans.append(builder.text(tokens[:-1], prompt))
             self.token_ids.extend(tokens)
-            self.predictor_rows.append(builder.end(prompt) - 1)
-            self.predictor_rows.extend(range(builder.start(child), builder.end(child)))
 
     def add_pictures(self, example: Example, count: int) -> None:
         prompt = self.policy.add_prompt(self.builder, example)
@@ -103,7 +99,7 @@ class _OpenPack:
     def _end(self) -> tuple[int, int, int]:
         completion, token, picture = self.first
         return (
-            completion + len(self.lengths),
+            completion + len(self.text_spans),
             token + len(self.token_ids),
             picture + self.pictures,
         )
@@ -123,14 +119,12 @@ class _OpenPack:
             )
         else:
             batch = self.builder.build()
-        offsets = np.concatenate([[0], np.cumsum(self.lengths, dtype=np.int64)])
+        targets = target_index(batch.mask, self.text_spans, last_has_row=False)
         return Pack(
             batch=batch,
             token_ids=torch.tensor(self.token_ids, dtype=torch.int64),
-            predictor=torch.searchsorted(
-                batch.text_rows, torch.tensor(self.predictor_rows, dtype=torch.int64)
-            ),
-            cu_seqlens=torch.from_numpy(offsets.astype(np.int64)),
+            predictor=torch.searchsorted(batch.text_rows, targets.row_index),
+            cu_seqlens=targets.cu_seqlens,
             completions=completions,
             tokens=tokens,
             pictures=pictures,

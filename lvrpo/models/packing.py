@@ -1,9 +1,7 @@
 """From texts, pictures and noisy latents to one `PackedBatch`.
 
 Spans are added in depth-first preorder, each under a parent: a group is a prompt with its G
-completions as children, and a completion may be text or a noisy image. Position ids follow BAGEL:
-text advances by one per token, a picture shares one id and then advances by one, a noisy image
-takes the next id and does not advance, since nothing outside it may see it.
+completions as children, and a completion may be text or a noisy image. Position ids follow BAGEL.
 """
 
 from __future__ import annotations
@@ -18,6 +16,7 @@ from torch import Tensor
 
 from lvrpo.masks import SpanMask
 from lvrpo.models.unified import PackedBatch, UnifiedConfig
+from lvrpo.positions import bagel_position_ids
 
 ROOT = -1
 
@@ -34,9 +33,7 @@ class PackBuilder:
     lengths: list[int] = field(default_factory=list)
     parents: list[int] = field(default_factory=list)
     modes: list[str] = field(default_factory=list)
-    _next_position: list[int] = field(default_factory=list)  # by span: id after it
     _starts: list[int] = field(default_factory=lambda: [0])
-    _position_ids: list[int] = field(default_factory=list)
     _token_ids: list[int] = field(default_factory=list)
     _text_rows: list[int] = field(default_factory=list)
     _patches: list[np.ndarray] = field(default_factory=list)
@@ -60,13 +57,10 @@ class PackBuilder:
 
     def text(self, token_ids: Sequence[int], parent: int = ROOT) -> int:
         """A causal span of tokens."""
-        first = self._position_after(parent)
         count = len(token_ids)
-        rows = range(self.rows, self.rows + count)
         self._token_ids.extend(token_ids)
-        self._text_rows.extend(rows)
-        self._position_ids.extend(range(first, first + count))
-        return self._add(count, parent, "causal", first + count)
+        self._text_rows.extend(range(self.rows, self.rows + count))
+        return self._add(count, parent, "causal")
 
     def picture(self, pixels: np.ndarray, opening: int, closing: int, parent: int = ROOT) -> int:
         """A full span: an opening token, the patches of a picture to be read, a closing token.
@@ -92,7 +86,7 @@ class PackBuilder:
         self._patches.append(np.asarray(patches, dtype=np.float32))
         self._patch_rows.extend(range(row + 1, row + 1 + count))
         self._patch_grid.append(grid(height // patch, width // patch))
-        return self._add_at_one_position(count + 2, parent, advance=1)
+        return self._add(count + 2, parent, "full")
 
     def _check_grid(self, height: int, width: int) -> None:
         most = self.config.max_grid
@@ -108,7 +102,7 @@ class PackBuilder:
         count = height * width
         self._latent_rows.extend(range(self.rows, self.rows + count))
         self._latent_grid.append(grid(height, width))
-        return self._add_at_one_position(count, parent, advance=0)
+        return self._add(count, parent, "full")
 
     def build(self, latents: Tensor | None = None, timesteps: Tensor | None = None) -> PackedBatch:
         """Lay out everything that was added.
@@ -123,6 +117,7 @@ class PackBuilder:
             latents = torch.zeros(len(self._latent_rows), config.latent_dim)
         if timesteps is None:
             timesteps = latents.new_zeros(len(self._latent_rows))
+        mask = self.mask()
         return PackedBatch(
             token_ids=as_index(self._token_ids),
             text_rows=as_index(self._text_rows),
@@ -133,27 +128,18 @@ class PackBuilder:
             latent_rows=as_index(self._latent_rows),
             latent_grid=torch.from_numpy(stack(self._latent_grid, 2, np.int64)),
             timesteps=timesteps,
-            position_ids=as_index(self._position_ids),
-            mask=self.mask(),
+            position_ids=bagel_position_ids(mask),
+            mask=mask,
         )
 
     def mask(self) -> SpanMask:
         """Who sees whom."""
         return SpanMask.from_spans(self.lengths, self.parents, self.modes)
 
-    def _position_after(self, parent: int) -> int:
-        return 0 if parent == ROOT else self._next_position[parent]
-
-    def _add_at_one_position(self, count: int, parent: int, advance: int) -> int:
-        position = self._position_after(parent)
-        self._position_ids.extend([position] * count)
-        return self._add(count, parent, "full", position + advance)
-
-    def _add(self, count: int, parent: int, mode: str, next_position: int) -> int:
+    def _add(self, count: int, parent: int, mode: str) -> int:
         self.lengths.append(count)
         self.parents.append(parent)
         self.modes.append(mode)
-        self._next_position.append(next_position)
         self._starts.append(self._starts[-1] + count)
         return len(self.lengths) - 1
 

@@ -100,7 +100,7 @@ def normalize_advantages(
         lengths: [B] int64, tokens of each sample, for the estimators that count tokens
             (`params.needs_lengths`); the others ignore it.
         params: the estimator.
-        backend: "cpp", "torch", or None for the first that can run.
+        backend: "cpp", "triton", "torch", or None for the first that can run.
 
     Returns:
         Advantages in fp32 (fp64 from fp64 rewards).
@@ -123,9 +123,9 @@ def normalize_advantages(
     tensors = (table, offsets, factors, lengths)
     chosen = _backend.resolve(OP, tensors, backend)
     if chosen == "torch":
-        values, per_reward, *stats, all_zero = reference_advantages(*tensors, params=params)
+        values, per_reward, *stats = reference_advantages(*tensors, params=params)
     else:
-        values, per_reward, columns, all_zero = torch.ops.lvrpo.normalize_advantages(
+        values, per_reward, columns, all_zero = _library.op(OP, chosen)(
             *tensors,
             params.combine == "decoupled",
             get_args(Baseline).index(params.baseline),
@@ -136,11 +136,11 @@ def normalize_advantages(
             float(params.std_floor),
             math.inf if params.clip is None else float(params.clip),
         )
-        stats = list(columns.unbind())
-    return Advantages(values, per_reward, AdvantageStats(*stats, all_zero))
+        stats = [*columns.unbind(), all_zero]
+    return Advantages(values, per_reward, AdvantageStats(*stats))
 
 
-@_library.register("normalize_advantages")
+@_library.register(OP, triton=OP)
 def _fake(
     rewards: Tensor,
     offsets: Tensor,

@@ -67,6 +67,7 @@ def normalize_advantages(
         divisor = (spread + params.eps).clamp(min=params.std_floor)
     if params.scale == "leave_one_out":
         divisor = torch.where(spread > 0, divisor, 1.0)
+    divisor = torch.where(divisor > 0, divisor, 1.0)
 
     above = deviation
     if params.baseline == "leave_one_out":

@@ -1,59 +1,12 @@
 from __future__ import annotations
 
-import random
-
 import pytest
 import torch
-from torch import Tensor
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from masks.layouts import bagel_packs, dense_bagel, dense_forest, forests
 
 from lvrpo.masks import SpanMask
-
-Layout = tuple[list[int], list[int], list[str]]
-
-
-def random_forest(rng: random.Random) -> Layout:
-    """Spans in depth-first preorder, to depth 7, with empty and one-token spans."""
-    lengths, parents, modes = [], [], []
-    path: list[int] = []
-    for span in range(rng.randint(0, 14)):
-        path = path[: rng.randint(0, min(len(path), 7))]
-        lengths.append(rng.choice([0, 1, 1, 2, 3, 6]))
-        parents.append(path[-1] if path else -1)
-        modes.append(rng.choice(["causal", "full"]))
-        path.append(span)
-    return lengths, parents, modes
-
-
-def dense_forest(lengths: list[int], parents: list[int], modes: list[str]) -> Tensor:
-    """The definition: the key's span is the query's or its ancestor; causal or full inside."""
-    span_of = [s for s, length in enumerate(lengths) for _ in range(length)]
-    dense = torch.zeros(len(span_of), len(span_of), dtype=torch.bool)
-    for q, query_span in enumerate(span_of):
-        path, span = set(), query_span
-        while span != -1:
-            path.add(span)
-            span = parents[span]
-        for k, key_span in enumerate(span_of):
-            inside = modes[key_span] == "full" or k <= q
-            dense[q, k] = key_span in path and (key_span != query_span or inside)
-    return dense
-
-
-def dense_bagel(split_lens: list[int], attn_modes: list[str], sample_lens: list[int]) -> Tensor:
-    """BAGEL's own rule, from per-token sample and split labels."""
-    sizes = torch.tensor(split_lens)
-    split = torch.arange(len(sizes)).repeat_interleave(sizes)
-    sample = torch.arange(len(sample_lens)).repeat_interleave(torch.tensor(sample_lens))
-    noise = torch.tensor([mode == "noise" for mode in attn_modes])[split]
-    block = torch.tensor([mode != "causal" for mode in attn_modes])[split]
-    same_split = split[:, None] == split[None, :]
-    position = torch.arange(len(split))
-    earlier = position[:, None] >= position[None, :]
-    return (
-        (sample[:, None] == sample[None, :])
-        & (earlier | (same_split & block[None, :]))
-        & ~(noise[None, :] & ~same_split)
-    )
 
 
 def check_tables(mask: SpanMask) -> None:
@@ -87,40 +40,33 @@ def check_tables(mask: SpanMask) -> None:
             assert torch.equal(dense[query], own)
 
 
-@pytest.mark.parametrize("seed", range(200))
-def test_forest_matches_its_definition(seed):
-    layout = random_forest(random.Random(seed))
+@given(forests())
+@settings(max_examples=200, deadline=None)
+def test_forest_matches_its_definition(layout):
     mask = SpanMask.from_spans(*layout)
     assert torch.equal(mask.to_dense(), dense_forest(*layout))
+    assert (mask.parents, mask.modes) == (tuple(layout[1]), tuple(layout[2]))
     check_tables(mask)
 
 
-@pytest.mark.parametrize("seed", range(200))
-def test_bagel_pack_matches_its_definition(seed):
-    rng = random.Random(seed)
-    split_lens, attn_modes, sample_lens = [], [], []
-    for _ in range(rng.randint(1, 3)):
-        # Half the splits are noise, so that consecutive ones are common.
-        modes = rng.choices(["causal", "full", "noise", "noise"], k=rng.randint(1, 6))
-        lengths = [rng.randint(1, 5) for _ in modes]
-        split_lens += lengths
-        attn_modes += modes
-        sample_lens.append(sum(lengths))
-    mask = SpanMask.from_bagel(split_lens, attn_modes, sample_lens)
-    assert torch.equal(mask.to_dense(), dense_bagel(split_lens, attn_modes, sample_lens))
+@given(bagel_packs())
+@settings(max_examples=200, deadline=None)
+def test_bagel_pack_matches_its_definition(pack):
+    mask = SpanMask.from_bagel(*pack)
+    assert torch.equal(mask.to_dense(), dense_bagel(*pack))
     check_tables(mask)
 
 
-@pytest.mark.parametrize("seed", range(50))
-def test_selected_queries_keep_their_rows(seed):
-    rng = random.Random(seed)
-    mask = SpanMask.from_spans(*random_forest(rng))
-    rows = sorted(rng.sample(range(mask.length), rng.randint(0, mask.length)))
+@given(forests(), st.data())
+@settings(max_examples=50, deadline=None)
+def test_selected_queries_keep_their_rows(layout, data):
+    mask = SpanMask.from_spans(*layout)
+    rows = [row for row in range(mask.length) if data.draw(st.booleans())]
     selected = mask.select_queries(rows)
     assert torch.equal(selected.to_dense(), mask.to_dense()[rows])
     assert selected.num_queries == len(rows)
     check_tables(selected)
-    spans = sorted(rng.sample(range(mask.num_spans), rng.randint(0, mask.num_spans)))
+    spans = [span for span in range(mask.num_spans) if data.draw(st.booleans())]
     offsets = mask.span_offsets
     rows = [row for span in spans for row in range(offsets[span], offsets[span + 1])]
     again = selected.select_spans(spans)
@@ -175,6 +121,9 @@ BAD = {
     "later parent": (([1, 1], [-1, 5], ["full"] * 2), "span 1 has parent 5"),
     "parent below -1": (([1, 1], [-1, -2], ["full"] * 2), "span 1 has parent -2"),
     "not in preorder": (([1] * 4, [-1, 0, 0, 1], ["full"] * 4), "span 3 has parent 1.*preorder"),
+    "fraction": (([1, 1.5], [-1, 0], ["full"] * 2), r"lengths\[1\] is 1.5"),
+    "parent is a name": (([1], ["root"], ["full"]), r"parents\[0\] is 'root'"),
+    "more than int32": (([1 << 30] * 2, [-1, 0], ["full"] * 2), "add up to 2147483648 tokens"),
     "finished document": (([1] * 3, [-1, -1, 0], ["full"] * 3), "span 2 has parent 0.*preorder"),
 }
 
@@ -207,3 +156,9 @@ def test_bad_builders_and_selections():
         mask.pad_to(3)
     with pytest.raises(ValueError, match="pad the mask before"):
         mask.select_queries([1]).pad_to(6)
+    with pytest.raises(ValueError, match="export the mask before"):
+        mask.select_queries([1]).to_flashmask()
+    with pytest.raises(ValueError, match=r"rows is torch.int64 of shape \(1, 1\)"):
+        mask.select_queries(torch.tensor([[1]]))
+    with pytest.raises(ValueError, match="rows is on meta"):
+        mask.select_queries(torch.tensor([1], device="meta"))
