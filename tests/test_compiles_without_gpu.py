@@ -34,8 +34,8 @@ SPILL_BUDGET: dict[str, int] = {
     # ptxas gives up one fp64 to fit another program on an SM, at every tile size that was tried.
     # Half the tile would spill nothing, and do half the work for every byte it reads.
     "_forward_kernel": 64,
-    "_dq_kernel": 64,
-    "_dkv_kernel": 64,
+    "dq_kernel": 64,
+    "dkv_kernel": 64,
     "_measure_kernel": 8,
     "_write_kernel": 8,
 }

@@ -72,7 +72,8 @@ def packed_attention(
         scale: multiplies the scores; None means D^-0.5.
         softcap: scores become softcap * tanh(score / softcap) before the softmax; 0 means none.
         return_lse: also return the log-sum-exp of every row's scores.
-        backend: "cpp", "torch", or None for the first that can run.
+        backend: "cpp", "triton" (heads up to 256 wide), "torch", or None for the first that can
+            run.
 
     Returns:
         out: [Lq, Hq, Dv] in q's dtype; 0 in a row that sees no key, which gets no gradient.
@@ -86,7 +87,9 @@ def packed_attention(
     scale = q.shape[-1] ** -0.5 if scale is None and q.dim() and q.shape[-1] else scale
     scale = 1.0 if scale is None else float(scale)
     _check(q, k, v, mask, scale, softcap)
-    chosen = _backend.resolve(OP, (q, k, v), backend)
+    widest = max(q.shape[2], v.shape[2])
+    limits = {"triton": f"its heads are up to 256 wide, got {widest}"} if widest > 256 else None
+    chosen = _backend.resolve(OP, (q, k, v), backend, limits)
     if chosen == "torch":
         return reference_packed_attention(
             q, k, v, mask, scale=scale, softcap=softcap, return_lse=return_lse

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import functools
+import importlib
 from typing import Any
 
 import pytest
@@ -10,10 +11,20 @@ from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from lvrpo.masks import SpanMask
+from lvrpo.ops import _backend
 from lvrpo.ops.packed_attention import packed_attention
 from lvrpo.testing import DEFAULT_ULPS, check_op
 
 pytestmark = pytest.mark.usefixtures("poison_empty")
+
+
+@pytest.fixture(autouse=True)
+def _fewer_programs(monkeypatch):
+    """Each costs the interpreter as much as its whole tile; the shapes still take several."""
+    if not _backend.why_unavailable("triton") and _backend.triton_interprets():
+        kernels = importlib.import_module("lvrpo.kernels.packed_attention")
+        monkeypatch.setattr(kernels, "WIDE", dict.fromkeys(kernels.WIDE, kernels._tiles(64, 64, 1)))
+
 
 QUESTION = ([(9, "full"), (5, "causal")], [[(3, "causal")], [(1, "causal"), (4, "full")], []])
 DRAWING = ([(7, "causal")], [[(16, "full")]] * 3)
@@ -335,6 +346,15 @@ def test_bad_input(backend, change, message):
     arguments = {name: rows_of(5) for name in "qkv"} | {"mask": mask, "backend": backend}
     with pytest.raises(ValueError, match=message):
         packed_attention(**arguments | change)
+
+
+def test_heads_that_no_kernel_holds_go_to_another_backend():
+    q = torch.randn(3, 1, 300)
+    mask = SpanMask.from_cu_seqlens([0, 3])
+    assert packed_attention(q, q, q, mask).shape == q.shape
+    if not _backend.why_unavailable("triton"):
+        with pytest.raises(ValueError, match="up to 256 wide, got 300"):
+            packed_attention(q, q, q, mask, backend="triton")
 
 
 def test_the_op_refuses_tables_that_do_not_fit():
