@@ -14,6 +14,8 @@ from lvrpo.ops.flow_policy_loss import (
 from lvrpo.ops.flow_step import StepCoefficients, flow_step
 from lvrpo.ops.gather_logprobs import gather_logprobs
 from lvrpo.ops.grpo_loss import grpo_loss
+from lvrpo.ops.linear_grpo_loss import LinearPolicyLoss, linear_grpo_loss
+from lvrpo.ops.linear_logprobs import linear_logprobs
 from lvrpo.ops.normalize_advantages import (
     AdvantageParams,
     Advantages,
@@ -47,6 +49,7 @@ __all__ = [
     "FlowLossMetrics",
     "FlowLossParams",
     "FlowPolicyLoss",
+    "LinearPolicyLoss",
     "LossMetrics",
     "LossParams",
     "PolicyLoss",
@@ -63,6 +66,8 @@ __all__ = [
     "flow_step",
     "gather_logprobs",
     "grpo_loss",
+    "linear_grpo_loss",
+    "linear_logprobs",
     "mrope_position_ids",
     "normalize_advantages",
     "off_policy_sequence_mask",

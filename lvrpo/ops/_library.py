@@ -35,6 +35,12 @@ EXTENSION, MISSING = _load()
 #: Names of the ops that have a Triton twin.
 TWINS: set[str] = set()
 
+#: By op that has no kernels of its own: the ops whose kernels it runs.
+COMPOSED = {
+    "linear_grpo_loss": ("gather_logprobs", "grpo_loss"),
+    "linear_logprobs": ("gather_logprobs",),
+}
+
 _STALE = "it was built from other sources; build it again (pip install -e .)"
 _fragment = torch.library.Library("lvrpo", "FRAGMENT")
 
@@ -71,8 +77,28 @@ def register(
     return decorate
 
 
+def compose(name: str, fake: Callable[..., Any]) -> Callable[[Fake], Fake]:
+    """Register the decorated function, which runs other ops, as `torch.ops.lvrpo.<name>`.
+
+    A graph that torch.compile makes holds one call of it, instead of what it does to real tensors.
+    Its schema is read off its annotations.
+
+    Args:
+        name: of the op.
+        fake: its shape function.
+    """
+
+    def decorate(run: Fake) -> Fake:
+        _define(name, torch.library.infer_schema(run, mutates_args=()), run, fake)
+        return run
+
+    return decorate
+
+
 def implements(backend: str, op: str) -> bool:
     """Whether `backend`, "cpp" or "triton", has kernels for the op of this name."""
+    if op in COMPOSED:
+        return all(implements(backend, part) for part in COMPOSED[op])
     names = (op, f"{op}_fwd")
     if backend == "triton":
         return not TWINS.isdisjoint(names)
@@ -106,8 +132,12 @@ def _define_twin(
         kernels = importlib.import_module(f"lvrpo.kernels.{module}")
         return getattr(kernels, launcher)(*arguments)
 
-    _fragment.define(twin + schema, tags=(torch.Tag.pt2_compliant_tag,))
     # The CPU is for Triton's interpreter; `_backend.why_not` keeps everything else away.
+    _define(twin, schema, run, fake)
+
+
+def _define(name: str, schema: str, run: Callable[..., Any], fake: Callable[..., Any]) -> None:
+    _fragment.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
     for key in ("CUDA", "CPU"):
-        _fragment.impl(twin, run, key)
-    torch.library.register_fake(f"lvrpo::{twin}", fake, lib=_fragment)
+        _fragment.impl(name, run, key)
+    torch.library.register_fake(f"lvrpo::{name}", fake, lib=_fragment)

@@ -91,7 +91,7 @@ def grpo_loss(
         "entropy": entropy,
         "token_weights": token_weights,
     }
-    _check(logprobs, advantages, cu_seqlens, optional, denominator, params)
+    check_inputs(OP, logprobs, advantages, cu_seqlens, optional, denominator, params)
     logp = widen(logprobs)
     as_logp = {name: x if x is None else x.to(logp.dtype) for name, x in optional.items()}
     # Dividing by a tensor afterwards keeps the op free of a read from the device.
@@ -121,7 +121,7 @@ def grpo_loss(
         )
         loss, metrics = result
     if _checks.check_values(loss) and not bool(loss.detach().isfinite()):
-        _refuse_tokens(logprobs, optional)
+        refuse_tokens(OP, logprobs, optional)
     fields = list(metrics.unbind())
     if isinstance(denominator, Tensor):
         divisor = denominator.detach().to(loss.dtype).reshape(())
@@ -214,7 +214,8 @@ def _fwd_fake(
     )
 
 
-def _check(
+def check_inputs(
+    op: str,
     logprobs: Tensor,
     advantages: Tensor,
     cu_seqlens: Tensor,
@@ -222,66 +223,67 @@ def _check(
     denominator: float | Tensor | None,
     params: LossParams,
 ) -> None:
-    _checks.check_shape(OP, "logprobs", logprobs, ("T",))
-    _checks.check_floating(OP, "logprobs", logprobs)
+    """The arguments of a policy loss fit each other; `op` is who asks."""
+    _checks.check_shape(op, "logprobs", logprobs, ("T",))
+    _checks.check_floating(op, "logprobs", logprobs)
     tokens = logprobs.shape[0]
     for name, tensor in optional.items():
         if tensor is not None:
-            _checks.check_shape(OP, name, tensor, (tokens,))
+            _checks.check_shape(op, name, tensor, (tokens,))
             if name != "token_weights" or tensor.dtype != torch.bool:
-                _checks.check_floating(OP, name, tensor)
+                _checks.check_floating(op, name, tensor)
     _checks.check_same_device(
-        OP, logprobs=logprobs, advantages=advantages, cu_seqlens=cu_seqlens, **optional
+        op, logprobs=logprobs, advantages=advantages, cu_seqlens=cu_seqlens, **optional
     )
-    _checks.check_offsets(OP, "cu_seqlens", cu_seqlens, tokens)
+    _checks.check_offsets(op, "cu_seqlens", cu_seqlens, tokens)
     sequences = cu_seqlens.shape[0] - 1
-    _checks.check_floating(OP, "advantages", advantages)
+    _checks.check_floating(op, "advantages", advantages)
     if advantages.dim() != 1 or advantages.shape[0] not in (sequences, tokens):
         raise ValueError(
-            f"{OP}: advantages has shape {tuple(advantages.shape)}, expected [B] = [{sequences}] "
+            f"{op}: advantages has shape {tuple(advantages.shape)}, expected [B] = [{sequences}] "
             f"or [T] = [{tokens}]"
         )
     if params.needs_sequence_advantages and advantages.shape[0] != sequences:
         raise ValueError(
-            f"{OP}: advantages has shape {tuple(advantages.shape)}, but ratio {params.ratio!r} "
+            f"{op}: advantages has shape {tuple(advantages.shape)}, but ratio {params.ratio!r} "
             f"takes one per sequence, [{sequences}]"
         )
     if params.beta > 0 and optional["ref_logprobs"] is None:
-        raise ValueError(f"{OP}: ref_logprobs is None, but beta is {params.beta}")
+        raise ValueError(f"{op}: ref_logprobs is None, but beta is {params.beta}")
     if params.entropy_coef != 0 and optional["entropy"] is None:
-        raise ValueError(f"{OP}: entropy is None, but entropy_coef is {params.entropy_coef}")
-    _check_denominator(denominator)
+        raise ValueError(f"{op}: entropy is None, but entropy_coef is {params.entropy_coef}")
+    _check_denominator(op, denominator)
     if _checks.check_values(advantages):
-        _refuse_first(advantages, ~advantages.isfinite(), "advantages", "a finite number")
+        _refuse_first(op, advantages, ~advantages.isfinite(), "advantages", "a finite number")
     weights = optional["token_weights"]
     if weights is not None and weights.is_floating_point() and _checks.check_values(weights):
         bad = ~((weights >= 0) & weights.isfinite())
-        _refuse_first(weights, bad, "token_weights", "finite and >= 0")
+        _refuse_first(op, weights, bad, "token_weights", "finite and >= 0")
 
 
-def _check_denominator(denominator: float | Tensor | None) -> None:
+def _check_denominator(op: str, denominator: float | Tensor | None) -> None:
     if isinstance(denominator, Tensor):
         if denominator.numel() != 1:
             shape = tuple(denominator.shape)
-            raise ValueError(f"{OP}: denominator has shape {shape}, expected one number")
+            raise ValueError(f"{op}: denominator has shape {shape}, expected one number")
         if not _checks.check_values(denominator):
             return
         denominator = float(denominator)
     if denominator is not None and not 0 < denominator < math.inf:
-        raise ValueError(f"{OP}: denominator is {denominator}, expected finite and > 0, or None")
+        raise ValueError(f"{op}: denominator is {denominator}, expected finite and > 0, or None")
 
 
-def _refuse_tokens(logprobs: Tensor, optional: dict[str, Tensor | None]) -> None:
+def refuse_tokens(op: str, logprobs: Tensor, optional: dict[str, Tensor | None]) -> None:
     """Name the active token that made the loss infinite or NaN."""
     weights = optional["token_weights"]
     active = torch.ones_like(logprobs, dtype=torch.bool) if weights is None else weights != 0
     for name, tensor in ({"logprobs": logprobs} | optional).items():
         if tensor is not None:
             bad = active & ~tensor.isfinite()
-            _refuse_first(tensor, bad, name, "a finite number where token_weights is not 0")
+            _refuse_first(op, tensor, bad, name, "a finite number where token_weights is not 0")
 
 
-def _refuse_first(values: Tensor, bad: Tensor, name: str, expected: str) -> None:
+def _refuse_first(op: str, values: Tensor, bad: Tensor, name: str, expected: str) -> None:
     if bool(bad.any()):
         at = int(bad.nonzero()[0])
-        raise ValueError(f"{OP}: {name}[{at}] is {values[at].tolist()}, expected {expected}")
+        raise ValueError(f"{op}: {name}[{at}] is {values[at].tolist()}, expected {expected}")

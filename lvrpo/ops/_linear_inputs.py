@@ -1,0 +1,93 @@
+"""What the ops on a linear head do with their arguments before any arithmetic.
+
+R rows, H hidden width, V vocabulary, T tokens.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+from torch import Tensor
+
+from lvrpo.ops import _checks
+from lvrpo.ops._linear_head import dtypes_of
+from lvrpo.ops._linear_rows import OUTSIDE
+
+VocabRange = Tensor | tuple[int, int] | None
+
+#: Default bytes of logits on a GPU. Every chunk reads and writes the whole fp32 weight gradient, so
+#: that few are wanted: this holds 2,700 rows of a vocabulary of 151,936 from bf16.
+GPU_BYTES = 2_500_000_000
+#: On a CPU, where 96 rows keep the GEMMs within a tenth of their speed without chunks.
+CPU_BYTES, CPU_ROWS = 12 << 20, 96
+
+
+@dataclasses.dataclass(frozen=True)
+class Slice:
+    """The part of the vocabulary that is multiplied, and what is left to mask in it.
+
+    Attributes:
+        low: first column.
+        high: one past the last.
+        ranges: [R, 2] columns of each row; None when each row has all of the slice.
+    """
+
+    low: int
+    high: int
+    ranges: Tensor | None
+
+
+def check_head(op: str, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+    """The shapes, dtypes and devices of a linear head fit each other."""
+    _checks.check_shape(op, "hidden", hidden, ("R", "H"))
+    _checks.check_floating(op, "hidden", hidden)
+    _checks.check_shape(op, "weight", weight, ("V", hidden.shape[1]))
+    _checks.check_same_device(op, hidden=hidden, weight=weight, bias=bias)
+    if not weight.shape[0]:
+        raise ValueError(f"{op}: weight has shape {tuple(weight.shape)}, expected V >= 1")
+    if bias is not None:
+        _checks.check_shape(op, "bias", bias, (weight.shape[0],))
+    for name, tensor in (("weight", weight), ("bias", bias)):
+        if tensor is not None and tensor.dtype != hidden.dtype:
+            raise ValueError(f"{op}: {name} is {tensor.dtype}, but hidden is {hidden.dtype}")
+
+
+def rows_at_once(op: str, hidden: Tensor, vocab: int, memory_budget: int | None) -> int:
+    """How many rows of logits, and of their gradient where it has a buffer, fit the budget."""
+    factors, sums = dtypes_of(hidden)
+    row_bytes = vocab * (sums.itemsize + (factors.itemsize if factors != sums else 0))
+    if memory_budget is None:
+        on_cpu = max(CPU_BYTES, CPU_ROWS * row_bytes)
+        memory_budget = max(GPU_BYTES, row_bytes) if hidden.is_cuda else on_cpu
+    if memory_budget < row_bytes:
+        raise ValueError(
+            f"{op}: memory_budget is {memory_budget} bytes, but the logits of one row of {vocab} "
+            f"columns need {row_bytes}"
+        )
+    return memory_budget // row_bytes
+
+
+def vocab_slice(op: str, vocab_range: VocabRange, vocab: int) -> Slice:
+    """A pair is multiplied out of the weight, ranges per row are left to the row kernels."""
+    if vocab_range is None or isinstance(vocab_range, Tensor):
+        return Slice(0, vocab, vocab_range)
+    low, high = vocab_range
+    if not 0 <= low < high <= vocab:
+        raise ValueError(f"{op}: vocab_range is {vocab_range}, expected 0 <= low < high <= {vocab}")
+    return Slice(low, high, None)
+
+
+def token_columns(token_ids: Tensor, low: int, ignore_index: int) -> Tensor:
+    """Ids counted from the first column of the slice."""
+    return torch.where(token_ids == ignore_index, OUTSIDE, token_ids - low)
+
+
+def refuse_rows(op: str, statistic: Tensor) -> None:
+    """Name the row whose log-sum-exp, or entropy, is not a number."""
+    if _checks.check_values(statistic) and not bool(statistic.isfinite().all()):
+        row = int((~statistic.isfinite()).nonzero()[0])
+        raise ValueError(
+            f"{op}: row {row} of hidden @ weight.T + bias has no finite log-sum-exp; expected "
+            "finite values, or -inf beside them"
+        )
