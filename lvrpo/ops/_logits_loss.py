@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
+import itertools
 from collections.abc import Sequence
 from typing import Any
 
@@ -16,14 +17,14 @@ from torch.autograd.function import once_differentiable
 from torch.types import Number
 
 from lvrpo.ops import _fused_loss, _library, _linear_inputs
-from lvrpo.ops._linear_head import Chunk, Rows, split
-from lvrpo.ops._linear_plan import Plan, Tokens, classes_of
-from lvrpo.ops._linear_rows import HeadRows, Softmax
+from lvrpo.ops._linear_head import Chunk, Rows
+from lvrpo.ops._linear_plan import Plan, classes_of
+from lvrpo.ops._linear_rows import OUTSIDE, HeadRows, Softmax
 from lvrpo.ops._policy_loss import LossMetrics, LossParams, scalars_of
 
-#: Bytes of logits that a CPU's caches hold between the two times that a chunk is read.
-CACHE_BYTES = 4 << 20
-#: What a pass does with a row: the gradient of the others is zero.
+#: Bytes of logits from which on it is worth it to call a kernel before and after, and not on them.
+SKIPPED_BYTES = 1 << 20
+#: What a pass does with a row: nothing, read it, read it and form its gradient.
 MASKED, COUNTED, LIVE = range(3)
 
 
@@ -51,14 +52,13 @@ def fused_loss(
     params: LossParams,
     temperature: float,
     softcap: float | None,
-    ignore_index: int,
     inplace: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Loss, metrics as a vector, log-probs and entropy [T], from arguments that were checked."""
     loss, metrics, logprobs, entropy, lse = _LogitsGrpoLoss.apply(  # type: ignore[no-untyped-call]
         logits,
-        _linear_inputs.token_columns(token_ids, 0, ignore_index),
+        torch.where(token_weights == 0, OUTSIDE, token_ids),
         row_index,
         vocab_range,
         old_logprobs,
@@ -180,9 +180,8 @@ def _fwd(
         results = kernels.logits_grpo_loss_fwd(*arguments, *loss_scalars)
         return results
     tokens = _fused_loss.tokens_of(row_index, advantages, cu_seqlens, token_weights, every_active)
-    # On policy the ratio of a sequence is 1 before its log-probs are known.
-    whole_sequences = per_sequence and old_logprobs is not None
-    plan, dead = _plan(tokens, logits, gradient, whole_sequences)
+    _, live, seen = classes_of(tokens, len(logits), gradient, per_sequence)
+    plan, dead = _plan(live.long() + seen.long(), logits, gradient)
     head = GivenLogits(logits.detach(), dlogits)
     softmax = Softmax(temperature, softcap, backend)
     rows = HeadRows(head, softmax, token_ids, row_index, vocab_range)
@@ -191,7 +190,8 @@ def _fwd(
     )
     for begin, end in dead:
         dlogits[begin:end].zero_()
-    return loss, metrics, logprobs, entropy, rows.lse
+    # Of a masked row that was read nothing is known.
+    return loss, metrics, logprobs, entropy, torch.where(seen, rows.lse, 0.0)
 
 
 class GivenLogits:
@@ -215,36 +215,38 @@ class GivenLogits:
         """Nothing to add: the gradient of the logits is the result."""
 
 
-def _plan(
-    tokens: Tokens, logits: Tensor, gradient: bool, whole_sequences: bool
-) -> tuple[Plan, list[Chunk]]:
-    """Rows in their own order, so that none is moved, and those without a gradient.
+def _plan(kinds: Tensor, logits: Tensor, gradient: bool) -> tuple[Plan, list[Chunk]]:
+    """Runs of rows of one kind in their own order, so that none is moved; and those to be zeroed.
 
-    On a GPU nothing is read: all rows are live, and one chunk, whose launches cost more than the
-    cache would save.
+    On a GPU no kind is read: all rows are live, and the kernels pass over those that are not.
     """
     rows, vocab = logits.shape
     if logits.is_cuda:
-        runs, most = [(0, rows, LIVE if gradient else COUNTED)] if rows else [], max(1, rows)
+        runs = [(0, rows, LIVE if gradient else COUNTED)] if rows else []
     else:
-        _, live, seen = classes_of(tokens, rows, gradient, whole_sequences)
-        runs = _runs(live.long() + seen.long())
-        most = max(1, CACHE_BYTES // max(1, vocab * logits.itemsize))
+        runs = runs_of(kinds.tolist(), max(1, SKIPPED_BYTES // max(1, vocab * logits.itemsize)))
     chunks: dict[int, list[Chunk]] = {MASKED: [], COUNTED: [], LIVE: []}
     for begin, end, kind in runs:
-        chunks[kind] += split(begin, end, most)
-    live_chunks = chunks[LIVE]
-    groups = [[chunk] for chunk in live_chunks]
-    if whole_sequences and live_chunks:
-        groups = [live_chunks]
+        chunks[kind].append((begin, end))
+    groups = [chunks[LIVE]] if chunks[LIVE] else []
     dead = chunks[MASKED] + chunks[COUNTED] if gradient else []
     return Plan(None, groups, chunks[COUNTED]), dead
 
 
-def _runs(kinds: Tensor) -> list[tuple[int, int, int]]:
-    """Where each run of equal numbers begins and ends, and the number."""
-    if not len(kinds):
-        return []
-    begins = [0, *((kinds.diff() != 0).nonzero().flatten() + 1).tolist()]
-    ends = [*begins[1:], len(kinds)]
-    return list(zip(begins, ends, kinds[begins].tolist(), strict=True))
+def runs_of(kinds: Sequence[int], shortest: int) -> list[tuple[int, int, int]]:
+    """Where each run of equal kinds begins and ends, and the kind.
+
+    A run of fewer than `shortest` becomes part of a neighbour where more is done with that one.
+    """
+    runs = [(kind, len(list(run))) for kind, run in itertools.groupby(kinds)]
+    around = [MASKED, *(kind for kind, _ in runs), MASKED]
+    widened = [
+        (max(around[i : i + 3]) if length < shortest else kind, length)
+        for i, (kind, length) in enumerate(runs)
+    ]
+    found, begin = [], 0
+    for kind, adjacent in itertools.groupby(widened, key=lambda run: run[0]):
+        end = begin + sum(length for _, length in adjacent)
+        found.append((begin, end, kind))
+        begin = end
+    return found

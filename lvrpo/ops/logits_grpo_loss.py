@@ -109,10 +109,10 @@ def logits_grpo_loss(
     rows["vocab_range"] = ranges
     chosen = _backend.resolve(OP, (*rows.values(), *data.tensors()), backend)
     arguments: dict[str, Any] = {**rows, **data.arguments(), "params": params}
-    arguments |= {"temperature": temperature, "softcap": softcap, "ignore_index": ignore_index}
+    arguments |= {"temperature": temperature, "softcap": softcap}
     if chosen == "torch":
         with torch.autocast(logits.device.type, enabled=False):
-            result = reference_logits_grpo_loss(**arguments)
+            result = reference_logits_grpo_loss(**arguments, ignore_index=ignore_index)
     else:
         result = fused_loss(**arguments, inplace=inplace_backward, backend=chosen)
     return data.finish(OP, *result)

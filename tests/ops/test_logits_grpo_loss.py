@@ -66,37 +66,30 @@ def in_place(**inputs: Any) -> tuple[torch.Tensor, ...]:
     return run_op(**inputs, inplace_backward=True)
 
 
-@pytest.fixture
-def rows_at_once(monkeypatch):
-    """Sets how many rows of 61 columns in a dtype make a chunk."""
-
-    def set_rows(rows: int, dtype: torch.dtype = torch.float32) -> None:
-        monkeypatch.setattr(_logits_loss, "CACHE_BYTES", rows * 61 * dtype.itemsize)
-
-    return set_rows
+@pytest.fixture(autouse=True)
+def _short_runs(monkeypatch):
+    """Runs of two rows of fp32 count: test_runs_of_rows and the benchmarks have long ones."""
+    monkeypatch.setattr(_logits_loss, "SKIPPED_BYTES", 2 * 61 * 4)
 
 
 @pytest.mark.parametrize("params", PARAMS.values(), ids=PARAMS.keys())
-def test_matches_reference(backend, rows_at_once, params):
-    rows_at_once(6)
+def test_matches_reference(backend, params):
     check(functools.partial(run_op, backend=backend), make_inputs(LENGTHS) | {"params": params})
 
 
 @pytest.mark.parametrize("shared_prompts", [False, True], ids=["own rows", "shared prompts"])
 @pytest.mark.parametrize("name", LOSS_PRESETS)
-def test_every_preset(backend, rows_at_once, name, shared_prompts):
+def test_every_preset(backend, name, shared_prompts):
     inputs = make_inputs(LENGTHS, torch.float64, shared_prompts=shared_prompts)
     inputs |= {"params": preset(name), "temperature": 0.8}
     inputs["advantages"][2] = 0.0
-    rows_at_once(4, torch.float64)
     check(functools.partial(run_op, backend=backend), inputs)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("shared_prompts", [False, True], ids=["own rows", "shared prompts"])
 @pytest.mark.parametrize("params", [ALL_TERMS, PARAMS["gspo, all terms"]], ids=["token", "gspo"])
-def test_other_dtypes(backend, rows_at_once, params, shared_prompts, dtype):
-    rows_at_once(6, dtype)
+def test_other_dtypes(backend, params, shared_prompts, dtype):
     inputs = make_inputs(LENGTHS, dtype, shared_prompts=shared_prompts) | {"params": params}
     check(functools.partial(run_op, backend=backend), inputs)
 
@@ -104,8 +97,7 @@ def test_other_dtypes(backend, rows_at_once, params, shared_prompts, dtype):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 @pytest.mark.parametrize("shared_prompts", [False, True], ids=["own rows", "shared prompts"])
 @pytest.mark.parametrize("params", [ALL_TERMS, PARAMS["gspo, all terms"]], ids=["token", "gspo"])
-def test_in_place(backend, rows_at_once, params, shared_prompts, dtype):
-    rows_at_once(6, dtype)
+def test_in_place(backend, params, shared_prompts, dtype):
     inputs = make_inputs(LENGTHS, dtype, shared_prompts=shared_prompts) | {"params": params}
     inputs["advantages"][2] = 0.0
     check(functools.partial(in_place, backend=backend), inputs)
@@ -114,26 +106,35 @@ def test_in_place(backend, rows_at_once, params, shared_prompts, dtype):
 
 @given(
     lengths=st.lists(st.integers(0, 7), min_size=1, max_size=6).filter(any),
-    rows=st.integers(1, 20),
+    shortest=st.integers(1, 20),
     shared=st.booleans(),
     dead=st.integers(0, 63),
     name=st.sampled_from(["grpo", "gspo", "rloo"]),
 )
 @settings(max_examples=30, deadline=None)
 @needs_kernels
-def test_any_lengths_and_chunks(lengths, rows, shared, dead, name):
+def test_any_lengths_and_runs(lengths, shortest, shared, dead, name):
     inputs = make_inputs(lengths, torch.float64, width=4, vocab=9, shared_prompts=shared)
     inputs |= {"params": preset(name)}
     inputs["advantages"] *= torch.tensor([dead >> i & 1 for i in range(len(lengths))])
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(_logits_loss, "CACHE_BYTES", rows * 9 * 8)
+        patch.setattr(_logits_loss, "SKIPPED_BYTES", shortest * 9 * 8)
         check(run_op, inputs)
+
+
+def test_runs_of_rows():
+    runs_of = _logits_loss.runs_of
+    assert runs_of([], 1) == []
+    assert runs_of([2, 2, 0, 1, 1], 1) == [(0, 2, 2), (2, 3, 0), (3, 5, 1)]
+    # A short run is done with its neighbour, never less than its own kind asks for.
+    assert runs_of([2, 2, 0, 1, 1], 2) == [(0, 3, 2), (3, 5, 1)]
+    assert runs_of([0, 0, 2, 0, 0], 2) == [(0, 2, 0), (2, 3, 2), (3, 5, 0)]
+    assert runs_of([0, 2, 0, 2, 1], 9) == [(0, 5, 2)]
 
 
 @pytest.mark.parametrize("options", [{"softcap": 5.0}, {"vocab_range": (7, 50)}], ids=str)
 @pytest.mark.parametrize("params", [ALL_TERMS, PARAMS["gspo, all terms"]], ids=["token", "gspo"])
-def test_softmax_options(backend, rows_at_once, options, params):
-    rows_at_once(6)
+def test_softmax_options(backend, options, params):
     inputs = make_inputs(LENGTHS)
     inputs["token_ids"] = torch.randint(7, 50, (29,))
     inputs |= options | {"params": params}
@@ -207,12 +208,14 @@ def test_ignored_tokens_have_no_weight(backend, name):
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
-@pytest.mark.parametrize("inplace_backward", [False, True])
-@pytest.mark.parametrize("name", ["grpo", "gspo", "sapo"])
-def test_masked_rows_may_hold_anything(backend, name, inplace_backward):
+@pytest.mark.parametrize("shortest", [1, 1000], ids=["skipped", "read"])
+@pytest.mark.parametrize("options", [{}, {"inplace_backward": True}, {"softcap": 5.0}], ids=str)
+@pytest.mark.parametrize("name", ["grpo", "gspo"])
+def test_masked_rows_may_hold_anything(backend, monkeypatch, name, options, shortest):
+    monkeypatch.setattr(_logits_loss, "SKIPPED_BYTES", shortest * 61 * 4)
     if backend == "torch":
         backend = None  # the reference reads every row
-    inputs = make_inputs(LENGTHS) | {"params": preset(name), "backend": backend}
+    inputs = make_inputs(LENGTHS) | {"params": preset(name), "backend": backend, **options}
     clean = run_op(**inputs)
     masked = inputs["token_weights"] == 0
     assert masked.any()
@@ -220,8 +223,7 @@ def test_masked_rows_may_hold_anything(backend, name, inplace_backward):
     source = inputs["logits"].requires_grad_()
     # Multiplied by a mask, a gradient that is not a number would stay one.
     logits = torch.where(masked[:, None], source, source * 1.0)
-    inputs |= {"logits": logits, "inplace_backward": inplace_backward}
-    loss, *others = run_op(**inputs)
+    loss, *others = run_op(**inputs | {"logits": logits})
     loss.backward()
     assert all(torch.equal(a, b) for a, b in zip((loss, *others), clean, strict=True))
     assert (source.grad[masked] == 0).all()
