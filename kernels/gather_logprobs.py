@@ -252,12 +252,12 @@ def _dlogits_kernel(
     # total: what the row's targets send back in all; hits: to each column.
     total = tl.zeros([], acc_dtype)
     hits = tl.zeros([BLOCK_V], acc_dtype)
-    asked = tl.zeros([], tl.int1)
+    asked = tl.zeros([], tl.int32)
     if order_ptr is None:
         token = tl.load(token_ids_ptr + row)
         total = tl.load(dlogprobs_ptr + row) * (token != ignore_index).to(acc_dtype)
         hits = tl.where(column == token, total, hits)
-        asked = total != 0
+        asked += (total != 0).to(tl.int32)
     else:
         for index in range(tl.load(first_ptr + row), tl.load(first_ptr + row + 1)):
             t = tl.load(order_ptr + index)
@@ -265,14 +265,14 @@ def _dlogits_kernel(
             dlogprob = tl.load(dlogprobs_ptr + t) * (token != ignore_index).to(acc_dtype)
             total += dlogprob
             hits += tl.where(column == token, dlogprob, 0.0)
-            asked |= dlogprob != 0
+            asked += (dlogprob != 0).to(tl.int32)
 
     dentropy, entropy = total, total
     if dentropy_ptr is not None:
         dentropy, entropy = tl.load(dentropy_ptr + row), tl.load(entropy_ptr + row)
-        asked |= dentropy != 0
+        asked += (dentropy != 0).to(tl.int32)
     # A row of which no gradient is asked is not read, and may hold anything.
-    inside &= asked
+    inside &= asked > 0
     x = tl.load(logits_ptr + row * stride_row + column, mask=inside, other=0.0).to(acc_dtype)
     lse = tl.load(lse_ptr + row)
     dx = logit_gradient(
