@@ -203,7 +203,8 @@ def peak_bytes(function: Callable[[], Any]) -> int | None:
     """Memory of one call above what is there before it; None where it cannot be measured.
 
     On a CPU by the kernel's high-water mark of resident memory, which sees every allocator, C++
-    vectors as well as tensors; exact to some 100 KiB. Linux with glibc only.
+    vectors as well as tensors; exact to some 100 KiB, or to a few MiB where other pages of the
+    process become resident meanwhile. Linux with glibc only.
     """
     if DEVICE == "cuda":
         torch.cuda.synchronize()

@@ -36,24 +36,41 @@ class Launch:
     arguments: Mapping[str, Any]
 
 
-_records: contextvars.ContextVar[list[Launch] | None] = contextvars.ContextVar(
+@dataclasses.dataclass
+class _Record:
+    launches: list[Launch]
+    architecture: int
+
+
+_record: contextvars.ContextVar[_Record | None] = contextvars.ContextVar(
     "lvrpo_launches", default=None
 )
 
 
 @contextlib.contextmanager
-def record() -> Iterator[list[Launch]]:
-    """Collect launches instead of running them.
+def record(architecture: int = 90) -> Iterator[list[Launch]]:
+    """Collect launches instead of running them, as on a GPU of this compute capability.
 
     With tensors on the meta device this needs no GPU: it is how the kernels are compiled ahead of
     time, and how a test counts that a sweep over lengths compiles once.
     """
     launches: list[Launch] = []
-    token = _records.set(launches)
+    token = _record.set(_Record(launches, architecture))
     try:
         yield launches
     finally:
-        _records.reset(token)
+        _record.reset(token)
+
+
+def architecture_of(tensor: Tensor) -> int:
+    """Compute capability of the tensor's GPU, 90 for 9.0; 90 too where there is none."""
+    recording = _record.get()
+    if recording is not None:
+        return recording.architecture
+    if tensor.device.type != "cuda":
+        return 90
+    major, minor = torch.cuda.get_device_capability(tensor.device)
+    return 10 * major + minor
 
 
 def launch(kernel: Any, grid: tuple[int, ...], config: LaunchConfig, **arguments: Any) -> None:
@@ -67,9 +84,9 @@ def launch(kernel: Any, grid: tuple[int, ...], config: LaunchConfig, **arguments
     """
     arguments |= dict(config.blocks)
     arguments |= {"num_warps": config.num_warps, "num_stages": config.num_stages}
-    launches = _records.get()
-    if launches is not None:
-        launches.append(Launch(kernel, grid, arguments))
+    recording = _record.get()
+    if recording is not None:
+        recording.launches.append(Launch(kernel, grid, arguments))
         return
     if 0 in grid:
         return

@@ -109,9 +109,10 @@ def test_peak_memory_of_a_known_case(mebibytes):
     slack = 2**19
     for function in (two_and_a_half, outside_of_torch):
         function()
-        measured = _measure.peak_bytes(function)
+        # Other pages of the process may become resident meanwhile, which only adds.
+        measured = min(_measure.peak_bytes(function) for _ in range(5))
         assert abs(measured - 2.5 * mebibytes * 2**20) < slack, function.__name__
-    assert _measure.peak_bytes(lambda: None) < slack
+    assert min(_measure.peak_bytes(lambda: None) for _ in range(5)) < slack
 
 
 def test_a_peer_that_is_not_installed_says_so():

@@ -32,6 +32,10 @@ CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 #: Bytes of local memory per thread a kernel may use, beyond which registers have spilled.
 SPILL_BUDGET: dict[str, int] = {
     # ptxas gives up one fp64 to fit another program on an SM, at every tile size that was tried.
+    # Half the tile would spill nothing, and do half the work for every byte it reads.
+    "_forward_kernel": 64,
+    "dq_kernel": 64,
+    "dkv_kernel": 64,
     "_measure_kernel": 8,
     "_write_kernel": 8,
 }
@@ -55,10 +59,10 @@ def kernels_of(op: str) -> set[str]:
     return {name for name in vars(kernels) if name.endswith("_kernel")}
 
 
-def launches_of(op: str, group: str) -> list[_launch.Launch]:
+def launches_of(op: str, group: str, architecture: int = 90) -> list[_launch.Launch]:
     """Of its own kernels: a launcher may run those of another op too."""
     calls = importlib.import_module(f"launches.{op}")
-    with _launch.record() as launches:
+    with _launch.record(architecture) as launches:
         result = getattr(calls, group)()
         if result is not None:
             list(result)
@@ -86,7 +90,7 @@ def test_every_kernel_is_launched_by_the_cases(op):
 @pytest.mark.parametrize("op", OPS)
 def test_compiles_without_spills(op, architecture):
     variants = {}
-    for launch in launches_of(op, "every_form"):
+    for launch in launches_of(op, "every_form", architecture):
         key, source, options = specialise(launch, architecture)
         variants[launch.kernel.__name__, key] = source, options
     spilled = []

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -34,15 +34,17 @@ def why_unavailable(backend: str) -> str:
     return ""
 
 
-def why_not(backend: str, op: str, tensors: Iterable[Tensor]) -> list[str]:
-    """Reasons that `backend` cannot run `op` on these tensors."""
+def why_not(
+    backend: str, op: str, tensors: Iterable[Tensor], limits: Mapping[str, str] | None = None
+) -> list[str]:
+    """Reasons that `backend` cannot run `op` on these tensors; `limits` are the op's own."""
     if backend == "torch":
         return []
     if not _library.implements(backend, op):
         return [f"{op} has no {backend} kernel"]
     if why_unavailable(backend):
         return [why_unavailable(backend)]
-    reasons = []
+    reasons = [limits[backend]] if limits and limits.get(backend) else []
     device = "cuda" if backend == "triton" and not triton_interprets() else "cpu"
     for tensor in tensors:
         if tensor.device.type != device:
@@ -55,13 +57,19 @@ def why_not(backend: str, op: str, tensors: Iterable[Tensor]) -> list[str]:
     return reasons
 
 
-def resolve(op: str, tensors: Sequence[Tensor | None], backend: str | None) -> str:
+def resolve(
+    op: str,
+    tensors: Sequence[Tensor | None],
+    backend: str | None,
+    limits: Mapping[str, str] | None = None,
+) -> str:
     """The backend to run `op` with.
 
     Args:
         op: name for the error message.
         tensors: the op's tensor arguments; None entries are ignored.
         backend: a name of `BACKENDS`, or None for `$LVRPO_BACKEND` or else the first that can run.
+        limits: by backend, why these inputs are beyond what the op has a kernel for.
 
     Raises:
         ValueError: the name is unknown, or the named backend cannot run these inputs.
@@ -69,11 +77,11 @@ def resolve(op: str, tensors: Sequence[Tensor | None], backend: str | None) -> s
     present = [tensor for tensor in tensors if tensor is not None]
     backend = backend or os.environ.get("LVRPO_BACKEND") or None
     if backend is None:
-        return next(name for name in BACKENDS if not why_not(name, op, present))
+        return next(name for name in BACKENDS if not why_not(name, op, present, limits))
     if backend not in BACKENDS:
         raise ValueError(f"{op}: backend is {backend!r}, expected one of {', '.join(BACKENDS)}")
-    if why_not(backend, op, present):
-        table = {name: why_not(name, op, present) for name in BACKENDS}
+    if why_not(backend, op, present, limits):
+        table = {name: why_not(name, op, present, limits) for name in BACKENDS}
         lines = [f"  {name}: {'; '.join(reasons) or 'can run'}" for name, reasons in table.items()]
         raise ValueError(f"{op}: backend {backend!r} cannot run these inputs\n" + "\n".join(lines))
     return backend

@@ -90,8 +90,8 @@ def linear_logprobs(
             multiplies that slice of the weight only; [R, 2] int64 gives each row its own.
         ignore_index: see `token_ids`.
         return_entropy: also return the entropy of every row.
-        memory_budget: bytes of the logits that exist at a time. None: 2.5 GB on a GPU; on a CPU 12
-            MiB or what 96 rows take, whichever is more.
+        memory_budget: bytes of the logits that exist at a time. None: 3.8 GB on a GPU; on a CPU 12
+            MiB or what 112 rows take, whichever is more.
         backend: "cpp", "triton", "torch" (all logits at once), or None for the first that can run.
 
     Returns:

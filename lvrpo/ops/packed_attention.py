@@ -72,7 +72,8 @@ def packed_attention(
         scale: multiplies the scores; None means D^-0.5.
         softcap: scores become softcap * tanh(score / softcap) before the softmax; 0 means none.
         return_lse: also return the log-sum-exp of every row's scores.
-        backend: "cpp", "torch", or None for the first that can run.
+        backend: "cpp", "triton" (heads up to 256 wide), "torch", or None for the first that can
+            run.
 
     Returns:
         out: [Lq, Hq, Dv] in q's dtype; 0 in a row that sees no key, which gets no gradient.
@@ -86,21 +87,23 @@ def packed_attention(
     scale = q.shape[-1] ** -0.5 if scale is None and q.dim() and q.shape[-1] else scale
     scale = 1.0 if scale is None else float(scale)
     _check(q, k, v, mask, scale, softcap)
-    chosen = _backend.resolve(OP, (q, k, v), backend)
+    widest = max(q.shape[2], v.shape[2])
+    limits = {"triton": f"its heads are up to 256 wide, got {widest}"} if widest > 256 else None
+    chosen = _backend.resolve(OP, (q, k, v), backend, limits)
     if chosen == "torch":
         return reference_packed_attention(
             q, k, v, mask, scale=scale, softcap=softcap, return_lse=return_lse
         )
     tables = (mask.q_lo, mask.q_hi, mask.rows, mask.spans, mask.runs)
-    out, lse = _PackedAttention.apply(q, k, v, *tables, scale, float(softcap))
+    out, lse = _PackedAttention.apply(q, k, v, *tables, scale, float(softcap), chosen)
     return (out, lse) if return_lse else out
 
 
 class _PackedAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, Tensor]:
-        out, lse = torch.ops.lvrpo.packed_attention_fwd(*inputs)
-        *tensors, ctx.scale, ctx.softcap = inputs
+        *tensors, ctx.scale, ctx.softcap, ctx.backend = inputs
+        out, lse = _library.op("packed_attention_fwd", ctx.backend)(*inputs[:-1])
         ctx.save_for_backward(*tensors[:3], out, lse, *tensors[3:])
         ctx.set_materialize_grads(False)
         return out, lse
@@ -109,22 +112,46 @@ class _PackedAttention(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Any, ...]:
         dout = torch.zeros_like(ctx.saved_tensors[3]) if dout is None else dout
-        gradients = torch.ops.lvrpo.packed_attention_bwd(
+        gradients = _library.op("packed_attention_bwd", ctx.backend)(
             dout, dlse, *ctx.saved_tensors, ctx.scale, ctx.softcap
         )
-        return (*gradients, *[None] * 7)
+        return (*gradients, *[None] * 8)
 
 
-@_library.register("packed_attention_fwd")
-def _fwd_fake(q: Tensor, k: Tensor, v: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+@_library.register("packed_attention_fwd", triton=OP)
+def _fwd_fake(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    q_lo: Tensor,
+    q_hi: Tensor,
+    rows: Tensor,
+    spans: Tensor,
+    runs: Tensor,
+    scale: float,
+    softcap: float,
+) -> tuple[Tensor, Tensor]:
     lse_dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
     out = q.new_empty(q.shape[0], q.shape[1], v.shape[2])
     return out, q.new_empty(q.shape[:2], dtype=lse_dtype)
 
 
-@_library.register("packed_attention_bwd")
+@_library.register("packed_attention_bwd", triton=OP)
 def _bwd_fake(
-    dout: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, *_: Any
+    dout: Tensor,
+    dlse: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    q_lo: Tensor,
+    q_hi: Tensor,
+    rows: Tensor,
+    spans: Tensor,
+    runs: Tensor,
+    scale: float,
+    softcap: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
 

@@ -10,13 +10,15 @@ from collections.abc import Iterator
 
 from lvrpo.data.example import TASKS
 from lvrpo.models.latents import LinearAutoencoder
-from lvrpo.ops._backend import BACKENDS
 from lvrpo.ops.normalize_advantages import AdvantageParams
 from lvrpo.trainer.config import ConfigError, TrainConfig
 from lvrpo.trainer.schedule import flow_schedule
 from lvrpo.trainer.sources import Source
 from lvrpo.trainer.task import Task, check_rewards
 from lvrpo.trainer.update import Objective
+
+#: The trainer has no other device.
+CPU_BACKENDS = ("cpp", "torch")
 
 
 def check_config(config: TrainConfig) -> Source:
@@ -30,9 +32,9 @@ def check_config(config: TrainConfig) -> Source:
         DataError: a line or picture of a JSONL file is wrong.
         RewardError: a reward cannot be imported.
     """
-    if config.run.backend not in ("", *BACKENDS):
+    if config.run.backend not in ("", *CPU_BACKENDS):
         raise ConfigError(
-            f"run.backend is {config.run.backend!r}, expected one of {', '.join(BACKENDS)}, or "
+            f"run.backend is {config.run.backend!r}, expected one of {', '.join(CPU_BACKENDS)}, or "
             "empty for the first that can run"
         )
     with _named("rollout"):

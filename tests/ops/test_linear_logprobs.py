@@ -196,7 +196,7 @@ def test_a_tied_embedding_gets_both_gradients(backend):
             hidden, weight, ids.roll(1), memory_budget=5 * 8 * 2, backend=backend
         )
 
-    torch.autograd.gradcheck(function, (weight,))
+    torch.autograd.gradcheck(function, (weight,), fast_mode=backend == "triton")
 
 
 def test_gradcheck(backend):
@@ -207,7 +207,7 @@ def test_gradcheck(backend):
     def function(hidden: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
         return lvrpo.linear_logprobs(hidden, weight, bias=bias, **inputs, **options)
 
-    torch.autograd.gradcheck(function, heads)
+    torch.autograd.gradcheck(function, heads, fast_mode=backend == "triton")
 
 
 @needs_kernels

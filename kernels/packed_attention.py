@@ -1,0 +1,301 @@
+"""Attention over a SpanMask: the work of the visible pairs, and no [Lq, L] tensor.
+
+A query tile walks its ancestors' token ranges and then its own stretch of the buffer; a key tile
+walks one contiguous range of rows. Both walk what is wholly visible without a mask. Derivation:
+docs/ops/packed_attention.md.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from lvrpo.kernels._attention_gradients import delta_kernel, dkv_kernel, dq_kernel
+from lvrpo.kernels._attention_tiles import load_tile, row_tile, scores, segment, visible
+from lvrpo.kernels._launch import LaunchConfig, architecture_of, cdiv, launch
+from lvrpo.kernels._primitives import LN2, as_scalar
+
+
+def _tiles(rows, keys, num_stages, num_warps=8):
+    return LaunchConfig({"BLOCK_Q": rows, "BLOCK_K": keys}, num_warps, num_stages)
+
+
+# By the widest head they hold: the largest tiles whose sums and factors stay in registers and whose
+# operands fit into shared memory, on 9.0 with its products of operands in shared memory and before.
+FORWARD = {
+    80: {64: _tiles(128, 64, 2), 128: _tiles(128, 32, 2), 256: _tiles(64, 32, 1)},
+    90: {64: _tiles(128, 64, 2), 128: _tiles(128, 64, 3), 256: _tiles(128, 32, 2)},
+}
+DQ = {
+    80: {64: _tiles(128, 64, 2), 128: _tiles(64, 64, 1), 256: _tiles(32, 64, 1)},
+    90: {64: _tiles(128, 64, 2), 128: _tiles(128, 64, 2), 256: _tiles(32, 64, 1)},
+}
+DKV = {
+    80: {64: _tiles(32, 64, 2, 4), 128: _tiles(64, 64, 2), 256: _tiles(64, 32, 1)},
+    90: {64: _tiles(64, 128, 2), 128: _tiles(64, 64, 2), 256: _tiles(64, 32, 1)},
+}
+# fp32 and fp64 go without tensor cores.
+WIDE = {torch.float32: _tiles(32, 32, 1), torch.float64: _tiles(32, 16, 1)}
+DELTA = LaunchConfig({"BLOCK_Q": 16}, num_warps=4, num_stages=1)
+
+
+@triton.jit
+def _attend(
+    state,
+    q,
+    row,
+    key,
+    end,
+    k_ptr,
+    v_ptr,
+    q_lo_ptr,
+    q_hi_ptr,
+    stride_k,
+    stride_v,
+    scale,
+    softcap,
+    MASKED: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr,
+    PRECISION: tl.constexpr,
+    WIDTH: tl.constexpr,
+    V_WIDTH: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_DV: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """The state (out, maximum, sum) of a query tile after one more key tile."""
+    out, row_max, row_sum = state
+    k = load_tile(k_ptr, key, end, stride_k, MASKED, BLOCK_K, WIDTH, BLOCK_D)
+    z, _ = scores(q, k, scale, softcap, HAS_SOFTCAP, PRECISION)
+    if MASKED:
+        sees = visible(q_lo_ptr, q_hi_ptr, key, end, row, BLOCK_K)
+        z = tl.where(sees, z, float("-inf"))
+    new_max = tl.maximum(row_max, tl.max(z, axis=1))
+    # A row may see nothing yet; any finite base keeps -inf - base from being NaN.
+    base = tl.where(new_max == float("-inf"), 0.0, new_max)
+    p = tl.exp2(z - base[:, None])
+    factor = tl.exp2(row_max - base)
+    row_sum = factor * row_sum + tl.sum(p, axis=1)
+    v = load_tile(v_ptr, key, end, stride_v, MASKED, BLOCK_K, V_WIDTH, BLOCK_DV)
+    if MASKED:
+        # Keys that nobody sees may be memory that nobody wrote: 0 * NaN is NaN.
+        seen = tl.max(sees.to(tl.int32), axis=0) > 0
+        v = tl.where(seen[:, None], v, 0.0)
+    out = out * factor[:, None]
+    out += tl.dot(p.to(v.dtype), v, input_precision=PRECISION, out_dtype=scale.dtype)
+    return out, new_max, row_sum
+
+
+@triton.jit(do_not_specialize=["queries", "num_spans"])
+def _forward_kernel(
+    q_ptr,  # [Lq, Hq, D]
+    k_ptr,  # [L, Hkv, D]
+    v_ptr,  # [L, Hkv, Dv]
+    q_lo_ptr,  # [L]
+    q_hi_ptr,  # [L]
+    rows_ptr,  # [Lq]
+    spans_ptr,  # [S, 7]
+    runs_ptr,  # [N, 2]
+    out_ptr,  # [Lq, Hq, Dv]
+    lse_ptr,  # [Lq, Hq], nats
+    queries,
+    num_spans,
+    heads,
+    heads_per_kv,
+    stride_q: tl.int32,
+    stride_q_head: tl.int64,
+    stride_k: tl.int32,
+    stride_k_head: tl.int64,
+    stride_v: tl.int32,
+    stride_v_head: tl.int64,
+    scale: tl.float64,
+    softcap: tl.float64,
+    HAS_SOFTCAP: tl.constexpr,
+    PRECISION: tl.constexpr,
+    WIDTH: tl.constexpr,
+    V_WIDTH: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_DV: tl.constexpr,
+    BLOCK_Q: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    acc_dtype = lse_ptr.dtype.element_ty
+    scale = as_scalar(scale, acc_dtype)
+    softcap = as_scalar(softcap, acc_dtype)
+    head = tl.program_id(0) % heads
+    # Later rows see more keys: starting with them keeps the last programs short.
+    first = (tl.num_programs(0) // heads - 1 - tl.program_id(0) // heads) * BLOCK_Q
+    index = first + tl.arange(0, BLOCK_Q)
+    inside = index < queries
+    row = tl.load(rows_ptr + index, mask=inside, other=-1)
+    q_ptr += head.to(tl.int64) * stride_q_head
+    k_ptr += (head // heads_per_kv).to(tl.int64) * stride_k_head
+    v_ptr += (head // heads_per_kv).to(tl.int64) * stride_v_head
+    q = load_tile(q_ptr, first, queries, stride_q, True, BLOCK_Q, WIDTH, BLOCK_D)
+    out = tl.zeros([BLOCK_Q, BLOCK_DV], acc_dtype)
+    row_max = tl.full([BLOCK_Q], float("-inf"), acc_dtype)
+    row_sum = tl.zeros([BLOCK_Q], acc_dtype)
+    state = (out, row_max, row_sum)
+
+    span, start, stop, together = row_tile(rows_ptr, spans_ptr, queries, num_spans, first, BLOCK_Q)
+    if span < num_spans:
+        run_end = tl.load(spans_ptr + 7 * span + 4)
+        for run in range(tl.load(spans_ptr + 7 * span + 3), run_end + 1):
+            begin, whole, end = segment(runs_ptr, run, run_end, start, stop, together, BLOCK_K)
+            for key in range(begin, whole, BLOCK_K):
+                state = _attend(
+                    state, q, row, key, end, k_ptr, v_ptr,
+                    q_lo_ptr, q_hi_ptr, stride_k, stride_v, scale, softcap, False, HAS_SOFTCAP,
+                    PRECISION, WIDTH, V_WIDTH, BLOCK_D, BLOCK_DV, BLOCK_K,
+                )  # fmt: skip
+            for key in range(whole, end, BLOCK_K):
+                state = _attend(
+                    state, q, row, key, end, k_ptr, v_ptr,
+                    q_lo_ptr, q_hi_ptr, stride_k, stride_v, scale, softcap, True, HAS_SOFTCAP,
+                    PRECISION, WIDTH, V_WIDTH, BLOCK_D, BLOCK_DV, BLOCK_K,
+                )  # fmt: skip
+
+    out, row_max, row_sum = state
+    blind = row_sum == 0
+    out = out / tl.where(blind, 1.0, row_sum)[:, None]
+    lse = tl.where(blind, float("-inf"), (row_max + tl.log2(row_sum)) * LN2)
+    place = index.to(tl.int64) * heads + head
+    tl.store(lse_ptr + place, lse, mask=inside)
+    column = tl.arange(0, BLOCK_DV)
+    tl.store(
+        out_ptr + place[:, None] * V_WIDTH + column[None, :],
+        out.to(out_ptr.dtype.element_ty),
+        mask=inside[:, None] & (column < V_WIDTH)[None, :],
+    )
+
+
+def packed_attention_fwd(q, k, v, q_lo, q_hi, rows, spans, runs, scale, softcap):
+    """Launcher; contract in `lvrpo.ops.packed_attention`."""
+    q, k, v = (_with_unit_columns(x) for x in (q, k, v))
+    queries, heads, _ = q.shape
+    config = _config(FORWARD, q, v)
+    out = q.new_empty(queries, heads, v.shape[2])
+    lse = q.new_empty(queries, heads, dtype=_acc_dtype(q))
+    launch(
+        _forward_kernel,
+        (cdiv(queries, config.blocks["BLOCK_Q"]) * heads,),
+        config,
+        q_ptr=q,
+        k_ptr=k,
+        v_ptr=v,
+        q_lo_ptr=q_lo,
+        q_hi_ptr=q_hi,
+        rows_ptr=rows,
+        spans_ptr=spans,
+        runs_ptr=runs,
+        out_ptr=out,
+        lse_ptr=lse,
+        queries=queries,
+        num_spans=spans.shape[0],
+        **_common(q, k, v, scale, softcap),
+    )
+    return out, lse
+
+
+def packed_attention_bwd(
+    dout, dlse, q, k, v, out, lse, q_lo, q_hi, rows, spans, runs, scale, softcap
+):
+    """Launcher; dk and dv are summed over the query heads of a key head in a fixed order."""
+    q, k, v = (_with_unit_columns(x) for x in (q, k, v))
+    dout = dout.contiguous()
+    queries, heads, width = q.shape
+    keys, kv_heads, v_width = v.shape
+    of_dq, of_dkv = _config(DQ, q, v), _config(DKV, q, v)
+    delta = torch.empty_like(lse)
+    launch(
+        delta_kernel,
+        (cdiv(queries * heads, DELTA.blocks["BLOCK_Q"]),),
+        DELTA,
+        dout_ptr=dout,
+        out_ptr=out,
+        dlse_ptr=None if dlse is None else dlse.contiguous(),
+        delta_ptr=delta,
+        count=queries * heads,
+        V_WIDTH=v_width,
+        BLOCK_DV=_block(v_width),
+    )
+    common = _common(q, k, v, scale, softcap)
+    saved = {"dout_ptr": dout, "q_ptr": q, "k_ptr": k, "v_ptr": v, "lse_ptr": lse}
+    saved |= {"delta_ptr": delta, "q_lo_ptr": q_lo, "q_hi_ptr": q_hi, "rows_ptr": rows}
+    dq = q.new_empty(q.shape)
+    launch(
+        dq_kernel,
+        (cdiv(queries, of_dq.blocks["BLOCK_Q"]) * heads,),
+        of_dq,
+        dq_ptr=dq,
+        **saved,
+        spans_ptr=spans,
+        runs_ptr=runs,
+        queries=queries,
+        num_spans=spans.shape[0],
+        **common,
+    )
+    # One program per key tile and query head: a prompt's few tiles are most of the work, and with
+    # one program per key head they would leave most of the GPU idle.
+    parts = heads // kv_heads
+    dtype = q.dtype if parts == 1 else lse.dtype
+    dk = q.new_empty(parts, keys, kv_heads, width, dtype=dtype)
+    dv = q.new_empty(parts, keys, kv_heads, v_width, dtype=dtype)
+    launch(
+        dkv_kernel,
+        (cdiv(keys, of_dkv.blocks["BLOCK_K"]) * heads,),
+        of_dkv,
+        dk_ptr=dk,
+        dv_ptr=dv,
+        **saved,
+        queries=queries,
+        keys=keys,
+        SELECTED=queries != keys,
+        **common,
+    )
+    if parts == 1:
+        return dq, dk[0], dv[0]
+    return dq, dk.sum(0).to(q.dtype), dv.sum(0).to(q.dtype)
+
+
+def _config(table, q, v):
+    if q.dtype in WIDE:
+        return WIDE[q.dtype]
+    configs = table[90 if architecture_of(q) == 90 else 80]
+    width = max(q.shape[2], v.shape[2])
+    return next(config for widest, config in configs.items() if width <= widest)
+
+
+def _common(q, k, v, scale, softcap):
+    """The arguments that all kernels over scores have."""
+    return {
+        "heads": q.shape[1],
+        "heads_per_kv": q.shape[1] // k.shape[1],
+        "stride_q": q.stride(0),
+        "stride_q_head": q.stride(1),
+        "stride_k": k.stride(0),
+        "stride_k_head": k.stride(1),
+        "stride_v": v.stride(0),
+        "stride_v_head": v.stride(1),
+        "scale": scale,
+        "softcap": softcap,
+        "HAS_SOFTCAP": softcap > 0,
+        # Never TF32: an fp32 input asks for fp32 products.
+        "PRECISION": "ieee",
+        "WIDTH": q.shape[2],
+        "V_WIDTH": v.shape[2],
+        "BLOCK_D": _block(q.shape[2]),
+        "BLOCK_DV": _block(v.shape[2]),
+    }
+
+
+def _block(width):
+    """The tile that holds a head: a power of two, and what the tensor cores take at least."""
+    return max(16, triton.next_power_of_2(width))
+
+
+def _acc_dtype(x):
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def _with_unit_columns(x):
+    return x if x.stride(2) == 1 else x.contiguous()
