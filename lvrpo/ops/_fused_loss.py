@@ -18,49 +18,54 @@ from lvrpo.ops._linear_rows import HeadRows
 from lvrpo.ops.grpo_loss import loss_op
 
 
+def loss_of(
+    rows: HeadRows,
+    data: tuple[Tensor | None, ...],  # old_logprobs, advantages, cu_seqlens, ref_logprobs
+    token_weights: Tensor,
+    loss_scalars: Sequence[Number],
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Loss, metrics and slopes, true of the tokens whose log-probs are known."""
+    run = loss_op(rows.softmax.backend)
+    return run(rows.logprobs, *data, rows.entropy_of_tokens(), token_weights, *loss_scalars)
+
+
+def reported(rows: HeadRows, token_weights: Tensor) -> tuple[Tensor, Tensor]:
+    """Log-probs and entropy [T], 0 for a token of weight 0."""
+    active = token_weights != 0
+    entropy = torch.where(active, rows.entropy_of_tokens(), 0.0)
+    return torch.where(active, rows.logprobs, 0.0), entropy
+
+
 def run(
     rows: HeadRows,
     plan: Plan,
     data: tuple[Tensor | None, ...],
+    token_weights: Tensor,
     loss_scalars: Sequence[Number],
     entropy_bonus: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Walk the plan, which leaves the gradients in the head.
+    """Loss, metrics as a vector, log-probs and entropy [T]; the gradients stay in the head.
 
     Args:
         rows: nothing known yet.
         plan: what to do.
-        data: old_logprobs, advantages, cu_seqlens, ref_logprobs, token_weights.
+        data: old_logprobs, advantages, cu_seqlens, ref_logprobs.
+        token_weights: [T].
         loss_scalars: of `lvrpo::grpo_loss_fwd`.
         entropy_bonus: whether the loss has a gradient by the entropy.
-
-    Returns:
-        Loss, metrics as a vector, log-probs and entropy [T].
     """
-    *before, ref_logprobs, token_weights = data
-    assert token_weights is not None
-    loss_of = loss_op(rows.softmax.backend)
-
-    def loss_so_far() -> tuple[Tensor, ...]:
-        """Loss, metrics and slopes, true of the tokens whose log-probs are known."""
-        entropy = rows.entropy_of_tokens()
-        return loss_of(rows.logprobs, *before, ref_logprobs, entropy, token_weights, *loss_scalars)
-
     for chunk in plan.counted:
         rows.forward(chunk)
     for group in plan.groups:
         for chunk in group:
             logits = rows.forward(chunk)
-        _, _, dlogprobs, dentropy = loss_so_far()
+        _, _, dlogprobs, dentropy = loss_of(rows, data, token_weights, loss_scalars)
         of_rows = rows.sum_over_rows(dentropy) if entropy_bonus else None
         # From the back: the last chunk's logits are still there.
         for chunk in reversed(group):
             rows.backward(chunk, dlogprobs, of_rows, logits if chunk == group[-1] else None)
-    loss, metrics, _, _ = loss_so_far()
-    active = token_weights != 0
-    logprobs = torch.where(active, rows.logprobs, 0.0)
-    entropy = torch.where(active, rows.entropy_of_tokens(), 0.0)
-    return loss, metrics, logprobs, entropy
+    loss, metrics, _, _ = loss_of(rows, data, token_weights, loss_scalars)
+    return loss, metrics, *reported(rows, token_weights)
 
 
 def tokens_of(

@@ -173,9 +173,9 @@ def _fwd(
     softmax = Softmax(temperature, softcap, backend)
     rows = HeadRows(head, softmax, token_ids, row_index, vocab_range, plan.order)
 
-    data = old_logprobs, advantages, cu_seqlens, ref_logprobs, token_weights
+    data = old_logprobs, advantages, cu_seqlens, ref_logprobs
     loss, metrics, logprobs, entropy = _fused_loss.run(
-        rows, plan, data, loss_scalars, entropy_bonus
+        rows, plan, data, token_weights, loss_scalars, entropy_bonus
     )
     dhidden, dweight, dbias = head.finish()
     return loss, metrics, logprobs, entropy, rows.lse, dhidden, dweight, dbias

@@ -72,7 +72,10 @@ def plan_rows(
         if not gradient:
             return Plan(None, [], chunks)
         return Plan(None, [chunks] if whole_sequences else [[chunk] for chunk in chunks], [])
-    pulls, live, seen = classes_of(tokens, rows, gradient, whole_sequences)
+    pulls = tokens.pulls & gradient
+    if whole_sequences:
+        pulls = tokens.active & any_of(pulls, tokens.sequence, tokens.sequences)[tokens.sequence]
+    live, seen = (any_of(x, tokens.row, rows) for x in (pulls, tokens.active))
     order = (2 - live.long() - seen.long()).argsort(stable=True)
     facts = [live.sum().reshape(1), seen.sum().reshape(1)]
     if whole_sequences:
@@ -88,16 +91,6 @@ def plan_rows(
         groups = group_between(cuts, most)
     counted = split(live_rows, seen_rows, most)
     return Plan(None if live_rows == rows else order, groups, counted)
-
-
-def classes_of(
-    tokens: Tokens, rows: int, gradient: bool, whole_sequences: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Tokens [T] with a gradient; rows [R] that have such a token, or one that counts."""
-    pulls = tokens.pulls & gradient
-    if whole_sequences:
-        pulls = tokens.active & _any_of(pulls, tokens.sequence, tokens.sequences)[tokens.sequence]
-    return pulls, _any_of(pulls, tokens.row, rows), _any_of(tokens.active, tokens.row, rows)
 
 
 def group_between(cuts: Sequence[int], most: int) -> list[list[Chunk]]:
@@ -117,7 +110,7 @@ def is_captured(tensor: Tensor) -> bool:
     return tensor.is_cuda and torch.cuda.is_current_stream_capturing()
 
 
-def _any_of(flags: Tensor, group: Tensor | None, groups: int) -> Tensor:
+def any_of(flags: Tensor, group: Tensor | None, groups: int) -> Tensor:
     """[groups] whether any member is flagged; integers, whose sums have no order to depend on."""
     if group is None:
         return flags

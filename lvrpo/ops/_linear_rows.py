@@ -114,12 +114,17 @@ class HeadRows:
         dlogits = self.head.gradient_buffer(rows, count)
         # Tokens of other chunks may have a gradient that is not a number yet.
         of_chunk = dlogprobs[rows] if own is None else torch.where(own, dlogprobs, 0.0)
+        token_ids, row_index, ranges = self._arguments(rows, chunk, own)
+        # A token that sends nothing back is no target: a row without one need not be read.
+        token_ids = torch.where(of_chunk == 0, OUTSIDE, token_ids)
         self._op("gather_logprobs_bwd")(
             dlogits,
             of_chunk,
             None if dentropy is None else dentropy[rows],
             logits,
-            *self._arguments(rows, chunk, own),
+            token_ids,
+            row_index,
+            ranges,
             self.lse[rows],
             None if dentropy is None else self.entropy[rows],
             self.softmax.temperature,

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
-import itertools
 from collections.abc import Sequence
 from typing import Any
 
@@ -18,14 +17,12 @@ from torch.types import Number
 
 from lvrpo.ops import _fused_loss, _library, _linear_inputs
 from lvrpo.ops._linear_head import Chunk, Rows
-from lvrpo.ops._linear_plan import Plan, classes_of
+from lvrpo.ops._linear_plan import any_of
 from lvrpo.ops._linear_rows import OUTSIDE, HeadRows, Softmax
 from lvrpo.ops._policy_loss import LossMetrics, LossParams, scalars_of
 
-#: Bytes of logits from which on it is worth it to call a kernel before and after, and not on them.
+#: Bytes of logits that are read for nothing rather than call a kernel before them and one after.
 SKIPPED_BYTES = 1 << 20
-#: What a pass does with a row: nothing, read it, read it and form its gradient.
-MASKED, COUNTED, LIVE = range(3)
 
 
 def dtypes_of(logits: Tensor) -> tuple[torch.dtype, torch.dtype]:
@@ -72,7 +69,6 @@ def fused_loss(
             *(float(temperature), float(softcap or 0.0)),
             scalars_of(params, denominator),
             params.sequence_level,
-            params.beta != 0 or params.entropy_coef != 0,
             params.entropy_coef != 0,
             backend,
         ),
@@ -167,31 +163,38 @@ def _fwd(
     softcap: float,
     loss_scalars: Sequence[Number],
     per_sequence: bool,
-    every_active: bool,
     entropy_bonus: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    data = old_logprobs, advantages, cu_seqlens, ref_logprobs, token_weights
+    data = old_logprobs, advantages, cu_seqlens, ref_logprobs
     gradient = dlogits.numel() > 0
     if backend == "triton" and gradient and row_index is None and not per_sequence:
         kernels = importlib.import_module("lvrpo.kernels.logits_grpo_loss")
-        arguments = dlogits, logits, token_ids, vocab_range, *data, temperature, softcap
         results: tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
-        results = kernels.logits_grpo_loss_fwd(*arguments, *loss_scalars)
+        results = kernels.logits_grpo_loss_fwd(
+            *(dlogits, logits, token_ids, vocab_range, *data, token_weights),
+            *(temperature, softcap, *loss_scalars),
+        )
         return results
-    tokens = _fused_loss.tokens_of(row_index, advantages, cu_seqlens, token_weights, every_active)
-    _, live, seen = classes_of(tokens, len(logits), gradient, per_sequence)
-    plan, dead = _plan(live.long() + seen.long(), logits, gradient)
     head = GivenLogits(logits.detach(), dlogits)
     softmax = Softmax(temperature, softcap, backend)
     rows = HeadRows(head, softmax, token_ids, row_index, vocab_range)
-    loss, metrics, logprobs, entropy = _fused_loss.run(
-        rows, plan, data, loss_scalars, entropy_bonus
+    seen = any_of(token_weights != 0, row_index, len(logits))
+    shortest = max(1, SKIPPED_BYTES // max(1, logits.shape[1] * logits.itemsize))
+    # On a GPU nothing is read that is there.
+    every = [(0, len(logits))] if len(logits) else []
+    for run in every if logits.is_cuda else runs_of(seen.tolist(), shortest):
+        rows.forward(run)
+    loss, metrics, dlogprobs, dentropy = _fused_loss.loss_of(
+        rows, data, token_weights, loss_scalars
     )
-    for begin, end in dead:
-        dlogits[begin:end].zero_()
+    if gradient:
+        # All rows at once: those of which nothing is asked are filled with zeros, and not read.
+        of_rows = rows.sum_over_rows(dentropy) if entropy_bonus else None
+        rows.backward((0, len(logits)), dlogprobs, of_rows)
     # Of a masked row that was read nothing is known.
-    return loss, metrics, logprobs, entropy, torch.where(seen, rows.lse, 0.0)
+    lse = torch.where(seen, rows.lse, 0.0)
+    return loss, metrics, *_fused_loss.reported(rows, token_weights), lse
 
 
 class GivenLogits:
@@ -215,38 +218,11 @@ class GivenLogits:
         """Nothing to add: the gradient of the logits is the result."""
 
 
-def _plan(kinds: Tensor, logits: Tensor, gradient: bool) -> tuple[Plan, list[Chunk]]:
-    """Runs of rows of one kind in their own order, so that none is moved; and those to be zeroed.
-
-    On a GPU no kind is read: all rows are live, and the kernels pass over those that are not.
-    """
-    rows, vocab = logits.shape
-    if logits.is_cuda:
-        runs = [(0, rows, LIVE if gradient else COUNTED)] if rows else []
-    else:
-        runs = runs_of(kinds.tolist(), max(1, SKIPPED_BYTES // max(1, vocab * logits.itemsize)))
-    chunks: dict[int, list[Chunk]] = {MASKED: [], COUNTED: [], LIVE: []}
-    for begin, end, kind in runs:
-        chunks[kind].append((begin, end))
-    groups = [chunks[LIVE]] if chunks[LIVE] else []
-    dead = chunks[MASKED] + chunks[COUNTED] if gradient else []
-    return Plan(None, groups, chunks[COUNTED]), dead
-
-
-def runs_of(kinds: Sequence[int], shortest: int) -> list[tuple[int, int, int]]:
-    """Where each run of equal kinds begins and ends, and the kind.
-
-    A run of fewer than `shortest` becomes part of a neighbour where more is done with that one.
-    """
-    runs = [(kind, len(list(run))) for kind, run in itertools.groupby(kinds)]
-    around = [MASKED, *(kind for kind, _ in runs), MASKED]
-    widened = [
-        (max(around[i : i + 3]) if length < shortest else kind, length)
-        for i, (kind, length) in enumerate(runs)
-    ]
-    found, begin = [], 0
-    for kind, adjacent in itertools.groupby(widened, key=lambda run: run[0]):
-        end = begin + sum(length for _, length in adjacent)
-        found.append((begin, end, kind))
-        begin = end
-    return found
+def runs_of(seen: Sequence[bool], shortest: int) -> list[Chunk]:
+    """Runs of rows that are seen, together with gaps of fewer than `shortest` between them."""
+    runs: list[Chunk] = []
+    for row, is_seen in enumerate(seen):
+        if is_seen:
+            near = runs and row - runs[-1][1] < shortest
+            runs.append((runs.pop()[0] if near or (runs and runs[-1][1] == row) else row, row + 1))
+    return runs

@@ -123,13 +123,13 @@ def test_any_lengths_and_runs(lengths, shortest, shared, dead, name):
 
 
 def test_runs_of_rows():
-    runs_of = _logits_loss.runs_of
-    assert runs_of([], 1) == []
-    assert runs_of([2, 2, 0, 1, 1], 1) == [(0, 2, 2), (2, 3, 0), (3, 5, 1)]
-    # A short run is done with its neighbour, never less than its own kind asks for.
-    assert runs_of([2, 2, 0, 1, 1], 2) == [(0, 3, 2), (3, 5, 1)]
-    assert runs_of([0, 0, 2, 0, 0], 2) == [(0, 2, 0), (2, 3, 2), (3, 5, 0)]
-    assert runs_of([0, 2, 0, 2, 1], 9) == [(0, 5, 2)]
+    def runs(seen: str, shortest: int) -> list[tuple[int, int]]:
+        return _logits_loss.runs_of([row == "x" for row in seen], shortest)
+
+    assert runs("", 1) == runs("..", 1) == []
+    assert runs("xx.x..x", 1) == [(0, 2), (3, 4), (6, 7)]
+    assert runs("xx.x..x.", 2) == [(0, 4), (6, 7)]
+    assert runs(".xx.x..x", 3) == [(1, 8)]
 
 
 @pytest.mark.parametrize("options", [{"softcap": 5.0}, {"vocab_range": (7, 50)}], ids=str)

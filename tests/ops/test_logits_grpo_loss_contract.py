@@ -11,7 +11,7 @@ from loss_inputs import PARAMS, stops_a_gradient
 from torch import Tensor
 
 import lvrpo
-from lvrpo.ops import _backend, _linear_rows, _logits_loss
+from lvrpo.ops import _backend, _linear_rows
 from lvrpo.ops._policy_loss import scalars_of
 from lvrpo.ops.grpo_loss import LossParams
 
@@ -58,7 +58,7 @@ def test_opcheck(backend, params, shared_prompts):
     names = ("logits", "token_ids", "row_index", "vocab_range", "old_logprobs", "advantages")
     names = (*names, "cu_seqlens", "ref_logprobs", "token_weights")
     tensors = [inputs.get(name) for name in names]
-    loss = (0.9, 0.0, scalars_of(params), params.sequence_level, True, True, backend)
+    loss = (0.9, 0.0, scalars_of(params), params.sequence_level, True, backend)
     op = torch.ops.lvrpo.logits_grpo_loss_fwd.default
     torch.library.opcheck(op, (torch.empty(5, 7), *tensors, *loss))
 
@@ -203,28 +203,24 @@ def test_with_and_without_a_gradient_the_values_are_the_same(backend, params):
 
 
 @needs_kernels
-def test_only_rows_with_a_gradient_are_read_twice(monkeypatch):
-    monkeypatch.setattr(_logits_loss, "SKIPPED_BYTES", 61 * 4)
-    read = {"fwd": 0, "bwd": 0}
-    forward, backward = _linear_rows.HeadRows.forward, _linear_rows.HeadRows.backward
-
-    def count(name: str, method: Any) -> Any:
-        def run(self: Any, chunk: tuple[int, int], *args: Any) -> Any:
-            read[name] += chunk[1] - chunk[0]
-            return method(self, chunk, *args)
-
-        return run
-
-    monkeypatch.setattr(_linear_rows.HeadRows, "forward", count("fwd", forward))
-    monkeypatch.setattr(_linear_rows.HeadRows, "backward", count("bwd", backward))
-    inputs = make_inputs(LENGTHS)
+@both_rows
+def test_rows_without_a_gradient_are_not_read_for_it(monkeypatch, shared_prompts):
+    inputs = make_inputs(LENGTHS, shared_prompts=shared_prompts) | {"backend": "cpp"}
     inputs["advantages"][2] = 0.0
-    seen = int((inputs["token_weights"] != 0).sum())
-    dead = int((inputs["token_weights"][5:14] != 0).sum())
-    for params, live in ((LossParams(), seen - dead), (ALL_TERMS, seen)):
-        read.update(dict.fromkeys(read, 0))
-        gradient_of(inputs, params=params)
-        assert read == {"fwd": seen, "bwd": live}
+    rows = inputs.get("row_index", torch.arange(29))
+    weights = inputs["token_weights"].clone()
+    weights[5:14] = 0.0
+    live = torch.zeros(29).index_add(0, rows, weights) > 0
+    expected = gradient_of(inputs)
+    backward = _linear_rows.HeadRows.backward
+
+    def after_forgetting(self: Any, *args: Any) -> None:
+        self.head.project(slice(None), 29)[~live] = torch.nan
+        backward(self, *args)
+
+    monkeypatch.setattr(_linear_rows.HeadRows, "backward", after_forgetting)
+    assert not live.all()
+    assert torch.equal(gradient_of(inputs), expected)
 
 
 def test_autocast_changes_nothing(backend):
