@@ -13,12 +13,13 @@ from lvrpo.kernels._launch import LaunchConfig, launch
 from lvrpo.kernels._policy_loss import kl_term, surrogate_term
 from lvrpo.kernels._primitives import LN2, LOG2E, as_scalar, capped_logit
 from lvrpo.kernels.gather_logprobs import logit_gradient, row_statistics, token_logprob
-from lvrpo.kernels.grpo_loss import SCALARS, grpo_loss_fwd
+from lvrpo.kernels.grpo_loss import SCALARS, five_scalars, grpo_loss_fwd
 
-# By the dtype that is computed in; 32 warps have 64 registers per thread.
+# By the dtype that is computed in. A thread of 32 warps may have 64 registers; with more than 32 no
+# second program fits an SM, and two loads of 16 bytes are on their way at a time.
 ROW_LOSS = {
     torch.float32: LaunchConfig(
-        {"BLOCK_V": 8192, "LANES": 8, "BLOCK_D": 8192}, num_warps=32, num_stages=1
+        {"BLOCK_V": 16384, "LANES": 8, "BLOCK_D": 16384}, num_warps=32, num_stages=1
     ),
     torch.float64: LaunchConfig(
         {"BLOCK_V": 4096, "LANES": 4, "BLOCK_D": 2048}, num_warps=32, num_stages=1
@@ -47,12 +48,13 @@ def _slope_of(
     if old_ptr is not None:
         log_ratio = logp - tl.load(old_ptr)
     ratio = tl.exp(log_ratio)
+    own_bounds = five_scalars(bounds, logp.dtype)
     _, slope, _, _, _ = surrogate_term(
-        (logp, log_ratio, ratio, ratio, advantage), bounds, RATIO, SURROGATE
+        (logp, log_ratio, ratio, ratio, advantage), own_bounds, RATIO, SURROGATE
     )
     slope *= weight
     if ref_ptr is not None:
-        log_ratio_limit, limit, beta = kl_form
+        log_ratio_limit, limit, beta, _, _ = five_scalars(kl_form, logp.dtype)
         _, _, kl_slope = kl_term(
             tl.load(ref_ptr) - logp, log_ratio, log_ratio_limit, limit, KL, KL_FACTOR, KL_GRADIENT
         )
@@ -184,18 +186,6 @@ def _row_loss_kernel(
     tl.store(lse_ptr + row, lse)
     tl.store(entropy_ptr + row, entropy)
 
-    bounds = (
-        as_scalar(clip_low, acc_dtype),
-        as_scalar(clip_high, acc_dtype),
-        as_scalar(ratio_cap, acc_dtype),
-        as_scalar(own_pos_0, acc_dtype),
-        as_scalar(own_neg_0, acc_dtype),
-    )
-    kl_form = (
-        as_scalar(kl_log_ratio_limit, acc_dtype),
-        as_scalar(kl_limit, acc_dtype),
-        as_scalar(beta, acc_dtype),
-    )
     factor = tl.load(factor_ptr + row)
     slope = _slope_of(
         logp,
@@ -203,8 +193,8 @@ def _row_loss_kernel(
         tl.load(advantage_ptr + row),
         None if ref_ptr is None else ref_ptr + row,
         weight,
-        bounds,
-        kl_form,
+        (clip_low, clip_high, ratio_cap, own_pos_0, own_neg_0),
+        (kl_log_ratio_limit, kl_limit, beta, 0.0, 0.0),
         RATIO,
         SURROGATE,
         KL,
