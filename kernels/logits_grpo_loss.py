@@ -22,8 +22,14 @@ ROW_LOSS = {
         {"BLOCK_V": 16384, "LANES": 8, "BLOCK_D": 16384}, num_warps=32, num_stages=1
     ),
     torch.float64: LaunchConfig(
-        {"BLOCK_V": 4096, "LANES": 4, "BLOCK_D": 2048}, num_warps=32, num_stages=1
+        {"BLOCK_V": 2048, "LANES": 4, "BLOCK_D": 1024}, num_warps=8, num_stages=1
     ),
+}
+# The derivative of a cap takes the registers of half a tile.
+CAPPED_ROW_LOSS = ROW_LOSS | {
+    torch.float32: LaunchConfig(
+        {"BLOCK_V": 8192, "LANES": 8, "BLOCK_D": 8192}, num_warps=32, num_stages=1
+    )
 }
 
 
@@ -259,7 +265,7 @@ def logits_grpo_loss_fwd(
     launch(
         _row_loss_kernel,
         (rows,),
-        ROW_LOSS[token_weights.dtype],
+        (CAPPED_ROW_LOSS if softcap > 0 else ROW_LOSS)[token_weights.dtype],
         dlogits_ptr=dlogits,
         logits_ptr=logits,
         token_ids_ptr=token_ids.contiguous(),

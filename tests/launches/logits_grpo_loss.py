@@ -61,7 +61,9 @@ def every_form() -> None:
     for kl in ("k1", "k2", "abs"):
         call(64, LossParams(kl=kl, kl_factor="ratio", kl_gradient="k2"))
     call(64, LossParams(), bare=True)
-    call(64, LossParams(entropy_coef=0.1), ranged=True, softcap=30.0, vocab=32_003)
+    for dtype in (torch.bfloat16, torch.float64):
+        call(64, LossParams(entropy_coef=0.1), dtype, ranged=True, softcap=30.0, vocab=32_003)
+    call(64, LossParams(entropy_coef=0.1), ranged=True)
 
 
 def one_training_run() -> Iterator[None]:
