@@ -22,6 +22,9 @@ hash = $(shell { $(1); } 2>&1 | sha256sum | cut -c 1-16)
 PACKAGES := .venv/.packages-$(call hash,$(PYTHON) -VV; echo "$(TORCH)"; cat constraints.txt pyproject.toml)
 EXTENSION := .venv/.extension-$(call hash,echo "$(PACKAGES) $(LVRPO_BUILD)"; find csrc -type f | sort | xargs cat setup.py)
 
+# The tests of what has a Triton kernel, and of what is composed of them.
+INTERPRETED := $(wildcard $(patsubst kernels/%.py,tests/ops/test_%*.py,$(wildcard kernels/[a-z]*.py)) tests/ops/test_linear_*.py)
+
 .PHONY: help setup train test bench lint types clean
 
 help:  ## this list
@@ -35,7 +38,8 @@ train: setup  ## warm start and LVRPO on real handwritten digits, then the repor
 
 test: setup  ## every test, and the benchmarks at small size
 	$(BIN)/pytest
-	TRITON_INTERPRET=1 $(BIN)/pytest -k triton $(wildcard $(patsubst kernels/%.py,tests/ops/test_%*.py,$(wildcard kernels/[a-z]*.py)))
+	@# Triton's kernels on the CPU, in processes of their own: Triton decides when it is imported.
+	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(BIN)/pytest -n auto -k triton $(INTERPRETED)
 	$(BIN)/pytest benchmarks --benchmark-only
 
 bench: setup  ## the benchmarks at full size
