@@ -47,7 +47,9 @@ def test_gradcheck(backend, params, shared_prompts):
     def function(logits: Tensor) -> Tensor:
         return run_op(**inputs | {"logits": logits})[0]
 
-    torch.autograd.gradcheck(function, (inputs["logits"].requires_grad_(),))
+    # One direction in place of every element: the interpreter is slow.
+    fast = backend == "triton"
+    torch.autograd.gradcheck(function, (inputs["logits"].requires_grad_(),), fast_mode=fast)
 
 
 @kernels
@@ -236,7 +238,7 @@ def test_autocast_changes_nothing(backend):
 @kernels
 @both_rows
 def test_same_bits_run_to_run(backend, shared_prompts):
-    inputs = make_inputs([40] * 3, shared_prompts=shared_prompts) | {"params": ALL_TERMS}
+    inputs = make_inputs([12] * 3, shared_prompts=shared_prompts) | {"params": ALL_TERMS}
     inputs["backend"] = backend
     first, second = ((*run_op(**inputs), gradient_of(inputs)) for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
