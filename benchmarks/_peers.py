@@ -36,19 +36,18 @@ def plain_linear_logprobs(
 
 
 def with_plain_loss(head: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """linear_grpo_loss of preset "dapo" without KL, as plain PyTorch after a log-prob head."""
+    """The loss of preset "dapo" without KL, as plain PyTorch after a log-prob head."""
 
     def loss(
-        hidden: Tensor,
-        weight: Tensor,
         token_ids: Tensor,
         old_logprobs: Tensor,
         advantages: Tensor,
         cu_seqlens: Tensor,
         token_weights: Tensor,
-        **_: Any,
+        params: Any = None,
+        **of_head: Any,
     ) -> Tensor:
-        logprobs = head(hidden, weight, token_ids)
+        logprobs = head(**of_head, token_ids=token_ids)
         advantage = advantages.repeat_interleave(cu_seqlens.diff())
         ratio = (logprobs - old_logprobs).exp()
         clipped = ratio.clamp(1 - CLIP_LOW, 1 + CLIP_HIGH)
@@ -222,6 +221,13 @@ FROM_HIDDEN: Mapping[str, Peer] = {
 }
 FROM_HIDDEN_WITHOUT_ENTROPY: Mapping[str, Peer] = {
     "cce": Peer(_cce_linear, "cut-cross-entropy", compiles=True),
+}
+LOSS_FROM_LOGITS: Mapping[str, Peer] = {
+    "trl": Peer(lambda: with_plain_loss(_trl_two_calls()), "trl"),
+    "verl": Peer(lambda: with_plain_loss(_verl_from_logits()), "verl"),
+    "quack": Peer(
+        lambda: with_plain_loss(_quack_from_logits()), "quack-kernels", NEEDS_GPU, compiles=True
+    ),
 }
 WHOLE_LOSS: Mapping[str, Peer] = {
     "trl": Peer(lambda: without_masked_rows(_trl_linear()), "trl"),

@@ -15,6 +15,7 @@ import torch
 from _providers import Case, Peer
 from torch import Tensor
 
+import lvrpo
 from lvrpo.ops._policy_loss import LossParams
 from lvrpo.ops.normalize_advantages import AdvantageParams
 
@@ -59,6 +60,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     tables = {
         "bench_logprobs_from_logits": FROM_LOGITS,
         "bench_logprobs_from_hidden": FROM_HIDDEN,
+        "bench_loss_from_logits": FROM_LOGITS,
         "bench_loss_from_hidden": WHOLE,
     }
     table = tables.get(metafunc.function.__name__)
@@ -114,20 +116,38 @@ def first_of(functional: Any, **inputs: Any) -> Tensor:
     return found[0] if isinstance(found, tuple) else found
 
 
+def two_ops(**inputs: Any) -> Tensor:
+    """The log-probs and their loss by the two ops of lvrpo that have them."""
+    head = {name: inputs.pop(name) for name in ("logits", "token_ids")}
+    return lvrpo.grpo_loss(lvrpo.gather_logprobs(**head), **inputs).loss
+
+
+def bench_loss_from_logits(measure, case_of):
+    (rows, vocab), dtype = case_of
+    logits = (torch.randn(rows, vocab) * 3).to(dtype)
+    inputs = {"logits": logits, "token_ids": torch.randint(0, vocab, (rows,))}
+    inputs |= loss_inputs(lvrpo.gather_logprobs(**inputs), live=1.0, active=1.0)
+    largest = 1 + float(logits.abs().max())
+    case = Case(
+        "logits_grpo_loss",
+        inputs,
+        ("logits",),
+        call=first_of,
+        gate=some_rows(inputs),
+        plain=_peers.with_plain_loss(_peers.plain_gather_logprobs),
+        bytes_moved={"forward+backward": 2 * logits.nbytes},
+        peers={**_peers.LOSS_FROM_LOGITS, "two ops": Peer(lambda: two_ops)},
+        scales={"out0": largest, "dlogits": largest / min(rows, GATE_ROWS)},
+    )
+    measure(case, "forward+backward")
+
+
 def bench_loss_from_hidden(measure, case_of):
     ((rows, width, vocab), live, active), dtype = case_of
     inputs = head_inputs(rows, width, vocab, dtype)
-    sequences = rows // LENGTH
     with torch.no_grad():
         logprobs = _peers.plain_linear_logprobs(**inputs)
-    groups = math.ceil(sequences / GROUP)
-    varies = (torch.arange(groups) < round(live * groups)).repeat_interleave(GROUP)[:sequences]
-    inputs |= {
-        "old_logprobs": logprobs + 0.1 * torch.randn(rows),
-        "advantages": torch.randn(sequences) * varies,
-        "cu_seqlens": torch.arange(sequences + 1) * LENGTH,
-        "token_weights": (torch.rand(rows) < active).float(),
-    }
+    inputs |= loss_inputs(logprobs, live, active)
     case = Case(
         "linear_grpo_loss",
         inputs,
@@ -149,6 +169,19 @@ def head_inputs(rows: int, width: int, vocab: int, dtype: torch.dtype) -> dict[s
         "hidden": torch.randn(rows, width).to(dtype),
         "weight": (torch.randn(vocab, width) * 2 / width**0.5).to(dtype),
         "token_ids": torch.randint(0, vocab, (rows,)),
+    }
+
+
+def loss_inputs(logprobs: Tensor, live: float, active: float) -> dict[str, Tensor]:
+    rows = len(logprobs)
+    sequences = rows // LENGTH
+    groups = math.ceil(sequences / GROUP)
+    varies = (torch.arange(groups) < round(live * groups)).repeat_interleave(GROUP)[:sequences]
+    return {
+        "old_logprobs": logprobs + 0.1 * torch.randn(rows),
+        "advantages": torch.randn(sequences) * varies,
+        "cu_seqlens": torch.arange(sequences + 1) * LENGTH,
+        "token_weights": (torch.rand(rows) < active).float(),
     }
 
 

@@ -25,11 +25,12 @@ DLOGITS = LaunchConfig({"BLOCK_V": 2048}, num_warps=4, num_stages=1)
 
 
 @triton.jit
-def _fold_tile(x, scale, row_max, sum_exp, sum_exp_d, sum_exp_squared, entropy_ptr, squares_ptr):
+def _fold_tile(x, scale, sums, ENTROPY: tl.constexpr, SQUARES: tl.constexpr):
     """The sums over a row after one more tile x [groups, LANES] of capped logits, -inf outside.
 
-    With d = scale * (x - row_max), in bits: sums of 2^d, of 2^d d and of 4^d.
+    With d = scale * (x - row_max), in bits: row_max and the sums of 2^d, of 2^d d and of 4^d.
     """
+    row_max, sum_exp, sum_exp_d, sum_exp_squared = sums
     new_max = tl.maximum(row_max, tl.max(x, axis=1))
     # Where nothing but -inf was seen, any finite base keeps -inf - base from being NaN.
     base = tl.where(new_max == float("-inf"), 0.0, new_max)
@@ -38,13 +39,99 @@ def _fold_tile(x, scale, row_max, sum_exp, sum_exp_d, sum_exp_squared, entropy_p
     e = tl.exp2(d)
     shift = (row_max - base) * scale
     factor = tl.exp2(shift)
-    if entropy_ptr is not None:
+    if ENTROPY:
         moved = sum_exp_d + tl.where(sum_exp > 0, shift, 0.0) * sum_exp
         # d is -inf where e is 0; their product must be 0.
         sum_exp_d = factor * moved + tl.sum(tl.where(e > 0, e * d, 0.0), axis=1)
-    if squares_ptr is not None:
+    if SQUARES:
         sum_exp_squared = factor * factor * sum_exp_squared + tl.sum(e * e, axis=1)
     return new_max, factor * sum_exp + tl.sum(e, axis=1), sum_exp_d, sum_exp_squared
+
+
+@triton.jit
+def row_statistics(
+    row_ptr,  # [V]
+    low,
+    high,
+    scale,
+    cap,
+    WHOLE_ROW: tl.constexpr,
+    ENTROPY: tl.constexpr,
+    SQUARES: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+    LANES: tl.constexpr,
+    EVICTION: tl.constexpr,
+):
+    """What the columns [low, high) of a row add up to; low is 0 with WHOLE_ROW.
+
+    With d = scale * (x - maximum), in bits: the maximum of the capped logits, log2 sum 2^d, the
+    mean of d and the sum of squared probabilities.
+    """
+    acc_dtype: tl.constexpr = scale.dtype
+    groups: tl.constexpr = BLOCK_V // LANES
+    offset = tl.arange(0, groups)[:, None] * LANES + tl.arange(0, LANES)[None, :]
+    zero = tl.zeros([groups], acc_dtype)
+    sums = tl.full([groups], float("-inf"), acc_dtype), zero, zero, zero
+    # A multiple of the tile, so that loads stay aligned.
+    whole = low // BLOCK_V * BLOCK_V
+    if WHOLE_ROW:
+        # Tiles that lie inside the row need no mask, which would cost as much as the exponential.
+        whole = high // BLOCK_V * BLOCK_V
+        for begin in range(0, whole, BLOCK_V):
+            x = tl.load(row_ptr + begin + offset, eviction_policy=EVICTION).to(acc_dtype)
+            x = capped_logit(x, cap, HAS_SOFTCAP)
+            sums = _fold_tile(x, scale, sums, ENTROPY, SQUARES)
+    for begin in range(whole, high, BLOCK_V):
+        column = begin + offset
+        inside = (column >= low) & (column < high)
+        x = tl.load(row_ptr + column, mask=inside, other=0.0, eviction_policy=EVICTION)
+        x = tl.where(inside, capped_logit(x.to(acc_dtype), cap, HAS_SOFTCAP), float("-inf"))
+        sums = _fold_tile(x, scale, sums, ENTROPY, SQUARES)
+
+    row_max, sum_exp, sum_exp_d, squares = sums
+    top = tl.max(row_max, axis=0)
+    shift = tl.where(sum_exp > 0, (row_max - top) * scale, 0.0)
+    factor = tl.exp2(shift)
+    total = tl.sum(factor * sum_exp, axis=0)
+    mean = tl.sum(factor * (sum_exp_d + shift * sum_exp), axis=0) / total
+    return top, tl.log2(total), mean, tl.sum(factor * factor * squares, axis=0) / (total * total)
+
+
+@triton.jit
+def token_logprob(x, row_max, log_sum, scale):
+    """Of a token whose capped logit is x, in nats."""
+    # In this order a large common offset of the logits cancels before it can round the result.
+    return ((x - row_max) * scale - log_sum) * LN2
+
+
+@triton.jit
+def logit_gradient(
+    x,
+    hits,
+    total,
+    lse,
+    dentropy,
+    entropy,
+    inv_temperature,
+    cap,
+    ENTROPY: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr,
+):
+    """The gradient by logits x of a row.
+
+    `total` is what the row's targets send back in all and `hits` what they send to each column.
+    """
+    z = capped_logit(x, cap, HAS_SOFTCAP) * inv_temperature
+    p = tl.exp2((z - lse) * LOG2E)
+    slope = -total
+    if ENTROPY:
+        # d entropy / dz = p (mean of z - z), and the mean of z is lse - entropy.
+        slope = dentropy * (lse - entropy - z) - total
+    # z is -inf where p is 0; their product must be 0. The target's column is summed before it is
+    # rounded to the output's dtype: rounding p first would lose 1 - p.
+    dz = hits + tl.where(p > 0, p * slope, 0.0)
+    return dz * inv_temperature * capped_logit_derivative(x, cap, HAS_SOFTCAP)
 
 
 @triton.jit
@@ -66,51 +153,31 @@ def _row_stats_kernel(
 ):
     acc_dtype = lse_ptr.dtype.element_ty
     row = tl.program_id(0).to(tl.int64)
-    scale = as_scalar(inv_temperature, acc_dtype) * LOG2E
-    cap = as_scalar(softcap, acc_dtype)
-    groups: tl.constexpr = BLOCK_V // LANES
-    offset = tl.arange(0, groups)[:, None] * LANES + tl.arange(0, LANES)[None, :]
-    row_max = tl.full([groups], float("-inf"), acc_dtype)
-    sum_exp = tl.zeros([groups], acc_dtype)
-    sum_exp_d = tl.zeros([groups], acc_dtype)
-    squares = tl.zeros([groups], acc_dtype)
-    if vocab_range_ptr is None:
-        low, high = 0, vocab
-        # Tiles that lie inside the row need no mask, which would cost as much as the exponential.
-        whole = vocab // BLOCK_V * BLOCK_V
-        for begin in range(0, whole, BLOCK_V):
-            x = tl.load(logits_ptr + row * stride_row + begin + offset).to(acc_dtype)
-            x = capped_logit(x, cap, HAS_SOFTCAP)
-            row_max, sum_exp, sum_exp_d, squares = _fold_tile(
-                x, scale, row_max, sum_exp, sum_exp_d, squares, entropy_ptr, squares_ptr
-            )
-    else:
+    low, high = 0, vocab
+    if vocab_range_ptr is not None:
         low = tl.load(vocab_range_ptr + 2 * row)
         high = tl.load(vocab_range_ptr + 2 * row + 1)
-        # A multiple of the tile, so that loads stay aligned.
-        whole = low // BLOCK_V * BLOCK_V
-    for begin in range(whole, high, BLOCK_V):
-        column = begin + offset
-        inside = (column >= low) & (column < high)
-        x = tl.load(logits_ptr + row * stride_row + column, mask=inside, other=0.0).to(acc_dtype)
-        x = tl.where(inside, capped_logit(x, cap, HAS_SOFTCAP), float("-inf"))
-        row_max, sum_exp, sum_exp_d, squares = _fold_tile(
-            x, scale, row_max, sum_exp, sum_exp_d, squares, entropy_ptr, squares_ptr
-        )
-
-    top = tl.max(row_max, axis=0)
-    shift = tl.where(sum_exp > 0, (row_max - top) * scale, 0.0)
-    factor = tl.exp2(shift)
-    total = tl.sum(factor * sum_exp, axis=0)
-    log_sum = tl.log2(total)
+    top, log_sum, mean, squares = row_statistics(
+        logits_ptr + row * stride_row,
+        low,
+        high,
+        as_scalar(inv_temperature, acc_dtype) * LOG2E,
+        as_scalar(softcap, acc_dtype),
+        vocab_range_ptr is None,
+        entropy_ptr is not None,
+        squares_ptr is not None,
+        HAS_SOFTCAP,
+        BLOCK_V,
+        LANES,
+        "",
+    )
     tl.store(max_ptr + row, top)
     tl.store(log_sum_ptr + row, log_sum)
     tl.store(lse_ptr + row, top * as_scalar(inv_temperature, acc_dtype) + log_sum * LN2)
     if entropy_ptr is not None:
-        mean = tl.sum(factor * (sum_exp_d + shift * sum_exp), axis=0) / total
         tl.store(entropy_ptr + row, (log_sum - mean) * LN2)
     if squares_ptr is not None:
-        tl.store(squares_ptr + row, tl.sum(factor * factor * squares, axis=0) / (total * total))
+        tl.store(squares_ptr + row, squares)
 
 
 @triton.jit(do_not_specialize=["tokens", "rows"])
@@ -145,8 +212,7 @@ def _gather_kernel(
     x = capped_logit(x, as_scalar(softcap, acc_dtype), HAS_SOFTCAP)
     row_max = tl.load(max_ptr + row, mask=valid, other=0.0)
     log_sum = tl.load(log_sum_ptr + row, mask=valid, other=0.0)
-    # In this order a large common offset of the logits cancels before it can round the result.
-    logprob = ((x - row_max) * scale - log_sum) * LN2
+    logprob = token_logprob(x, row_max, log_sum, scale)
     tl.store(logprobs_ptr + t, tl.where(valid, logprob, 0.0), mask=inside)
 
 
@@ -186,10 +252,12 @@ def _dlogits_kernel(
     # total: what the row's targets send back in all; hits: to each column.
     total = tl.zeros([], acc_dtype)
     hits = tl.zeros([BLOCK_V], acc_dtype)
+    asked = tl.zeros([], tl.int32)
     if order_ptr is None:
         token = tl.load(token_ids_ptr + row)
         total = tl.load(dlogprobs_ptr + row) * (token != ignore_index).to(acc_dtype)
         hits = tl.where(column == token, total, hits)
+        asked += (total != 0).to(tl.int32)
     else:
         for index in range(tl.load(first_ptr + row), tl.load(first_ptr + row + 1)):
             t = tl.load(order_ptr + index)
@@ -197,20 +265,28 @@ def _dlogits_kernel(
             dlogprob = tl.load(dlogprobs_ptr + t) * (token != ignore_index).to(acc_dtype)
             total += dlogprob
             hits += tl.where(column == token, dlogprob, 0.0)
+            asked += (dlogprob != 0).to(tl.int32)
 
-    x = tl.load(logits_ptr + row * stride_row + column, mask=inside, other=0.0).to(acc_dtype)
-    z = capped_logit(x, cap, HAS_SOFTCAP) * inv_temp
-    lse = tl.load(lse_ptr + row)
-    p = tl.exp2((z - lse) * LOG2E)
-    slope = -total
+    dentropy, entropy = total, total
     if dentropy_ptr is not None:
-        # d entropy / dz = p (mean of z - z), and the mean of z is lse - entropy.
-        mean_z = lse - tl.load(entropy_ptr + row)
-        slope = tl.load(dentropy_ptr + row) * (mean_z - z) - total
-    # z is -inf where p is 0; their product must be 0. The target's column is summed before it is
-    # rounded to the output's dtype: rounding p first would lose 1 - p.
-    dz = hits + tl.where(p > 0, p * slope, 0.0)
-    dx = dz * inv_temp * capped_logit_derivative(x, cap, HAS_SOFTCAP)
+        dentropy, entropy = tl.load(dentropy_ptr + row), tl.load(entropy_ptr + row)
+        asked += (dentropy != 0).to(tl.int32)
+    # A row of which no gradient is asked is not read, and may hold anything.
+    inside &= asked > 0
+    x = tl.load(logits_ptr + row * stride_row + column, mask=inside, other=0.0).to(acc_dtype)
+    lse = tl.load(lse_ptr + row)
+    dx = logit_gradient(
+        x,
+        hits,
+        total,
+        lse,
+        dentropy,
+        entropy,
+        inv_temp,
+        cap,
+        dentropy_ptr is not None,
+        HAS_SOFTCAP,
+    )
     dx = tl.where(inside, dx, 0.0).to(dlogits_ptr.dtype.element_ty)
     tl.store(dlogits_ptr + row * stride_dlogits_row + column, dx, mask=column < vocab)
 

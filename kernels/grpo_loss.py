@@ -174,7 +174,7 @@ def _ratio_of(
 
 
 @triton.jit
-def _cast(x, dtype: tl.constexpr):
+def five_scalars(x, dtype: tl.constexpr):
     """Five float arguments in the dtype that tokens are computed in."""
     a, b, c = tl.full([], x[0], dtype), tl.full([], x[1], dtype), tl.full([], x[2], dtype)
     return a, b, c, tl.full([], x[3], dtype), tl.full([], x[4], dtype)
@@ -274,8 +274,8 @@ def _terms_kernel(
     smallest, largest = zero + float("inf"), zero - float("inf")
     lows = tl.zeros([BLOCK_T], tl.int32)
     highs, caps = lows, lows
-    bounds = _cast((clip_low, clip_high, ratio_cap, own_pos_0, own_neg_0), acc_dtype)
-    kl_form = _cast((kl_log_ratio_limit, kl_limit, beta, 0.0, 0.0), acc_dtype)
+    bounds = five_scalars((clip_low, clip_high, ratio_cap, own_pos_0, own_neg_0), acc_dtype)
+    kl_form = five_scalars((kl_log_ratio_limit, kl_limit, beta, 0.0, 0.0), acc_dtype)
     split = tl.program_id(0) % splits
     for first in range(begin + split * BLOCK_T, end, splits.to(tl.int64) * BLOCK_T):
         t = first + tl.arange(0, BLOCK_T)

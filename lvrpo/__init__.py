@@ -4,7 +4,7 @@ Importing it needs torch only. The model is in `lvrpo.models`, the training loop
 """
 
 from lvrpo.masks import SpanMask, Tile
-from lvrpo.ops._policy_loss import LossMetrics, LossParams, PolicyLoss
+from lvrpo.ops._policy_loss import FusedPolicyLoss, LossMetrics, LossParams, PolicyLoss
 from lvrpo.ops.flow_policy_loss import (
     FlowLossMetrics,
     FlowLossParams,
@@ -14,8 +14,9 @@ from lvrpo.ops.flow_policy_loss import (
 from lvrpo.ops.flow_step import StepCoefficients, flow_step
 from lvrpo.ops.gather_logprobs import gather_logprobs
 from lvrpo.ops.grpo_loss import grpo_loss
-from lvrpo.ops.linear_grpo_loss import LinearPolicyLoss, linear_grpo_loss
+from lvrpo.ops.linear_grpo_loss import linear_grpo_loss
 from lvrpo.ops.linear_logprobs import linear_logprobs
+from lvrpo.ops.logits_grpo_loss import logits_grpo_loss
 from lvrpo.ops.normalize_advantages import (
     AdvantageParams,
     Advantages,
@@ -49,7 +50,7 @@ __all__ = [
     "FlowLossMetrics",
     "FlowLossParams",
     "FlowPolicyLoss",
-    "LinearPolicyLoss",
+    "FusedPolicyLoss",
     "LossMetrics",
     "LossParams",
     "PolicyLoss",
@@ -68,6 +69,7 @@ __all__ = [
     "grpo_loss",
     "linear_grpo_loss",
     "linear_logprobs",
+    "logits_grpo_loss",
     "mrope_position_ids",
     "normalize_advantages",
     "off_policy_sequence_mask",

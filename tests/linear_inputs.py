@@ -91,13 +91,14 @@ def logit_scale(inputs: dict[str, Any]) -> tuple[Tensor, float]:
     return logits, (1 + float(size.max())) / inputs.get("temperature", 1.0)
 
 
-def gradient_scales(
+def dlogits_scale(
     inputs: dict[str, Any],
+    logits: Tensor,
+    largest: float,
     by_logprob: Tensor,  # [T] size of the gradients by each
     by_entropy: Tensor,  # [R]
-) -> dict[str, Tensor]:
-    """Sizes of what adds up to each gradient, times the relative error of a probability."""
-    logits, largest = logit_scale(inputs)
+) -> Tensor:
+    """Size of what adds up to the gradient of the logits, times a probability's relative error."""
     rows = inputs.get("row_index")
     rows = torch.arange(len(logits), device=logits.device) if rows is None else rows
     cap = inputs.get("softcap") or torch.inf
@@ -106,7 +107,16 @@ def gradient_scales(
     per_row = torch.zeros_like(p[:, 0]).index_add(0, rows, by_logprob.double())
     size = p * (per_row + by_entropy.double() * largest)[:, None]
     size.index_put_((rows, inputs["token_ids"].clamp(0)), by_logprob.double(), accumulate=True)
-    size *= largest / min(1.0, inputs.get("temperature", 1.0))
+    return size * largest / min(1.0, inputs.get("temperature", 1.0))
+
+
+def gradient_scales(
+    inputs: dict[str, Any],
+    by_logprob: Tensor,  # [T]
+    by_entropy: Tensor,  # [R]
+) -> dict[str, Tensor]:
+    """The same for the gradients of a head."""
+    size = dlogits_scale(inputs, *logit_scale(inputs), by_logprob, by_entropy)
     scales = {
         "dhidden": size @ inputs["weight"].double().abs(),
         "dweight": size.T @ inputs["hidden"].double().abs(),
@@ -116,13 +126,21 @@ def gradient_scales(
 
 def loss_scales(inputs: dict[str, Any]) -> dict[str, Any]:
     """The scales of `loss_inputs`, whose log-probs have here the error of a projection."""
+    logits, largest = logit_scale(inputs)
+    scales, *sizes = output_scales(inputs, run_reference, len(logits), largest)
+    return scales | gradient_scales(inputs, *sizes)
+
+
+def output_scales(
+    inputs: dict[str, Any], run: Any, row_count: int, largest: float
+) -> tuple[dict[str, Any], Tensor, Tensor]:
+    """Of loss, metrics, log-probs and entropy; and the sizes of the gradients by the last two."""
     params: LossParams = inputs["params"]
     wide = {
         k: x.double() if torch.is_tensor(x) and x.is_floating_point() else x
         for k, x in inputs.items()
     }
-    _, _, logprobs, entropy = run_reference(**wide)
-    _, largest = logit_scale(inputs)
+    _, _, logprobs, entropy = run(**wide)
     names = ("old_logprobs", "ref_logprobs", "token_weights", "advantages", "cu_seqlens", "params")
     given = {name: wide[name] for name in names}
     scales = loss_inputs.scales(given | {"logprobs": logprobs, "entropy": entropy})
@@ -132,11 +150,11 @@ def loss_scales(inputs: dict[str, Any]) -> dict[str, Any]:
     by_entropy = torch.full_like(by_logprob, abs(params.entropy_coef) / max(len(lengths), 1))
     rows = inputs.get("row_index")
     if rows is not None:
-        by_entropy = torch.zeros(len(inputs["hidden"])).double().index_add(0, rows, by_entropy)
-    return {
+        by_entropy = torch.zeros(row_count).double().index_add(0, rows, by_entropy)
+    of_outputs = {
         "out0": scales["out0"] * worst,
         "out1": scales["out1"] * worst,
         "out2": largest,
         "out3": largest,
-        **gradient_scales(inputs, by_logprob, by_entropy),
     }
+    return of_outputs, by_logprob, by_entropy

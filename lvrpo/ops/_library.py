@@ -35,10 +35,11 @@ EXTENSION, MISSING = _load()
 #: Names of the ops that have a Triton twin.
 TWINS: set[str] = set()
 
-#: By op that has no kernels of its own: the ops whose kernels it runs.
+#: By op that is made of others: the ops whose kernels it runs.
 COMPOSED = {
     "linear_grpo_loss": ("gather_logprobs", "grpo_loss"),
     "linear_logprobs": ("gather_logprobs",),
+    "logits_grpo_loss": ("gather_logprobs", "grpo_loss"),
 }
 
 _STALE = "it was built from other sources; build it again (pip install -e .)"
@@ -77,7 +78,9 @@ def register(
     return decorate
 
 
-def compose(name: str, fake: Callable[..., Any]) -> Callable[[Fake], Fake]:
+def compose(
+    name: str, fake: Callable[..., Any], *, mutates: Sequence[str] = ()
+) -> Callable[[Fake], Fake]:
     """Register the decorated function, which runs other ops, as `torch.ops.lvrpo.<name>`.
 
     A graph that torch.compile makes holds one call of it, instead of what it does to real tensors.
@@ -86,10 +89,11 @@ def compose(name: str, fake: Callable[..., Any]) -> Callable[[Fake], Fake]:
     Args:
         name: of the op.
         fake: its shape function.
+        mutates: arguments that it writes to.
     """
 
     def decorate(run: Fake) -> Fake:
-        _define(name, torch.library.infer_schema(run, mutates_args=()), run, fake)
+        _define(name, torch.library.infer_schema(run, mutates_args=tuple(mutates)), run, fake)
         return run
 
     return decorate

@@ -62,6 +62,7 @@ class LinearHead:
         self.hidden, self.weight = hidden.detach(), weight.detach()[low:high]
         self.bias = None if bias is None else bias.detach()[low:high].to(self.sums)
         most = max((end - begin for begin, end in chunks), default=0)
+        self.rows = len(hidden)
         #: Empty, of the dtype and device of the results.
         self.like = hidden.new_empty(0, dtype=self.sums)
         self._logits = hidden.new_empty(most, high - low, dtype=self.sums)
@@ -91,8 +92,8 @@ class LinearHead:
             _matmul(out[:, columns], hidden, weight.t(), plus=bias)
         return out
 
-    def gradient_buffer(self, count: int) -> Tensor:
-        """[count, V] for the gradient of the logits: the logits themselves where dtypes allow."""
+    def gradient_buffer(self, rows: Rows, count: int) -> Tensor:
+        """[count, V] for the gradient of these rows: the logits themselves where dtypes allow."""
         return self._dlogits[:count]
 
     def backward(self, rows: Rows, dlogits: Tensor) -> None:

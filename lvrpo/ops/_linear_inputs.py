@@ -85,11 +85,11 @@ def token_columns(token_ids: Tensor, low: int, ignore_index: int) -> Tensor:
     return torch.where(token_ids == ignore_index, OUTSIDE, token_ids - low)
 
 
-def refuse_rows(op: str, statistic: Tensor) -> None:
+def refuse_rows(op: str, statistic: Tensor, logits: str = "hidden @ weight.T + bias") -> None:
     """Name the row whose log-sum-exp, or entropy, is not a number."""
     if _checks.check_values(statistic) and not bool(statistic.isfinite().all()):
         row = int((~statistic.isfinite()).nonzero()[0])
         raise ValueError(
-            f"{op}: row {row} of hidden @ weight.T + bias has no finite log-sum-exp; expected "
-            "finite values, or -inf beside them"
+            f"{op}: row {row} of {logits} has no finite log-sum-exp; expected finite values, or "
+            "-inf beside them"
         )

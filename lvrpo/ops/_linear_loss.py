@@ -14,10 +14,10 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.types import Number
 
-from lvrpo.ops import _checks, _library
+from lvrpo.ops import _fused_loss, _library
 from lvrpo.ops import _linear_inputs as _inputs
 from lvrpo.ops._linear_head import LinearHead, dtypes_of, fake_gradients
-from lvrpo.ops._linear_plan import Tokens, plan_rows
+from lvrpo.ops._linear_plan import plan_rows
 from lvrpo.ops._linear_rows import HeadRows, Softmax
 from lvrpo.ops._policy_loss import LossMetrics, LossParams, scalars_of
 
@@ -98,12 +98,7 @@ class _LinearGrpoLoss(torch.autograd.Function):
             *inputs, *ctx.scalars
         )
         ctx.dtype = hidden.dtype
-        ctx.traced = torch.compiler.is_compiling()
-        if ctx.traced:
-            ctx.save_for_backward(dhidden, dweight, dbias)
-        else:
-            ctx.save_for_backward(*inputs)
-            ctx.kept = [dhidden, dweight, dbias]
+        _fused_loss.keep(ctx, inputs, [dhidden, dweight, dbias])
         ctx.mark_non_differentiable(*results[1:])
         return tuple(results)
 
@@ -111,27 +106,12 @@ class _LinearGrpoLoss(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, dloss: Tensor, *_: Tensor) -> tuple[Any, ...]:
         needs = ctx.needs_input_grad[:3]
-        if ctx.traced:  # a graph may not write to what it saved
-            scaled = [(g * dloss).to(ctx.dtype) for g in ctx.saved_tensors]
-        else:
-            # Given away: the one buffer that is as large as the weight becomes its gradient.
-            gradients, ctx.kept = ctx.kept, None
-            if gradients is None:
-                run = torch.ops.lvrpo.linear_grpo_loss_fwd
-                gradients = list(run(*ctx.saved_tensors, *ctx.scalars)[-3:])
-            scaled = _scale(gradients, dloss, ctx.dtype)
+        run = torch.ops.lvrpo.linear_grpo_loss_fwd
+        scaled = _fused_loss.hand_over(
+            ctx, dloss, lambda: list(run(*ctx.saved_tensors, *ctx.scalars)[-3:])
+        )
         found = (g if wanted else None for g, wanted in zip(scaled, needs, strict=True))
         return *found, *[None] * 11
-
-
-def _scale(gradients: list[Tensor], dloss: Tensor, dtype: torch.dtype) -> list[Tensor]:
-    """In place, then in `dtype`; the list is emptied, so that no two copies outlive the loop."""
-    scaled = []
-    by_one = _checks.check_values(dloss) and float(dloss) == 1.0
-    while gradients:
-        gradient = gradients.pop(0)
-        scaled.append((gradient if by_one else gradient.mul_(dloss)).to(dtype))
-    return scaled
 
 
 def _fwd_fake(
@@ -185,7 +165,7 @@ def _fwd(
     entropy_bonus: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    tokens = _tokens(row_index, advantages, cu_seqlens, token_weights, every_active)
+    tokens = _fused_loss.tokens_of(row_index, advantages, cu_seqlens, token_weights, every_active)
     plan = plan_rows(
         tokens, len(hidden), most, gradient=any(needs), whole_sequences=whole_sequences
     )
@@ -193,50 +173,9 @@ def _fwd(
     softmax = Softmax(temperature, softcap, backend)
     rows = HeadRows(head, softmax, token_ids, row_index, vocab_range, plan.order)
 
-    def loss_so_far() -> tuple[Tensor, ...]:
-        """Loss, metrics and slopes, true of the tokens whose log-probs are known."""
-        result: tuple[Tensor, ...] = _library.op("grpo_loss_fwd", backend)(
-            rows.logprobs,
-            old_logprobs,
-            advantages,
-            cu_seqlens,
-            ref_logprobs,
-            rows.entropy_of_tokens(),
-            token_weights,
-            *loss_scalars,
-        )
-        return result
-
-    for chunk in plan.counted:
-        rows.forward(chunk)
-    for group in plan.groups:
-        for chunk in group:
-            logits = rows.forward(chunk)
-        _, _, dlogprobs, dentropy = loss_so_far()
-        of_rows = rows.sum_over_rows(dentropy) if entropy_bonus else None
-        # From the back: the last chunk's logits are still there.
-        for chunk in reversed(group):
-            rows.backward(chunk, dlogprobs, of_rows, logits if chunk == group[-1] else None)
-    loss, metrics, _, _ = loss_so_far()
-    active = token_weights != 0
-    logprobs = torch.where(active, rows.logprobs, 0.0)
-    entropy = torch.where(active, rows.entropy_of_tokens(), 0.0)
+    data = old_logprobs, advantages, cu_seqlens, ref_logprobs
+    loss, metrics, logprobs, entropy = _fused_loss.run(
+        rows, plan, data, token_weights, loss_scalars, entropy_bonus
+    )
     dhidden, dweight, dbias = head.finish()
     return loss, metrics, logprobs, entropy, rows.lse, dhidden, dweight, dbias
-
-
-def _tokens(
-    row_index: Tensor | None,
-    advantages: Tensor,  # [B] or [T]
-    cu_seqlens: Tensor,
-    token_weights: Tensor,
-    every_active: bool,
-) -> Tokens:
-    """Which tokens count, and which of them can pull at the weights."""
-    sequences = len(cu_seqlens) - 1
-    position = torch.arange(len(token_weights), device=cu_seqlens.device)
-    sequence = torch.searchsorted(cu_seqlens, position, right=True) - 1
-    active = token_weights != 0
-    of_token = advantages[sequence] if len(advantages) == sequences else advantages
-    pulls = active & ((of_token != 0) | every_active)
-    return Tokens(row_index, sequence, sequences, active, pulls)

@@ -74,8 +74,8 @@ def plan_rows(
         return Plan(None, [chunks] if whole_sequences else [[chunk] for chunk in chunks], [])
     pulls = tokens.pulls & gradient
     if whole_sequences:
-        pulls = tokens.active & _any_of(pulls, tokens.sequence, tokens.sequences)[tokens.sequence]
-    live, seen = (_any_of(x, tokens.row, rows) for x in (pulls, tokens.active))
+        pulls = tokens.active & any_of(pulls, tokens.sequence, tokens.sequences)[tokens.sequence]
+    live, seen = (any_of(x, tokens.row, rows) for x in (pulls, tokens.active))
     order = (2 - live.long() - seen.long()).argsort(stable=True)
     facts = [live.sum().reshape(1), seen.sum().reshape(1)]
     if whole_sequences:
@@ -110,7 +110,7 @@ def is_captured(tensor: Tensor) -> bool:
     return tensor.is_cuda and torch.cuda.is_current_stream_capturing()
 
 
-def _any_of(flags: Tensor, group: Tensor | None, groups: int) -> Tensor:
+def any_of(flags: Tensor, group: Tensor | None, groups: int) -> Tensor:
     """[groups] whether any member is flagged; integers, whose sums have no order to depend on."""
     if group is None:
         return flags

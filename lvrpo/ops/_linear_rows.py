@@ -9,13 +9,13 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from lvrpo.ops import _library
-from lvrpo.ops._linear_head import Chunk, LinearHead, Rows
+from lvrpo.ops._linear_head import Chunk, Rows
 
 #: Inside the head: a token that is not among the targets of a chunk.
 OUTSIDE = -1
@@ -30,6 +30,19 @@ class Softmax:
     backend: str
 
 
+class Head(Protocol):
+    """Where the logits of a chunk come from and their gradient goes: see `LinearHead`."""
+
+    rows: int
+    like: Tensor
+
+    def project(self, rows: Rows, count: int) -> Tensor: ...
+
+    def gradient_buffer(self, rows: Rows, count: int) -> Tensor: ...
+
+    def backward(self, rows: Rows, dlogits: Tensor) -> None: ...
+
+
 class HeadRows:
     """What is known of the rows and tokens of a head, filled chunk by chunk; 0 before.
 
@@ -40,7 +53,7 @@ class HeadRows:
 
     def __init__(
         self,
-        head: LinearHead,
+        head: Head,
         softmax: Softmax,
         token_ids: Tensor,  # [T], counted from the first column of the slice in use
         row_index: Tensor | None,  # [T]
@@ -48,7 +61,7 @@ class HeadRows:
         order: Tensor | None = None,  # [R] rows in the order of the chunks
     ) -> None:
         self.head, self.softmax = head, softmax
-        rows, like = len(head.hidden), head.like
+        rows, like = head.rows, head.like
         self.token_ids, self.row_index, self.vocab_range = token_ids, row_index, vocab_range
         self.order = order
         self.logprobs = like.new_zeros(token_ids.shape)
@@ -98,15 +111,20 @@ class HeadRows:
         count = chunk[1] - chunk[0]
         if logits is None:
             logits = self.head.project(rows, count)
-        dlogits = self.head.gradient_buffer(count)
+        dlogits = self.head.gradient_buffer(rows, count)
         # Tokens of other chunks may have a gradient that is not a number yet.
         of_chunk = dlogprobs[rows] if own is None else torch.where(own, dlogprobs, 0.0)
+        token_ids, row_index, ranges = self._arguments(rows, chunk, own)
+        # A token that sends nothing back is no target: a row without one need not be read.
+        token_ids = torch.where(of_chunk == 0, OUTSIDE, token_ids)
         self._op("gather_logprobs_bwd")(
             dlogits,
             of_chunk,
             None if dentropy is None else dentropy[rows],
             logits,
-            *self._arguments(rows, chunk, own),
+            token_ids,
+            row_index,
+            ranges,
             self.lse[rows],
             None if dentropy is None else self.entropy[rows],
             self.softmax.temperature,

@@ -313,3 +313,19 @@ class PolicyLoss(NamedTuple):
 
     loss: Tensor
     metrics: LossMetrics
+
+
+class FusedPolicyLoss(NamedTuple):
+    """Result of the ops that form the log-probs of `grpo_loss` themselves.
+
+    Attributes:
+        loss: scalar to call backward on.
+        metrics: detached scalars from the same pass.
+        logprobs: [T] detached log-probs of the tokens, nats; 0 for a token of weight 0.
+        entropy: [T] detached entropy where each token was sampled, nats; 0 for a token of weight 0.
+    """
+
+    loss: Tensor
+    metrics: LossMetrics
+    logprobs: Tensor
+    entropy: Tensor

@@ -18,6 +18,22 @@ def as_row_ranges(vocab_range: Tensor | tuple[int, int] | None, like: Tensor) ->
     return pair.expand(like.shape[0], 2)
 
 
+def check_logits(op: str, logits: Tensor, inplace_backward: bool) -> None:
+    """Logits [R, V] that a softmax can be taken of and, if asked for, a gradient written over."""
+    _checks.check_shape(op, "logits", logits, ("R", "V"))
+    _checks.check_floating(op, "logits", logits)
+    rows, vocab = logits.shape
+    if rows and not vocab:
+        raise ValueError(f"{op}: logits has shape ({rows}, 0), expected at least one column")
+    row_stride, column_stride = logits.stride()
+    own = (rows <= 1 or row_stride >= vocab) and (vocab <= 1 or column_stride == 1)
+    if inplace_backward and not own:
+        raise ValueError(
+            f"{op}: logits has strides {logits.stride()}; inplace_backward=True needs rows that do "
+            "not overlap and adjacent columns"
+        )
+
+
 def check_scale(op: str, temperature: float, softcap: float | None) -> None:
     """Temperature and softcap are finite and positive; the softcap may be None."""
     if not 0 < temperature < math.inf:

@@ -116,7 +116,10 @@ def gather_logprobs(
         RuntimeError: in the backward: the logits were changed after the forward.
     """
     vocab_range = _targets.as_row_ranges(vocab_range, logits)
-    _check(logits, token_ids, row_index, vocab_range, inplace_backward)
+    _targets.check_logits(OP, logits, inplace_backward)
+    _checks.check_same_device(
+        OP, logits=logits, token_ids=token_ids, row_index=row_index, vocab_range=vocab_range
+    )
     _targets.check_scale(OP, temperature, softcap)
     rows, vocab = logits.shape
     _targets.check_targets(OP, rows, vocab, token_ids, row_index, vocab_range, ignore_index)
@@ -253,30 +256,6 @@ def _bwd_fake(
     ignore_index: int,
 ) -> None:
     return None
-
-
-def _check(
-    logits: Tensor,
-    token_ids: Tensor,
-    row_index: Tensor | None,
-    vocab_range: Tensor | None,
-    inplace_backward: bool,
-) -> None:
-    _checks.check_shape(OP, "logits", logits, ("R", "V"))
-    _checks.check_floating(OP, "logits", logits)
-    _checks.check_same_device(
-        OP, logits=logits, token_ids=token_ids, row_index=row_index, vocab_range=vocab_range
-    )
-    rows, vocab = logits.shape
-    if rows and not vocab:
-        raise ValueError(f"{OP}: logits has shape ({rows}, 0), expected at least one column")
-    row_stride, column_stride = logits.stride()
-    own = (rows <= 1 or row_stride >= vocab) and (vocab <= 1 or column_stride == 1)
-    if inplace_backward and not own:
-        raise ValueError(
-            f"{OP}: logits has strides {logits.stride()}; inplace_backward=True needs rows that do "
-            "not overlap and adjacent columns"
-        )
 
 
 def _largest(logits: Tensor, vocab_range: Tensor | None, softcap: float | None) -> Tensor:

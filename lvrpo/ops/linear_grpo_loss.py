@@ -6,37 +6,20 @@ docs/ops/linear_grpo_loss.md.
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from lvrpo.ops import _backend, _checks, _targets
+from lvrpo.ops import _backend, _checks, _fused_inputs, _targets
 from lvrpo.ops import _linear_inputs as _inputs
 from lvrpo.ops._linear_head import dtypes_of
 from lvrpo.ops._linear_loss import fused_loss
-from lvrpo.ops._policy_loss import LossMetrics, LossParams
-from lvrpo.ops.grpo_loss import check_inputs, refuse_tokens
+from lvrpo.ops._policy_loss import FusedPolicyLoss, LossParams
 from lvrpo.reference.linear_grpo_loss import linear_grpo_loss as reference_linear_grpo_loss
 
 OP = "linear_grpo_loss"
 _DEFAULT = LossParams()
-
-
-class LinearPolicyLoss(NamedTuple):
-    """Result of `linear_grpo_loss`.
-
-    Attributes:
-        loss: scalar to call backward on.
-        metrics: detached scalars from the same pass.
-        logprobs: [T] detached log-probs of the tokens, nats; 0 for a token of weight 0.
-        entropy: [T] detached entropy where each token was sampled, nats; 0 for a token of weight 0.
-    """
-
-    loss: Tensor
-    metrics: LossMetrics
-    logprobs: Tensor
-    entropy: Tensor
 
 
 def linear_grpo_loss(
@@ -59,7 +42,7 @@ def linear_grpo_loss(
     ignore_index: int = -100,
     memory_budget: int | None = None,
     backend: str | None = None,
-) -> LinearPolicyLoss:
+) -> FusedPolicyLoss:
     """`grpo_loss` of the log-probs and entropies of `linear_logprobs`, with its gradient.
 
     Differentiable in `hidden`, `weight` and `bias`. What a token adds to the loss depends on its
@@ -97,7 +80,7 @@ def linear_grpo_loss(
         backend: "cpp", "triton", "torch" (all logits at once), or None for the first that can run.
 
     Returns:
-        LinearPolicyLoss in fp32 (fp64 from fp64).
+        FusedPolicyLoss in fp32 (fp64 from fp64).
 
     Raises:
         ValueError: as `linear_logprobs` and `grpo_loss`.
@@ -111,15 +94,18 @@ def linear_grpo_loss(
     rows, columns = hidden.shape[0], weight.shape[0]
     _targets.check_targets(OP, rows, columns, token_ids, row_index, ranges, ignore_index)
     most = _inputs.rows_at_once(OP, hidden, vocab.high - vocab.low, memory_budget)
-    dtype = dtypes_of(hidden)[1]
-    later = hidden.new_empty(token_ids.shape, dtype=dtype)  # log-probs, entropy: not there yet
-    data = {
-        "old_logprobs": old_logprobs,
-        "ref_logprobs": ref_logprobs,
-        "token_weights": token_weights,
-    }
-    known = data | {"entropy": later}
-    check_inputs(OP, later, advantages, cu_seqlens, known, denominator, params)
+    data = _fused_inputs.loss_inputs(
+        OP,
+        dtypes_of(hidden)[1],
+        token_ids,
+        {"old_logprobs": old_logprobs, "ref_logprobs": ref_logprobs},
+        token_weights,
+        advantages,
+        cu_seqlens,
+        denominator=denominator,
+        params=params,
+        ignore_index=ignore_index,
+    )
     head = {
         "hidden": hidden,
         "weight": weight,
@@ -127,29 +113,14 @@ def linear_grpo_loss(
         "token_ids": token_ids,
         "row_index": row_index,
     }
-    tensors = (*head.values(), ranges, *data.values(), advantages, cu_seqlens)
-    chosen = _backend.resolve(OP, tensors, backend)
-
-    weights = torch.ones_like(later) if token_weights is None else token_weights
-    data["token_weights"] = torch.where(token_ids == ignore_index, 0.0, weights)
-    data = {name: x if x is None else x.detach().to(dtype) for name, x in data.items()}
-    arguments: dict[str, Any] = {**head, **data, "cu_seqlens": cu_seqlens}
-    arguments["advantages"] = advantages.detach().to(dtype)
+    chosen = _backend.resolve(OP, (*head.values(), ranges, *data.tensors()), backend)
+    arguments: dict[str, Any] = {**head, **data.arguments(), "params": params}
     arguments |= {"temperature": temperature, "softcap": softcap, "ignore_index": ignore_index}
-    # Dividing by a tensor afterwards keeps the op free of a read from the device.
-    arguments["denominator"] = 1.0 if isinstance(denominator, Tensor) else denominator
     if chosen == "torch":
         with torch.autocast(hidden.device.type, enabled=False):
             result = reference_linear_grpo_loss(
-                **arguments, vocab_range=_targets.as_row_ranges(vocab_range, hidden), params=params
+                **arguments, vocab_range=_targets.as_row_ranges(vocab_range, hidden)
             )
     else:
-        result = fused_loss(**arguments, vocab=vocab, most=most, params=params, backend=chosen)
-    loss, values, logprobs, entropy = result
-    if _checks.check_values(loss) and not bool(loss.detach().isfinite()):
-        refuse_tokens(OP, logprobs, data)
-    fields = list(values.unbind())
-    if isinstance(denominator, Tensor):
-        divisor = denominator.detach().to(dtype).reshape(())
-        loss, fields[0] = loss / divisor, fields[0] / divisor
-    return LinearPolicyLoss(loss, LossMetrics(*fields), logprobs, entropy)
+        result = fused_loss(**arguments, vocab=vocab, most=most, backend=chosen)
+    return data.finish(OP, *result)

@@ -1,0 +1,319 @@
+"""The policy loss from logits with its gradient, for ratios per token: a program has a whole row.
+
+The row is summed up, the slope of its token's term follows, and the gradient is written while the
+row is still in the cache. One program fills an SM: the rows in flight are then few enough for an L2
+of 50 MB, so that memory sees one read and one write. Formulas: docs/ops/logits_grpo_loss.md.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from lvrpo.kernels._launch import LaunchConfig, launch
+from lvrpo.kernels._policy_loss import kl_term, surrogate_term
+from lvrpo.kernels._primitives import LN2, LOG2E, as_scalar, capped_logit
+from lvrpo.kernels.gather_logprobs import logit_gradient, row_statistics, token_logprob
+from lvrpo.kernels.grpo_loss import SCALARS, five_scalars, grpo_loss_fwd
+
+# By the dtype that is computed in. A thread of 32 warps may have 64 registers; with more than 32 no
+# second program fits an SM, and two loads of 16 bytes are on their way at a time.
+ROW_LOSS = {
+    torch.float32: LaunchConfig(
+        {"BLOCK_V": 16384, "LANES": 8, "BLOCK_D": 16384}, num_warps=32, num_stages=1
+    ),
+    torch.float64: LaunchConfig(
+        {"BLOCK_V": 2048, "LANES": 4, "BLOCK_D": 1024}, num_warps=8, num_stages=1
+    ),
+}
+# The derivative of a cap takes the registers of half a tile.
+CAPPED_ROW_LOSS = ROW_LOSS | {
+    torch.float32: LaunchConfig(
+        {"BLOCK_V": 8192, "LANES": 8, "BLOCK_D": 8192}, num_warps=32, num_stages=1
+    )
+}
+
+
+@triton.jit
+def _slope_of(
+    logp,
+    old_ptr,  # at the token, or None
+    advantage,
+    ref_ptr,  # at the token, or None
+    weight,
+    bounds,
+    kl_form,
+    RATIO: tl.constexpr,
+    SURROGATE: tl.constexpr,
+    KL: tl.constexpr,
+    KL_FACTOR: tl.constexpr,
+    KL_GRADIENT: tl.constexpr,
+):
+    """The derivative of an active token's term by its log-prob, before the aggregation."""
+    # On policy the log-ratio is 0, or NaN where the log-prob is not finite.
+    log_ratio = logp - logp
+    if old_ptr is not None:
+        log_ratio = logp - tl.load(old_ptr)
+    ratio = tl.exp(log_ratio)
+    own_bounds = five_scalars(bounds, logp.dtype)
+    _, slope, _, _, _ = surrogate_term(
+        (logp, log_ratio, ratio, ratio, advantage), own_bounds, RATIO, SURROGATE
+    )
+    slope *= weight
+    if ref_ptr is not None:
+        log_ratio_limit, limit, beta, _, _ = five_scalars(kl_form, logp.dtype)
+        _, _, kl_slope = kl_term(
+            tl.load(ref_ptr) - logp, log_ratio, log_ratio_limit, limit, KL, KL_FACTOR, KL_GRADIENT
+        )
+        # Without a coefficient the reference is for the metric alone, and may overflow.
+        slope += tl.where(beta != 0, beta * kl_slope, 0.0)
+    return slope
+
+
+@triton.jit
+def _write_gradient(
+    dlogits_ptr,  # [V]
+    logits_ptr,  # [V]
+    low,
+    high,
+    vocab,
+    token,
+    slope,
+    lse,
+    dentropy,
+    entropy,
+    inv_temperature,
+    cap,
+    WHOLE_ROW: tl.constexpr,
+    ENTROPY: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """The gradient by a row of logits, which it may take the place of; 0 outside [low, high)."""
+    whole = 0
+    if WHOLE_ROW:
+        whole = vocab // BLOCK_D * BLOCK_D
+        for begin in range(0, whole, BLOCK_D):
+            column = begin + tl.arange(0, BLOCK_D)
+            x = tl.load(logits_ptr + column, eviction_policy="evict_first").to(lse.dtype)
+            hits = tl.where(column == token, slope, 0.0)
+            dx = logit_gradient(
+                *(x, hits, slope, lse, dentropy, entropy, inv_temperature, cap),
+                ENTROPY,
+                HAS_SOFTCAP,
+            )
+            dx = dx.to(dlogits_ptr.dtype.element_ty)
+            tl.store(dlogits_ptr + column, dx, eviction_policy="evict_first")
+    for begin in range(whole, vocab, BLOCK_D):
+        column = begin + tl.arange(0, BLOCK_D)
+        inside = (column >= low) & (column < high)
+        x = tl.load(logits_ptr + column, mask=inside, other=0.0, eviction_policy="evict_first")
+        hits = tl.where(column == token, slope, 0.0)
+        dx = logit_gradient(
+            *(x.to(lse.dtype), hits, slope, lse, dentropy, entropy, inv_temperature, cap),
+            ENTROPY,
+            HAS_SOFTCAP,
+        )
+        dx = tl.where(inside, dx, 0.0).to(dlogits_ptr.dtype.element_ty)
+        tl.store(dlogits_ptr + column, dx, mask=column < vocab, eviction_policy="evict_first")
+
+
+@triton.jit
+def _row_loss_kernel(
+    dlogits_ptr,  # [R, V], may be the logits
+    logits_ptr,  # [R, V]
+    token_ids_ptr,  # [R]
+    vocab_range_ptr,  # [R, 2] or None
+    old_ptr,  # [R] or None
+    advantage_ptr,  # [R]
+    ref_ptr,  # [R] or None
+    weight_ptr,  # [R]
+    factor_ptr,  # [R], what the aggregation multiplies a token's term by
+    logprobs_ptr,  # [R]
+    lse_ptr,  # [R], nats
+    entropy_ptr,  # [R], nats
+    vocab,
+    stride_row: tl.int64,
+    stride_dlogits_row: tl.int64,
+    inv_temperature: tl.float64,
+    softcap: tl.float64,
+    clip_low: tl.float64,
+    clip_high: tl.float64,
+    ratio_cap: tl.float64,
+    own_pos_0: tl.float64,
+    own_neg_0: tl.float64,
+    beta: tl.float64,
+    kl_log_ratio_limit: tl.float64,
+    kl_limit: tl.float64,
+    entropy_coef: tl.float64,
+    RATIO: tl.constexpr,
+    SURROGATE: tl.constexpr,
+    KL: tl.constexpr,
+    KL_FACTOR: tl.constexpr,
+    KL_GRADIENT: tl.constexpr,
+    ENTROPY_BONUS: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+    LANES: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    acc_dtype: tl.constexpr = lse_ptr.dtype.element_ty
+    row = tl.program_id(0).to(tl.int64)
+    row_ptr = logits_ptr + row * stride_row
+    inv_temp = as_scalar(inv_temperature, acc_dtype)
+    cap = as_scalar(softcap, acc_dtype)
+    token = tl.load(token_ids_ptr + row)
+    weight = tl.load(weight_ptr + row)
+    # An id that nobody checked reads nothing: on a GPU values are checked on request only.
+    active = (weight != 0) & (token >= 0) & (token < vocab)
+    low, high = 0, vocab
+    if vocab_range_ptr is not None:
+        low = tl.load(vocab_range_ptr + 2 * row)
+        high = tl.load(vocab_range_ptr + 2 * row + 1)
+    y = tl.load(row_ptr + token, mask=active, other=0.0).to(acc_dtype)
+    top, log_sum, mean, _ = row_statistics(
+        row_ptr,
+        low,
+        tl.where(active, high, low),  # a masked row may hold anything
+        inv_temp * LOG2E,
+        cap,
+        vocab_range_ptr is None,
+        True,
+        False,
+        HAS_SOFTCAP,
+        BLOCK_V,
+        LANES,
+        "evict_last",
+    )
+    logp = token_logprob(capped_logit(y, cap, HAS_SOFTCAP), top, log_sum, inv_temp * LOG2E)
+    logp = tl.where(active, logp, 0.0)
+    lse = tl.where(active, top * inv_temp + log_sum * LN2, 0.0)
+    entropy = tl.where(active, (log_sum - mean) * LN2, 0.0)
+    tl.store(logprobs_ptr + row, logp)
+    tl.store(lse_ptr + row, lse)
+    tl.store(entropy_ptr + row, entropy)
+
+    factor = tl.load(factor_ptr + row)
+    slope = _slope_of(
+        logp,
+        None if old_ptr is None else old_ptr + row,
+        tl.load(advantage_ptr + row),
+        None if ref_ptr is None else ref_ptr + row,
+        weight,
+        (clip_low, clip_high, ratio_cap, own_pos_0, own_neg_0),
+        (kl_log_ratio_limit, kl_limit, beta, 0.0, 0.0),
+        RATIO,
+        SURROGATE,
+        KL,
+        KL_FACTOR,
+        KL_GRADIENT,
+    )
+    slope = tl.where(active, factor * slope, 0.0)
+    dentropy = tl.where(active, -as_scalar(entropy_coef, acc_dtype) * factor, 0.0)
+    # In place, no warp may write before all have read.
+    tl.debug_barrier()
+    dlogits_row = dlogits_ptr + row * stride_dlogits_row
+    if (slope != 0) | (ENTROPY_BONUS & (dentropy != 0)):
+        _write_gradient(
+            dlogits_row,
+            row_ptr,
+            low,
+            high,
+            vocab,
+            token,
+            slope,
+            lse,
+            dentropy,
+            entropy,
+            inv_temp,
+            cap,
+            vocab_range_ptr is None,
+            ENTROPY_BONUS,
+            HAS_SOFTCAP,
+            BLOCK_D,
+        )
+    else:
+        for begin in range(0, vocab, BLOCK_D):
+            column = begin + tl.arange(0, BLOCK_D)
+            zeros = tl.zeros([BLOCK_D], dlogits_ptr.dtype.element_ty)
+            tl.store(dlogits_row + column, zeros, mask=column < vocab)
+
+
+#: Of the loss alone, and not of the slope of a token.
+LOSS_ONLY = ("own_pos_1", "own_neg_1", "AGGREGATION", "max_length", "COUNT_EMPTY", "denominator")
+
+
+def logits_grpo_loss_fwd(
+    dlogits,
+    logits,
+    token_ids,
+    vocab_range,
+    old_logprobs,
+    advantages,
+    cu_seqlens,
+    ref_logprobs,
+    token_weights,
+    temperature,
+    softcap,
+    *scalars,
+):
+    """Launcher; writes `dlogits`, which may be `logits` itself. Contract in `_logits_loss._fwd`."""
+    if logits.stride(1) != 1:
+        logits = logits.contiguous()
+    rows, vocab = logits.shape
+    by_name = dict(zip(SCALARS, scalars, strict=True))
+    logprobs, lse, entropy = (torch.empty_like(token_weights) for _ in range(3))
+    launch(
+        _row_loss_kernel,
+        (rows,),
+        (CAPPED_ROW_LOSS if softcap > 0 else ROW_LOSS)[token_weights.dtype],
+        dlogits_ptr=dlogits,
+        logits_ptr=logits,
+        token_ids_ptr=token_ids.contiguous(),
+        vocab_range_ptr=None if vocab_range is None else vocab_range.contiguous(),
+        old_ptr=None if old_logprobs is None else old_logprobs.contiguous(),
+        advantage_ptr=_of_tokens(advantages, cu_seqlens, rows),
+        ref_ptr=None if ref_logprobs is None else ref_logprobs.contiguous(),
+        weight_ptr=token_weights.contiguous(),
+        factor_ptr=_factors(token_weights, cu_seqlens, by_name),
+        logprobs_ptr=logprobs,
+        lse_ptr=lse,
+        entropy_ptr=entropy,
+        vocab=vocab,
+        stride_row=logits.stride(0),
+        stride_dlogits_row=dlogits.stride(0),
+        inv_temperature=1.0 / temperature,
+        softcap=softcap,
+        **{name: value for name, value in by_name.items() if name not in LOSS_ONLY},
+        ENTROPY_BONUS=by_name["entropy_coef"] != 0,
+        HAS_SOFTCAP=softcap > 0,
+    )
+    loss, metrics, _, _ = grpo_loss_fwd(
+        logprobs,
+        old_logprobs,
+        advantages,
+        cu_seqlens,
+        ref_logprobs,
+        entropy,
+        token_weights,
+        *scalars,
+    )
+    return loss, metrics, logprobs, entropy, lse
+
+
+def _of_tokens(advantages, cu_seqlens, tokens):
+    """[T] from [B] or [T]."""
+    if advantages.shape[0] != cu_seqlens.shape[0] - 1:
+        return advantages.contiguous()
+    position = torch.arange(tokens, device=cu_seqlens.device)
+    return advantages[torch.searchsorted(cu_seqlens, position, right=True) - 1]
+
+
+def _factors(token_weights, cu_seqlens, by_name):
+    """[T] the slopes of a plain sum of log-probs, aggregated as this loss is: its own factors."""
+    plain = {"RATIO": 0, "SURROGATE": 0, "beta": 0.0, "entropy_coef": 0.0}
+    zero, minus_one = torch.zeros_like(token_weights), -torch.ones_like(token_weights)
+    seen = (token_weights != 0).to(token_weights.dtype)
+    _, _, factors, _ = grpo_loss_fwd(
+        *(zero, None, minus_one, cu_seqlens, None, None, seen), *(by_name | plain).values()
+    )
+    return factors

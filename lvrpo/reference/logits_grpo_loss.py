@@ -1,0 +1,57 @@
+"""The policy loss of tokens from the logits that predict them."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from lvrpo.reference.gather_logprobs import gather_logprobs
+from lvrpo.reference.grpo_loss import grpo_loss
+
+if TYPE_CHECKING:
+    from lvrpo.ops._policy_loss import LossParams
+
+
+def logits_grpo_loss(
+    logits: Tensor,  # [R, V]
+    token_ids: Tensor,  # [T]
+    old_logprobs: Tensor | None,  # [T]
+    advantages: Tensor,  # [B] or [T]
+    cu_seqlens: Tensor,  # [B + 1]
+    *,
+    row_index: Tensor | None = None,  # [T] into R
+    ref_logprobs: Tensor | None = None,  # [T]
+    token_weights: Tensor | None = None,  # [T]
+    denominator: float | None = None,
+    params: LossParams,
+    ignore_index: int = -100,
+    **softmax: Any,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """See `lvrpo.logits_grpo_loss`; loss, metrics as a vector, log-probs and entropy of tokens."""
+    logprobs, row_entropy = gather_logprobs(
+        logits,
+        token_ids,
+        row_index,
+        ignore_index=ignore_index,
+        return_entropy=True,
+        **softmax,
+    )
+    entropy = row_entropy if row_index is None else row_entropy[row_index]
+    weights = torch.ones_like(logprobs) if token_weights is None else token_weights.to(logprobs)
+    weights = torch.where(token_ids == ignore_index, 0.0, weights)
+    loss, metrics = grpo_loss(
+        logprobs,
+        old_logprobs,
+        advantages,
+        cu_seqlens,
+        ref_logprobs=ref_logprobs,
+        entropy=entropy,
+        token_weights=weights,
+        denominator=denominator,
+        params=params,
+    )
+    masked = weights == 0
+    logprobs, entropy = (x.detach().masked_fill(masked, 0.0) for x in (logprobs, entropy))
+    return loss, metrics, logprobs, entropy

@@ -1,0 +1,78 @@
+"""Calls of the launchers on tensors without memory: every kernel in every form of it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+
+from lvrpo.kernels import logits_grpo_loss as kernels
+from lvrpo.ops.grpo_loss import LossParams, scalars_of
+
+
+def call(
+    tokens: int,
+    params: LossParams,
+    dtype: torch.dtype = torch.bfloat16,
+    *,
+    vocab: int = 151_936,
+    bare: bool = False,
+    ranged: bool = False,
+    temperature: float = 1.0,
+    softcap: float = 0.0,
+    widened: bool = False,
+) -> None:
+    sums = torch.float64 if dtype == torch.float64 else torch.float32
+    sequences = 1 + tokens // 100
+
+    def numbers(count: int, wanted: bool = True) -> torch.Tensor | None:
+        return torch.empty(count, dtype=sums, device="meta") if wanted else None
+
+    index = {"dtype": torch.int64, "device": "meta"}
+    logits = torch.empty(tokens, vocab, dtype=dtype, device="meta")
+    kernels.logits_grpo_loss_fwd(
+        torch.empty_like(logits, dtype=sums if widened else dtype),
+        logits,
+        torch.empty(tokens, **index),
+        torch.empty(tokens, 2, **index) if ranged else None,
+        numbers(tokens, not bare),
+        numbers(sequences),
+        torch.empty(sequences + 1, **index),
+        numbers(tokens, not bare),
+        numbers(tokens),
+        temperature,
+        softcap,
+        *scalars_of(params),
+    )
+
+
+#: Presets that differ in what is compiled for a token.
+FORMS = ("grpo", "cispo", "sapo", "dppo_tv", "dppo_kl", "reinforce")
+
+
+def every_form() -> None:
+    for name in FORMS:
+        params = LossParams.preset(name, beta=0.1, entropy_coef=0.01)
+        call(64, params)
+        if name in ("grpo", "dppo_kl"):
+            call(64, params, torch.float64)
+            call(64, params, torch.float32)
+            call(64, params, torch.float16, widened=True)
+    for kl in ("k1", "k2", "abs"):
+        call(64, LossParams(kl=kl, kl_factor="ratio", kl_gradient="k2"))
+    call(64, LossParams(), bare=True)
+    for dtype in (torch.bfloat16, torch.float64):
+        call(64, LossParams(entropy_coef=0.1), dtype, ranged=True, softcap=30.0, vocab=32_003)
+    call(64, LossParams(entropy_coef=0.1), ranged=True)
+
+
+def one_training_run() -> Iterator[None]:
+    """What changes from step to step: lengths, and hyper-parameters that are scheduled."""
+    for tokens, beta, clip, temperature in (
+        (1, 0.0, 0.1, 1.0),
+        (64, 0.1, 0.2, 0.7),
+        (4097, 0.3, 0.3, 1.3),
+        (70_000, 1.0, 1.0, 2.0),
+    ):
+        params = LossParams(beta=beta, clip_low=clip, entropy_coef=0.01 + beta)
+        yield call(tokens, params, temperature=temperature)
