@@ -39,7 +39,7 @@ train: setup  ## warm start and LVRPO on real handwritten digits, then the repor
 test: setup  ## every test, and the benchmarks at small size
 	$(BIN)/pytest
 	@# Triton's kernels on the CPU, in processes of their own: Triton decides when it is imported.
-	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(BIN)/pytest -n auto -k triton $(INTERPRETED)
+	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(BIN)/pytest -n auto --disable-warnings -k triton $(INTERPRETED)
 	$(BIN)/pytest benchmarks --benchmark-only
 
 bench: setup  ## the benchmarks at full size
