@@ -17,7 +17,7 @@ import torch
 
 import lvrpo
 import lvrpo.ops
-from lvrpo.ops import _backend, _library
+from lvrpo.ops import _backend, _flash_varlen, _library
 
 
 def environment() -> dict[str, Any]:
@@ -77,7 +77,8 @@ def op_names() -> list[str]:
 
 def backends_of(op: str) -> list[str]:
     """The backends that `op` has in this build; "torch" is the reference and always there."""
-    found = [name for name in ("cpp", "triton") if _library.implements(name, op)]
+    kernels = [name for name in _backend.BACKENDS if name != "torch"]
+    found = [name for name in kernels if _library.implements(name, op)]
     if _library.MISSING:
         found.remove("cpp")
     return [*found, "torch"]
@@ -129,7 +130,11 @@ def describe() -> str:
 
     lines += ["", "Backends, in order of preference:"]
     for backend in _backend.BACKENDS:
-        lines.append(f"  {backend:8} {_backend.why_unavailable(backend) or 'available'}")
+        available = "available"
+        if backend == "flash":
+            found = _flash_varlen.installed()
+            available += ": " + ", ".join(f"{x.name} ({version})" for x, version in found.items())
+        lines.append(f"  {backend:8} {_backend.why_unavailable(backend) or available}")
 
     width = max(len(op) for op in op_names())
     lines += ["", "Ops:"]

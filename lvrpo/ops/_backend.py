@@ -9,15 +9,18 @@ from __future__ import annotations
 
 import importlib.util
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
-from lvrpo.ops import _library
+from lvrpo.ops import _flash_varlen, _library
 
-#: In order of preference. `cuda` and `flash` join as their kernels land.
-BACKENDS = ("cpp", "triton", "torch")
+#: In order of preference. `cuda` joins as its kernels land. `flash` comes after what runs anywhere,
+#: so that it has to be asked for: nothing measured says that it is faster.
+BACKENDS = ("cpp", "triton", "torch", "flash")
+#: By backend, why it cannot run the inputs of a call; a function is asked only where it matters.
+Limits = Mapping[str, str | Callable[[], str]]
 TRITON_INSTALLED = importlib.util.find_spec("triton") is not None
 FLOATING = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
@@ -31,11 +34,13 @@ def why_unavailable(backend: str) -> str:
             return "triton is not installed (pip install lvrpo[triton])"
         if not torch.cuda.is_available() and not triton_interprets():
             return "torch sees no GPU (TRITON_INTERPRET=1 tests the kernels on the CPU)"
+    if backend == "flash":
+        return _flash_varlen.why_unavailable()
     return ""
 
 
 def why_not(
-    backend: str, op: str, tensors: Iterable[Tensor], limits: Mapping[str, str] | None = None
+    backend: str, op: str, tensors: Iterable[Tensor], limits: Limits | None = None
 ) -> list[str]:
     """Reasons that `backend` cannot run `op` on these tensors; `limits` are the op's own."""
     if backend == "torch":
@@ -44,8 +49,9 @@ def why_not(
         return [f"{op} has no {backend} kernel"]
     if why_unavailable(backend):
         return [why_unavailable(backend)]
-    reasons = [limits[backend]] if limits and limits.get(backend) else []
-    device = "cuda" if backend == "triton" and not triton_interprets() else "cpu"
+    limit = limits.get(backend, "") if limits else ""
+    reasons = [reason] if (reason := limit if isinstance(limit, str) else limit()) else []
+    device = "cpu" if backend == "cpp" or (backend == "triton" and triton_interprets()) else "cuda"
     for tensor in tensors:
         if tensor.device.type != device:
             reasons.append(f"it runs on {device.upper()} tensors, got one on {tensor.device}")
@@ -61,7 +67,7 @@ def resolve(
     op: str,
     tensors: Sequence[Tensor | None],
     backend: str | None,
-    limits: Mapping[str, str] | None = None,
+    limits: Limits | None = None,
 ) -> str:
     """The backend to run `op` with.
 

@@ -100,7 +100,9 @@ def compose(
 
 
 def implements(backend: str, op: str) -> bool:
-    """Whether `backend`, "cpp" or "triton", has kernels for the op of this name."""
+    """Whether `backend`, "cpp", "triton" or "flash", has kernels for the op of this name."""
+    if backend == "flash":
+        return op == "packed_attention"
     if op in COMPOSED:
         return all(implements(backend, part) for part in COMPOSED[op])
     names = (op, f"{op}_fwd")

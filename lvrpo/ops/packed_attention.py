@@ -7,6 +7,7 @@ widths. Derivation: docs/ops/packed_attention.md.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any, Literal, overload
 
 import torch
@@ -14,7 +15,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from lvrpo.masks import SpanMask
-from lvrpo.ops import _backend, _checks, _library
+from lvrpo.ops import _backend, _checks, _flash_attention, _library
 from lvrpo.reference.packed_attention import packed_attention as reference_packed_attention
 
 OP = "packed_attention"
@@ -72,8 +73,8 @@ def packed_attention(
         scale: multiplies the scores; None means D^-0.5.
         softcap: scores become softcap * tanh(score / softcap) before the softmax; 0 means none.
         return_lse: also return the log-sum-exp of every row's scores.
-        backend: "cpp", "triton" (heads up to 256 wide), "torch", or None for the first that can
-            run.
+        backend: "cpp", "triton" (heads up to 256 wide), "torch", "flash" (flash attention, 16 bits
+            only), or None for the first but "flash" that can run.
 
     Returns:
         out: [Lq, Hq, Dv] in q's dtype; 0 in a row that sees no key, which gets no gradient.
@@ -88,12 +89,17 @@ def packed_attention(
     scale = 1.0 if scale is None else float(scale)
     _check(q, k, v, mask, scale, softcap)
     widest = max(q.shape[2], v.shape[2])
-    limits = {"triton": f"its heads are up to 256 wide, got {widest}"} if widest > 256 else None
+    limits: dict[str, str | Callable[[], str]] = {
+        "triton": f"its heads are up to 256 wide, got {widest}" if widest > 256 else "",
+        "flash": lambda: _flash_attention.why_not(q, k, v, mask, scale, softcap, return_lse),
+    }
     chosen = _backend.resolve(OP, (q, k, v), backend, limits)
     if chosen == "torch":
         return reference_packed_attention(
             q, k, v, mask, scale=scale, softcap=softcap, return_lse=return_lse
         )
+    if chosen == "flash":
+        return _flash_attention.flash_attention(q, k, v, mask, scale, softcap)
     tables = (mask.q_lo, mask.q_hi, mask.rows, mask.spans, mask.runs)
     out, lse = _PackedAttention.apply(q, k, v, *tables, scale, float(softcap), chosen)
     return (out, lse) if return_lse else out
