@@ -94,12 +94,12 @@ def packed_attention(
         "flash": lambda: _flash_attention.why_not(q, k, v, mask, scale, softcap, return_lse),
     }
     chosen = _backend.resolve(OP, (q, k, v), backend, limits)
+    if chosen == "flash":
+        return _flash_attention.flash_attention(q, k, v, mask, scale, softcap)
     if chosen == "torch":
         return reference_packed_attention(
             q, k, v, mask, scale=scale, softcap=softcap, return_lse=return_lse
         )
-    if chosen == "flash":
-        return _flash_attention.flash_attention(q, k, v, mask, scale, softcap)
     tables = (mask.q_lo, mask.q_hi, mask.rows, mask.spans, mask.runs)
     out, lse = _PackedAttention.apply(q, k, v, *tables, scale, float(softcap), chosen)
     return (out, lse) if return_lse else out
