@@ -3,14 +3,19 @@
 import triton
 import triton.language as tl
 
+from lvrpo._mask_schedule import TILE as SCHEDULED
 from lvrpo.kernels._primitives import LOG2E, as_scalar, tanh
+
+#: Rows or keys of a tile of the schedule.
+TILE = tl.constexpr(SCHEDULED)
+#: Of `SpanMask.spans`: first token, end, causal, slices (begin, end) of `runs` and of `rows`, ...
+SPAN_COLUMNS = tl.constexpr(9)
 
 
 @triton.jit
-def first_after(ends_ptr, stride, count, value):
-    """The first index whose end is greater than `value`, or `count`; ends never decrease."""
-    low = tl.full([], 0, tl.int32)
-    high = low + count
+def first_after(ends_ptr, stride, low, high, value):
+    """The first index of [low, high) whose end is greater than `value`, or high; ends ascend."""
+    low, high = as_scalar(low, tl.int32), as_scalar(high, tl.int32)
     while low < high:
         middle = (low + high) // 2
         greater = tl.load(ends_ptr + middle * stride) > value
@@ -58,23 +63,40 @@ def visible(q_lo_ptr, q_hi_ptr, first, end, row, BLOCK_K: tl.constexpr):
 
 
 @triton.jit
-def row_tile(rows_ptr, spans_ptr, queries, num_spans, first, BLOCK_Q: tl.constexpr):
-    """Of the query tile at `first`: its span, its first and last buffer row, the end of its keys.
+def scheduled_queries(query_tiles_ptr, program, BLOCK_Q: tl.constexpr):
+    """Queries (begin, end) of a program and its first and last span; empty beyond its tile."""
+    tile_ptr = query_tiles_ptr + 4 * (program // (TILE // BLOCK_Q))
+    first = tl.load(tile_ptr) + program % (TILE // BLOCK_Q) * BLOCK_Q
+    end = tl.minimum(tl.load(tile_ptr + 1), first + BLOCK_Q)
+    return first, end, tl.load(tile_ptr + 2), tl.load(tile_ptr + 3)
 
-    Also how many of its own span's keys all rows of the tile see, -1 when it spans several spans.
+
+@triton.jit
+def own_keys(rows_ptr, spans_ptr, first, queries_end, span, last_span):
+    """What queries [first, queries_end) see from the first one's span on.
+
+    Returns:
+        That span, where its keys begin, where those of the last query end, and where those end that
+        all of them see, -1 when the queries are in several spans.
     """
-    last = tl.minimum(first + BLOCK_Q, queries) - 1
-    # Columns of a span: first token, end, causal, begin and end in `runs`, begin and end in `rows`.
-    span = first_after(spans_ptr + 6, 7, num_spans, first)
-    last_span = tl.minimum(first_after(spans_ptr + 6, 7, num_spans, last), num_spans - 1)
+    ends_ptr = spans_ptr + 6
+    span = first_after(ends_ptr, SPAN_COLUMNS, span, last_span, first)
+    last_span = first_after(ends_ptr, SPAN_COLUMNS, span, last_span, queries_end - 1)
     first_row = tl.load(rows_ptr + first)
-    last_row = tl.load(rows_ptr + last)
-    start = tl.load(spans_ptr + 7 * tl.minimum(span, num_spans - 1))
-    end = tl.load(spans_ptr + 7 * last_span + 1)
-    causal = tl.load(spans_ptr + 7 * last_span + 2) != 0
+    last_row = tl.load(rows_ptr + queries_end - 1)
+    start = tl.load(spans_ptr + SPAN_COLUMNS * span)
+    end = tl.load(spans_ptr + SPAN_COLUMNS * last_span + 1)
+    causal = tl.load(spans_ptr + SPAN_COLUMNS * last_span + 2) != 0
     stop = tl.where(causal, tl.minimum(end, last_row + 1), end)
     together = tl.where(causal, first_row + 1, end)
     return span, start, stop, tl.where(span == last_span, together, -1)
+
+
+@triton.jit
+def ancestors(spans_ptr, span):
+    """The slice of `runs` that holds the tokens of a span's ancestors."""
+    slice_ptr = spans_ptr + SPAN_COLUMNS * span + 3
+    return tl.load(slice_ptr), tl.load(slice_ptr + 1)
 
 
 @triton.jit

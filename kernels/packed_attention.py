@@ -9,8 +9,18 @@ import torch
 import triton
 import triton.language as tl
 
-from lvrpo.kernels._attention_gradients import delta_kernel, dkv_kernel, dq_kernel
-from lvrpo.kernels._attention_tiles import load_tile, row_tile, scores, segment, visible
+from lvrpo.kernels._attention_dkv import dkv_kernel, sum_parts_kernel
+from lvrpo.kernels._attention_dq import delta_kernel, dq_kernel
+from lvrpo.kernels._attention_tiles import (
+    TILE,
+    ancestors,
+    load_tile,
+    own_keys,
+    scheduled_queries,
+    scores,
+    segment,
+    visible,
+)
 from lvrpo.kernels._launch import LaunchConfig, architecture_of, cdiv, launch
 from lvrpo.kernels._primitives import LN2, as_scalar
 
@@ -36,6 +46,7 @@ DKV = {
 # fp32 and fp64 go without tensor cores.
 WIDE = {torch.float32: _tiles(32, 32, 1), torch.float64: _tiles(32, 16, 1)}
 DELTA = LaunchConfig({"BLOCK_Q": 16}, num_warps=4, num_stages=1)
+SUM = LaunchConfig({"BLOCK_K": 32}, num_warps=4, num_stages=1)
 
 
 @triton.jit
@@ -45,12 +56,7 @@ def _attend(
     row,
     key,
     end,
-    k_ptr,
-    v_ptr,
-    q_lo_ptr,
-    q_hi_ptr,
-    stride_k,
-    stride_v,
+    source,
     scale,
     softcap,
     MASKED: tl.constexpr,
@@ -64,6 +70,7 @@ def _attend(
 ):
     """The state (out, maximum, sum) of a query tile after one more key tile."""
     out, row_max, row_sum = state
+    k_ptr, stride_k, v_ptr, stride_v, q_lo_ptr, q_hi_ptr = source
     k = load_tile(k_ptr, key, end, stride_k, MASKED, BLOCK_K, WIDTH, BLOCK_D)
     z, _ = scores(q, k, scale, softcap, HAS_SOFTCAP, PRECISION)
     if MASKED:
@@ -85,7 +92,7 @@ def _attend(
     return out, new_max, row_sum
 
 
-@triton.jit(do_not_specialize=["queries", "num_spans"])
+@triton.jit
 def _forward_kernel(
     q_ptr,  # [Lq, Hq, D]
     k_ptr,  # [L, Hkv, D]
@@ -93,12 +100,11 @@ def _forward_kernel(
     q_lo_ptr,  # [L]
     q_hi_ptr,  # [L]
     rows_ptr,  # [Lq]
-    spans_ptr,  # [S, 7]
+    spans_ptr,  # [S, 9]
     runs_ptr,  # [N, 2]
+    query_tiles_ptr,  # [tiles, 4]
     out_ptr,  # [Lq, Hq, Dv]
     lse_ptr,  # [Lq, Hq], nats
-    queries,
-    num_spans,
     heads,
     heads_per_kv,
     stride_q: tl.int32,
@@ -122,35 +128,39 @@ def _forward_kernel(
     scale = as_scalar(scale, acc_dtype)
     softcap = as_scalar(softcap, acc_dtype)
     head = tl.program_id(0) % heads
-    # Later rows see more keys: starting with them keeps the last programs short.
-    first = (tl.num_programs(0) // heads - 1 - tl.program_id(0) // heads) * BLOCK_Q
+    first, queries_end, span, last_span = scheduled_queries(
+        query_tiles_ptr, tl.program_id(0) // heads, BLOCK_Q
+    )
+    if first >= queries_end:
+        return
     index = first + tl.arange(0, BLOCK_Q)
-    inside = index < queries
+    inside = index < queries_end
     row = tl.load(rows_ptr + index, mask=inside, other=-1)
     q_ptr += head.to(tl.int64) * stride_q_head
     k_ptr += (head // heads_per_kv).to(tl.int64) * stride_k_head
     v_ptr += (head // heads_per_kv).to(tl.int64) * stride_v_head
-    q = load_tile(q_ptr, first, queries, stride_q, True, BLOCK_Q, WIDTH, BLOCK_D)
+    q = load_tile(q_ptr, first, queries_end, stride_q, True, BLOCK_Q, WIDTH, BLOCK_D)
     out = tl.zeros([BLOCK_Q, BLOCK_DV], acc_dtype)
     row_max = tl.full([BLOCK_Q], float("-inf"), acc_dtype)
     row_sum = tl.zeros([BLOCK_Q], acc_dtype)
     state = (out, row_max, row_sum)
 
-    span, start, stop, together = row_tile(rows_ptr, spans_ptr, queries, num_spans, first, BLOCK_Q)
-    if span < num_spans:
-        run_end = tl.load(spans_ptr + 7 * span + 4)
-        for run in range(tl.load(spans_ptr + 7 * span + 3), run_end + 1):
+    if span >= 0:
+        span, start, stop, together = own_keys(
+            rows_ptr, spans_ptr, first, queries_end, span, last_span
+        )
+        source = (k_ptr, stride_k, v_ptr, stride_v, q_lo_ptr, q_hi_ptr)
+        run_begin, run_end = ancestors(spans_ptr, span)
+        for run in range(run_begin, run_end + 1):
             begin, whole, end = segment(runs_ptr, run, run_end, start, stop, together, BLOCK_K)
             for key in range(begin, whole, BLOCK_K):
                 state = _attend(
-                    state, q, row, key, end, k_ptr, v_ptr,
-                    q_lo_ptr, q_hi_ptr, stride_k, stride_v, scale, softcap, False, HAS_SOFTCAP,
+                    state, q, row, key, end, source, scale, softcap, False, HAS_SOFTCAP,
                     PRECISION, WIDTH, V_WIDTH, BLOCK_D, BLOCK_DV, BLOCK_K,
                 )  # fmt: skip
             for key in range(whole, end, BLOCK_K):
                 state = _attend(
-                    state, q, row, key, end, k_ptr, v_ptr,
-                    q_lo_ptr, q_hi_ptr, stride_k, stride_v, scale, softcap, True, HAS_SOFTCAP,
+                    state, q, row, key, end, source, scale, softcap, True, HAS_SOFTCAP,
                     PRECISION, WIDTH, V_WIDTH, BLOCK_D, BLOCK_DV, BLOCK_K,
                 )  # fmt: skip
 
@@ -168,7 +178,7 @@ def _forward_kernel(
     )
 
 
-def packed_attention_fwd(q, k, v, q_lo, q_hi, rows, spans, runs, scale, softcap):
+def packed_attention_fwd(q, k, v, q_lo, q_hi, rows, spans, runs, query_tiles, scale, softcap):
     """Launcher; contract in `lvrpo.ops.packed_attention`."""
     q, k, v = (_with_unit_columns(x) for x in (q, k, v))
     queries, heads, _ = q.shape
@@ -177,7 +187,7 @@ def packed_attention_fwd(q, k, v, q_lo, q_hi, rows, spans, runs, scale, softcap)
     lse = q.new_empty(queries, heads, dtype=_acc_dtype(q))
     launch(
         _forward_kernel,
-        (cdiv(queries, config.blocks["BLOCK_Q"]) * heads,),
+        (_programs(query_tiles, config.blocks["BLOCK_Q"]) * heads,),
         config,
         q_ptr=q,
         k_ptr=k,
@@ -187,74 +197,95 @@ def packed_attention_fwd(q, k, v, q_lo, q_hi, rows, spans, runs, scale, softcap)
         rows_ptr=rows,
         spans_ptr=spans,
         runs_ptr=runs,
+        query_tiles_ptr=query_tiles,
         out_ptr=out,
         lse_ptr=lse,
-        queries=queries,
-        num_spans=spans.shape[0],
         **_common(q, k, v, scale, softcap),
     )
     return out, lse
 
 
 def packed_attention_bwd(
-    dout, dlse, q, k, v, out, lse, q_lo, q_hi, rows, spans, runs, scale, softcap
-):
-    """Launcher; dk and dv are summed over the query heads of a key head in a fixed order."""
+    dout, dlse, q, k, v, out, lse, q_lo, q_hi, rows, spans, runs, query_tiles, key_work, key_parts,
+    scale, softcap,
+):  # fmt: skip
+    """Launcher; every sum has a fixed order."""
     q, k, v = (_with_unit_columns(x) for x in (q, k, v))
     dout = dout.contiguous()
-    queries, heads, width = q.shape
-    keys, kv_heads, v_width = v.shape
-    of_dq, of_dkv = _config(DQ, q, v), _config(DKV, q, v)
+    delta = _delta(dout, dlse, out, lse)
+    common = _common(q, k, v, scale, softcap)
+    common |= {"dout_ptr": dout, "q_ptr": q, "k_ptr": k, "v_ptr": v, "lse_ptr": lse}
+    common |= {"delta_ptr": delta, "q_lo_ptr": q_lo, "q_hi_ptr": q_hi, "rows_ptr": rows}
+    config = _config(DQ, q, v)
+    dq = q.new_empty(q.shape)
+    launch(
+        dq_kernel,
+        (_programs(query_tiles, config.blocks["BLOCK_Q"]) * q.shape[1],),
+        config,
+        dq_ptr=dq,
+        spans_ptr=spans,
+        runs_ptr=runs,
+        query_tiles_ptr=query_tiles,
+        **common,
+    )
+    return dq, *_dk_dv(k, v, key_work, key_parts, queries=len(q), common=common)
+
+
+def _delta(dout, dlse, out, lse):
     delta = torch.empty_like(lse)
     launch(
         delta_kernel,
-        (cdiv(queries * heads, DELTA.blocks["BLOCK_Q"]),),
+        (cdiv(lse.numel(), DELTA.blocks["BLOCK_Q"]),),
         DELTA,
         dout_ptr=dout,
         out_ptr=out,
         dlse_ptr=None if dlse is None else dlse.contiguous(),
         delta_ptr=delta,
-        count=queries * heads,
-        V_WIDTH=v_width,
-        BLOCK_DV=_block(v_width),
+        count=lse.numel(),
+        V_WIDTH=out.shape[2],
+        BLOCK_DV=_block(out.shape[2]),
     )
-    common = _common(q, k, v, scale, softcap)
-    saved = {"dout_ptr": dout, "q_ptr": q, "k_ptr": k, "v_ptr": v, "lse_ptr": lse}
-    saved |= {"delta_ptr": delta, "q_lo_ptr": q_lo, "q_hi_ptr": q_hi, "rows_ptr": rows}
-    dq = q.new_empty(q.shape)
-    launch(
-        dq_kernel,
-        (cdiv(queries, of_dq.blocks["BLOCK_Q"]) * heads,),
-        of_dq,
-        dq_ptr=dq,
-        **saved,
-        spans_ptr=spans,
-        runs_ptr=runs,
-        queries=queries,
-        num_spans=spans.shape[0],
-        **common,
-    )
-    # One program per key tile and query head: a prompt's few tiles are most of the work, and with
-    # one program per key head they would leave most of the GPU idle.
-    parts = heads // kv_heads
-    dtype = q.dtype if parts == 1 else lse.dtype
-    dk = q.new_empty(parts, keys, kv_heads, width, dtype=dtype)
-    dv = q.new_empty(parts, keys, kv_heads, v_width, dtype=dtype)
+    return delta
+
+
+def _dk_dv(k, v, key_work, key_parts, queries, common):
+    keys, kv_heads, _ = k.shape
+    # Zeros where no program writes: keys that are frozen, or that nobody sees.
+    results = {"dk_ptr": k.new_zeros(k.shape), "dv_ptr": v.new_zeros(v.shape)}
+    part = len(key_parts) * TILE.value, kv_heads
+    parts = {
+        f"{name}_parts_ptr": x.new_empty(*part, x.shape[2], dtype=_acc_dtype(x))
+        for name, x in (("dk", k), ("dv", v))
+    }
+    config = _config(DKV, k, v)
     launch(
         dkv_kernel,
-        (cdiv(keys, of_dkv.blocks["BLOCK_K"]) * heads,),
-        of_dkv,
-        dk_ptr=dk,
-        dv_ptr=dv,
-        **saved,
+        (_programs(key_work, config.blocks["BLOCK_K"]) * kv_heads,),
+        config,
+        **results,
+        **parts,
+        key_work_ptr=key_work,
         queries=queries,
-        keys=keys,
+        kv_heads=kv_heads,
         SELECTED=queries != keys,
         **common,
     )
-    if parts == 1:
-        return dq, dk[0], dv[0]
-    return dq, dk.sum(0).to(q.dtype), dv.sum(0).to(q.dtype)
+    launch(
+        sum_parts_kernel,
+        (_programs(key_parts, SUM.blocks["BLOCK_K"]) * kv_heads,),
+        SUM,
+        **results,
+        **parts,
+        key_parts_ptr=key_parts,
+        kv_heads=kv_heads,
+        **{name: common[name] for name in ("WIDTH", "V_WIDTH", "BLOCK_D", "BLOCK_DV")},
+    )
+    return tuple(results.values())
+
+
+def _programs(table, block):
+    """Programs for the tiles of a table of the schedule, per head."""
+    return len(table) * (TILE.value // block)
 
 
 def _config(table, q, v):

@@ -225,7 +225,13 @@ def tables(layout: Layout) -> dict[str, Any]:
         "q_hi": torch.tensor(subtree_ends, dtype=torch.int32)[span_of],
         "rows": token,
         "spans": torch.cat(
-            [torch.stack([starts, ends, causal], 1), slices, torch.stack([starts, ends], 1)], 1
+            [
+                torch.stack([starts, ends, causal], 1),
+                slices,
+                torch.stack([starts, ends], 1),
+                slices.new_zeros(len(slices), 2),
+            ],
+            dim=1,
         ),
         "runs": torch.tensor(runs, dtype=torch.int32).view(-1, 2),
         "span_offsets": tuple(offsets),

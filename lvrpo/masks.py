@@ -11,22 +11,38 @@ L tokens of the packed buffer, Lq query rows, S spans.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING
+import functools
+from collections.abc import Callable, Iterable, Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from lvrpo import _mask_builders as builders
+from lvrpo import _mask_changes as changes
 from lvrpo import _mask_exports as exports
 from lvrpo._mask_builders import Group, Tree
 from lvrpo._mask_exports import Tile
 from lvrpo._mask_flashmask import flashmask_layout
+from lvrpo._mask_schedule import Schedule, schedule
 
 if TYPE_CHECKING:
     from torch.nn.attention.flex_attention import BlockMask
 
 __all__ = ["Group", "SpanMask", "Tile", "Tree"]
+
+
+def _on_the_host(change: Callable[..., SpanMask]) -> Callable[..., SpanMask]:
+    """Of a mask on a device the one on the host is changed, and moved: nothing is read back."""
+
+    @functools.wraps(change)
+    @torch.inference_mode(False)  # a mask made during a rollout serves a later backward pass too
+    def changed(self: SpanMask, *arguments: Any) -> SpanMask:
+        if self.host is None:
+            return change(self, *arguments)
+        return change(self.host, *arguments).to(self.rows.device)
+
+    return changed
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -38,8 +54,8 @@ class SpanMask:
         q_lo, q_hi: [L] int32. Key k is seen by the buffer rows q_lo[k] <= q < q_hi[k]. q_lo never
             decreases; both are equal for a key that nobody sees (padding).
         rows: [Lq] int32, ascending: the buffer row of each query; every row unless selected.
-        spans: [S, 7] int32, one span a row: first token, end, causal (0 or 1), its slice of `runs`
-            (begin, end), its slice of `rows` (begin, end).
+        spans: [S, 9] int32, one span a row: first token, end, causal (0 or 1), its slice of `runs`
+            (begin, end), its slice of `rows` (begin, end), frozen, invariant (0 or 1).
         runs: [N, 2] int32: maximal contiguous token ranges (begin, end). A span's slice lists all
             its ancestors' tokens, which every row of the span sees. Siblings share one slice.
         span_offsets: S + 1 token offsets: span s is the rows span_offsets[s]:span_offsets[s + 1].
@@ -47,6 +63,10 @@ class SpanMask:
         modes: S times "causal" or "full".
         documents: offsets of the parts that never see each other; the last part may be padding.
         document_rows: the same boundaries as offsets into `rows`.
+        frozen: indices of the spans whose keys and values get no gradient; see `freeze`.
+        invariant: whether a span's bits do not depend on its siblings; see `packing_invariant`.
+        schedule: the order in which kernels take the tiles; only after `to`.
+        host: the mask as it was built; only after `to`.
     """
 
     length: int
@@ -60,6 +80,10 @@ class SpanMask:
     modes: tuple[str, ...]
     documents: tuple[int, ...]
     document_rows: tuple[int, ...]
+    frozen: tuple[int, ...] = ()
+    invariant: bool = False
+    schedule: Schedule | None = None
+    host: SpanMask | None = dataclasses.field(default=None, repr=False)
 
     @property
     def num_queries(self) -> int:
@@ -184,7 +208,7 @@ class SpanMask:
         layout, length = flashmask_layout(startend_row_indices, causal)
         return cls.from_spans(*layout).pad_to(length)
 
-    @torch.inference_mode(False)
+    @_on_the_host
     def select_queries(self, rows: Tensor | Sequence[int]) -> SpanMask:
         """The same keys for fewer queries: q holds only these rows of the buffer.
 
@@ -197,26 +221,7 @@ class SpanMask:
         Raises:
             ValueError: a row is outside the buffer, or the rows do not ascend.
         """
-        if isinstance(rows, Tensor):
-            builders.check_on_host("rows", rows, 1)
-        chosen = torch.as_tensor(rows, dtype=torch.int64).contiguous()
-        if len(chosen):
-            if not bool((chosen.diff() > 0).all()):
-                raise ValueError("SpanMask: rows must be strictly ascending")
-            first, last = int(chosen[0]), int(chosen[-1])
-            if first < 0 or last >= self.length:
-                went = f"rows go from {first} to {last}"
-                raise ValueError(f"SpanMask: {went}, expected [0, {self.length})")
-        device = self.rows.device
-        edges = torch.searchsorted(chosen, torch.tensor(self.span_offsets), out_int32=True)
-        slices = torch.stack([edges[:-1], edges[1:]], dim=1).to(device)
-        document_rows = torch.searchsorted(chosen, torch.tensor(self.documents))
-        return dataclasses.replace(
-            self,
-            rows=chosen.int().to(device),
-            spans=torch.cat([self.spans[:, :5], slices], dim=1),
-            document_rows=tuple(document_rows.tolist()),
-        )
+        return changes.select_queries(self, rows)
 
     def select_spans(self, spans: Sequence[int]) -> SpanMask:
         """`select_queries` with all rows of the given spans (ascending indices)."""
@@ -228,37 +233,57 @@ class SpanMask:
         rows = torch.repeat_interleave(shift, lengths)
         return self.select_queries(rows + torch.arange(len(rows)))
 
-    @torch.inference_mode(False)
+    @_on_the_host
+    def freeze(self, spans: Sequence[int]) -> SpanMask:
+        """The same mask whose keys and values in these spans are constants to the backward pass.
+
+        As if k and v were detached there: their gradients are 0, and nothing is spent on them. For
+        prompts that are not trained on, or experts of a model that are not trained. The queries of
+        these spans keep their gradients.
+
+        Args:
+            spans: indices; those already frozen stay frozen.
+
+        Raises:
+            ValueError: there is no such span.
+        """
+        return changes.freeze(self, spans)
+
+    @_on_the_host
+    def packing_invariant(self) -> SpanMask:
+        """The same mask for results that do not depend on what a span is packed with, to the bit.
+
+        Without it that holds for documents. With it the rows of a completion have the same bits
+        whichever siblings it has, with a shared prompt as with a copy of its own: tiles of rows
+        then begin anew with every span, which costs half a tile per span.
+        """
+        return changes.packing_invariant(self)
+
+    @_on_the_host
     def pad_to(self, length: int) -> SpanMask:
         """The mask of a longer buffer whose last rows see nothing and are seen by nobody."""
-        extra = length - self.length
-        if extra < 0:
-            raise ValueError(f"SpanMask: cannot pad {self.length} rows to {length}")
-        self._check_all_queries("pad the mask")
-        if extra == 0:
-            return self
-        nobody = self.q_hi.new_full((extra,), self.length)
-        return dataclasses.replace(
-            self,
-            length=length,
-            q_lo=torch.cat([self.q_lo, nobody]),
-            q_hi=torch.cat([self.q_hi, nobody]),
-            rows=torch.arange(length, dtype=torch.int32, device=self.rows.device),
-            documents=(*self.documents, length),
-            document_rows=(*self.document_rows, length),
-        )
+        return changes.pad_to(self, length)
 
     @torch.inference_mode(False)
     def to(self, device: torch.device | str) -> SpanMask:
-        """The same mask with its tensors on `device`."""
+        """The same mask with its tensors on `device`, and with the schedule of its kernels."""
+        host = self.host or self
         names = ("q_lo", "q_hi", "rows", "spans", "runs")
-        moved = {name: getattr(self, name).to(device, non_blocking=True) for name in names}
-        return dataclasses.replace(self, **moved)
+        moved = {name: getattr(host, name).to(device, non_blocking=True) for name in names}
+        on_device = schedule(host).to(torch.device(device))
+        return dataclasses.replace(self, **moved, schedule=on_device, host=host)
 
     def visible(self, queries: slice = slice(None), keys: slice = slice(None)) -> Tensor:
         """Bool [queries, keys]: a block of `to_dense()`."""
         row = self.rows[queries, None]
         return (self.q_lo[keys] <= row) & (row < self.q_hi[keys])
+
+    def frozen_keys(self) -> Tensor:
+        """Bool [L]: whether a key is in a frozen span."""
+        keys = self.span_offsets[-1]
+        lengths = self.spans[:, 1] - self.spans[:, 0]
+        frozen = torch.repeat_interleave(self.spans[:, 7] != 0, lengths, output_size=keys)
+        return torch.nn.functional.pad(frozen, (0, self.length - keys))
 
     def tile_bounds(self, block: int) -> Tensor:
         """Who sees the keys of each tile of `block` keys, as four query indices.
@@ -303,9 +328,5 @@ class SpanMask:
 
     def to_flashmask(self) -> Tensor:
         """[1, 1, L, 2] int32: FlashMask's bidirectional row indices; see `from_flashmask`."""
-        self._check_all_queries("export the mask")
+        changes.check_all_queries(self, "export the mask")
         return torch.stack([self.q_hi, self.q_lo], dim=1)[None, None]
-
-    def _check_all_queries(self, purpose: str) -> None:
-        if self.num_queries != self.length:
-            raise ValueError(f"SpanMask: {purpose} before selecting its queries")

@@ -35,7 +35,7 @@ SPILL_BUDGET: dict[str, int] = {
     # Half the tile would spill nothing, and do half the work for every byte it reads.
     "_forward_kernel": 64,
     "dq_kernel": 64,
-    "dkv_kernel": 64,
+    "dkv_kernel": 80,
     "_measure_kernel": 8,
     "_write_kernel": 8,
 }

@@ -15,7 +15,7 @@ struct TokenRange {
 
 // One row of SpanMask.spans.
 struct Span {
-  int32_t start, end, causal, run_begin, run_end, row_begin, row_end;
+  int32_t start, end, causal, run_begin, run_end, row_begin, row_end, frozen, invariant;
 };
 
 struct SpanLayout {
@@ -46,6 +46,7 @@ struct WorkUnit {
 };
 
 struct TilePlan {
+  std::vector<uint8_t> frozen;  // [length], keys without a gradient; empty: none
   std::vector<QueryTile> tiles;
   std::vector<TokenRange> ranges;
   std::vector<Document> documents;
@@ -68,7 +69,7 @@ inline SpanLayout span_layout(const Tensor& q_lo, const Tensor& q_hi, const Tens
                     int32_table(q_lo, 0, "q_lo"),
                     int32_table(q_hi, 0, "q_hi"),
                     int32_table(rows, 0, "rows"),
-                    reinterpret_cast<const Span*>(int32_table(spans, 7, "spans")),
+                    reinterpret_cast<const Span*>(int32_table(spans, sizeof(Span) / sizeof(int32_t), "spans")),
                     reinterpret_cast<const TokenRange*>(int32_table(runs, 2, "runs"))};
   check_size(q_hi, 0, layout.length, "q_hi");
   // What follows trusts these; a table made by SpanMask passes.
@@ -144,8 +145,20 @@ inline void append_units(TilePlan& plan, int64_t kv_heads) {
   }
 }
 
+inline std::vector<uint8_t> frozen_keys(const SpanLayout& layout) {
+  std::vector<uint8_t> frozen;
+  for (int64_t s = 0; s < layout.num_spans; ++s) {
+    const Span& span = layout.spans[s];
+    if (!span.frozen) continue;
+    frozen.resize(layout.length);
+    std::fill(frozen.begin() + span.start, frozen.begin() + span.end, uint8_t(1));
+  }
+  return frozen;
+}
+
 inline TilePlan plan_tiles(const SpanLayout& layout, int64_t rows_per_tile, int64_t kv_heads) {
   TilePlan plan;
+  plan.frozen = frozen_keys(layout);
   int64_t s = 0;
   while (s < layout.num_spans) {
     const int64_t root = s;
@@ -158,9 +171,11 @@ inline TilePlan plan_tiles(const SpanLayout& layout, int64_t rows_per_tile, int6
     }
     const int64_t row_end = layout.spans[s - 1].row_end;
     int64_t first_span = root;
-    for (int64_t row = layout.spans[root].row_begin; row < row_end; row += rows_per_tile) {
+    for (int64_t row = layout.spans[root].row_begin; row < row_end;) {
       while (layout.spans[first_span].row_end <= row) ++first_span;
-      QueryTile tile{row, std::min(row + rows_per_tile, row_end), 0, 0, 0};
+      const int64_t limit = layout.spans[first_span].invariant ? layout.spans[first_span].row_end : row_end;
+      QueryTile tile{row, std::min(row + rows_per_tile, limit), 0, 0, 0};
+      row = tile.row_end;
       append_visible_keys(layout, first_span, tile, plan.ranges);
       LVRPO_CHECK(tile.range_begin < tile.range_end, "rows of span ", first_span, " see no key");
       int64_t seen = document.key_begin;

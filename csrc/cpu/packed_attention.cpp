@@ -52,7 +52,8 @@ int64_t rows_of_documents(const SpanLayout& layout) {
 }
 
 std::tuple<Tensor, Tensor> packed_attention_fwd(Tensor q, Tensor k, Tensor v, Tensor q_lo, Tensor q_hi, Tensor rows,
-                                                Tensor spans, Tensor runs, double scale, double softcap) {
+                                                Tensor spans, Tensor runs, optional<Tensor>, double scale,
+                                                double softcap) {
   const SpanLayout layout = span_layout(q_lo, q_hi, rows, spans, runs);
   check_inputs(q, k, v, layout);
   q = with_contiguous_heads(q);
@@ -235,7 +236,8 @@ void backward(const Attention<scalar_t>& at, const Upstream<scalar_t>& up, HeadR
 
 std::tuple<Tensor, Tensor, Tensor> packed_attention_bwd(Tensor dout, optional<Tensor> dlse, Tensor q, Tensor k,
                                                         Tensor v, Tensor out, Tensor lse, Tensor q_lo, Tensor q_hi,
-                                                        Tensor rows, Tensor spans, Tensor runs, double scale,
+                                                        Tensor rows, Tensor spans, Tensor runs, optional<Tensor>,
+                                                        optional<Tensor>, optional<Tensor>, double scale,
                                                         double softcap) {
   const SpanLayout layout = span_layout(q_lo, q_hi, rows, spans, runs);
   check_inputs(q, k, v, layout);

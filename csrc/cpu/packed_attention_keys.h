@@ -26,14 +26,15 @@ struct KeyBlock {
   int32_t lane_begin[BLOCK_KEYS], lane_end[BLOCK_KEYS];
   // Per GEMM_ROWS lanes: from the first to the last key that one of them sees.
   int32_t group_begin[BLOCK_GROUPS], group_end[BLOCK_GROUPS];
+  bool frozen[BLOCK_KEYS];  // without a gradient
 };
 
 // Walks the key ranges of a tile block by block.
 class KeyCursor {
  public:
   KeyCursor(const SpanLayout& layout, const TilePlan& plan, const QueryTile& tile, const Lanes& lanes)
-      : layout_(layout), tile_(tile), lanes_(lanes), ranges_(plan.ranges.data()), range_(tile.range_begin) {
-    if (range_ < tile.range_end) key_ = ranges_[range_].begin;
+      : layout_(layout), plan_(plan), tile_(tile), lanes_(lanes), range_(tile.range_begin) {
+    if (range_ < tile.range_end) key_ = plan.ranges[range_].begin;
     const int32_t* rows = layout.rows + tile.row_begin;
     dense_ = rows[lanes.rows - 1] - rows[0] + 1 == lanes.rows;
   }
@@ -41,12 +42,13 @@ class KeyCursor {
   bool next(KeyBlock& block) {
     block.count = 0;
     while (block.count < BLOCK_KEYS && range_ < tile_.range_end) {
-      const int32_t end = ranges_[range_].end;
+      const int32_t end = plan_.ranges[range_].end;
       while (block.count < BLOCK_KEYS && key_ < end) block.key[block.count++] = key_++;
-      if (key_ == end && ++range_ < tile_.range_end) key_ = ranges_[range_].begin;
+      if (key_ == end && ++range_ < tile_.range_end) key_ = plan_.ranges[range_].begin;
     }
     if (block.count == 0) return false;
     block.contiguous = block.key[block.count - 1] - block.key[0] + 1 == block.count;
+    for (int64_t n = 0; n < block.count; ++n) block.frozen[n] = !plan_.frozen.empty() && plan_.frozen[block.key[n]];
     find_lanes(block);
     return true;
   }
@@ -85,9 +87,9 @@ class KeyCursor {
   }
 
   const SpanLayout& layout_;
+  const TilePlan& plan_;
   const QueryTile& tile_;
   const Lanes& lanes_;
-  const TokenRange* ranges_;
   int64_t range_;
   int32_t key_ = 0;
   bool dense_;

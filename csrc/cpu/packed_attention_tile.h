@@ -130,17 +130,21 @@ LVRPO_INLINE void add_weighted_keys(const KeyBlock& block, const acc* w, Rows<ac
   }
 }
 
-// sums[key[n] - first_key] += sum_m w[n][m] lanes[m]; `product` holds a block.
+// sums[key[n] - first_key] += sum_m w[n][m] lanes[m] for every key n that is not frozen; `product` holds a block.
 template <typename acc>
 LVRPO_INLINE void add_to_keys(const KeyBlock& block, const acc* w, const acc* lane_rows, int64_t width, int64_t lanes,
                               acc* product, acc* sums, int64_t first_key) {
   for (int64_t n = 0; n < block.count; n += GEMM_ROWS) {
+    bool frozen = true;
+    for (int64_t i = n; i < n + GEMM_ROWS && i < block.count; ++i) frozen &= block.frozen[i];
+    if (frozen) continue;
     int64_t begin = 0, end = 0;
     scored_lanes<acc>(block, n, begin, end);
     const acc* a[GEMM_ROWS];
     for (int64_t i = 0; i < GEMM_ROWS; ++i) a[i] = w + (n + i) * lanes + begin;
     gemm_rows(a, 1, lane_rows + begin * width, width, product, width, width, end - begin, false);
     for (int64_t i = n; i < n + GEMM_ROWS && i < block.count; ++i) {
+      if (block.frozen[i]) continue;
       acc* sum = sums + (block.key[i] - first_key) * width;
       const acc* row = product + (i - n) * width;
 #pragma omp simd

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from lvrpo._mask_schedule import schedule
 from lvrpo.masks import SpanMask
 from lvrpo.ops import _backend, _checks, _flash_attention, _library
 from lvrpo.reference.packed_attention import packed_attention as reference_packed_attention
@@ -101,7 +102,9 @@ def packed_attention(
             q, k, v, mask, scale=scale, softcap=softcap, return_lse=return_lse
         )
     tables = (mask.q_lo, mask.q_hi, mask.rows, mask.spans, mask.runs)
-    out, lse = _PackedAttention.apply(q, k, v, *tables, scale, float(softcap), chosen)
+    # Only the interpreter runs Triton under a mask that was never moved.
+    order = mask.schedule or (schedule(mask) if chosen == "triton" else (None, None, None))
+    out, lse = _PackedAttention.apply(q, k, v, *tables, *order, scale, float(softcap), chosen)
     return (out, lse) if return_lse else out
 
 
@@ -109,7 +112,8 @@ class _PackedAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, Tensor]:
         *tensors, ctx.scale, ctx.softcap, ctx.backend = inputs
-        out, lse = _library.op("packed_attention_fwd", ctx.backend)(*inputs[:-1])
+        forward = _library.op("packed_attention_fwd", ctx.backend)
+        out, lse = forward(*tensors[:9], ctx.scale, ctx.softcap)
         ctx.save_for_backward(*tensors[:3], out, lse, *tensors[3:])
         ctx.set_materialize_grads(False)
         return out, lse
@@ -121,7 +125,7 @@ class _PackedAttention(torch.autograd.Function):
         gradients = _library.op("packed_attention_bwd", ctx.backend)(
             dout, dlse, *ctx.saved_tensors, ctx.scale, ctx.softcap
         )
-        return (*gradients, *[None] * 8)
+        return (*gradients, *[None] * 11)
 
 
 @_library.register("packed_attention_fwd", triton=OP)
@@ -134,6 +138,7 @@ def _fwd_fake(
     rows: Tensor,
     spans: Tensor,
     runs: Tensor,
+    query_tiles: Tensor | None,
     scale: float,
     softcap: float,
 ) -> tuple[Tensor, Tensor]:
@@ -156,6 +161,9 @@ def _bwd_fake(
     rows: Tensor,
     spans: Tensor,
     runs: Tensor,
+    query_tiles: Tensor | None,
+    key_work: Tensor | None,
+    key_parts: Tensor | None,
     scale: float,
     softcap: float,
 ) -> tuple[Tensor, Tensor, Tensor]:

@@ -26,6 +26,9 @@ def packed_attention(
     """See `lvrpo.packed_attention`."""
     heads_per_kv = q.shape[1] // k.shape[1]
     scale = q.shape[2] ** -0.5 if scale is None else scale
+    if mask.frozen:
+        constant = mask.frozen_keys()[:, None, None]
+        k, v = (torch.where(constant, x.detach(), x) for x in (k, v))
     outs, lses = [], []
     for document in range(len(mask.documents) - 1):
         rows = slice(mask.document_rows[document], mask.document_rows[document + 1])

@@ -24,12 +24,14 @@ def call(rows, spans, dtype, *, width=128, v_width=None, heads=28, kv_heads=4, *
         floating(n, h, w)
         for n, h, w in [(queries, heads, width), (rows, kv_heads, width), (rows, kv_heads, v_width)]
     )
-    tables = [table(rows), table(rows), table(queries), table(spans, 7), table(2 * spans, 2)]
-    out, lse = kernels.packed_attention_fwd(q, k, v, *tables, options.get("scale", 0.1), softcap)
+    tables = [table(rows), table(rows), table(queries), table(spans, 9), table(2 * spans, 2)]
+    tables.append(table(queries // 128 + spans, 4))
+    scalars = options.get("scale", 0.1), softcap
+    out, lse = kernels.packed_attention_fwd(q, k, v, *tables, *scalars)
+    tables += table(rows // 64, 6), table(rows // 128, 6)
     dlse = torch.empty_like(lse) if options.get("with_dlse") else None
-    kernels.packed_attention_bwd(
-        torch.empty_like(out), dlse, q, k, v, out, lse, *tables, options.get("scale", 0.1), softcap
-    )
+    saved = q, k, v, out, lse
+    kernels.packed_attention_bwd(torch.empty_like(out), dlse, *saved, *tables, *scalars)
 
 
 def every_form() -> None:

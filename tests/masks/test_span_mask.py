@@ -23,9 +23,7 @@ def check_tables(mask: SpanMask) -> None:
         inside = (mask.rows >= begin) & (mask.rows < end)
         assert not dense[inside, :begin].any()
         assert not dense[inside, end:].any()
-    for (start, end, causal, run, run_end, row, row_end), *_ in zip(
-        mask.spans.tolist(), strict=True
-    ):
+    for start, end, causal, run, run_end, row, row_end, *_ in mask.spans.tolist():
         seen = torch.zeros(mask.length, dtype=torch.bool)
         for first, last in mask.runs[run:run_end].tolist():
             assert first < last

@@ -264,8 +264,8 @@ def test_opcheck():
     tensors = [inputs[name] for name in "qkv"]
     tables = (mask.q_lo, mask.q_hi, mask.rows, mask.spans, mask.runs)
     forward = torch.ops.lvrpo.packed_attention_fwd
-    torch.library.opcheck(forward.default, (*tensors, *tables, 0.2, 0.0))
-    out, lse = forward(*tensors, *tables, 0.2, 0.0)
+    torch.library.opcheck(forward.default, (*tensors, *tables, None, 0.2, 0.0))
+    out, lse = forward(*tensors, *tables, None, 0.2, 0.0)
     arguments = (
         torch.randn_like(out),
         torch.randn_like(lse),
@@ -273,6 +273,7 @@ def test_opcheck():
         out,
         lse,
         *tables,
+        *[None] * 3,
         0.2,
         0.0,
     )
@@ -364,7 +365,7 @@ def test_the_op_refuses_tables_that_do_not_fit():
     for broken, value in ((2, mask.rows + 1), (3, mask.spans + 1), (4, mask.runs + mask.length)):
         changed = [value if i == broken else table for i, table in enumerate(tables)]
         with pytest.raises(RuntimeError, match="lvrpo"):
-            torch.ops.lvrpo.packed_attention_fwd(q, q, q, *changed, 1.0, 0.0)
+            torch.ops.lvrpo.packed_attention_fwd(q, q, q, *changed, None, 1.0, 0.0)
 
 
 def test_the_op_refuses_runs_that_do_not_ascend():
@@ -375,5 +376,5 @@ def test_the_op_refuses_runs_that_do_not_ascend():
     q, k = torch.zeros(2, 1, 8), torch.zeros(8, 1, 8)
     with pytest.raises(RuntimeError, match="do not ascend"):
         torch.ops.lvrpo.packed_attention_fwd(
-            q, k, k, last.q_lo, last.q_hi, last.rows, last.spans, backwards, 1.0, 0.0
+            q, k, k, last.q_lo, last.q_hi, last.rows, last.spans, backwards, None, 1.0, 0.0
         )

@@ -1,0 +1,161 @@
+"""dq of packed attention by query tiles. Scores are formed again from q, k and the log-sum-exp."""
+
+import triton
+import triton.language as tl
+
+from lvrpo.kernels._attention_tiles import (
+    ancestors,
+    load_tile,
+    own_keys,
+    scheduled_queries,
+    score_gradient,
+    scores,
+    segment,
+    visible,
+)
+from lvrpo.kernels._primitives import LOG2E, as_scalar
+
+
+@triton.jit(do_not_specialize=["count"])
+def delta_kernel(
+    dout_ptr,  # [Lq, Hq, Dv]
+    out_ptr,  # [Lq, Hq, Dv]
+    dlse_ptr,  # [Lq, Hq] or None
+    delta_ptr,  # [Lq, Hq], sum of dout * out, less dlse
+    count,  # Lq * Hq
+    V_WIDTH: tl.constexpr,
+    BLOCK_DV: tl.constexpr,
+    BLOCK_Q: tl.constexpr,
+):
+    acc_dtype = delta_ptr.dtype.element_ty
+    first = tl.program_id(0).to(tl.int64) * BLOCK_Q
+    index = first + tl.arange(0, BLOCK_Q)
+    inside = index < count
+    dout = load_tile(dout_ptr, first, count, V_WIDTH, True, BLOCK_Q, V_WIDTH, BLOCK_DV)
+    out = load_tile(out_ptr, first, count, V_WIDTH, True, BLOCK_Q, V_WIDTH, BLOCK_DV)
+    delta = tl.sum(dout.to(acc_dtype) * out.to(acc_dtype), axis=1)
+    if dlse_ptr is not None:
+        delta -= tl.load(dlse_ptr + index, mask=inside, other=0.0)
+    tl.store(delta_ptr + index, delta, mask=inside)
+
+
+@triton.jit
+def _dq_tile(
+    dq,
+    q,
+    dout,
+    lse,
+    delta,
+    row,
+    key,
+    end,
+    source,
+    scale,
+    softcap,
+    MASKED: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr,
+    PRECISION: tl.constexpr,
+    WIDTH: tl.constexpr,
+    V_WIDTH: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_DV: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """dq / scale of a query tile after one more key tile."""
+    k_ptr, stride_k, v_ptr, stride_v, q_lo_ptr, q_hi_ptr = source
+    k = load_tile(k_ptr, key, end, stride_k, MASKED, BLOCK_K, WIDTH, BLOCK_D)
+    v = load_tile(v_ptr, key, end, stride_v, MASKED, BLOCK_K, V_WIDTH, BLOCK_DV)
+    z, t = scores(q, k, scale, softcap, HAS_SOFTCAP, PRECISION)
+    dp = tl.dot(dout, tl.trans(v), input_precision=PRECISION, out_dtype=scale.dtype)
+    _, ds = score_gradient(z, t, lse[:, None], dp, delta[:, None], HAS_SOFTCAP)
+    if MASKED:
+        sees = visible(q_lo_ptr, q_hi_ptr, key, end, row, BLOCK_K)
+        ds = tl.where(sees, ds, 0.0)
+        k = tl.where((tl.max(sees.to(tl.int32), axis=0) > 0)[:, None], k, 0.0)
+    return dq + tl.dot(ds.to(k.dtype), k, input_precision=PRECISION, out_dtype=scale.dtype)
+
+
+@triton.jit
+def dq_kernel(
+    dq_ptr,  # [Lq, Hq, D]
+    dout_ptr,  # [Lq, Hq, Dv]
+    q_ptr,  # [Lq, Hq, D]
+    k_ptr,  # [L, Hkv, D]
+    v_ptr,  # [L, Hkv, Dv]
+    lse_ptr,  # [Lq, Hq], nats
+    delta_ptr,  # [Lq, Hq]
+    q_lo_ptr,  # [L]
+    q_hi_ptr,  # [L]
+    rows_ptr,  # [Lq]
+    spans_ptr,  # [S, 9]
+    runs_ptr,  # [N, 2]
+    query_tiles_ptr,  # [tiles, 4]
+    heads,
+    heads_per_kv,
+    stride_q: tl.int32,
+    stride_q_head: tl.int64,
+    stride_k: tl.int32,
+    stride_k_head: tl.int64,
+    stride_v: tl.int32,
+    stride_v_head: tl.int64,
+    scale: tl.float64,
+    softcap: tl.float64,
+    HAS_SOFTCAP: tl.constexpr,
+    PRECISION: tl.constexpr,
+    WIDTH: tl.constexpr,
+    V_WIDTH: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_DV: tl.constexpr,
+    BLOCK_Q: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    acc_dtype = lse_ptr.dtype.element_ty
+    scale = as_scalar(scale, acc_dtype)
+    softcap = as_scalar(softcap, acc_dtype)
+    head = tl.program_id(0) % heads
+    first, queries_end, span, last_span = scheduled_queries(
+        query_tiles_ptr, tl.program_id(0) // heads, BLOCK_Q
+    )
+    if first >= queries_end:
+        return
+    index = first + tl.arange(0, BLOCK_Q)
+    inside = index < queries_end
+    row = tl.load(rows_ptr + index, mask=inside, other=-1)
+    place = index.to(tl.int64) * heads + head
+    k_ptr += (head // heads_per_kv).to(tl.int64) * stride_k_head
+    v_ptr += (head // heads_per_kv).to(tl.int64) * stride_v_head
+    q_ptr += head.to(tl.int64) * stride_q_head
+    q = load_tile(q_ptr, first, queries_end, stride_q, True, BLOCK_Q, WIDTH, BLOCK_D)
+    dout_ptr += head.to(tl.int64) * V_WIDTH
+    stride_dout = heads * V_WIDTH
+    dout = load_tile(dout_ptr, first, queries_end, stride_dout, True, BLOCK_Q, V_WIDTH, BLOCK_DV)
+    lse = tl.load(lse_ptr + place, mask=inside, other=float("inf")) * LOG2E
+    lse = tl.where(lse == float("-inf"), float("inf"), lse)
+    delta = tl.load(delta_ptr + place, mask=inside, other=0.0)
+    dq = tl.zeros([BLOCK_Q, BLOCK_D], acc_dtype)
+
+    if span >= 0:
+        span, start, stop, together = own_keys(
+            rows_ptr, spans_ptr, first, queries_end, span, last_span
+        )
+        source = (k_ptr, stride_k, v_ptr, stride_v, q_lo_ptr, q_hi_ptr)
+        run_begin, run_end = ancestors(spans_ptr, span)
+        for run in range(run_begin, run_end + 1):
+            begin, whole, end = segment(runs_ptr, run, run_end, start, stop, together, BLOCK_K)
+            for key in range(begin, whole, BLOCK_K):
+                dq = _dq_tile(
+                    dq, q, dout, lse, delta, row, key, end, source, scale, softcap, False,
+                    HAS_SOFTCAP, PRECISION, WIDTH, V_WIDTH, BLOCK_D, BLOCK_DV, BLOCK_K,
+                )  # fmt: skip
+            for key in range(whole, end, BLOCK_K):
+                dq = _dq_tile(
+                    dq, q, dout, lse, delta, row, key, end, source, scale, softcap, True,
+                    HAS_SOFTCAP, PRECISION, WIDTH, V_WIDTH, BLOCK_D, BLOCK_DV, BLOCK_K,
+                )  # fmt: skip
+
+    column = tl.arange(0, BLOCK_D)
+    tl.store(
+        dq_ptr + place[:, None] * WIDTH + column[None, :],
+        (dq * scale).to(dq_ptr.dtype.element_ty),
+        mask=inside[:, None] & (column < WIDTH)[None, :],
+    )

@@ -1,0 +1,82 @@
+"""A SpanMask with other queries, other padding, or other promises; the layout stays."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from lvrpo import _mask_builders as builders
+
+if TYPE_CHECKING:
+    from lvrpo.masks import SpanMask
+
+
+def select_queries(mask: SpanMask, rows: Tensor | Sequence[int]) -> SpanMask:
+    """See `SpanMask.select_queries`."""
+    if isinstance(rows, Tensor):
+        builders.check_on_host("rows", rows, 1)
+    chosen = torch.as_tensor(rows, dtype=torch.int64).contiguous()
+    if len(chosen):
+        if not bool((chosen.diff() > 0).all()):
+            raise ValueError("SpanMask: rows must be strictly ascending")
+        first, last = int(chosen[0]), int(chosen[-1])
+        if first < 0 or last >= mask.length:
+            went = f"rows go from {first} to {last}"
+            raise ValueError(f"SpanMask: {went}, expected [0, {mask.length})")
+    edges = torch.searchsorted(chosen, torch.tensor(mask.span_offsets), out_int32=True)
+    slices = torch.stack([edges[:-1], edges[1:]], dim=1)
+    document_rows = torch.searchsorted(chosen, torch.tensor(mask.documents))
+    return dataclasses.replace(
+        mask,
+        rows=chosen.int(),
+        spans=torch.cat([mask.spans[:, :5], slices, mask.spans[:, 7:]], dim=1),
+        document_rows=tuple(document_rows.tolist()),
+    )
+
+
+def pad_to(mask: SpanMask, length: int) -> SpanMask:
+    """See `SpanMask.pad_to`."""
+    extra = length - mask.length
+    if extra < 0:
+        raise ValueError(f"SpanMask: cannot pad {mask.length} rows to {length}")
+    check_all_queries(mask, "pad the mask")
+    if extra == 0:
+        return mask
+    nobody = mask.q_hi.new_full((extra,), mask.length)
+    return dataclasses.replace(
+        mask,
+        length=length,
+        q_lo=torch.cat([mask.q_lo, nobody]),
+        q_hi=torch.cat([mask.q_hi, nobody]),
+        rows=torch.arange(length, dtype=torch.int32),
+        documents=(*mask.documents, length),
+        document_rows=(*mask.document_rows, length),
+    )
+
+
+def freeze(mask: SpanMask, spans: Sequence[int]) -> SpanMask:
+    """See `SpanMask.freeze`."""
+    for span in spans:
+        if not 0 <= span < mask.num_spans:
+            raise ValueError(f"SpanMask: there is no span {span} among {mask.num_spans}")
+    frozen = sorted({*mask.frozen, *spans})
+    table = mask.spans.clone()
+    table[frozen, 7] = 1
+    return dataclasses.replace(mask, spans=table, frozen=tuple(frozen))
+
+
+def packing_invariant(mask: SpanMask) -> SpanMask:
+    """See `SpanMask.packing_invariant`."""
+    table = mask.spans.clone()
+    table[:, 8] = 1
+    return dataclasses.replace(mask, spans=table, invariant=True)
+
+
+def check_all_queries(mask: SpanMask, purpose: str) -> None:
+    """Refuse a mask whose queries were selected."""
+    if mask.num_queries != mask.length:
+        raise ValueError(f"SpanMask: {purpose} before selecting its queries")

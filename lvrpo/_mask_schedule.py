@@ -1,0 +1,124 @@
+"""The order in which a GPU's kernels take the tiles of a SpanMask, and how long columns are split.
+
+Laid out on the host, so that no kernel has to search, sort or be waited for.
+"""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from lvrpo.masks import SpanMask
+
+#: Rows or keys of a tile; a kernel with smaller tiles cuts them further.
+TILE = 128
+#: Rows that one program walks for a tile of keys, and programs that a buffer's tiles are split
+#: into: a prompt's few tiles are most of the work, and whole they would leave most of a GPU idle;
+#: in a long document there are enough of them, and every part costs memory for its sums.
+ROWS, PARTS = 2048, 128
+
+
+class Schedule(NamedTuple):
+    """Work items of the kernels, the heaviest first.
+
+    Attributes:
+        query_tiles: [N, 4] int32: a tile's slice of `SpanMask.rows` (begin, end), and its first and
+            last span; -1 in padding. No tile crosses documents, so what a document's rows add up,
+            and in which order, does not depend on what it is packed with.
+        key_work: [M, 6] int32: a tile's keys (begin, end), the slice of `rows` (begin, end) to walk
+            for it, which part of the rows that see the tile this is, and of how many parts. Keys
+            of frozen spans, and those that nobody sees, are in no tile.
+        key_parts: [P, 6], the first rows of `key_work`: all that are parts, a tile's in order.
+    """
+
+    query_tiles: Tensor
+    key_work: Tensor
+    key_parts: Tensor
+
+    def to(self, device: torch.device) -> Schedule:
+        """The same on `device`."""
+        query_tiles, key_work = (x.to(device, non_blocking=True) for x in self[:2])
+        return Schedule(query_tiles, key_work, key_work[: len(self.key_parts)])
+
+
+def schedule(mask: SpanMask) -> Schedule:
+    """The schedule of a mask that is on the host."""
+    key_work, parts = _key_work(mask)
+    return Schedule(_query_tiles(mask), key_work, key_work[:parts])
+
+
+def _query_tiles(mask: SpanMask) -> Tensor:
+    edges, rows = torch.tensor(mask.document_rows), mask.rows.long()
+    offsets = torch.tensor(mask.span_offsets)
+    if mask.invariant:
+        # The rows after the last span's are padding.
+        edges = torch.cat([torch.searchsorted(rows, offsets), edges[-1:]])
+    begin, end = _cut(edges[:-1], edges[1:])
+    first_row, last_row = rows[begin], rows[end - 1]
+    first, last = (
+        torch.searchsorted(offsets, row, right=True) - 1 for row in (first_row, last_row)
+    )
+    # Padding comes after the last span and sees nothing.
+    first, last = (span.where(span < mask.num_spans, -1) for span in (first, last))
+    spans = torch.cat([mask.spans, mask.spans.new_zeros(1, mask.spans.shape[1])])
+    start, _, _, run_begin, run_end = spans[first, :5].unbind(1)
+    _, stop, causal = spans[last, :3].unbind(1)
+    ancestors = torch.cat([mask.runs.new_zeros(1), mask.runs.diff(dim=1)[:, 0].cumsum(0)])
+    keys = ancestors[run_end] - ancestors[run_begin]
+    keys += torch.where(causal != 0, last_row + 1, stop) - start
+    order = torch.argsort(keys, descending=True, stable=True)
+    return torch.stack([begin, end, first, last], dim=1)[order].int()
+
+
+def _key_work(mask: SpanMask) -> tuple[Tensor, int]:
+    """`key_work`, and how many of its rows are parts."""
+    begin, end = _cut(*_live_ranges(mask))
+    keys = (begin[:, None] + torch.arange(TILE)).minimum(end[:, None] - 1)
+    row_begin, row_end = mask.q_lo[begin].long(), mask.q_hi[keys].amax(1).long()
+    if mask.num_queries != mask.length:
+        row_begin, row_end = (
+            torch.searchsorted(mask.rows.long(), row) for row in (row_begin, row_end)
+        )
+    rows = row_end - row_begin
+    order = torch.argsort(rows, descending=True, stable=True)[: int((rows > 0).sum())]
+    limit = max(ROWS, int(rows.sum()) // PARTS)
+    parts = (rows[order] + limit - 1) // limit
+    index, nth = _enumerate(parts)
+    tile = order[index]
+    row_begin = row_begin[tile] + limit * nth
+    columns = begin[tile], end[tile], row_begin, (row_begin + limit).minimum(row_end[tile])
+    parts = parts[index]
+    return torch.stack([*columns, nth, parts], dim=1).int(), int((parts > 1).sum())
+
+
+def _live_ranges(mask: SpanMask) -> tuple[Tensor, Tensor]:
+    """Token ranges of one document each that hold all keys with a gradient: begins and ends."""
+    begins: list[int] = []
+    ends: list[int] = []
+    frozen, roots = set(mask.frozen), set(mask.documents)
+    for span, (start, end) in enumerate(pairwise(mask.span_offsets)):
+        if span in frozen or start == end:
+            continue
+        if ends and ends[-1] == start and start not in roots:
+            ends[-1] = end
+        else:
+            begins.append(start)
+            ends.append(end)
+    return torch.tensor(begins, dtype=torch.int64), torch.tensor(ends, dtype=torch.int64)
+
+
+def _cut(begins: Tensor, ends: Tensor) -> tuple[Tensor, Tensor]:
+    """Ranges as tiles of at most TILE: begins and ends."""
+    index, nth = _enumerate((ends - begins + TILE - 1) // TILE)
+    begin = begins[index] + TILE * nth
+    return begin, (begin + TILE).minimum(ends[index])
+
+
+def _enumerate(counts: Tensor) -> tuple[Tensor, Tensor]:
+    """i counts[i] times, for every i, and 0, 1, ... counts[i] - 1 beside it."""
+    index = torch.repeat_interleave(counts)
+    return index, torch.arange(len(index)) - (counts.cumsum(0) - counts)[index]
