@@ -55,7 +55,7 @@ def why_not(
         reasons.append(f"its heads are multiples of 8 wide, got {width}")
     if scale <= 0:
         reasons.append(f"it takes scale > 0, got {scale}")
-    if getattr(mask, "invariant", False):
+    if mask.invariant:
         reasons.append("it does not promise bits that are independent of the packing")
     if not reasons and q.is_cuda:
         reasons += filter(None, [_choose(q, k, v, softcap)[1]])

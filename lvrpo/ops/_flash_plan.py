@@ -81,6 +81,10 @@ class Plan:
     @torch.inference_mode(False)  # a mask made during a rollout serves a later backward pass too
     def tables(self) -> Tables:
         """See `Tables`."""
+        with torch.device("cpu"):
+            return self._tables()
+
+    def _tables(self) -> Tables:
         rows = _expand([block.rows for block in self.blocks])
         keys = _expand([keys for block in self.blocks for keys in block.keys])
         everyone = torch.zeros(self.num_queries, dtype=torch.bool)
@@ -119,10 +123,11 @@ def plan_of(mask: SpanMask) -> Plan:
     """The plan of a mask; made once."""
     plan = _PLANS.get(mask)
     if plan is None:
-        blocks = sorted(blocks_of(mask), key=lambda block: not block.causal)
+        with torch.device("cpu"):
+            blocks = sorted(blocks_of(mask), key=lambda block: not block.causal)
+            frozen = torch.zeros(mask.length, dtype=torch.bool)
         expanded = sum(end - begin for block in blocks for begin, end in block.keys)
-        frozen = torch.zeros(mask.length, dtype=torch.bool)
-        for span in getattr(mask, "frozen", ()):
+        for span in mask.frozen:
             frozen[slice(*mask.span_offsets[span : span + 2])] = True
         plan = Plan(blocks, expanded, mask.num_queries, frozen, mask.rows.device)
         _PLANS[mask] = plan
@@ -138,7 +143,7 @@ def blocks_of(mask: SpanMask) -> list[Block]:
     """
     offsets = mask.span_offsets
     runs, slices = ancestor_runs(offsets, mask.parents)
-    rows = (getattr(mask, "host", None) or mask).rows.cpu().long()
+    rows = (mask.host or mask).rows.cpu().long()
     rows = rows[rows < offsets[-1]]
     span_of = torch.bucketize(rows, torch.tensor(offsets), right=True) - 1
     causal = torch.tensor([mode == "causal" for mode in mask.modes], dtype=torch.bool)

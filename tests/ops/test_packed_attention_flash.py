@@ -12,7 +12,16 @@ import pytest
 import torch
 from hypothesis import given, settings
 from masks.layouts import masks
-from ops.test_packed_attention import BAGEL, FOREST, GROUPS, SHAPES, TREE, make_inputs, scales
+from ops.test_packed_attention import (
+    BAGEL,
+    FOREST,
+    GROUPS,
+    QUESTION,
+    SHAPES,
+    TREE,
+    make_inputs,
+    scales,
+)
 from torch import Tensor
 
 from lvrpo.masks import SpanMask
@@ -210,6 +219,14 @@ def test_a_plan_is_made_once_and_dies_with_its_mask():
     assert len(_flash_plan._PLANS) < before
 
 
+def test_a_plan_is_made_on_the_host_whatever_the_default_device():
+    mask = SpanMask.from_groups([QUESTION]).to("meta")
+    with torch.device("meta"):
+        tables = _flash_plan.plan_of(mask).tables
+        assert tables.keys.sources.is_meta
+        assert [call.max_k for call in tables.calls] == [17, 19]
+
+
 def test_a_plan_made_in_a_rollout_serves_the_backward_pass():
     mask = SpanMask.from_groups([([(4, "causal")], [[(2, "causal")]] * 2)])
     q = torch.randn(mask.length, 1, 8)
@@ -272,8 +289,7 @@ def test_same_bits_in_every_run(varlen):
 
 
 def test_frozen_spans_get_no_gradient():
-    mask = SpanMask.from_cu_seqlens([0, 3, 5])
-    object.__setattr__(mask, "frozen", (0,))
+    mask = SpanMask.from_cu_seqlens([0, 3, 5]).freeze([0])
     leaves = [torch.randn(5, 1, 8, requires_grad=True) for _ in range(3)]
     dq, dk, dv = torch.autograd.grad(emulated(*leaves, mask).square().sum(), leaves)
     assert (dq[[1, 2, 4]] != 0).all()
@@ -349,6 +365,7 @@ REFUSED = {
     "log-sum-exp": ({"return_lse": True}, "its log-sum-exp has no gradient"),
     "wider values": ({"v": zeros(3, 1, 16)}, "values are as wide as its keys, got 16 and 8"),
     "odd width": ({name: zeros(3, 1, 12) for name in "qkv"}, "multiples of 8 wide, got 12"),
+    "packing-invariant": ({"mask": PAIR.packing_invariant()}, "independent of the packing"),
     "negative scale": ({"scale": -1.0}, "it takes scale > 0, got -1.0"),
     "too many copies": (
         {"mask": LONG} | {name: zeros(LONG.length, 8, 128) for name in "qkv"},
