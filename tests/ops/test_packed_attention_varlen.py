@@ -12,7 +12,9 @@ import pytest
 import torch
 
 from lvrpo import info
+from lvrpo.masks import SpanMask
 from lvrpo.ops import _flash_varlen
+from lvrpo.ops._flash_attention import gather_attention
 
 FA4, FA3, FA2, TORCH = _flash_varlen.IMPLEMENTATIONS
 
@@ -177,6 +179,21 @@ def test_arguments_of_torch(version, causal, window):
     if version is not torch_2_11:
         expected["enable_gqa"] = True
     assert calls == [expected]
+
+
+def test_torch_accepts_the_calls_of_a_whole_pass():
+    if TORCH.version() is None:
+        pytest.skip(f"torch is {torch.__version__}, its varlen attention is used from 2.11 on")
+    mask = SpanMask.from_groups([([(9, "full"), (5, "causal")], [[(3, "causal")], [(4, "full")]])])
+    shapes = [(mask.length, heads, 64) for heads in (4, 2, 2)]
+    leaves = [
+        torch.empty(shape, dtype=torch.bfloat16, device="meta", requires_grad=True)
+        for shape in shapes
+    ]
+    varlen = TORCH.load()
+    out = gather_attention(*leaves, mask.to("meta"), varlen=varlen, scale=0.1, softcap=0.0)
+    gradients = torch.autograd.grad(out.sum(), leaves)
+    assert [x.shape for x in (out, *gradients)] == [torch.Size(s) for s in (shapes[0], *shapes)]
 
 
 @pytest.mark.parametrize(
