@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from lvrpo._mask_schedule import schedule
+from lvrpo._mask_schedule import Schedule, schedule
 from lvrpo.masks import SpanMask
 from lvrpo.ops import _backend, _checks, _flash_attention, _library
 from lvrpo.reference.packed_attention import packed_attention as reference_packed_attention
@@ -32,6 +32,8 @@ def packed_attention(
     scale: float | None = ...,
     softcap: float = ...,
     return_lse: Literal[False] = ...,
+    dropout_p: float = ...,
+    window_size: tuple[int, int] | None = ...,
     backend: str | None = ...,
 ) -> Tensor: ...
 
@@ -46,6 +48,8 @@ def packed_attention(
     scale: float | None = ...,
     softcap: float = ...,
     return_lse: Literal[True],
+    dropout_p: float = ...,
+    window_size: tuple[int, int] | None = ...,
     backend: str | None = ...,
 ) -> tuple[Tensor, Tensor]: ...
 
@@ -59,6 +63,8 @@ def packed_attention(
     scale: float | None = None,
     softcap: float = 0.0,
     return_lse: bool = False,
+    dropout_p: float = 0.0,
+    window_size: tuple[int, int] | None = None,
     backend: str | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """softmax(scale * q k^T) v over the keys that the mask lets each query see.
@@ -74,6 +80,9 @@ def packed_attention(
         scale: multiplies the scores; None means D^-0.5.
         softcap: scores become softcap * tanh(score / softcap) before the softmax; 0 means none.
         return_lse: also return the log-sum-exp of every row's scores.
+        dropout_p: 0; a prompt that is shared would be dropped out alike for all its completions.
+        window_size: None or (-1, -1); rows of a branch are not where their positions are, so that
+            a window is no one range of rows.
         backend: "cpp", "triton" (heads up to 256 wide), "torch", "flash" (flash attention, 16 bits
             only), or None for the first but "flash" that can run.
 
@@ -84,11 +93,15 @@ def packed_attention(
 
     Raises:
         ValueError: shapes, dtypes or devices do not match each other or the mask; scale is not
-            finite; softcap is negative or not finite.
+            finite; softcap is negative or not finite; dropout or a sliding window is asked for.
     """
     scale = q.shape[-1] ** -0.5 if scale is None and q.dim() and q.shape[-1] else scale
     scale = 1.0 if scale is None else float(scale)
     _check(q, k, v, mask, scale, softcap)
+    if dropout_p != 0:
+        raise ValueError(f"{OP}: dropout_p is {dropout_p}, expected 0: there is no dropout")
+    if window_size not in (None, (-1, -1)):
+        raise ValueError(f"{OP}: window_size is {window_size}: a SpanMask has no sliding windows")
     widest = max(q.shape[2], v.shape[2])
     limits: dict[str, str | Callable[[], str]] = {
         "triton": f"its heads are up to 256 wide, got {widest}" if widest > 256 else "",
@@ -102,8 +115,10 @@ def packed_attention(
             q, k, v, mask, scale=scale, softcap=softcap, return_lse=return_lse
         )
     tables = (mask.q_lo, mask.q_hi, mask.rows, mask.spans, mask.runs)
-    # Only the interpreter runs Triton under a mask that was never moved.
-    order = mask.schedule or (schedule(mask) if chosen == "triton" else (None, None, None))
+    order: Schedule | tuple[None, None, None] = (None, None, None)
+    if chosen == "triton":
+        # Only the interpreter's masks are on the host, where they have none.
+        order = mask.schedule or schedule(mask)
     out, lse = _PackedAttention.apply(q, k, v, *tables, *order, scale, float(softcap), chosen)
     return (out, lse) if return_lse else out
 

@@ -240,15 +240,6 @@ def test_same_bits_on_any_number_of_threads(threads):
         torch.set_num_threads(before)
 
 
-def test_a_document_alone_equals_the_document_in_a_pack():
-    pack = SpanMask.from_groups([QUESTION, DRAWING, QUESTION])
-    q, k, v = (torch.randn(pack.length, 2, 16) for _ in range(3))
-    out = packed_attention(q, k, v, pack)
-    begin, end = pack.documents[1:3]
-    alone = packed_attention(*(x[begin:end] for x in (q, k, v)), SpanMask.from_groups([DRAWING]))
-    assert torch.equal(out[begin:end], alone)
-
-
 @pytest.mark.parametrize("softcap", [0.0, 2.0])
 def test_gradcheck(backend, softcap):
     mask = SpanMask.from_spans([2, 2, 1, 2], [-1, 0, 0, -1], ["causal", "full", "causal", "full"])
@@ -297,15 +288,18 @@ def test_compiles_without_a_graph_break(backend):
         torch.testing.assert_close(gradient, expected)
 
 
-def test_a_new_layout_does_not_recompile():
+def test_a_new_layout_does_not_recompile(backend):
     counter = CompileCounterWithBackend("aot_eager")
-    function = functools.partial(packed_attention, backend="cpp")
+    function = functools.partial(packed_attention, backend=backend)
     compiled = torch.compile(function, fullgraph=True, backend=counter)
-    for length in (5, 9, 12, 30):
-        mask = SpanMask.from_groups([([(length, "causal")], [[(length, "full")]] * 3)])
+    # The interpreter is slow; the reference is traced document by document.
+    step, most = {"cpp": (1, 2), "triton": (20, 4), "torch": (100, 3)}[backend]
+    for length in range(2, 202, step):
+        children = [[(length, "full")]] * (2 + length % 5)
+        mask = SpanMask.from_groups([([(length, "causal")], children)])
         compiled(*make_inputs(mask, 4, 2, 8, 8, torch.float32).values())
-    # Once for the first length, once for all others.
-    assert counter.frame_count <= 2
+    # For the first length, for all others, and for those tables that the first two had alike.
+    assert counter.frame_count <= most
 
 
 @pytest.mark.parametrize("mutant", MUTANTS.values(), ids=MUTANTS.keys())
@@ -337,6 +331,8 @@ BAD = {
     "scale NaN": ({"scale": float("nan")}, "scale is nan"),
     "scale infinite": ({"scale": float("inf")}, "scale is inf"),
     "negative softcap": ({"softcap": -1.0}, "softcap is -1.0"),
+    "dropout": ({"dropout_p": 0.1}, "dropout_p is 0.1, expected 0"),
+    "sliding window": ({"window_size": (128, 0)}, r"window_size is \(128, 0\)"),
     "unknown backend": ({"backend": "cudnn"}, "backend is 'cudnn'"),
 }
 
