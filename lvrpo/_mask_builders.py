@@ -5,11 +5,12 @@ Everything here runs on the host. What spans cannot describe is a ValueError tha
 
 from __future__ import annotations
 
+import functools
 import operator
 from bisect import bisect_right
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from itertools import accumulate, pairwise
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
@@ -22,6 +23,23 @@ Group = tuple[Sequence[Span], Sequence[Sequence[Span]]]
 Tree = tuple[Sequence[Span], Sequence["Tree"]]
 
 MODES = {"causal", "full"}
+
+Arguments = ParamSpec("Arguments")
+Result = TypeVar("Result")
+
+
+def on_the_host(function: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
+    """Lay out on the host, whatever torch's default device is, and not in inference mode.
+
+    A mask that was made during a rollout serves a later backward pass, too.
+    """
+
+    @functools.wraps(function)
+    def on_host(*args: Arguments.args, **kwargs: Arguments.kwargs) -> Result:
+        with torch.inference_mode(False), torch.device("cpu"):
+            return function(*args, **kwargs)
+
+    return on_host
 
 
 class Layout(NamedTuple):
@@ -133,6 +151,7 @@ def tree_layout(trees: Iterable[Tree]) -> Layout:
     return layout
 
 
+@on_the_host
 def token_type_layout(
     token_types: Sequence[int] | Tensor, cu_seqlens: Sequence[int] | Tensor | None
 ) -> Layout:
@@ -199,7 +218,7 @@ def _append_chain(layout: Layout, chain: Sequence[Span], parent: int, where: str
     return parent
 
 
-@torch.inference_mode(False)  # a mask made during a rollout serves a later backward pass too
+@on_the_host
 def tables(layout: Layout) -> dict[str, Any]:
     """The fields of a `SpanMask`."""
     offsets = list(accumulate(layout.lengths, initial=0))

@@ -5,9 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lvrpo._mask_builders import Layout, check_on_host
+from lvrpo._mask_builders import Layout, check_on_host, on_the_host
 
 
+@on_the_host
 def flashmask_layout(indices: Tensor, causal: bool) -> tuple[Layout, int]:
     """The layout of the visible keys and the padded length; see `SpanMask.from_flashmask`."""
     q_lo, q_hi = _row_ranges(indices, causal)

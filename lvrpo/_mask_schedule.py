@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
+from lvrpo._mask_builders import on_the_host
+
 if TYPE_CHECKING:
     from lvrpo.masks import SpanMask
 
@@ -45,6 +47,7 @@ class Schedule(NamedTuple):
         return Schedule(query_tiles, key_work, key_work[: len(self.key_parts)])
 
 
+@on_the_host
 def schedule(mask: SpanMask) -> Schedule:
     """The schedule of a mask that is on the host."""
     key_work, parts = _key_work(mask)

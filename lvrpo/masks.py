@@ -36,7 +36,7 @@ def _on_the_host(change: Callable[..., SpanMask]) -> Callable[..., SpanMask]:
     """Of a mask on a device the one on the host is changed, and moved: nothing is read back."""
 
     @functools.wraps(change)
-    @torch.inference_mode(False)  # a mask made during a rollout serves a later backward pass too
+    @builders.on_the_host
     def changed(self: SpanMask, *arguments: Any) -> SpanMask:
         if self.host is None:
             return change(self, *arguments)
@@ -223,6 +223,7 @@ class SpanMask:
         """
         return changes.select_queries(self, rows)
 
+    @builders.on_the_host
     def select_spans(self, spans: Sequence[int]) -> SpanMask:
         """`select_queries` with all rows of the given spans (ascending indices)."""
         chosen = torch.as_tensor(spans, dtype=torch.int64)
@@ -264,7 +265,7 @@ class SpanMask:
         """The mask of a longer buffer whose last rows see nothing and are seen by nobody."""
         return changes.pad_to(self, length)
 
-    @torch.inference_mode(False)
+    @builders.on_the_host
     def to(self, device: torch.device | str) -> SpanMask:
         """The same mask with its tensors on `device`, and with the schedule of its kernels."""
         host = self.host or self

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lvrpo._mask_builders import ancestor_runs
+from lvrpo._mask_builders import ancestor_runs, on_the_host
 from lvrpo.masks import SpanMask
 
 Range = tuple[int, int]
@@ -78,13 +78,9 @@ class Plan:
     device: torch.device
 
     @functools.cached_property
-    @torch.inference_mode(False)  # a mask made during a rollout serves a later backward pass too
+    @on_the_host
     def tables(self) -> Tables:
         """See `Tables`."""
-        with torch.device("cpu"):
-            return self._tables()
-
-    def _tables(self) -> Tables:
         rows = _expand([block.rows for block in self.blocks])
         keys = _expand([keys for block in self.blocks for keys in block.keys])
         everyone = torch.zeros(self.num_queries, dtype=torch.bool)
@@ -119,13 +115,13 @@ class Plan:
 _PLANS: weakref.WeakKeyDictionary[SpanMask, Plan] = weakref.WeakKeyDictionary()
 
 
+@on_the_host
 def plan_of(mask: SpanMask) -> Plan:
     """The plan of a mask; made once."""
     plan = _PLANS.get(mask)
     if plan is None:
-        with torch.device("cpu"):
-            blocks = sorted(blocks_of(mask), key=lambda block: not block.causal)
-            frozen = torch.zeros(mask.length, dtype=torch.bool)
+        blocks = sorted(blocks_of(mask), key=lambda block: not block.causal)
+        frozen = torch.zeros(mask.length, dtype=torch.bool)
         expanded = sum(end - begin for block in blocks for begin, end in block.keys)
         for span in mask.frozen:
             frozen[slice(*mask.span_offsets[span : span + 2])] = True

@@ -106,6 +106,17 @@ def test_a_moved_mask_has_the_schedule_of_the_mask_on_the_host():
         assert torch.equal(getattr(moved, name), getattr(expected, name))
 
 
+def test_a_mask_is_laid_out_on_the_host_whatever_the_default_device():
+    with torch.device("meta"):
+        mask = SpanMask.from_groups([([(9, "causal")], [[(4, "full")]] * 3)])
+        changed = mask.freeze([1]).select_spans([1, 3])
+        types = SpanMask.from_token_types([0, 0, 1, 1], [0, 4])
+        moved = mask.to("cpu")
+    for found in (mask, changed, types, moved):
+        assert found.spans.device.type == found.rows.device.type == "cpu"
+    assert moved.schedule.key_work.device.type == "cpu"
+
+
 @pytest.mark.parametrize("span", [-1, 4])
 def test_freezing_a_span_that_is_not_there(span):
     mask = SpanMask.from_groups([([(9, "causal")], [[(4, "full")]] * 3)])

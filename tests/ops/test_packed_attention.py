@@ -88,14 +88,15 @@ def scales(inputs: dict[str, Any], backend: str = "cpp") -> dict[str, Tensor]:
     # delta = sum dout * out is formed from the output as stored: half a unit in the last place of a
     # narrow dtype is in every ds, and counts DEFAULT_ULPS times less where that many are allowed.
     ulps = max(DEFAULT_ULPS, narrow)
-    ds = p * (dp + ulps / DEFAULT_ULPS / 2 * (p * dp).sum(-1, keepdim=True) + dlse)
+    delta = (p * dp).sum(-1, keepdim=True)
+    ds = p * (largest * (dp + delta + dlse) + ulps / DEFAULT_ULPS / 2 * delta)
     dk = scale * torch.einsum("hqk,qhd->khd", ds, q.abs()).unflatten(1, (-1, repeats)).sum(2)
     dv = dout * p.sum(1).T.unflatten(1, (-1, repeats)).sum(2)[:, :, None].expand_as(v)
     return {
         "out0": out * largest,
         "out1": torch.tensor(2 + float(z.abs().max())),
-        "dq": scale * torch.einsum("hqk,khd->qhd", ds, wide_k.abs()) * largest,
-        "dk": dk * largest,
+        "dq": scale * torch.einsum("hqk,khd->qhd", ds, wide_k.abs()),
+        "dk": dk,
         "dv": dv * largest,
     }
 
@@ -304,11 +305,12 @@ def test_a_new_layout_does_not_recompile(backend):
 
 @pytest.mark.parametrize("mutant", MUTANTS.values(), ids=MUTANTS.keys())
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_rule_rejects_mutant(mutant, dtype):
+@pytest.mark.parametrize("allowance", ["cpp", "triton"], ids=["vectors", "tensor cores"])
+def test_rule_rejects_mutant(mutant, dtype, allowance):
     mask = SpanMask.from_groups([QUESTION, DRAWING])
     inputs = make_inputs(mask, 4, 2, 16, 16, dtype) | {"softcap": 3.0}
     with pytest.raises(AssertionError):
-        check(mutant, inputs)
+        check(mutant, inputs, allowance)
 
 
 def rows_of(
