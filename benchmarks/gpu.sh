@@ -1,8 +1,9 @@
 #!/usr/bin/env bash
-# Builds, tests and measures lvrpo on a machine with a GPU, in one command and within ten minutes.
+# Builds, tests and measures lvrpo on a machine with a GPU, in one command of ten minutes a part.
 #
-#   benchmarks/gpu.sh [--out DIR] [--wheels DIR] [--cpu]
+#   benchmarks/gpu.sh [--part attention|head] [--out DIR] [--wheels DIR] [--cpu]
 #
+#   --part NAME   packed attention and whole updates, or the loss head and the other ops; default: both
 #   --out DIR     logs and results; default $OUT, or else gpu-results
 #   --wheels DIR  wheels of peers to install from, without dependencies and without a network
 #   --cpu         a rehearsal at small size on a machine without a GPU
@@ -11,13 +12,14 @@
 # of the last four is also taken from --wheels. A stage that fails is recorded, and the next one runs.
 set -uo pipefail
 
-out=${OUT:-gpu-results} wheels="" device=cuda size=gpu
+out=${OUT:-gpu-results} wheels="" device=cuda size=gpu part=both
 while (($#)); do
   case $1 in
     --out) out=${2:?--out needs a folder}; shift 2 ;;
     --wheels) wheels=$(realpath "${2:?--wheels needs a folder}") || exit 2; shift 2 ;;
+    --part) part=${2:?--part needs attention or head}; shift 2 ;;
     --cpu) device=cpu size=small; shift ;;
-    *) sed -n '2,9s/^# \{0,1\}//p' "$0" >&2; exit 2 ;;
+    *) sed -n '2,10s/^# \{0,1\}//p' "$0" >&2; exit 2 ;;
   esac
 done
 mkdir -p "$out" && out=$(realpath "$out") || exit 2
@@ -30,8 +32,12 @@ if [ "$device" = cuda ] && ! "$python" -c 'import sys, torch; sys.exit(not torch
   exit 1
 fi
 
-failed=0
-deadline=570
+failed=0 deadline=570
+case $part in
+  attention | head) ;;
+  both) deadline=1140 ;;
+  *) echo "--part is $part, expected attention or head" >&2; exit 2 ;;
+esac
 # stage NAME SECONDS COMMAND...: its output in log.txt, one line of what came of it here and in stages.txt.
 stage() {
   local name=$1 seconds=$2 began=$SECONDS code=0
@@ -50,7 +56,7 @@ stage() {
     "$(sed -n "/^=== $name:/,\$p" "$out/log.txt" | grep -E '[0-9]+ (passed|failed|error)' | tail -n 1)" | tee -a "$out/stages.txt"
 }
 
-rm -f "$out"/{stages.txt,log.txt,loss_head.json,ops.json}
+rm -f "$out"/{stages.txt,log.txt,attention.json,update.json,loss_head.json,ops.json}
 stage machine 30 bash -c 'nvidia-smi; nvcc --version; uname -a; git rev-parse HEAD; git status --short'
 if [ -n "$wheels" ]; then
   # Without dependencies, so that nothing brings another torch; one by one, since some may not fit.
@@ -67,14 +73,29 @@ if [ "$device" = cpu ]; then
   export TRITON_INTERPRET=1
   tests=(tests/ops/test_gather_logprobs.py)
 fi
-stage tests 120 "$python" -m pytest "${tests[@]}" -q -p no:cacheprovider -k triton
+kernels="triton or flash or varlen"
+case $part in
+  attention) kernels="attention and ($kernels)" ;;
+  head) kernels="triton and not attention" ;;
+esac
+stage tests 150 "$python" -m pytest "${tests[@]}" -q -p no:cacheprovider -k "$kernels"
 unset TRITON_INTERPRET
-stage loss_head 330 "$python" -m pytest benchmarks/bench_loss_head.py -q -p no:cacheprovider \
-  --benchmark-only --size="$size" --time-wrong --benchmark-json="$out/loss_head.json"
-stage ops 90 "$python" -m pytest benchmarks -q -p no:cacheprovider \
-  --ignore=benchmarks/bench_loss_head.py --ignore=benchmarks/bench_train_step.py \
-  --benchmark-only --size="$size" --benchmark-json="$out/ops.json"
-for name in loss_head ops; do
+# measure NAME SECONDS PYTEST-ARGUMENTS...: one table.
+measure() {
+  local name=$1 seconds=$2
+  shift 2
+  stage "$name" "$seconds" "$python" -m pytest "$@" -q -p no:cacheprovider --benchmark-only \
+    --size="$size" --time-wrong --benchmark-json="$out/$name.json"
+}
+if [ "$part" != head ]; then
+  measure attention 300 benchmarks/bench_packed_attention.py
+  measure update 120 benchmarks/bench_update.py
+fi
+if [ "$part" != attention ]; then
+  measure loss_head 330 benchmarks/bench_loss_head.py
+  measure ops 60 benchmarks --ignore=benchmarks/bench_{loss_head,packed_attention,train_step,update}.py
+fi
+for name in attention update loss_head ops; do
   [ -s "$out/$name.json" ] && stage "table_$name" 60 "$python" benchmarks/plot.py "$out/$name.json"
 done
 echo "logs and results: $out"
