@@ -104,6 +104,26 @@ class PackBuilder:
         self._latent_grid.append(grid(height, width))
         return self._add(count, parent, "full")
 
+    def append(self, other: PackBuilder) -> int:
+        """Everything that another builder holds, as documents of its own.
+
+        Returns:
+            The last of its spans, which is what completions of a prompt hang below.
+        """
+        span, row = len(self.lengths), self.rows
+        self.lengths += other.lengths
+        self.parents += [parent if parent == ROOT else span + parent for parent in other.parents]
+        self.modes += other.modes
+        self._starts += [row + start for start in other._starts[1:]]
+        self._token_ids += other._token_ids
+        self._text_rows += [row + r for r in other._text_rows]
+        self._patches += other._patches
+        self._patch_rows += [row + r for r in other._patch_rows]
+        self._patch_grid += other._patch_grid
+        self._latent_rows += [row + r for r in other._latent_rows]
+        self._latent_grid += other._latent_grid
+        return len(self.lengths) - 1
+
     def build(self, latents: Tensor | None = None, timesteps: Tensor | None = None) -> PackedBatch:
         """Lay out everything that was added.
 

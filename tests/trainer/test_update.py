@@ -276,7 +276,7 @@ def test_the_objective_is_that_of_the_configuration():
 
 def test_a_ratio_that_is_not_a_number_fails_the_self_test():
     metrics = _Metrics()
-    for value in (1.0, math.nan, 1.0):
+    for value in torch.tensor([1.0, math.nan, 1.0]):
         metrics._extremes("text", SimpleNamespace(ratio_min=value, ratio_max=value))
     with pytest.raises(SelfTestError, match=r"ratio/text/m.. is nan"):
         check_ratio(metrics.result())
