@@ -41,6 +41,7 @@ class PackBuilder:
     _patch_grid: list[np.ndarray] = field(default_factory=list)
     _latent_rows: list[int] = field(default_factory=list)
     _latent_grid: list[np.ndarray] = field(default_factory=list)
+    _noise: set[int] = field(default_factory=set)
 
     @property
     def rows(self) -> int:
@@ -71,25 +72,28 @@ class PackBuilder:
             closing: token id of the marker after them.
             parent: see the class.
         """
-        channels, height, width = pixels.shape
-        patch = self.config.image_patch
-        if channels != self.config.image_channels or height % patch or width % patch:
+        patch, channels = self.config.image_patch, self.config.image_channels
+        sides = pixels.shape[1:]
+        if len(sides) != 2 or len(pixels) != channels or any(side % patch for side in sides):
             raise ValueError(
-                f"a picture is {list(pixels.shape)}, expected {self.config.image_channels} "
-                f"channels and sides that are multiples of {patch}"
+                f"a picture is {list(pixels.shape)}, expected {channels} channels and two sides "
+                f"that are multiples of {patch}"
             )
-        self._check_grid(height // patch, width // patch)
+        rows, columns = (side // patch for side in sides)
+        self._check_grid(rows, columns)
         patches = rearrange(pixels, "c (h p) (w q) -> (h w) (p q c)", p=patch, q=patch)
         count, row = len(patches), self.rows
         self._token_ids.extend((opening, closing))
         self._text_rows.extend((row, row + count + 1))
         self._patches.append(np.asarray(patches, dtype=np.float32))
         self._patch_rows.extend(range(row + 1, row + 1 + count))
-        self._patch_grid.append(grid(height // patch, width // patch))
+        self._patch_grid.append(grid(rows, columns))
         return self._add(count + 2, parent, "full")
 
     def _check_grid(self, height: int, width: int) -> None:
         most = self.config.max_grid
+        if min(height, width) < 1:
+            raise ValueError(f"a picture of {height} x {width} patches has none")
         if max(height, width) > most:
             raise ValueError(
                 f"a picture of {height} x {width} patches, the model has positions for {most} x "
@@ -102,6 +106,7 @@ class PackBuilder:
         count = height * width
         self._latent_rows.extend(range(self.rows, self.rows + count))
         self._latent_grid.append(grid(height, width))
+        self._noise.add(len(self.lengths))
         return self._add(count, parent, "full")
 
     def append(self, other: PackBuilder) -> int:
@@ -122,6 +127,7 @@ class PackBuilder:
         self._patch_grid += other._patch_grid
         self._latent_rows += [row + r for r in other._latent_rows]
         self._latent_grid += other._latent_grid
+        self._noise |= {span + s for s in other._noise}
         return len(self.lengths) - 1
 
     def build(self, latents: Tensor | None = None, timesteps: Tensor | None = None) -> PackedBatch:
@@ -130,13 +136,26 @@ class PackBuilder:
         Args:
             latents: [n_latent, latent_dim], all noisy images in the order they were added.
             timesteps: [n_latent] in [0, 1].
+
+        Raises:
+            ValueError: nothing was added, or latents or timesteps are not those of the rows.
         """
         config = self.config
+        if not self.rows:
+            raise ValueError("a packed buffer without rows: nothing was added to it")
         patch_width = config.image_channels * config.image_patch**2
         if latents is None:
             latents = torch.zeros(len(self._latent_rows), config.latent_dim)
         if timesteps is None:
             timesteps = latents.new_zeros(len(self._latent_rows))
+        count = len(self._latent_rows)
+        for name, tensor, shape in (
+            ("latents", latents, (count, config.latent_dim)),
+            ("timesteps", timesteps, (count,)),
+        ):
+            if tuple(tensor.shape) != shape:
+                found = tuple(tensor.shape)
+                raise ValueError(f"{name} of a packed buffer have shape {found}, expected {shape}")
         mask = self.mask()
         return PackedBatch(
             token_ids=as_index(self._token_ids),
@@ -157,6 +176,8 @@ class PackBuilder:
         return SpanMask.from_spans(self.lengths, self.parents, self.modes)
 
     def _add(self, count: int, parent: int, mode: str) -> int:
+        if parent in self._noise:
+            raise ValueError(f"span {parent} is a noisy picture, which nothing can follow")
         self.lengths.append(count)
         self.parents.append(parent)
         self.modes.append(mode)
