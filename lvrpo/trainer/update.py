@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,7 +10,7 @@ import torch
 from torch import Tensor
 
 from lvrpo.models.flow import FlowSchedule
-from lvrpo.models.groups import Pack, pack_groups
+from lvrpo.models.groups import Pack, PictureGroup, pack_groups
 from lvrpo.models.policy import Policy
 from lvrpo.models.unified import UnifiedModel
 from lvrpo.ops._policy_loss import LossMetrics, LossParams, PolicyLoss
@@ -103,29 +104,34 @@ def policy_gradient(
             f"pictures were sampled with schedule {pictures.fingerprint}, the update uses "
             f"{schedule.fingerprint()}"
         )
-    texts, groups = [], []
+    step = _Update(policy, reference, experience, schedule, objective, _Metrics())
+    device = policy.model.head.weight.device
+    for pack in pack_experience(policy, experience, schedule, objective):
+        _pack_loss(step, pack.to(device)).backward()  # type: ignore[no-untyped-call]
+    return step.metrics.result()
+
+
+def pack_experience(
+    policy: Policy, experience: Experience, schedule: FlowSchedule, objective: Objective
+) -> Iterator[Pack]:
+    """The packed buffers of an update: answers, then every trained step of the pictures."""
+    answers, pictures = experience.answers, experience.pictures
+    groups: list[PictureGroup] = []
     latents = times = None
-    if experience.answers is not None:
-        texts = experience.answers.groups()
     if pictures is not None:
         count, steps = pictures.latents.shape[:2]
         groups = [(example, pictures.group_size * steps) for example in pictures.examples]
         latents = pictures.latents.flatten(0, 1)
         times = torch.tensor([float(schedule.times[k]) for k in pictures.steps]).repeat(count)
-    step = _Update(policy, reference, experience, schedule, objective, _Metrics())
-    packs = pack_groups(
+    return pack_groups(
         policy,
-        texts,
+        [] if answers is None else answers.groups(),
         groups,
         latents,
         times,
         objective.max_rows,
         share_prompts=objective.share_prompts,
     )
-    device = policy.model.head.weight.device
-    for pack in packs:
-        _pack_loss(step, pack.to(device)).backward()  # type: ignore[no-untyped-call]
-    return step.metrics.result()
 
 
 @dataclass(frozen=True)
