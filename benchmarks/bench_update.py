@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import functools
 import random
 from dataclasses import dataclass
 from pathlib import Path
@@ -93,20 +92,16 @@ class Update:
     experience: Experience
     schedule: FlowSchedule
     objective: Objective
-
-    @functools.cached_property
-    def optimizer(self) -> torch.optim.Optimizer:
-        # Without a rate the weights stay, so that every round does the same work.
-        return torch.optim.AdamW(self.policy.model.parameters(), lr=0.0, betas=(0.9, 0.95))
+    optimizer: torch.optim.Optimizer
 
     def given(self, *, share: bool, most: int) -> Update:
         objective = dataclasses.replace(self.objective, share_prompts=share, max_rows=most)
-        given = dataclasses.replace(self, objective=objective)
-        vars(given)["optimizer"] = self.optimizer
-        return given
+        return dataclasses.replace(self, objective=objective)
 
     def gradient(self) -> dict[str, float]:
-        return policy_gradient(*(getattr(self, f.name) for f in dataclasses.fields(self)))
+        return policy_gradient(
+            self.policy, self.reference, self.experience, self.schedule, self.objective
+        )
 
     def __call__(self) -> None:
         self.gradient()
@@ -138,6 +133,11 @@ class Update:
         losses = {k: torch.tensor(v) for k, v in metrics.items() if k.startswith("loss/")}
         named = found.policy.model.named_parameters()
         return losses | {name: p.grad for name, p in named if p.grad is not None}
+
+
+def optimizer_of(policy: Policy) -> torch.optim.Optimizer:
+    """The trainer's; without a rate the weights stay, so that every round does the same work."""
+    return torch.optim.AdamW(policy.model.parameters(), lr=0.0, betas=(0.9, 0.95))
 
 
 def check(update: Update) -> None:
@@ -177,9 +177,9 @@ def synthetic(setting: Setting) -> Update:
         reference.head.weight.mul_(0.5)
         reference.latent_out.weight.mul_(0.5)
     autoencoder = LinearAutoencoder(1, 8, 8, patch=8, dim=1)  # which an update does not use
-    policies = [
+    policy, reference_policy = (
         Policy(m, tokenizer, autoencoder, grid, (0, config.vocab_size)) for m in (model, reference)
-    ]
+    )
     schedule = FlowSchedule(window=(0, setting.steps - 1))
     answers = pictures = None
     if setting.completion:
@@ -189,7 +189,8 @@ def synthetic(setting: Setting) -> Update:
     advantages = torch.randn(setting.prompts * GROUP, device=DEVICE)
     experience = Experience(answers, advantages, pictures, advantages)
     objective = dataclasses.replace(Objective.from_config(load_config()), temperature=1.0)
-    return Update(*policies, experience, schedule, objective)
+    optimizer = optimizer_of(policy)
+    return Update(policy, reference_policy, experience, schedule, objective, optimizer)
 
 
 def random_answers(setting: Setting) -> Answers:
@@ -302,7 +303,8 @@ def bench_default_configuration(
     experience = dataclasses.replace(
         experience, answer_advantages=advantages[0], picture_advantages=advantages[1]
     )
-    update = Update(step.policy, step.reference, experience, step.schedule, step.objective)
+    policy, optimizer = step.policy, optimizer_of(step.policy)
+    update = Update(policy, step.reference, experience, step.schedule, step.objective, optimizer)
     check(update)
     rollout = config.rollout
     prompts = f"{rollout.understand_prompts}+{rollout.generate_prompts}"

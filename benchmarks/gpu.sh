@@ -50,7 +50,7 @@ stage() {
     "$(sed -n "/^=== $name:/,\$p" "$out/log.txt" | grep -E '[0-9]+ (passed|failed|error)' | tail -n 1)" | tee -a "$out/stages.txt"
 }
 
-rm -f "$out"/{stages.txt,log.txt,loss_head.json,ops.json}
+rm -f "$out"/{stages.txt,log.txt,loss_head.json,ops.json,update.json}
 stage machine 30 bash -c 'nvidia-smi; nvcc --version; uname -a; git rev-parse HEAD; git status --short'
 if [ -n "$wheels" ]; then
   # Without dependencies, so that nothing brings another torch; one by one, since some may not fit.
@@ -73,8 +73,10 @@ stage loss_head 330 "$python" -m pytest benchmarks/bench_loss_head.py -q -p no:c
   --benchmark-only --size="$size" --time-wrong --benchmark-json="$out/loss_head.json"
 stage ops 90 "$python" -m pytest benchmarks -q -p no:cacheprovider \
   --ignore=benchmarks/bench_loss_head.py --ignore=benchmarks/bench_train_step.py \
-  --benchmark-only --size="$size" --benchmark-json="$out/ops.json"
-for name in loss_head ops; do
+  --ignore=benchmarks/bench_update.py --benchmark-only --size="$size" --benchmark-json="$out/ops.json"
+stage update 120 "$python" -m pytest benchmarks/bench_update.py -q -p no:cacheprovider \
+  --benchmark-only --size="$size" --benchmark-json="$out/update.json"
+for name in loss_head ops update; do
   [ -s "$out/$name.json" ] && stage "table_$name" 60 "$python" benchmarks/plot.py "$out/$name.json"
 done
 echo "logs and results: $out"

@@ -6,6 +6,7 @@ completions as children, and a completion may be text or a noisy image. Position
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -190,9 +191,12 @@ def as_index(values: Sequence[int]) -> Tensor:
     return torch.tensor(values, dtype=torch.int64)
 
 
+@functools.cache  # an update has one for every noisy picture
 def grid(height: int, width: int) -> np.ndarray:
-    """[height * width, 2] int64 (row, column), row-major."""
-    return np.stack(np.divmod(np.arange(height * width, dtype=np.int64), width), axis=1)
+    """[height * width, 2] int64 (row, column), row-major; read only."""
+    found = np.stack(np.divmod(np.arange(height * width, dtype=np.int64), width), axis=1)
+    found.flags.writeable = False
+    return found
 
 
 def stack(arrays: list[np.ndarray], width: int, dtype: type) -> np.ndarray:

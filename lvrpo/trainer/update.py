@@ -90,7 +90,8 @@ def policy_gradient(
     """Add the gradient of the objective to the model's parameters.
 
     The gradient is that of the whole rollout, however many packs it takes: every pack's loss is
-    divided by the rollout's own counts.
+    divided by the rollout's own counts. The tensors of `experience` are on the models' device, and
+    nothing is read from it before the last pack is done.
 
     Returns:
         Metrics of the step, keyed as in the run's records.
