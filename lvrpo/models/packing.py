@@ -6,6 +6,7 @@ completions as children, and a completion may be text or a noisy image. Position
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -41,6 +42,7 @@ class PackBuilder:
     _patch_grid: list[np.ndarray] = field(default_factory=list)
     _latent_rows: list[int] = field(default_factory=list)
     _latent_grid: list[np.ndarray] = field(default_factory=list)
+    _noise: set[int] = field(default_factory=set)
 
     @property
     def rows(self) -> int:
@@ -71,25 +73,28 @@ class PackBuilder:
             closing: token id of the marker after them.
             parent: see the class.
         """
-        channels, height, width = pixels.shape
-        patch = self.config.image_patch
-        if channels != self.config.image_channels or height % patch or width % patch:
+        patch, channels = self.config.image_patch, self.config.image_channels
+        sides = pixels.shape[1:]
+        if len(sides) != 2 or len(pixels) != channels or any(side % patch for side in sides):
             raise ValueError(
-                f"a picture is {list(pixels.shape)}, expected {self.config.image_channels} "
-                f"channels and sides that are multiples of {patch}"
+                f"a picture is {list(pixels.shape)}, expected {channels} channels and two sides "
+                f"that are multiples of {patch}"
             )
-        self._check_grid(height // patch, width // patch)
+        rows, columns = (side // patch for side in sides)
+        self._check_grid(rows, columns)
         patches = rearrange(pixels, "c (h p) (w q) -> (h w) (p q c)", p=patch, q=patch)
         count, row = len(patches), self.rows
         self._token_ids.extend((opening, closing))
         self._text_rows.extend((row, row + count + 1))
         self._patches.append(np.asarray(patches, dtype=np.float32))
         self._patch_rows.extend(range(row + 1, row + 1 + count))
-        self._patch_grid.append(grid(height // patch, width // patch))
+        self._patch_grid.append(grid(rows, columns))
         return self._add(count + 2, parent, "full")
 
     def _check_grid(self, height: int, width: int) -> None:
         most = self.config.max_grid
+        if min(height, width) < 1:
+            raise ValueError(f"a picture of {height} x {width} patches has none")
         if max(height, width) > most:
             raise ValueError(
                 f"a picture of {height} x {width} patches, the model has positions for {most} x "
@@ -102,7 +107,29 @@ class PackBuilder:
         count = height * width
         self._latent_rows.extend(range(self.rows, self.rows + count))
         self._latent_grid.append(grid(height, width))
+        self._noise.add(len(self.lengths))
         return self._add(count, parent, "full")
+
+    def append(self, other: PackBuilder) -> int:
+        """Everything that another builder holds, as documents of its own.
+
+        Returns:
+            The last of its spans, which is what completions of a prompt hang below.
+        """
+        span, row = len(self.lengths), self.rows
+        self.lengths += other.lengths
+        self.parents += [parent if parent == ROOT else span + parent for parent in other.parents]
+        self.modes += other.modes
+        self._starts += [row + start for start in other._starts[1:]]
+        self._token_ids += other._token_ids
+        self._text_rows += [row + r for r in other._text_rows]
+        self._patches += other._patches
+        self._patch_rows += [row + r for r in other._patch_rows]
+        self._patch_grid += other._patch_grid
+        self._latent_rows += [row + r for r in other._latent_rows]
+        self._latent_grid += other._latent_grid
+        self._noise |= {span + s for s in other._noise}
+        return len(self.lengths) - 1
 
     def build(self, latents: Tensor | None = None, timesteps: Tensor | None = None) -> PackedBatch:
         """Lay out everything that was added.
@@ -110,13 +137,26 @@ class PackBuilder:
         Args:
             latents: [n_latent, latent_dim], all noisy images in the order they were added.
             timesteps: [n_latent] in [0, 1].
+
+        Raises:
+            ValueError: nothing was added, or latents or timesteps are not those of the rows.
         """
         config = self.config
+        if not self.rows:
+            raise ValueError("a packed buffer without rows: nothing was added to it")
         patch_width = config.image_channels * config.image_patch**2
         if latents is None:
             latents = torch.zeros(len(self._latent_rows), config.latent_dim)
         if timesteps is None:
             timesteps = latents.new_zeros(len(self._latent_rows))
+        count = len(self._latent_rows)
+        for name, tensor, shape in (
+            ("latents", latents, (count, config.latent_dim)),
+            ("timesteps", timesteps, (count,)),
+        ):
+            if tuple(tensor.shape) != shape:
+                found = tuple(tensor.shape)
+                raise ValueError(f"{name} of a packed buffer have shape {found}, expected {shape}")
         mask = self.mask()
         return PackedBatch(
             token_ids=as_index(self._token_ids),
@@ -137,6 +177,8 @@ class PackBuilder:
         return SpanMask.from_spans(self.lengths, self.parents, self.modes)
 
     def _add(self, count: int, parent: int, mode: str) -> int:
+        if parent in self._noise:
+            raise ValueError(f"span {parent} is a noisy picture, which nothing can follow")
         self.lengths.append(count)
         self.parents.append(parent)
         self.modes.append(mode)
@@ -149,9 +191,12 @@ def as_index(values: Sequence[int]) -> Tensor:
     return torch.tensor(values, dtype=torch.int64)
 
 
+@functools.cache  # an update has one for every noisy picture
 def grid(height: int, width: int) -> np.ndarray:
-    """[height * width, 2] int64 (row, column), row-major."""
-    return np.stack(np.divmod(np.arange(height * width, dtype=np.int64), width), axis=1)
+    """[height * width, 2] int64 (row, column), row-major; read only."""
+    found = np.stack(np.divmod(np.arange(height * width, dtype=np.int64), width), axis=1)
+    found.flags.writeable = False
+    return found
 
 
 def stack(arrays: list[np.ndarray], width: int, dtype: type) -> np.ndarray:

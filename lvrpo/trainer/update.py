@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from lvrpo.models.flow import FlowSchedule
-from lvrpo.models.groups import Pack, pack_groups
+from lvrpo.models.groups import Pack, PictureGroup, pack_groups
 from lvrpo.models.policy import Policy
 from lvrpo.models.unified import UnifiedModel
 from lvrpo.ops._policy_loss import LossMetrics, LossParams, PolicyLoss
@@ -51,6 +50,7 @@ class Objective:
     image_weight: float
     temperature: float
     max_rows: int
+    share_prompts: bool = True  # False: every completion has its own copy, for comparison
 
     @classmethod
     def from_config(cls, config: TrainConfig) -> Objective:
@@ -90,7 +90,8 @@ def policy_gradient(
     """Add the gradient of the objective to the model's parameters.
 
     The gradient is that of the whole rollout, however many packs it takes: every pack's loss is
-    divided by the rollout's own counts.
+    divided by the rollout's own counts. The tensors of `experience` are on the models' device, and
+    nothing is read from it before the last pack is done.
 
     Returns:
         Metrics of the step, keyed as in the run's records.
@@ -104,19 +105,34 @@ def policy_gradient(
             f"pictures were sampled with schedule {pictures.fingerprint}, the update uses "
             f"{schedule.fingerprint()}"
         )
-    texts, groups = [], []
+    step = _Update(policy, reference, experience, schedule, objective, _Metrics())
+    device = policy.model.head.weight.device
+    for pack in pack_experience(policy, experience, schedule, objective):
+        _pack_loss(step, pack.to(device)).backward()  # type: ignore[no-untyped-call]
+    return step.metrics.result()
+
+
+def pack_experience(
+    policy: Policy, experience: Experience, schedule: FlowSchedule, objective: Objective
+) -> Iterator[Pack]:
+    """The packed buffers of an update: answers, then every trained step of the pictures."""
+    answers, pictures = experience.answers, experience.pictures
+    groups: list[PictureGroup] = []
     latents = times = None
-    if experience.answers is not None:
-        texts = experience.answers.groups()
     if pictures is not None:
         count, steps = pictures.latents.shape[:2]
         groups = [(example, pictures.group_size * steps) for example in pictures.examples]
         latents = pictures.latents.flatten(0, 1)
         times = torch.tensor([float(schedule.times[k]) for k in pictures.steps]).repeat(count)
-    step = _Update(policy, reference, experience, schedule, objective, _Metrics())
-    for pack in pack_groups(policy, texts, groups, latents, times, objective.max_rows):
-        _pack_loss(step, pack).backward()  # type: ignore[no-untyped-call]
-    return step.metrics.result()
+    return pack_groups(
+        policy,
+        [] if answers is None else answers.groups(),
+        groups,
+        latents,
+        times,
+        objective.max_rows,
+        share_prompts=objective.share_prompts,
+    )
 
 
 @dataclass(frozen=True)
@@ -152,14 +168,12 @@ def _text_loss(step: _Update, pack: Pack, text: Tensor, reference_text: Tensor) 
     answers, advantages = step.experience.answers, step.experience.answer_advantages
     assert answers is not None
     assert advantages is not None
-    # A row that predicts several samples' tokens is projected on the vocabulary once.
-    rows, row_index = pack.predictor.unique(return_inverse=True)
 
     def logprobs_and_entropy(model: UnifiedModel, hidden: Tensor) -> tuple[Tensor, Tensor]:
         return gather_logprobs(
-            model.logits(hidden[rows]),
+            model.logits(hidden[pack.predictors]),
             pack.token_ids,
-            row_index,
+            pack.row_index,
             temperature=objective.temperature,
             vocab_range=policy.answer_range,
             return_entropy=True,
@@ -181,7 +195,7 @@ def _text_loss(step: _Update, pack: Pack, text: Tensor, reference_text: Tensor) 
         backend=policy.backend,
     )
     # [R] of rows; the mean is over tokens, however many of them a row predicts.
-    per_token_entropy = entropy.detach()[row_index]
+    per_token_entropy = entropy.detach()[pack.row_index]
     share = len(pack.token_ids) / len(answers.logprobs)
     step.metrics.add_text(result, per_token_entropy, share)
     return result.loss
@@ -193,14 +207,14 @@ def _image_loss(step: _Update, pack: Pack, velocity: Tensor, velocity_ref: Tenso
     assert advantages is not None
     steps = len(pictures.steps)
     total = len(pictures.latents) * steps
-    at = torch.arange(total)[pack.pictures]
-    shape = len(at), *step.policy.latent_shape
+    taken = torch.tensor(pictures.steps).repeat(len(pictures.latents))[pack.pictures]
+    shape = len(taken), *step.policy.latent_shape
     result = flow_policy_loss(
         velocity.view(shape),
-        pictures.velocities.flatten(0, 1)[at],
-        pictures.noise.flatten(0, 1)[at],
-        step.schedule.coefficients(torch.tensor(pictures.steps)[at % steps]),
-        advantages[at // steps].float(),
+        pictures.velocities.flatten(0, 1)[pack.pictures],
+        pictures.noise.flatten(0, 1)[pack.pictures],
+        step.schedule.coefficients(taken, device=velocity.device),
+        advantages.repeat_interleave(steps)[pack.pictures].float(),
         velocity_ref=velocity_ref.view(shape),
         denominator=float(total),
         params=step.objective.image,
@@ -211,37 +225,45 @@ def _image_loss(step: _Update, pack: Pack, velocity: Tensor, velocity_ref: Tenso
 
 
 class _Metrics:
-    """Puts together what the packs of one update report: sums, weighted means and extremes."""
+    """Puts together what the packs of one update report: sums, weighted means and extremes.
+
+    It stays on the device until the last pack, so that no pack waits for the one before it.
+    """
 
     def __init__(self) -> None:
-        self.sums: dict[str, float] = defaultdict(float)
-        self.lowest: dict[str, float] = {}
-        self.highest: dict[str, float] = {}
+        self.found: dict[str, Tensor] = {}  # fp64 scalars
 
     def add_text(self, result: PolicyLoss, entropy: Tensor, share: float) -> None:
         """`share` is this pack's part of the tokens: its metrics are means over its own."""
         found = result.metrics
-        self.sums["loss/text"] += float(result.loss.detach())
-        self.sums["kl/text"] += share * float(found.kl)
-        self.sums["entropy/text"] += share * float(entropy.mean())
-        self.sums["clip/text"] += share * float(found.clip_fraction_low + found.clip_fraction_high)
+        self._add("loss/text", result.loss.detach())
+        self._add("kl/text", found.kl, share)
+        self._add("entropy/text", entropy.mean(), share)
+        self._add("clip/text", found.clip_fraction_low + found.clip_fraction_high, share)
         self._extremes("text", found)
 
     def add_image(self, result: FlowPolicyLoss) -> None:
         """Metrics of pictures are sums over the shared denominator already."""
         found = result.metrics
-        self.sums["loss/image"] += float(result.loss.detach())
-        self.sums["kl/image"] += float(found.kl_velocity_mse)
-        self.sums["kl_gaussian/image"] += float(found.kl_gaussian)
-        self.sums["clip/image"] += float(found.clip_fraction_low + found.clip_fraction_high)
+        self._add("loss/image", result.loss.detach())
+        self._add("kl/image", found.kl_velocity_mse)
+        self._add("kl_gaussian/image", found.kl_gaussian)
+        self._add("clip/image", found.clip_fraction_low + found.clip_fraction_high)
         self._extremes("image", found)
 
+    def _add(self, name: str, value: Tensor, share: float = 1.0) -> None:
+        self.found[name] = self.found.get(name, 0.0) + share * value.double()
+
     def _extremes(self, modality: str, found: LossMetrics | FlowLossMetrics) -> None:
-        low, high = f"ratio/{modality}/min", f"ratio/{modality}/max"
-        # Python's min(1.0, nan) is 1.0, and the self test of the ratios must see the NaN.
-        self.lowest[low] = float(np.minimum(self.lowest.get(low, 1.0), float(found.ratio_min)))
-        self.highest[high] = float(np.maximum(self.highest.get(high, 1.0), float(found.ratio_max)))
+        # Unlike Python's min and max, torch's keep the NaN that the self test must see.
+        for name, value, extreme in (
+            (f"ratio/{modality}/min", found.ratio_min, torch.minimum),
+            (f"ratio/{modality}/max", found.ratio_max, torch.maximum),
+        ):
+            so_far = self.found.get(name, torch.ones_like(value, dtype=torch.float64))
+            self.found[name] = extreme(so_far, value.double())
 
     def result(self) -> dict[str, float]:
         """All metrics by name."""
-        return {**self.sums, **self.lowest, **self.highest}
+        values = torch.stack([*self.found.values()]).tolist() if self.found else []
+        return dict(zip(self.found, values, strict=True))

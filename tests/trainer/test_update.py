@@ -83,6 +83,65 @@ def test_several_packs_make_the_gradient_of_one(case, max_rows):
     assert of_parts == pytest.approx(metrics, rel=1e-6, abs=1e-9)
 
 
+@pytest.mark.parametrize("max_rows", [40, 1 << 20])
+def test_a_prompt_of_its_own_for_every_completion_makes_the_same_gradient(case, max_rows):
+    shared, metrics = gradients(case)
+    unshared = dataclasses.replace(OBJECTIVE, max_rows=max_rows, share_prompts=False)
+    alone, of_alone = gradients(case, unshared)
+    assert_equal(alone, shared)
+    # Counted and summed in fp32.
+    assert of_alone == pytest.approx(metrics, rel=1e-6, abs=1e-9)
+
+
+@pytest.mark.parametrize(("dtype", "apart"), [(torch.float64, 1e-10), (torch.float32, 1e-3)])
+def test_shared_and_unshared_training_stay_together(dtype, apart):
+    """Fifty steps: what is wrong by a little in every gradient adds up, and Adam amplifies it."""
+    reference = small_policy(dtype, backend=None)
+    policies = {shared: small_policy(dtype, backend=None) for shared in (True, False)}
+    optimizers = {
+        shared: torch.optim.AdamW(policy.model.parameters(), lr=1e-3, betas=(0.9, 0.95))
+        for shared, policy in policies.items()
+    }
+    for step in range(50):
+        if step % 10 == 0:
+            found = experience(policies[True], 2, 1)
+        for shared, policy in policies.items():
+            objective = dataclasses.replace(OBJECTIVE, share_prompts=shared)
+            policy_gradient(policy, reference, found, SCHEDULE, objective)
+            optimizers[shared].step()
+            optimizers[shared].zero_grad()
+    weights = [dict(policy.model.named_parameters()) for policy in policies.values()]
+    for name, start in reference.model.named_parameters():
+        moved = float((weights[0][name] - start).detach().abs().max())
+        assert moved > 1e-3, name
+        assert float((weights[0][name] - weights[1][name]).detach().abs().max()) <= apart * moved
+
+
+def test_an_update_reads_nothing_from_its_device_but_its_metrics(monkeypatch):
+    """On the meta device there are no values to read; on a GPU each read would wait for it."""
+    found = experience(small_policy(), 2, 2)
+    policy, reference = small_policy(backend=None), small_policy(backend=None)
+
+    def moved(thing):
+        tensors = {name: x.to("meta") for name, x in vars(thing).items() if isinstance(x, Tensor)}
+        return dataclasses.replace(thing, **tensors)
+
+    found = dataclasses.replace(
+        moved(found), answers=moved(found.answers), pictures=moved(found.pictures)
+    )
+    for model in (policy.model, reference.model):
+        model.to("meta")
+    metrics: dict[str, Tensor] = {}
+    monkeypatch.setattr(_Metrics, "result", lambda self: metrics.update(self.found))
+    policy_gradient(
+        policy, reference, found, SCHEDULE, dataclasses.replace(OBJECTIVE, max_rows=100)
+    )
+    assert metrics.keys() >= {"loss/text", "loss/image", "ratio/text/max", "ratio/image/max"}
+    assert all(x.is_meta and x.shape == () for x in metrics.values())
+    assert all(gradient.is_meta for gradient in grads_of(policy).values())
+    assert len(grads_of(policy)) == len(list(policy.model.parameters()))
+
+
 def test_shared_groups_have_the_gradient_of_their_samples_one_by_one(case):
     """Every sample with a prompt of its own, in plain autograd, by the formulas of the paper."""
     policy, reference, found = case
@@ -276,7 +335,7 @@ def test_the_objective_is_that_of_the_configuration():
 
 def test_a_ratio_that_is_not_a_number_fails_the_self_test():
     metrics = _Metrics()
-    for value in (1.0, math.nan, 1.0):
+    for value in torch.tensor([1.0, math.nan, 1.0]):
         metrics._extremes("text", SimpleNamespace(ratio_min=value, ratio_max=value))
     with pytest.raises(SelfTestError, match=r"ratio/text/m.. is nan"):
         check_ratio(metrics.result())
