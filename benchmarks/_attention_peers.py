@@ -1,0 +1,341 @@
+"""Other people's attention, each called like ours: attend(q, k, v, mask) with a `SpanMask`.
+
+A form of the mask that a peer needs is built from the SpanMask and kept until another one comes.
+So with one layout it is given, its build not timed; with a new layout in every call it is timed.
+The peers called "built" build it in every call.
+
+The unshared ones have no way to share a prompt: they gather a copy of it for every completion,
+attend, and return the rows of the first copy. Gradients of the copies add up in the gather.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.metadata
+from collections.abc import Callable
+from itertools import accumulate, pairwise
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from _peers import NEEDS_GPU
+from _providers import DEVICE, Peer
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+from torch.nn.utils.rnn import pad_sequence
+
+from lvrpo.masks import SpanMask
+
+if TYPE_CHECKING:
+    from torch.nn.attention.flex_attention import BlockMask
+
+Attention = Callable[[Tensor, Tensor, Tensor, SpanMask], Tensor]
+#: attend(q, k, v, cu_q, cu_k, max_q, max_k, causal), of rows that follow each other without padding;
+#: causal aligns the last query with the last key.
+Varlen = Callable[..., Tensor]
+
+
+def sdpa_given(q: Tensor, k: Tensor, v: Tensor, mask: SpanMask) -> Tensor:
+    """With a dense additive mask, the form that it need not convert."""
+    return _sdpa(q, k, v, _additive_mask(mask, q.dtype))
+
+
+def sdpa_built(q: Tensor, k: Tensor, v: Tensor, mask: SpanMask) -> Tensor:
+    return _sdpa(q, k, v, mask.to_dense())
+
+
+def sdpa_causal(q: Tensor, k: Tensor, v: Tensor, mask: SpanMask) -> Tensor:
+    """For a buffer of one causal document."""
+    q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))
+    out = scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+    return out[0].transpose(0, 1)
+
+
+def _sdpa(q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor) -> Tensor:
+    # Its fused kernels take a mask or groups of heads, not both.
+    k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
+    q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))
+    return scaled_dot_product_attention(q, k, v, attn_mask=attn_mask)[0].transpose(0, 1)
+
+
+@functools.lru_cache(maxsize=1)
+def _additive_mask(mask: SpanMask, dtype: torch.dtype) -> Tensor:
+    dense = mask.to_dense()
+    return torch.zeros_like(dense, dtype=dtype).masked_fill_(~dense, -torch.inf)
+
+
+def flex(block_mask: Callable[[SpanMask], BlockMask]) -> Attention:
+    """FlexAttention, compiled once for all lengths."""
+    from torch.nn.attention.flex_attention import flex_attention
+
+    compiled = torch.compile(flex_attention, dynamic=True)
+
+    def attend(q: Tensor, k: Tensor, v: Tensor, mask: SpanMask) -> Tensor:
+        shared = q.shape[1] != k.shape[1]
+        q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))
+        out = compiled(q, k, v, block_mask=block_mask(mask), enable_gqa=shared)
+        return out[0].transpose(0, 1)
+
+    return attend
+
+
+def created_block_mask() -> Callable[[SpanMask], BlockMask]:
+    """torch's own way, compiled as its documentation has it: every pair is asked for."""
+    from torch.nn.attention.flex_attention import create_block_mask
+
+    compiled = torch.compile(create_block_mask, dynamic=True)
+
+    def build(mask: SpanMask) -> BlockMask:
+        q_lo, q_hi = mask.q_lo, mask.q_hi
+
+        def sees(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+            return (q_lo[key] <= query) & (query < q_hi[key])
+
+        return compiled(sees, None, None, mask.length, mask.length, device=q_lo.device)
+
+    return build
+
+
+class _Sequence(NamedTuple):
+    """A prompt and one completion: its rows of the packed buffer, and the segments they form."""
+
+    rows: Tensor
+    #: (begin, end, causal) within `rows`. A query sees the segments before its own, and of its own
+    #: all or, if causal, what is not after it. Causal spans that follow each other are one.
+    segments: list[tuple[int, int, bool]]
+
+
+def _sequences(mask: SpanMask) -> list[_Sequence]:
+    found = []
+    for leaf in sorted(set(range(mask.num_spans)) - set(mask.parents)):
+        path = [leaf]
+        while (parent := mask.parents[path[-1]]) >= 0:
+            path.append(parent)
+        rows, segments = [], [(0, 0, True)]
+        for span in reversed(path):
+            start, end = mask.span_offsets[span : span + 2]
+            causal = mask.modes[span] == "causal"
+            begin = segments.pop()[0] if causal and segments[-1][2] else segments[-1][1]
+            rows.append(torch.arange(start, end))
+            segments.append((begin, sum(map(len, rows)), causal))
+        found.append(_Sequence(torch.cat(rows), [s for s in segments if s[0] < s[1]]))
+    return found
+
+
+def _first_copy(length: int, copies: Tensor) -> Tensor:
+    """[length]: where each row is among the copies for the first time."""
+    places = torch.arange(len(copies))
+    return torch.full((length,), len(copies)).scatter_reduce_(0, copies, places, "amin")
+
+
+class _Padded(NamedTuple):
+    rows: Tensor  # [sequences * longest], 0 where there is none
+    sequences: int
+    visible: Tensor | None  # [sequences, 1, longest, longest]; None: all causal
+    first_copy: Tensor  # [L]
+
+
+@functools.lru_cache(maxsize=1)
+def _padded(mask: SpanMask) -> _Padded:
+    sequences = [found.rows for found in _sequences(mask)]
+    device = mask.q_lo.device
+    rows = pad_sequence(sequences, batch_first=True, padding_value=-1)
+    real = rows >= 0
+    places = real.flatten().nonzero()[:, 0]
+    first_copy = places[_first_copy(mask.length, torch.cat(sequences))]
+    rows, real = rows.clamp(min=0).to(device), real.to(device)
+    visible = None
+    if "full" in mask.modes:
+        query = rows[:, :, None]
+        visible = (mask.q_lo[rows][:, None] <= query) & (query < mask.q_hi[rows][:, None])
+        visible &= real[:, None]
+        # A row of padding sees itself, so that its softmax is one of something.
+        visible |= torch.eye(rows.shape[1], dtype=torch.bool, device=device)
+        visible = visible[:, None]
+    return _Padded(rows.flatten(), len(sequences), visible, first_copy.to(device))
+
+
+def unshared_sdpa(q: Tensor, k: Tensor, v: Tensor, mask: SpanMask) -> Tensor:
+    """One padded batch row per completion; causal without a mask where there are no images."""
+    rows, sequences, visible, first_copy = _padded(mask)
+    options: dict[str, Any] = {"is_causal": True, "enable_gqa": True}
+    if visible is not None:
+        k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
+        options = {"attn_mask": visible}
+    q, k, v = (x.index_select(0, rows).unflatten(0, (sequences, -1)) for x in (q, k, v))
+    out = scaled_dot_product_attention(*(x.transpose(1, 2) for x in (q, k, v)), **options)
+    return out.transpose(1, 2).flatten(0, 1).index_select(0, first_copy)
+
+
+class _Call(NamedTuple):
+    """One call of a varlen attention: the segments of one mode, each with all keys up to its end."""
+
+    q_rows: Tensor
+    k_rows: Tensor
+    cu_q: Tensor
+    cu_k: Tensor
+    max_q: int
+    max_k: int
+    causal: bool
+
+
+@functools.lru_cache(maxsize=1)
+def _varlen_calls(mask: SpanMask) -> tuple[list[_Call], Tensor]:
+    device = mask.q_lo.device
+    calls, copies = [], []
+    for causal in (True, False):
+        chosen = [
+            (found.rows[begin:end], found.rows[:end])
+            for found in _sequences(mask)
+            for begin, end, mode in found.segments
+            if mode == causal
+        ]
+        if chosen:
+            rows = [torch.cat(side) for side in zip(*chosen, strict=True)]
+            lengths = [[len(x) for x in side] for side in zip(*chosen, strict=True)]
+            offsets = [torch.tensor([0, *accumulate(x)], dtype=torch.int32) for x in lengths]
+            tensors = (x.to(device) for x in (*rows, *offsets))
+            calls.append(_Call(*tensors, *map(max, lengths), causal))
+            copies.append(rows[0])
+    return calls, _first_copy(mask.length, torch.cat(copies)).to(device)
+
+
+def unshared_varlen(attend: Varlen) -> Attention:
+    """Without padding: a call for all causal segments, and one for all images."""
+
+    def run(q: Tensor, k: Tensor, v: Tensor, mask: SpanMask) -> Tensor:
+        calls, first_copy = _varlen_calls(mask)
+        outs = []
+        for q_rows, k_rows, *lengths in calls:
+            keys, values = k.index_select(0, k_rows), v.index_select(0, k_rows)
+            outs.append(attend(q.index_select(0, q_rows), keys, values, *lengths))
+        return torch.cat(outs).index_select(0, first_copy)
+
+    return run
+
+
+def _torch_varlen() -> Varlen:
+    from torch.nn.attention.varlen import varlen_attn
+
+    def attend(q: Tensor, k: Tensor, v: Tensor, *lengths: Any) -> Tensor:
+        *lengths, causal = lengths
+        window = (-1, 0) if causal else (-1, -1)
+        return varlen_attn(q, k, v, *lengths, window_size=window, enable_gqa=True)
+
+    return attend
+
+
+def _flash_varlen(module: str) -> Varlen:
+    function = importlib.import_module(module).flash_attn_varlen_func
+    names = ("cu_seqlens_q", "cu_seqlens_k", "max_seqlen_q", "max_seqlen_k", "causal")
+
+    def attend(q: Tensor, k: Tensor, v: Tensor, *lengths: Any) -> Tensor:
+        found = function(q, k, v, **dict(zip(names, lengths, strict=True)))
+        return found[0] if isinstance(found, tuple) else found
+
+    return attend
+
+
+class _Grid(NamedTuple):
+    grouper: Any
+    rows: Tensor  # [groups * longest], 0 where there is none
+    places: Tensor  # [L]: where each row of the buffer is in the grid
+
+
+@functools.lru_cache(maxsize=1)
+def _grid(mask: SpanMask) -> _Grid:
+    from prefix_grouper import PrefixGrouper
+
+    groups: list[list[int]] = []
+    for (start, end), parent in zip(pairwise(mask.span_offsets), mask.parents, strict=True):
+        groups += [[]] * (parent < 0)
+        groups[-1] = [*groups[-1], end - start]
+    device = mask.q_lo.device
+    every = torch.arange(mask.length).split([sum(group) for group in groups])
+    rows = pad_sequence(list(every), batch_first=True, padding_value=-1).flatten()
+    places = (rows >= 0).nonzero()[:, 0]
+    grouper = PrefixGrouper(groups, device, "right")
+    return _Grid(grouper, rows.clamp(min=0).to(device), places.to(device))
+
+
+def prefix_grouper(varlen: Varlen | None = None) -> Attention:
+    """Its prompts attend once, then all completions attend to copies of the prompt's keys.
+
+    Args:
+        varlen: the attention that it calls, without its padding, as its users do with flash-attn;
+            None: SDPA with a mask.
+    """
+
+    def padded(q: Tensor, k: Tensor, v: Tensor, keys: Tensor) -> Tensor:
+        k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
+        seen = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=q.device)
+        seen = seen.tril(k.shape[2] - q.shape[2])
+        if not bool(keys.all()):
+            seen = seen & keys[:, None, None]
+            seen = seen | ~seen.any(dim=-1, keepdim=True)  # rows of padding
+        return scaled_dot_product_attention(q, k, v, attn_mask=seen).transpose(1, 2)
+
+    def unpadded(q: Tensor, k: Tensor, v: Tensor, keys: Tensor) -> Tensor:
+        assert varlen is not None
+        lengths, rows = [], []
+        for real in (keys[:, -q.shape[2] :], keys):
+            lengths.append(real.sum(1))
+            rows.append(real.flatten().nonzero()[:, 0])
+        q, k, v = (x.transpose(1, 2).flatten(0, 1) for x in (q, k, v))
+        offsets = (torch.nn.functional.pad(x.cumsum(0), (1, 0)).int() for x in lengths)
+        longest = (int(x.max()) for x in lengths)
+        queries, k, v = q.index_select(0, rows[0]), *(x.index_select(0, rows[1]) for x in (k, v))
+        out = varlen(queries, k, v, *offsets, *longest, True)
+        return torch.zeros_like(q).index_copy(0, rows[0], out).unflatten(0, (len(keys), -1))
+
+    def run(q: Tensor, k: Tensor, v: Tensor, mask: SpanMask) -> Tensor:
+        grouper, rows, places = _grid(mask)
+        groups = len(grouper.group_info)
+        q, k, v = (
+            x.index_select(0, rows).unflatten(0, (groups, -1)).transpose(1, 2) for x in (q, k, v)
+        )
+        out = grouper.forward(unpadded if varlen else padded, q, k, v)
+        return out.flatten(0, 1).index_select(0, places)
+
+    return run
+
+
+def why_not_prefix_grouper(mask: SpanMask) -> str:
+    if "full" in mask.modes:
+        return "its attention is causal everywhere"
+    prompts = [span for span, parent in enumerate(mask.parents) if parent < 0]
+    if not set(mask.parents) == {-1, *prompts}:
+        return "its groups are a prompt and at least one completion, of one span each"
+    return ""
+
+
+def peers(mask: SpanMask, dtype: torch.dtype, steady: bool) -> dict[str, Peer]:
+    """All of them, for layouts like `mask`; `steady` is whether there is only one."""
+    found = {"sdpa built": Peer(lambda: sdpa_built)}
+    if mask.modes == ("causal",):
+        found["sdpa causal"] = Peer(lambda: sdpa_causal)
+    if steady:
+        once = functools.lru_cache(maxsize=1)
+        found["flex given"] = Peer(lambda: flex(once(created_block_mask())), compiles=True)
+    found["flex built"] = Peer(lambda: flex(created_block_mask()), compiles=True)
+    found["flex built by us"] = Peer(lambda: flex(SpanMask.to_block_mask), compiles=True)
+    found["unshared sdpa"] = Peer(lambda: unshared_sdpa)
+    narrow = dtype in (torch.float16, torch.bfloat16)
+    reason = NEEDS_GPU or ("" if narrow else f"takes fp16 and bf16, not {dtype}")
+    found["unshared varlen"] = Peer(lambda: unshared_varlen(_torch_varlen()), why_not=reason)
+    for name, (package, module) in FLASH.items():
+        load = functools.partial(_flash_varlen, module)
+        found[name] = Peer(lambda load=load: unshared_varlen(load()), package, reason)
+    found["prefix-grouper"] = Peer(
+        lambda: prefix_grouper(_torch_varlen() if DEVICE == "cuda" and narrow else None),
+        "prefix-grouper",
+        why_not_prefix_grouper(mask),
+    )
+    return found
+
+
+#: By provider: the distribution of a flash-attn, and where its function is.
+FLASH = {
+    "unshared fa2": ("flash-attn", "flash_attn"),
+    "unshared fa3": ("flash-attn-3", "flash_attn_interface"),
+    "unshared fa4": ("flash-attn-4", "flash_attn.cute"),
+}
