@@ -67,7 +67,7 @@ def flex(block_mask: Callable[[SpanMask], BlockMask]) -> Attention:
     """FlexAttention, compiled once for all lengths."""
     from torch.nn.attention.flex_attention import flex_attention
 
-    compiled = torch.compile(flex_attention, dynamic=True)
+    compiled = _compiled(flex_attention)
 
     def attend(q: Tensor, k: Tensor, v: Tensor, mask: SpanMask) -> Tensor:
         shared = q.shape[1] != k.shape[1]
@@ -82,7 +82,7 @@ def created_block_mask() -> Callable[[SpanMask], BlockMask]:
     """torch's own way, compiled as its documentation has it: every pair is asked for."""
     from torch.nn.attention.flex_attention import create_block_mask
 
-    compiled = torch.compile(create_block_mask, dynamic=True)
+    compiled = _compiled(create_block_mask)
 
     def build(mask: SpanMask) -> BlockMask:
         q_lo, q_hi = mask.q_lo, mask.q_hi
@@ -93,6 +93,21 @@ def created_block_mask() -> Callable[[SpanMask], BlockMask]:
         return compiled(sees, None, None, mask.length, mask.length, device=q_lo.device)
 
     return build
+
+
+@functools.cache
+def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    return torch.compile(function, dynamic=True)
+
+
+@functools.lru_cache(maxsize=1)
+def compile_anew(*what: Any) -> None:
+    """Forget what was compiled, unless it was for the same as `what`.
+
+    Beyond a limit of compilations of one function torch runs it without, densely, and says so in a
+    warning only.
+    """
+    torch._dynamo.reset()
 
 
 class _Sequence(NamedTuple):
@@ -308,16 +323,30 @@ def why_not_prefix_grouper(mask: SpanMask) -> str:
     return ""
 
 
-def peers(mask: SpanMask, dtype: torch.dtype, steady: bool) -> dict[str, Peer]:
-    """All of them, for layouts like `mask`; `steady` is whether there is only one."""
+def peers(
+    mask: SpanMask, dtype: torch.dtype, *, steady: bool, gradients: bool
+) -> dict[str, Peer]:
+    """All of them, for layouts like `mask`.
+
+    Args:
+        steady: whether there is only one layout.
+        gradients: whether the backward is timed, too.
+    """
     found = {"sdpa built": Peer(lambda: sdpa_built)}
-    if mask.modes == ("causal",):
-        found["sdpa causal"] = Peer(lambda: sdpa_causal)
+    # It would say so itself, after it has compiled for long.
+    forward_only = "on a CPU it has no backward" if gradients and DEVICE == "cpu" else ""
+    flexes: dict[str, Callable[[], Attention]] = {
+        "flex built": lambda: flex(created_block_mask()),
+        "flex built by us": lambda: flex(SpanMask.to_block_mask),
+    }
     if steady:
         once = functools.lru_cache(maxsize=1)
-        found["flex given"] = Peer(lambda: flex(once(created_block_mask())), compiles=True)
-    found["flex built"] = Peer(lambda: flex(created_block_mask()), compiles=True)
-    found["flex built by us"] = Peer(lambda: flex(SpanMask.to_block_mask), compiles=True)
+        flexes = {"flex given": lambda: flex(once(created_block_mask())), **flexes}
+    found |= {
+        name: Peer(load, why_not=forward_only, compiles=True) for name, load in flexes.items()
+    }
+    if mask.modes == ("causal",):
+        return {"sdpa causal": Peer(lambda: sdpa_causal), **found}
     found["unshared sdpa"] = Peer(lambda: unshared_sdpa)
     narrow = dtype in (torch.float16, torch.bfloat16)
     reason = NEEDS_GPU or ("" if narrow else f"takes fp16 and bf16, not {dtype}")
