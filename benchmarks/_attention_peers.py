@@ -3,64 +3,29 @@
 A form of the mask that a peer needs is built from the SpanMask and kept until another one comes.
 So with one layout it is given, its build not timed; with a new layout in every call it is timed.
 The peers called "built" build it in every call.
-
-The unshared ones have no way to share a prompt: they gather a copy of it for every completion,
-attend, and return the rows of the first copy. Gradients of the copies add up in the gather.
 """
 
 from __future__ import annotations
 
 import functools
-import importlib.metadata
+import importlib
 from collections.abc import Callable
-from itertools import accumulate, pairwise
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import _sdpa
+import _unshared_attention
 import torch
 from _peers import NEEDS_GPU
 from _providers import DEVICE, Peer
+from _unshared_attention import Attention, Varlen
 from torch import Tensor
-from torch.nn.functional import scaled_dot_product_attention
 from torch.nn.utils.rnn import pad_sequence
 
 from lvrpo.masks import SpanMask
 
 if TYPE_CHECKING:
     from torch.nn.attention.flex_attention import BlockMask
-
-Attention = Callable[[Tensor, Tensor, Tensor, SpanMask], Tensor]
-#: attend(q, k, v, cu_q, cu_k, max_q, max_k, causal), of rows that follow each other without padding;
-#: causal aligns the last query with the last key.
-Varlen = Callable[..., Tensor]
-
-
-def sdpa_given(q: Tensor, k: Tensor, v: Tensor, mask: SpanMask) -> Tensor:
-    """With a dense additive mask, the form that it need not convert."""
-    return _sdpa(q, k, v, _additive_mask(mask, q.dtype))
-
-
-def sdpa_built(q: Tensor, k: Tensor, v: Tensor, mask: SpanMask) -> Tensor:
-    return _sdpa(q, k, v, mask.to_dense())
-
-
-def sdpa_causal(q: Tensor, k: Tensor, v: Tensor, mask: SpanMask) -> Tensor:
-    """For a buffer of one causal document."""
-    q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))
-    out = scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
-    return out[0].transpose(0, 1)
-
-
-def _sdpa(q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor) -> Tensor:
-    # Its fused kernels take a mask or groups of heads, not both.
-    k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
-    q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))
-    return scaled_dot_product_attention(q, k, v, attn_mask=attn_mask)[0].transpose(0, 1)
-
-
-@functools.lru_cache(maxsize=1)
-def _additive_mask(mask: SpanMask, dtype: torch.dtype) -> Tensor:
-    dense = mask.to_dense()
-    return torch.zeros_like(dense, dtype=dtype).masked_fill_(~dense, -torch.inf)
 
 
 def flex(block_mask: Callable[[SpanMask], BlockMask]) -> Attention:
@@ -108,124 +73,6 @@ def compile_anew(*what: Any) -> None:
     warning only.
     """
     torch._dynamo.reset()
-
-
-class _Sequence(NamedTuple):
-    """A prompt and one completion: its rows of the packed buffer, and the segments they form."""
-
-    rows: Tensor
-    #: (begin, end, causal) within `rows`. A query sees the segments before its own, and of its own
-    #: all or, if causal, what is not after it. Causal spans that follow each other are one.
-    segments: list[tuple[int, int, bool]]
-
-
-def _sequences(mask: SpanMask) -> list[_Sequence]:
-    found = []
-    for leaf in sorted(set(range(mask.num_spans)) - set(mask.parents)):
-        path = [leaf]
-        while (parent := mask.parents[path[-1]]) >= 0:
-            path.append(parent)
-        rows, segments = [], [(0, 0, True)]
-        for span in reversed(path):
-            start, end = mask.span_offsets[span : span + 2]
-            causal = mask.modes[span] == "causal"
-            begin = segments.pop()[0] if causal and segments[-1][2] else segments[-1][1]
-            rows.append(torch.arange(start, end))
-            segments.append((begin, sum(map(len, rows)), causal))
-        found.append(_Sequence(torch.cat(rows), [s for s in segments if s[0] < s[1]]))
-    return found
-
-
-def _first_copy(length: int, copies: Tensor) -> Tensor:
-    """[length]: where each row is among the copies for the first time."""
-    places = torch.arange(len(copies))
-    return torch.full((length,), len(copies)).scatter_reduce_(0, copies, places, "amin")
-
-
-class _Padded(NamedTuple):
-    rows: Tensor  # [sequences * longest], 0 where there is none
-    sequences: int
-    visible: Tensor | None  # [sequences, 1, longest, longest]; None: all causal
-    first_copy: Tensor  # [L]
-
-
-@functools.lru_cache(maxsize=1)
-def _padded(mask: SpanMask) -> _Padded:
-    sequences = [found.rows for found in _sequences(mask)]
-    device = mask.q_lo.device
-    rows = pad_sequence(sequences, batch_first=True, padding_value=-1)
-    real = rows >= 0
-    places = real.flatten().nonzero()[:, 0]
-    first_copy = places[_first_copy(mask.length, torch.cat(sequences))]
-    rows, real = rows.clamp(min=0).to(device), real.to(device)
-    visible = None
-    if "full" in mask.modes:
-        query = rows[:, :, None]
-        visible = (mask.q_lo[rows][:, None] <= query) & (query < mask.q_hi[rows][:, None])
-        visible &= real[:, None]
-        # A row of padding sees itself, so that its softmax is one of something.
-        visible |= torch.eye(rows.shape[1], dtype=torch.bool, device=device)
-        visible = visible[:, None]
-    return _Padded(rows.flatten(), len(sequences), visible, first_copy.to(device))
-
-
-def unshared_sdpa(q: Tensor, k: Tensor, v: Tensor, mask: SpanMask) -> Tensor:
-    """One padded batch row per completion; causal without a mask where there are no images."""
-    rows, sequences, visible, first_copy = _padded(mask)
-    options: dict[str, Any] = {"is_causal": True, "enable_gqa": True}
-    if visible is not None:
-        k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
-        options = {"attn_mask": visible}
-    q, k, v = (x.index_select(0, rows).unflatten(0, (sequences, -1)) for x in (q, k, v))
-    out = scaled_dot_product_attention(*(x.transpose(1, 2) for x in (q, k, v)), **options)
-    return out.transpose(1, 2).flatten(0, 1).index_select(0, first_copy)
-
-
-class _Call(NamedTuple):
-    """One call of a varlen attention: the segments of one mode, each with all keys up to its end."""
-
-    q_rows: Tensor
-    k_rows: Tensor
-    cu_q: Tensor
-    cu_k: Tensor
-    max_q: int
-    max_k: int
-    causal: bool
-
-
-@functools.lru_cache(maxsize=1)
-def _varlen_calls(mask: SpanMask) -> tuple[list[_Call], Tensor]:
-    device = mask.q_lo.device
-    calls, copies = [], []
-    for causal in (True, False):
-        chosen = [
-            (found.rows[begin:end], found.rows[:end])
-            for found in _sequences(mask)
-            for begin, end, mode in found.segments
-            if mode == causal
-        ]
-        if chosen:
-            rows = [torch.cat(side) for side in zip(*chosen, strict=True)]
-            lengths = [[len(x) for x in side] for side in zip(*chosen, strict=True)]
-            offsets = [torch.tensor([0, *accumulate(x)], dtype=torch.int32) for x in lengths]
-            tensors = (x.to(device) for x in (*rows, *offsets))
-            calls.append(_Call(*tensors, *map(max, lengths), causal))
-            copies.append(rows[0])
-    return calls, _first_copy(mask.length, torch.cat(copies)).to(device)
-
-
-def unshared_varlen(attend: Varlen) -> Attention:
-    """Without padding: a call for all causal segments, and one for all images."""
-
-    def run(q: Tensor, k: Tensor, v: Tensor, mask: SpanMask) -> Tensor:
-        calls, first_copy = _varlen_calls(mask)
-        outs = []
-        for q_rows, k_rows, *lengths in calls:
-            keys, values = k.index_select(0, k_rows), v.index_select(0, k_rows)
-            outs.append(attend(q.index_select(0, q_rows), keys, values, *lengths))
-        return torch.cat(outs).index_select(0, first_copy)
-
-    return run
 
 
 def _torch_varlen() -> Varlen:
@@ -281,13 +128,12 @@ def prefix_grouper(varlen: Varlen | None = None) -> Attention:
     """
 
     def padded(q: Tensor, k: Tensor, v: Tensor, keys: Tensor) -> Tensor:
-        k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
         seen = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=q.device)
         seen = seen.tril(k.shape[2] - q.shape[2])
         if not bool(keys.all()):
             seen = seen & keys[:, None, None]
             seen = seen | ~seen.any(dim=-1, keepdim=True)  # rows of padding
-        return scaled_dot_product_attention(q, k, v, attn_mask=seen).transpose(1, 2)
+        return _sdpa.masked(q, k, v, seen).transpose(1, 2)
 
     def unpadded(q: Tensor, k: Tensor, v: Tensor, keys: Tensor) -> Tensor:
         assert varlen is not None
@@ -318,21 +164,19 @@ def why_not_prefix_grouper(mask: SpanMask) -> str:
     if "full" in mask.modes:
         return "its attention is causal everywhere"
     prompts = [span for span, parent in enumerate(mask.parents) if parent < 0]
-    if not set(mask.parents) == {-1, *prompts}:
+    if set(mask.parents) != {-1, *prompts}:
         return "its groups are a prompt and at least one completion, of one span each"
     return ""
 
 
-def peers(
-    mask: SpanMask, dtype: torch.dtype, *, steady: bool, gradients: bool
-) -> dict[str, Peer]:
+def peers(mask: SpanMask, dtype: torch.dtype, *, steady: bool, gradients: bool) -> dict[str, Peer]:
     """All of them, for layouts like `mask`.
 
     Args:
         steady: whether there is only one layout.
         gradients: whether the backward is timed, too.
     """
-    found = {"sdpa built": Peer(lambda: sdpa_built)}
+    found = {"sdpa built": Peer(lambda: _sdpa.built)}
     # It would say so itself, after it has compiled for long.
     forward_only = "on a CPU it has no backward" if gradients and DEVICE == "cpu" else ""
     flexes: dict[str, Callable[[], Attention]] = {
@@ -346,14 +190,16 @@ def peers(
         name: Peer(load, why_not=forward_only, compiles=True) for name, load in flexes.items()
     }
     if mask.modes == ("causal",):
-        return {"sdpa causal": Peer(lambda: sdpa_causal), **found}
-    found["unshared sdpa"] = Peer(lambda: unshared_sdpa)
+        return {"sdpa causal": Peer(lambda: _sdpa.plain_text), **found}
+    found["unshared sdpa"] = Peer(lambda: _unshared_attention.padded)
     narrow = dtype in (torch.float16, torch.bfloat16)
     reason = NEEDS_GPU or ("" if narrow else f"takes fp16 and bf16, not {dtype}")
-    found["unshared varlen"] = Peer(lambda: unshared_varlen(_torch_varlen()), why_not=reason)
+    found["unshared varlen"] = Peer(
+        lambda: _unshared_attention.varlen(_torch_varlen()), why_not=reason
+    )
     for name, (package, module) in FLASH.items():
         load = functools.partial(_flash_varlen, module)
-        found[name] = Peer(lambda load=load: unshared_varlen(load()), package, reason)
+        found[name] = Peer(lambda load=load: _unshared_attention.varlen(load()), package, reason)
     found["prefix-grouper"] = Peer(
         lambda: prefix_grouper(_torch_varlen() if DEVICE == "cuda" and narrow else None),
         "prefix-grouper",

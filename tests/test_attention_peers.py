@@ -6,6 +6,8 @@ import importlib.util
 from itertools import pairwise
 
 import _attention_peers
+import _sdpa
+import _unshared_attention
 import bench_packed_attention
 import pytest
 import torch
@@ -49,9 +51,9 @@ def varlen_by_sdpa(q, k, v, cu_q, cu_k, max_q, max_k, causal):
 
 
 EVERYWHERE = {
-    "sdpa built": _attention_peers.sdpa_built,
-    "unshared sdpa": _attention_peers.unshared_sdpa,
-    "unshared varlen": _attention_peers.unshared_varlen(varlen_by_sdpa),
+    "sdpa built": _sdpa.built,
+    "unshared sdpa": _unshared_attention.padded,
+    "unshared varlen": _unshared_attention.varlen(varlen_by_sdpa),
 }
 
 
@@ -71,15 +73,14 @@ def gate(mask):
 def test_peers_attend_as_the_mask_says(name):
     mask = LAYOUTS[name]
     rule = gate(mask)
-    for attend in (_attention_peers.sdpa_given, *EVERYWHERE.values()):
+    for attend in (_sdpa.given, *EVERYWHERE.values()):
         assert rule.grade(attend) == ("float32", "")
     if mask.modes == (TEXT,):
-        assert rule.grade(_attention_peers.sdpa_causal) == ("float32", "")
-    if not _attention_peers.why_not_prefix_grouper(mask):
-        # Its own code is not a dependency of the tests; where it is installed it is tested.
-        if importlib.util.find_spec("prefix_grouper"):
-            for varlen in (None, varlen_by_sdpa):
-                assert rule.grade(_attention_peers.prefix_grouper(varlen)) == ("float32", "")
+        assert rule.grade(_sdpa.plain_text) == ("float32", "")
+    installed = importlib.util.find_spec("prefix_grouper")
+    if installed and not _attention_peers.why_not_prefix_grouper(mask):
+        for varlen in (None, varlen_by_sdpa):
+            assert rule.grade(_attention_peers.prefix_grouper(varlen)) == ("float32", "")
 
 
 def test_a_peer_that_forgets_an_image_is_found_out():
@@ -89,17 +90,17 @@ def test_a_peer_that_forgets_an_image_is_found_out():
     def all_causal(q, k, v, mask):
         lengths = [end - start for start, end in pairwise(mask.span_offsets)]
         text = SpanMask.from_spans(lengths, mask.parents, [TEXT] * mask.num_spans)
-        return _attention_peers.unshared_sdpa(q, k, v, text)
+        return _unshared_attention.padded(q, k, v, text)
 
     assert rule.grade(all_causal)[0] is None
 
 
 def test_what_a_peer_builds_is_kept_for_one_mask():
     masks = [LAYOUTS[name] for name in list(LAYOUTS)[:2]]
-    first = _attention_peers._padded(masks[0])
-    assert _attention_peers._padded(masks[0]) is first
-    _attention_peers._padded(masks[1])
-    assert _attention_peers._padded(masks[0]) is not first
+    first = _unshared_attention._padded(masks[0])
+    assert _unshared_attention._padded(masks[0]) is first
+    _unshared_attention._padded(masks[1])
+    assert _unshared_attention._padded(masks[0]) is not first
 
 
 def test_prefix_grouper_is_offered_where_it_applies():
@@ -116,5 +117,7 @@ def test_layouts_of_the_benchmark(size):
         assert len({mask.length for mask in masks}) == shape.turns == len(masks)
         again = [SpanMask.from_groups(groups).length for groups in shape.layouts()]
         assert [mask.length for mask in masks] == again
-        expected = shape.groups * (shape.image + shape.text + shape.completions[0] * shape.completions[1])
+        expected = shape.groups * (
+            shape.image + shape.text + shape.completions[0] * shape.completions[1]
+        )
         assert all(0.5 * expected < mask.length < 1.5 * expected for mask in masks)
