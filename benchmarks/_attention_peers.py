@@ -66,11 +66,11 @@ def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 @functools.lru_cache(maxsize=1)
-def compile_anew(*what: Any) -> None:
-    """Forget what was compiled, unless it was for the same as `what`.
+def _forget_all_but(*what: Any) -> None:
+    """Forget what was compiled, unless the last call was for the same `what`.
 
     Beyond a limit of compilations of one function torch runs it without, densely, and says so in a
-    warning only.
+    warning only: no case may come near it because of those before.
     """
     torch._dynamo.reset()
 
@@ -169,8 +169,10 @@ def why_not_prefix_grouper(mask: SpanMask) -> str:
     return ""
 
 
-def peers(mask: SpanMask, dtype: torch.dtype, *, steady: bool, gradients: bool) -> dict[str, Peer]:
-    """All of them, for layouts like `mask`.
+def peers(
+    mask: SpanMask, q: Tensor, k: Tensor, *, steady: bool, gradients: bool
+) -> dict[str, Peer]:
+    """All of them, for layouts like `mask` and heads like those of q and k.
 
     Args:
         steady: whether there is only one layout.
@@ -179,21 +181,27 @@ def peers(mask: SpanMask, dtype: torch.dtype, *, steady: bool, gradients: bool) 
     found = {"sdpa built": Peer(lambda: _sdpa.built)}
     # It would say so itself, after it has compiled for long.
     forward_only = "on a CPU it has no backward" if gradients and DEVICE == "cpu" else ""
-    flexes: dict[str, Callable[[], Attention]] = {
-        "flex built": lambda: flex(created_block_mask()),
-        "flex built by us": lambda: flex(SpanMask.to_block_mask),
+    compiled_for = (q.shape[1:], k.shape[1:], q.dtype, steady)
+    builders: dict[str, Callable[[], Callable[[SpanMask], BlockMask]]] = {
+        "flex given": lambda: functools.lru_cache(maxsize=1)(created_block_mask()),
+        "flex built": created_block_mask,
+        "flex built by us": lambda: SpanMask.to_block_mask,
     }
-    if steady:
-        once = functools.lru_cache(maxsize=1)
-        flexes = {"flex given": lambda: flex(once(created_block_mask())), **flexes}
-    found |= {
-        name: Peer(load, why_not=forward_only, compiles=True) for name, load in flexes.items()
-    }
+    if not steady:
+        del builders["flex given"]
+
+    def load_flex(builder: Callable[[], Callable[[SpanMask], BlockMask]]) -> Attention:
+        _forget_all_but(*compiled_for)
+        return flex(builder())
+
+    for name, builder in builders.items():
+        load = functools.partial(load_flex, builder)
+        found[name] = Peer(load, why_not=forward_only, compiles=True)
     if mask.modes == ("causal",):
         return {"sdpa causal": Peer(lambda: _sdpa.plain_text), **found}
     found["unshared sdpa"] = Peer(lambda: _unshared_attention.padded)
-    narrow = dtype in (torch.float16, torch.bfloat16)
-    reason = NEEDS_GPU or ("" if narrow else f"takes fp16 and bf16, not {dtype}")
+    narrow = q.dtype in (torch.float16, torch.bfloat16)
+    reason = NEEDS_GPU or ("" if narrow else f"takes fp16 and bf16, not {q.dtype}")
     found["unshared varlen"] = Peer(
         lambda: _unshared_attention.varlen(_torch_varlen()), why_not=reason
     )

@@ -36,7 +36,7 @@ from typing import Any
 import _sdpa
 import pytest
 import torch
-from _attention_peers import compile_anew, peers
+from _attention_peers import peers
 from _providers import DEVICE, Case
 from torch import Tensor
 
@@ -161,17 +161,19 @@ def make_case(shape: Shape, name: str, direction: str) -> Case:
     flops = 4 * pairs * q_heads * shape.width
     tokens = sum(mask.length for mask in masks) // len(masks)
     moved = tokens * 2 * (q_heads + kv_heads) * shape.width * shape.dtype.itemsize
-    # Scores of all heads in fp64 would be many GiB; two query heads to one of keys are a group.
-    gate = inputs(0, min(2, q_heads // kv_heads), 1)
+    # Scores of all heads in fp64 would be many GiB; these still tell one head from another.
+    kept = min(2, kv_heads)
+    gate = inputs(0, kept * min(2, q_heads // kv_heads), kept)
     gate_heads = gate["q"].shape[1]
     # A sum over a head's width of upstream values of order 1 / outputs. The backward reads the
     # output as it was stored, rounded in a narrow dtype, which costs a few units more.
     unit = shape.width**0.5 / (masks[0].length * gate_heads)
     of_gradients = (4.0 if shape.dtype == torch.float32 else 32.0) * unit
     many = "" if steady else f", {shape.turns} layouts"
+    first = inputs(0, q_heads, kv_heads)
     return Case(
         "packed_attention",
-        inputs(0, q_heads, kv_heads),
+        first,
         ("q", "k", "v"),
         call=None if steady else attend_to_groups,
         plain=_sdpa.given,
@@ -179,7 +181,9 @@ def make_case(shape: Shape, name: str, direction: str) -> Case:
         # Two products per visible pair; the backward has five.
         flops={"forward": flops, "forward+backward": 7 * flops // 2},
         bytes_moved={"forward": moved, "forward+backward": 3 * moved},
-        peers=peers(masks[0], shape.dtype, steady=steady, gradients=direction != "forward"),
+        peers=peers(
+            masks[0], first["q"], first["k"], steady=steady, gradients=direction != "forward"
+        ),
         scales={"out0": 4.0, **dict.fromkeys(("dq", "dk", "dv"), of_gradients)},
         gate=gate,
         turns=() if steady else [inputs(turn, q_heads, kv_heads) for turn in range(shape.turns)],
@@ -187,12 +191,15 @@ def make_case(shape: Shape, name: str, direction: str) -> Case:
     )
 
 
+@pytest.fixture(autouse=True)
+def _layouts_on_the_host() -> None:
+    """Where they are built before they are moved."""
+    torch.set_default_device(None)
+
+
 def bench_packed_attention(measure, direction, shape):
     name = next(name for shapes in SHAPES.values() for name, s in shapes.items() if s is shape)
-    case = make_case(shape, name, direction)
-    if any(peer.compiles for peer in case.peers.values()):
-        compile_anew(shape.heads, shape.width, shape.dtype, shape.turns)
-    measure(case, direction)
+    measure(make_case(shape, name, direction), direction)
 
 
 #: 10 groups of 18 completions: 200 spans, 16,640 tokens.
