@@ -1,7 +1,7 @@
 """Attention without a way to share a prompt: every completion has a copy of it.
 
 The copies are gathered from the packed buffer, and the rows of the first copy go back to it.
-Gradients of the copies add up in the gather.
+Gradients of the copies, each rounded as the attention returns it, add up in fp32.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 from itertools import accumulate
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import _sdpa
 import torch
@@ -22,6 +22,27 @@ Attention = Callable[[Tensor, Tensor, Tensor, SpanMask], Tensor]
 #: attend(q, k, v, cu_q, cu_k, max_q, max_k, causal), of sequences without padding between them;
 #: causal aligns the last query with the last key.
 Varlen = Callable[..., Tensor]
+
+
+class _Copies(torch.autograd.Function):
+    """x[rows], of a gradient that is not rounded after every copy that is added to it."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, rows: Tensor) -> Tensor:
+        ctx.save_for_backward(rows)
+        ctx.length = len(x)
+        return x.index_select(0, rows)
+
+    @staticmethod
+    def backward(ctx: Any, dcopies: Tensor) -> tuple[Tensor, None]:
+        (rows,) = ctx.saved_tensors
+        wide = dcopies.double() if dcopies.dtype == torch.float64 else dcopies.float()
+        dx = wide.new_zeros(ctx.length, *wide.shape[1:]).index_add_(0, rows, wide)
+        return dx.to(dcopies.dtype), None
+
+
+def _copies(x: Tensor, rows: Tensor) -> Tensor:
+    return _Copies.apply(x, rows)
 
 
 class _Sequence(NamedTuple):
@@ -86,9 +107,7 @@ def _padded(mask: SpanMask) -> _Padded:
 def padded(q: Tensor, k: Tensor, v: Tensor, mask: SpanMask) -> Tensor:
     """One padded batch row per completion; causal without a mask where there are no images."""
     rows, sequences, visible, first_copy = _padded(mask)
-    q, k, v = (
-        x.index_select(0, rows).unflatten(0, (sequences, -1)).transpose(1, 2) for x in (q, k, v)
-    )
+    q, k, v = (_copies(x, rows).unflatten(0, (sequences, -1)).transpose(1, 2) for x in (q, k, v))
     out = _sdpa.causal(q, k, v) if visible is None else _sdpa.masked(q, k, v, visible)
     return out.transpose(1, 2).flatten(0, 1).index_select(0, first_copy)
 
@@ -133,8 +152,8 @@ def varlen(attend: Varlen) -> Attention:
         calls, first_copy = _varlen_calls(mask)
         outs = []
         for q_rows, k_rows, *lengths in calls:
-            keys, values = k.index_select(0, k_rows), v.index_select(0, k_rows)
-            outs.append(attend(q.index_select(0, q_rows), keys, values, *lengths))
+            keys, values = _copies(k, k_rows), _copies(v, k_rows)
+            outs.append(attend(_copies(q, q_rows), keys, values, *lengths))
         return torch.cat(outs).index_select(0, first_copy)
 
     return run
