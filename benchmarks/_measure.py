@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import ctypes
 import gc
+import itertools
 import statistics
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -86,8 +87,23 @@ class Gate:
         return results
 
 
-def step(function: Callable[..., Any], case: Case, direction: str) -> Callable[[], Any]:
-    """What is timed: one call without a graph, or one call and its gradients."""
+def step(
+    function: Callable[..., Any],
+    case: Case,
+    direction: str,
+    outputs_of: Callable[..., Any] | None = None,
+) -> Callable[[], Any]:
+    """What is timed: one call without a graph, or one call and its gradients.
+
+    Args:
+        outputs_of: whose outputs tell which upstream gradients there are; None means `function`.
+    """
+    if case.turns:
+        # Not by calling `function`, for which every turn is to be new when it is timed.
+        plain = case.bind("torch")
+        cases = [replace(case, inputs=inputs, turns=()) for inputs in case.turns]
+        steps = itertools.cycle([step(function, turn, direction, plain) for turn in cases])
+        return lambda: next(steps)()
     if direction != "forward+backward":
 
         def forward() -> Any:
@@ -97,7 +113,7 @@ def step(function: Callable[..., Any], case: Case, direction: str) -> Callable[[
         return forward
     leaves = [case.inputs[name].detach().requires_grad_() for name in case.differentiable]
     inputs = {**case.inputs, **dict(zip(case.differentiable, leaves, strict=True))}
-    upstream = [torch.randn_like(out) for out in _live_outputs(function(**inputs))]
+    upstream = [torch.randn_like(out) for out in _live_outputs((outputs_of or function)(**inputs))]
 
     def forward_and_backward() -> Any:
         return torch.autograd.grad(_live_outputs(function(**inputs)), leaves, upstream)
@@ -107,10 +123,15 @@ def step(function: Callable[..., Any], case: Case, direction: str) -> Callable[[
 
 @dataclass
 class Times:
-    """Seconds of every round: by the host's clock, and on the device where there is one."""
+    """Seconds of every round: by the host's clock, and where there is a device, on it.
+
+    `host` is what a call takes on the host, until it returns and before anybody waits for the
+    device; without a device that is `wall`, and `host` is empty.
+    """
 
     wall: list[float] = field(default_factory=list)
     device: list[float] = field(default_factory=list)
+    host: list[float] = field(default_factory=list)
     first_call: float = 0.0
 
     @property
@@ -123,6 +144,7 @@ class Times:
         return {
             "device_ms": 1e3 * statistics.median(self.device) if self.device else None,
             "wall_ms": 1e3 * statistics.median(self.wall),
+            "host_ms": 1e3 * statistics.median(self.host) if self.host else None,
             "quartile_low_ms": 1e3 * low,
             "quartile_high_ms": 1e3 * high,
             "min_ms": 1e3 * min(self.published),
@@ -143,6 +165,8 @@ class Race:
     Whatever else the machine does meets all of them alike, and so does what each leaves behind.
     """
 
+    WARM_UP = 3  # calls of each before the first round
+
     def __init__(
         self,
         functions: Mapping[str, Callable[[], Any]],
@@ -156,9 +180,9 @@ class Race:
         self.times = {name: Times() for name in functions}
         once = 0.0
         for name in functions:
-            self.times[name].first_call = self._time(name)[0]
-            self._time(name)
-            once += self._time(name)[0]
+            calls = [self._time(name)["wall"] for _ in range(self.WARM_UP)]
+            self.times[name].first_call = calls[0]
+            once += calls[-1]
         self.rounds = max(3 if once > seconds else 5, min(most, int(seconds / max(once, 1e-9))))
         self._begun = 0
 
@@ -169,29 +193,30 @@ class Race:
         gc.disable()
         try:
             for name in names[turn:] + names[:turn]:
-                wall, device = self._time(name)
-                self.times[name].wall.append(wall)
-                if device is not None:
-                    self.times[name].device.append(device)
+                for clock, seconds in self._time(name).items():
+                    getattr(self.times[name], clock).append(seconds)
         finally:
             gc.enable()
 
-    def _time(self, name: str) -> tuple[float, float | None]:
+    def _time(self, name: str) -> dict[str, float]:
+        """Seconds by clock, as in `Times`."""
         function = self.functions[name]
         self.before(name)
         if DEVICE == "cpu":
             began = time.perf_counter()
             function()
-            return time.perf_counter() - began, None
+            return {"wall": time.perf_counter() - began}
         _flush_cache()
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         torch.cuda.synchronize()
         began = time.perf_counter()
         start.record()
         function()
+        host = time.perf_counter() - began
         end.record()
         torch.cuda.synchronize()
-        return time.perf_counter() - began, start.elapsed_time(end) / 1e3
+        wall = time.perf_counter() - began
+        return {"wall": wall, "device": start.elapsed_time(end) / 1e3, "host": host}
 
 
 def _flush_cache() -> None:

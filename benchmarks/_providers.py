@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import importlib
 import importlib.metadata
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -53,6 +53,10 @@ class Case:
         scales: of the correctness gate, see `lvrpo.testing.check_op`.
         gate: inputs of the correctness gate, where those in fp64 would not fit into memory: some of
             the rows. None takes all.
+        turns: inputs for a shape that changes with every step: each call of a provider gets the
+            next ones, so that all providers of a round get the same. Empty: `inputs` every time.
+        compile_plain: whether torch.compile of the plain one is a provider, too; not worth its time
+            where the plain one is a single fused call.
         shape: to print; None prints that of the first tensor.
     """
 
@@ -66,6 +70,8 @@ class Case:
     peers: Mapping[str, Peer] = field(default_factory=dict)
     scales: Mapping[str, Tensor | float] = field(default_factory=dict)
     gate: Mapping[str, Any] | None = None
+    turns: Sequence[Mapping[str, Any]] = ()
+    compile_plain: bool = True
     shape: str | None = None
 
     @property
@@ -91,7 +97,7 @@ class Case:
         for backend in _backend.BACKENDS:
             if backend != "torch" and (backend != "cpp" or DEVICE == "cpu"):
                 found[backend] = "; ".join(_backend.why_not(backend, self.op, tensors))
-        if size != "small":
+        if size != "small" and self.compile_plain:
             found["torch.compile"] = ""
         for name, peer in self.peers.items():
             if size != "small" or not peer.compiles:

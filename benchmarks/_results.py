@@ -21,7 +21,8 @@ FOLDER = Path(__file__).parent / "results"
 #: Of every row, in this order; None where a fact does not apply.
 FIELDS = (
     *("op", "direction", "shape", "dtype", "provider", "provider_version"),
-    *("device_ms", "wall_ms", "quartile_low_ms", "quartile_high_ms", "min_ms", "first_call_ms"),
+    *("device_ms", "wall_ms", "host_ms"),
+    *("quartile_low_ms", "quartile_high_ms", "min_ms", "first_call_ms"),
     *("rounds", "peak_bytes", "result_bytes", "bytes_moved", "flops", "fraction_of_ceiling"),
     *("correct", "precision", "why_no_number"),
 )
@@ -85,12 +86,14 @@ def table(rows: Sequence[Row]) -> list[str]:
     """
     lines: list[str] = []
     absent = reasons(rows)
+    width = max([14, *(len(row["provider"]) for row in rows)])
     for name, members in grouped(rows, title).items():
         base = next((published(r) for r in members if r["provider"] == "torch"), None)
         lines += ["", name]
         for row in members:
             if row["provider"] not in absent:
-                lines.append(f"  {row['provider']:14} {_line(row, base)}")
+                line = f"  {row['provider']:{width}} {_line(row, base)}"
+                lines.append(line + _backward(row, rows))
     lines += [""] * bool(absent)
     return lines + [f"NO NUMBER for {name}: {reason}" for name, reason in absent.items()]
 
@@ -116,6 +119,23 @@ def published(row: Row) -> float | None:
     return row["wall_ms"] if row["device_ms"] is None else row["device_ms"]
 
 
+def tflop_per_s(row: Row) -> float | None:
+    ms = published(row)
+    return row["flops"] / ms / 1e9 if ms and row["flops"] else None
+
+
+def _backward(row: Row, rows: Sequence[Row]) -> str:
+    """The backward by itself: what forward and backward take beyond the forward of this run."""
+    if row["direction"] != "forward+backward" or not tflop_per_s(row):
+        return ""
+    wanted = key({**row, "direction": "forward"})
+    forward = next((found for found in rows if key(found) == wanted and published(found)), None)
+    if forward is None or (ms := published(row) - published(forward)) <= 0:
+        return ""
+    rate = (row["flops"] - forward["flops"]) / ms / 1e9
+    return f"  backward {ms:.3f} ms, {rate:.3g} TFLOP/s"
+
+
 def _line(row: Row, base: float | None) -> str:
     ms = published(row)
     if ms is None:
@@ -126,6 +146,12 @@ def _line(row: Row, base: float | None) -> str:
     peak, fraction = row["peak_bytes"], row["fraction_of_ceiling"]
     parts.append("            " if peak is None else f"{peak / 2**20:8.1f} MiB")
     parts.append("     " if fraction is None else f"{fraction:5.0%}")
+    if rate := tflop_per_s(row):
+        parts.append(f"{rate:8.3g} TFLOP/s")
+    if row["host_ms"]:
+        parts.append(f"  host {row['host_ms']:.3f} ms")
+    if (row["first_call_ms"] or 0) > max(1e3, 20 * ms):  # a compiler's
+        parts.append(f"  first call {row['first_call_ms'] / 1e3:.1f} s")
     if not row["correct"]:
         parts.append(f"  NOT CORRECT: {row['why_no_number']}")
     elif row["precision"] not in (None, "float32"):

@@ -11,14 +11,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from _results import grouped, published, reasons, title
+from _results import grouped, published, reasons, tflop_per_s, title
 
 
 def markdown(content: Mapping[str, Any]) -> str:
     """One table; the device and the versions under it."""
     lines = [
-        "| op | provider | ms | peak MiB | of the ceiling | precision |",
-        "|---|---|---|---|---|---|",
+        "| op | provider | ms | TFLOP/s | peak MiB | of the ceiling | precision |",
+        "|---|---|---|---|---|---|---|",
     ]
     absent = reasons(content["rows"])
     rows = [row for row in content["rows"] if row["provider"] not in absent]
@@ -29,6 +29,7 @@ def markdown(content: Mapping[str, Any]) -> str:
                 name,
                 f"{row['provider']} {row['provider_version'] or ''}".strip(),
                 "-" if ms is None else f"{ms:.3g}",
+                "-" if (rate := tflop_per_s(row)) is None else f"{rate:.3g}",
                 "-" if peak is None else f"{peak / 2**20:.0f}",
                 "-" if part is None else f"{part:.0%}",
                 row["why_no_number"] or row["precision"] or "-",

@@ -86,8 +86,31 @@ def test_each_function_is_timed_on_its_own():
     assert quick["wall_ms"] < 5
     assert slow["wall_ms"] >= 10
     for facts in (quick, slow):
-        assert facts["device_ms"] is None
+        assert facts["device_ms"] is facts["host_ms"] is None
         assert facts["min_ms"] <= facts["quartile_low_ms"] <= facts["quartile_high_ms"]
+
+
+@pytest.mark.parametrize("direction", ["forward", "forward+backward"])
+def test_all_providers_of_a_round_take_the_same_turn(direction):
+    rows = (3, 5, 7, 4, 6)
+    turns = [
+        {"logits": torch.randn(n, VOCAB), "token_ids": torch.randint(0, VOCAB, (n,))} for n in rows
+    ]
+    case = make_case(inputs=turns[0], turns=turns)
+    met = {"a": [], "b": []}
+
+    def provider(name):
+        def run(**inputs):
+            met[name].append(len(inputs["logits"]))
+            return _peers.plain_gather_logprobs(**inputs)
+
+        return _measure.step(run, case, direction)
+
+    race = _measure.Race({name: provider(name) for name in met}, seconds=0.0)
+    assert met["a"] == list(rows[: race.WARM_UP])  # and none before the clock
+    for _ in range(2):
+        race.round()
+    assert met["a"] == met["b"] == list(rows)
 
 
 KNOWN_CASES = """
@@ -135,6 +158,7 @@ def test_a_peer_that_is_not_installed_says_so():
     assert case.version("absent") is None
     assert "torch.compile" in providers
     assert "torch.compile" not in case.providers("small")
+    assert "torch.compile" not in make_case(compile_plain=False).providers("full")
 
 
 def make_row(**changes):
@@ -165,6 +189,24 @@ def test_the_table_is_loud_about_what_is_missing():
     assert "as precise as plain bfloat16" in text
     assert "cpp            NO NUMBER: no kernel" in text
     assert lines[-1] == "NO NUMBER for gone: gone is not installed"
+
+
+def test_the_table_has_rates_where_there_are_flops():
+    forward = make_row(direction="forward", flops=6 * 10**9, first_call_ms=4000.0)
+    both = {"direction": "forward+backward", "flops": 21 * 10**9}
+    lines = _results.table(
+        [
+            forward,
+            make_row(**both, wall_ms=8.0, device_ms=7.0, host_ms=0.25),
+            make_row(**both, wall_ms=8.0, provider="no forward"),
+        ]
+    )
+    assert "3 TFLOP/s" in lines[2]
+    assert "first call 4.0 s" in lines[2]
+    assert "3 TFLOP/s" in lines[5]
+    assert "host 0.250 ms" in lines[5]
+    assert "backward 5.000 ms, 3 TFLOP/s" in lines[5]
+    assert "backward" not in lines[6]
 
 
 def test_results_are_refused_for_a_checkout_with_changes(monkeypatch):
