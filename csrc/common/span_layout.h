@@ -41,8 +41,8 @@ struct Document {
 // Tiles of one document that one thread walks in order. They see keys from the document's first up to key_end; a unit
 // that is the whole document has all of its keys.
 struct WorkUnit {
-  int64_t document, tile_begin, tile_end, key_end;
-  bool whole;
+  int64_t document, nth, tile_begin, tile_end, key_end;
+  bool whole, last;
 };
 
 struct TilePlan {
@@ -131,14 +131,14 @@ inline void append_units(TilePlan& plan, int64_t kv_heads) {
   const int64_t target = std::max(MIN_PAIRS, total * kv_heads / 32);
   for (int64_t d = 0; d < static_cast<int64_t>(plan.documents.size()); ++d) {
     const Document& document = plan.documents[d];
-    int64_t pairs = 0, begin = document.tile_begin, key_end = document.key_begin;
+    int64_t pairs = 0, begin = document.tile_begin, key_end = document.key_begin, nth = 0;
     for (int64_t t = document.tile_begin; t < document.tile_end; ++t) {
       pairs += plan.tiles[t].pairs;
       key_end = std::max<int64_t>(key_end, plan.ranges[plan.tiles[t].range_end - 1].end);
       const bool last = t + 1 == document.tile_end;
       if (pairs < target && !last) continue;
       const bool whole = begin == document.tile_begin && last;
-      plan.units.push_back({d, begin, t + 1, whole ? document.key_end : key_end, whole});
+      plan.units.push_back({d, nth++, begin, t + 1, whole ? document.key_end : key_end, whole, last});
       begin = t + 1;
       pairs = 0;
     }

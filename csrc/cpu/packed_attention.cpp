@@ -1,10 +1,13 @@
 // Attention over a SpanMask. A unit is a run of query tiles of one document and one key head; threads take units from a
-// counter, and the keys' gradients of a document cut into several units are added in unit order.
+// counter, in order, and the keys' gradients of a document cut into several units are added in that order.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
 #include <algorithm>
+#include <condition_variable>
 #include <limits>
+#include <memory>
+#include <mutex>
 #include <optional>
 #include <tuple>
 #include <vector>
@@ -160,39 +163,42 @@ struct KeyGradients {
   }
 };
 
-// Adds the sums of a document's units in order, and stores them.
-template <typename scalar_t, typename acc>
-void reduce_units(const TilePlan& plan, int64_t first_unit, int64_t kv_heads,
-                  const std::vector<std::vector<acc>>& partial, const KeyGradients<scalar_t>& gradients) {
-  const int64_t document = plan.units[first_unit].document;
-  const Document& keys_of = plan.documents[document];
-  const int64_t width = gradients.padded + gradients.v_padded, keys = keys_of.key_end - keys_of.key_begin;
-  const int64_t units = plan.units.size();
-  torch::stable::parallel_for(0, kv_heads, 1, [&](int64_t begin, int64_t end) {
-    std::vector<acc> total(keys * width);
-    for (int64_t kv_head = begin; kv_head < end; ++kv_head) {
-      std::fill(total.begin(), total.end(), acc(0));
-      for (int64_t u = first_unit; u < units && plan.units[u].document == document; ++u) {
-        const std::vector<acc>& sums = partial[u * kv_heads + kv_head];
-        const int64_t seen = sums.size() / width;
-        add_values(total.data(), sums.data(), seen * gradients.padded);
-        add_values(total.data() + keys * gradients.padded, sums.data() + seen * gradients.padded,
-                   seen * gradients.v_padded);
-      }
-      gradients.store(total.data(), keys, keys_of.key_begin, kv_head);
-    }
-  });
-}
+// The sums over all units of one document and key head. Units are added in order, each waiting for its turn, so that the
+// bits do not depend on who is first, and a thread keeps no more than the sums it works on. Threads take units in order,
+// too: the one whose turn it is has a thread.
+template <typename acc>
+class OrderedSum {
+ public:
+  // Calls add(total) once everything before the nth unit has been added; `size` values, zeros at first.
+  template <typename Add>
+  void add(const WorkUnit& unit, int64_t size, const Add& add) {
+    std::unique_lock<std::mutex> lock(mutex_);
+    changed_.wait(lock, [&] { return next_ == unit.nth; });
+    lock.unlock();
+    total_.resize(size);
+    add(total_.data());
+    if (unit.last) std::vector<acc>().swap(total_);
+    lock.lock();
+    ++next_;
+    changed_.notify_all();
+  }
+
+ private:
+  std::mutex mutex_;
+  std::condition_variable changed_;
+  int64_t next_ = 0;
+  std::vector<acc> total_;
+};
 
 template <typename scalar_t>
 void backward(const Attention<scalar_t>& at, const Upstream<scalar_t>& up, HeadRows<scalar_t> dq, HeadRows<scalar_t> dk,
               HeadRows<scalar_t> dv) {
   using acc = acc_t<scalar_t>;
   const TilePlan& plan = at.plan;
-  const int64_t kv_heads = at.groups.kv_heads, units = plan.units.size();
+  const int64_t kv_heads = at.groups.kv_heads;
   const KeyGradients<scalar_t> gradients{dk, dv, at.padded(), at.v_padded()};
   const int64_t width = gradients.padded + gradients.v_padded;
-  int64_t whole_keys = 0, last_key = 0;
+  int64_t last_key = 0;
   for (const Document& document : plan.documents) {
     if (document.tile_begin == document.tile_end) {
       zero_rows(dk, document.key_begin, document.key_end);
@@ -203,35 +209,38 @@ void backward(const Attention<scalar_t>& at, const Upstream<scalar_t>& up, HeadR
   zero_rows(dk, last_key, at.layout.length);
   zero_rows(dv, last_key, at.layout.length);
   zero_rows(dq, rows_of_documents(at.layout), at.layout.num_queries);
-  for (const WorkUnit& unit : plan.units) {
-    const Document& document = plan.documents[unit.document];
-    if (unit.whole) whole_keys = std::max(whole_keys, document.key_end - document.key_begin);
-  }
+  int64_t most_keys = 0;
+  for (const WorkUnit& unit : plan.units)
+    most_keys = std::max(most_keys, unit.key_end - plan.documents[unit.document].key_begin);
 
-  std::vector<std::vector<acc>> partial(units * kv_heads);
-  const int64_t arena_size = whole_keys * width + BLOCK_LANES * (5 * width + 2 * BLOCK_KEYS) + 512;
+  const auto totals = std::make_unique<OrderedSum<acc>[]>(plan.documents.size() * kv_heads);
+  const int64_t arena_size = most_keys * width + BLOCK_LANES * (5 * width + 2 * BLOCK_KEYS) + 512;
   for_each_job<acc>(plan, kv_heads, arena_size, [&](int64_t job, Arena<acc>& arena) {
     const WorkUnit& unit = plan.units[job / kv_heads];
     const Document& document = plan.documents[unit.document];
-    const int64_t keys = unit.key_end - document.key_begin;
-    if (!unit.whole) partial[job].resize(keys * width);
-    acc* dk_sums = unit.whole ? arena.take(keys * width) : partial[job].data();
-    if (unit.whole) std::fill_n(dk_sums, keys * width, acc(0));
+    const int64_t kv_head = job % kv_heads, keys = unit.key_end - document.key_begin;
+    acc* dk_sums = arena.take(keys * width);
     acc* dv_sums = dk_sums + keys * gradients.padded;
+    std::fill_n(dk_sums, keys * width, acc(0));
     acc* mark = arena.mark();
     for (int64_t t = unit.tile_begin; t < unit.tile_end; ++t) {
       for (int64_t first = 0; first < at.groups.per_kv; first += at.groups.per_tile) {
         arena.rewind(mark);
-        backward_tile<scalar_t, acc>(at, up, plan.tiles[t], job % kv_heads, first, dq, dk_sums, dv_sums,
-                                     document.key_begin, arena);
+        backward_tile<scalar_t, acc>(at, up, plan.tiles[t], kv_head, first, dq, dk_sums, dv_sums, document.key_begin,
+                                     arena);
       }
     }
-    if (unit.whole) gradients.store(dk_sums, keys, document.key_begin, job % kv_heads);
+    if (unit.whole) {
+      gradients.store(dk_sums, keys, document.key_begin, kv_head);
+      return;
+    }
+    const int64_t all_keys = document.key_end - document.key_begin;
+    totals[unit.document * kv_heads + kv_head].add(unit, all_keys * width, [&](acc* total) {
+      add_values(total, dk_sums, keys * gradients.padded);
+      add_values(total + all_keys * gradients.padded, dv_sums, keys * gradients.v_padded);
+      if (unit.last) gradients.store(total, all_keys, document.key_begin, kv_head);
+    });
   });
-  for (int64_t u = 0; u < units; ++u) {
-    const bool first = u == 0 || plan.units[u - 1].document != plan.units[u].document;
-    if (first && !plan.units[u].whole) reduce_units(plan, u, kv_heads, partial, gradients);
-  }
 }
 
 std::tuple<Tensor, Tensor, Tensor> packed_attention_bwd(Tensor dout, optional<Tensor> dlse, Tensor q, Tensor k,
