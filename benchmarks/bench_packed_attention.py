@@ -40,6 +40,7 @@ from _attention_peers import peers
 from _providers import DEVICE, Case
 from torch import Tensor
 
+from lvrpo._mask_schedule import schedule
 from lvrpo.masks import Group, SpanMask
 from lvrpo.positions import position_ids, target_index
 
@@ -207,6 +208,7 @@ GROUPS = [([(400, "full"), (112, "causal")], [[(64, "causal")]] * 18)] * 10
 COMPLETIONS = [span for span in range(200) if span % 20 > 1]
 LAYOUT: dict[str, Callable[[SpanMask], Any]] = {
     "mask": lambda mask: SpanMask.from_groups(GROUPS),
+    "schedule of kernels": schedule,
     "position_ids": position_ids,
     "target_index": lambda mask: target_index(mask, COMPLETIONS),
     "tiles of 128 x 64": lambda mask: mask.tiles((128, 64)),

@@ -65,8 +65,8 @@ class SpanMask:
         document_rows: the same boundaries as offsets into `rows`.
         frozen: indices of the spans whose keys and values get no gradient; see `freeze`.
         invariant: whether a span's bits do not depend on its siblings; see `packing_invariant`.
-        schedule: the order in which kernels take the tiles; only after `to`.
-        host: the mask as it was built; only after `to`.
+        schedule: the order in which a GPU's kernels take the tiles; only after `to`.
+        host: the mask as it was built on the host; only after `to` something else.
     """
 
     length: int
@@ -267,8 +267,10 @@ class SpanMask:
 
     @builders.on_the_host
     def to(self, device: torch.device | str) -> SpanMask:
-        """The same mask with its tensors on `device`, and with the schedule of its kernels."""
+        """The same mask with its tensors on `device`, and on a GPU with the schedule of kernels."""
         host = self.host or self
+        if torch.device(device).type == "cpu":
+            return host
         names = ("q_lo", "q_hi", "rows", "spans", "runs")
         moved = {name: getattr(host, name).to(device, non_blocking=True) for name in names}
         on_device = schedule(host).to(torch.device(device))

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import functools
 import importlib
 from typing import Any
@@ -10,6 +11,7 @@ from mutants.packed_attention import MUTANTS, reference
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 
+from lvrpo._mask_schedule import schedule
 from lvrpo.masks import SpanMask
 from lvrpo.ops import _backend
 from lvrpo.ops.packed_attention import packed_attention
@@ -272,9 +274,14 @@ def test_opcheck():
     torch.library.opcheck(torch.ops.lvrpo.packed_attention_bwd.default, arguments)
 
 
+def as_on_a_gpu(mask: SpanMask) -> SpanMask:
+    """With the schedule that the interpreter otherwise makes in the call."""
+    return dataclasses.replace(mask, schedule=mask.schedule or schedule(mask))
+
+
 def test_compiles_without_a_graph_break(backend):
     inputs = make_inputs(*SHAPES["questions and drawings"], torch.float32)
-    mask = inputs.pop("mask")
+    mask = as_on_a_gpu(inputs.pop("mask"))
 
     def function(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         out, lse = packed_attention(q, k, v, mask, return_lse=True, backend=backend)
@@ -298,7 +305,8 @@ def test_a_new_layout_does_not_recompile(backend):
     for length in range(2, 202, step):
         children = [[(length, "full")]] * (2 + length % 5)
         mask = SpanMask.from_groups([([(length, "causal")], children)])
-        compiled(*make_inputs(mask, 4, 2, 8, 8, torch.float32).values())
+        q, k, v, mask = make_inputs(mask, 4, 2, 8, 8, torch.float32).values()
+        compiled(q, k, v, as_on_a_gpu(mask))
     # For the first length, for all others, and for those tables that the first two had alike.
     assert counter.frame_count <= most
 
