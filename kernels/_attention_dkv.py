@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 
 from lvrpo.kernels._attention_tiles import TILE, first_after, load_tile, score_gradient, scores
-from lvrpo.kernels._primitives import LOG2E, as_scalar
+from lvrpo.kernels._primitives import as_scalar
 
 
 @triton.jit
@@ -35,24 +35,30 @@ def _dkv_tile(
     BLOCK_Q: tl.constexpr,
 ):
     """dk / scale and dv of a key tile after one more query tile of one head."""
-    q_ptr, stride_q, stride_q_head, dout_ptr, stride_dout, lse_ptr, delta_ptr, heads, rows_ptr = (
-        source
-    )
+    (
+        q_ptr,
+        stride_q,
+        stride_q_head,
+        dout_ptr,
+        stride_dout,
+        bits_ptr,
+        delta_ptr,
+        queries,
+        rows_ptr,
+    ) = source
     q_ptr += as_scalar(head, tl.int64) * stride_q_head
     dout_ptr += as_scalar(head, tl.int64) * V_WIDTH
     index = first + tl.arange(0, BLOCK_Q)
     inside = index < end
     q = load_tile(q_ptr, first, end, stride_q, MASKED, BLOCK_Q, WIDTH, BLOCK_D)
     dout = load_tile(dout_ptr, first, end, stride_dout, MASKED, BLOCK_Q, V_WIDTH, BLOCK_DV)
-    place = index.to(tl.int64) * heads + head
-    # A row that sees nothing, or is none of ours, has probability 0 everywhere.
-    lse = tl.load(lse_ptr + place, mask=inside, other=float("inf")) * LOG2E
-    lse = tl.where(lse == float("-inf"), float("inf"), lse)
+    place = as_scalar(head, tl.int64) * queries + index
+    bits = tl.load(bits_ptr + place, mask=inside, other=float("inf"))
     delta = tl.load(delta_ptr + place, mask=inside, other=0.0)
     # Keys are the rows here, so that the products below take their left sides from registers.
     z, t = scores(k, q, scale, softcap, HAS_SOFTCAP, PRECISION)
     dp = tl.dot(v, tl.trans(dout), input_precision=PRECISION, out_dtype=scale.dtype)
-    p, ds = score_gradient(z, t, lse[None, :], dp, delta[None, :], HAS_SOFTCAP)
+    p, ds = score_gradient(z, t, bits[None, :], dp, delta[None, :], HAS_SOFTCAP)
     if MASKED:
         row = tl.load(rows_ptr + index, mask=inside, other=-1)
         sees = (lo[:, None] <= row[None, :]) & (row[None, :] < hi[:, None])
@@ -73,8 +79,8 @@ def dkv_kernel(
     q_ptr,  # [Lq, Hq, D]
     k_ptr,  # [L, Hkv, D]
     v_ptr,  # [L, Hkv, Dv]
-    lse_ptr,  # [Lq, Hq], nats
-    delta_ptr,  # [Lq, Hq]
+    bits_ptr,  # [Hq, Lq], log-sum-exps in bits
+    delta_ptr,  # [Hq, Lq]
     q_lo_ptr,  # [L]
     q_hi_ptr,  # [L]
     rows_ptr,  # [Lq]
@@ -101,7 +107,7 @@ def dkv_kernel(
     BLOCK_Q: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    acc_dtype = lse_ptr.dtype.element_ty
+    acc_dtype = bits_ptr.dtype.element_ty
     scale = as_scalar(scale, acc_dtype)
     softcap = as_scalar(softcap, acc_dtype)
     kv_head = tl.program_id(0) % kv_heads
@@ -143,7 +149,7 @@ def dkv_kernel(
     dv = tl.zeros([BLOCK_K, BLOCK_DV], acc_dtype)
     first_head = kv_head * heads_per_kv
     source = (
-        q_ptr, stride_q, stride_q_head, dout_ptr, heads * V_WIDTH, lse_ptr, delta_ptr, heads,
+        q_ptr, stride_q, stride_q_head, dout_ptr, heads * V_WIDTH, bits_ptr, delta_ptr, queries,
         rows_ptr,
     )  # fmt: skip
     # One loop over the heads and their tiles: its loads run ahead from one head into the next.

@@ -16,27 +16,35 @@ from lvrpo.kernels._attention_tiles import (
 from lvrpo.kernels._primitives import LOG2E, as_scalar
 
 
-@triton.jit(do_not_specialize=["count"])
-def delta_kernel(
+@triton.jit(do_not_specialize=["queries"])
+def row_terms_kernel(
     dout_ptr,  # [Lq, Hq, Dv]
     out_ptr,  # [Lq, Hq, Dv]
+    lse_ptr,  # [Lq, Hq], nats
     dlse_ptr,  # [Lq, Hq] or None
-    delta_ptr,  # [Lq, Hq], sum of dout * out, less dlse
-    count,  # Lq * Hq
+    bits_ptr,  # [Hq, Lq], lse in bits; inf where nothing is seen, so that probabilities are 0
+    delta_ptr,  # [Hq, Lq], sum of dout * out, less dlse
+    queries,
+    heads,
     V_WIDTH: tl.constexpr,
     BLOCK_DV: tl.constexpr,
     BLOCK_Q: tl.constexpr,
 ):
-    acc_dtype = delta_ptr.dtype.element_ty
     first = tl.program_id(0).to(tl.int64) * BLOCK_Q
+    count = queries.to(tl.int64) * heads
     index = first + tl.arange(0, BLOCK_Q)
     inside = index < count
+    lse = tl.load(lse_ptr + index, mask=inside, other=0.0)
     dout = load_tile(dout_ptr, first, count, V_WIDTH, True, BLOCK_Q, V_WIDTH, BLOCK_DV)
     out = load_tile(out_ptr, first, count, V_WIDTH, True, BLOCK_Q, V_WIDTH, BLOCK_DV)
-    delta = tl.sum(dout.to(acc_dtype) * out.to(acc_dtype), axis=1)
+    delta = tl.sum(dout.to(lse.dtype) * out.to(lse.dtype), axis=1)
     if dlse_ptr is not None:
         delta -= tl.load(dlse_ptr + index, mask=inside, other=0.0)
-    tl.store(delta_ptr + index, delta, mask=inside)
+    # By head: the other kernels read consecutive rows of one.
+    place = index % heads * queries + index // heads
+    bits = tl.where(lse == float("-inf"), float("inf"), lse * LOG2E)
+    tl.store(bits_ptr + place, bits, mask=inside)
+    tl.store(delta_ptr + place, delta, mask=inside)
 
 
 @triton.jit
@@ -44,7 +52,7 @@ def _dq_tile(
     dq,
     q,
     dout,
-    lse,
+    bits,
     delta,
     row,
     key,
@@ -67,7 +75,7 @@ def _dq_tile(
     v = load_tile(v_ptr, key, end, stride_v, MASKED, BLOCK_K, V_WIDTH, BLOCK_DV)
     z, t = scores(q, k, scale, softcap, HAS_SOFTCAP, PRECISION)
     dp = tl.dot(dout, tl.trans(v), input_precision=PRECISION, out_dtype=scale.dtype)
-    _, ds = score_gradient(z, t, lse[:, None], dp, delta[:, None], HAS_SOFTCAP)
+    _, ds = score_gradient(z, t, bits[:, None], dp, delta[:, None], HAS_SOFTCAP)
     if MASKED:
         sees = visible(q_lo_ptr, q_hi_ptr, key, end, row, BLOCK_K)
         ds = tl.where(sees, ds, 0.0)
@@ -75,21 +83,22 @@ def _dq_tile(
     return dq + tl.dot(ds.to(k.dtype), k, input_precision=PRECISION, out_dtype=scale.dtype)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["queries"])
 def dq_kernel(
     dq_ptr,  # [Lq, Hq, D]
     dout_ptr,  # [Lq, Hq, Dv]
     q_ptr,  # [Lq, Hq, D]
     k_ptr,  # [L, Hkv, D]
     v_ptr,  # [L, Hkv, Dv]
-    lse_ptr,  # [Lq, Hq], nats
-    delta_ptr,  # [Lq, Hq]
+    bits_ptr,  # [Hq, Lq]
+    delta_ptr,  # [Hq, Lq]
     q_lo_ptr,  # [L]
     q_hi_ptr,  # [L]
     rows_ptr,  # [Lq]
     spans_ptr,  # [S, 9]
     runs_ptr,  # [N, 2]
     query_tiles_ptr,  # [tiles, 4]
+    queries,
     heads,
     heads_per_kv,
     stride_q: tl.int32,
@@ -109,7 +118,7 @@ def dq_kernel(
     BLOCK_Q: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    acc_dtype = lse_ptr.dtype.element_ty
+    acc_dtype = bits_ptr.dtype.element_ty
     scale = as_scalar(scale, acc_dtype)
     softcap = as_scalar(softcap, acc_dtype)
     head = tl.program_id(0) % heads
@@ -121,7 +130,6 @@ def dq_kernel(
     index = first + tl.arange(0, BLOCK_Q)
     inside = index < queries_end
     row = tl.load(rows_ptr + index, mask=inside, other=-1)
-    place = index.to(tl.int64) * heads + head
     k_ptr += (head // heads_per_kv).to(tl.int64) * stride_k_head
     v_ptr += (head // heads_per_kv).to(tl.int64) * stride_v_head
     q_ptr += head.to(tl.int64) * stride_q_head
@@ -129,8 +137,8 @@ def dq_kernel(
     dout_ptr += head.to(tl.int64) * V_WIDTH
     stride_dout = heads * V_WIDTH
     dout = load_tile(dout_ptr, first, queries_end, stride_dout, True, BLOCK_Q, V_WIDTH, BLOCK_DV)
-    lse = tl.load(lse_ptr + place, mask=inside, other=float("inf")) * LOG2E
-    lse = tl.where(lse == float("-inf"), float("inf"), lse)
+    place = head.to(tl.int64) * queries + index
+    bits = tl.load(bits_ptr + place, mask=inside, other=float("inf"))
     delta = tl.load(delta_ptr + place, mask=inside, other=0.0)
     dq = tl.zeros([BLOCK_Q, BLOCK_D], acc_dtype)
 
@@ -144,16 +152,17 @@ def dq_kernel(
             begin, whole, end = segment(runs_ptr, run, run_end, start, stop, together, BLOCK_K)
             for key in range(begin, whole, BLOCK_K):
                 dq = _dq_tile(
-                    dq, q, dout, lse, delta, row, key, end, source, scale, softcap, False,
+                    dq, q, dout, bits, delta, row, key, end, source, scale, softcap, False,
                     HAS_SOFTCAP, PRECISION, WIDTH, V_WIDTH, BLOCK_D, BLOCK_DV, BLOCK_K,
                 )  # fmt: skip
             for key in range(whole, end, BLOCK_K):
                 dq = _dq_tile(
-                    dq, q, dout, lse, delta, row, key, end, source, scale, softcap, True,
+                    dq, q, dout, bits, delta, row, key, end, source, scale, softcap, True,
                     HAS_SOFTCAP, PRECISION, WIDTH, V_WIDTH, BLOCK_D, BLOCK_DV, BLOCK_K,
                 )  # fmt: skip
 
     column = tl.arange(0, BLOCK_D)
+    place = index.to(tl.int64) * heads + head
     tl.store(
         dq_ptr + place[:, None] * WIDTH + column[None, :],
         (dq * scale).to(dq_ptr.dtype.element_ty),

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 
 from lvrpo.kernels._attention_dkv import dkv_kernel, sum_parts_kernel
-from lvrpo.kernels._attention_dq import delta_kernel, dq_kernel
+from lvrpo.kernels._attention_dq import dq_kernel, row_terms_kernel
 from lvrpo.kernels._attention_tiles import (
     TILE,
     ancestors,
@@ -45,7 +45,7 @@ DKV = {
 }
 # fp32 and fp64 go without tensor cores.
 WIDE = {torch.float32: _tiles(32, 32, 1), torch.float64: _tiles(32, 16, 1)}
-DELTA = LaunchConfig({"BLOCK_Q": 16}, num_warps=4, num_stages=1)
+ROW_TERMS = LaunchConfig({"BLOCK_Q": 16}, num_warps=4, num_stages=1)
 SUM = LaunchConfig({"BLOCK_K": 32}, num_warps=4, num_stages=1)
 
 
@@ -212,10 +212,16 @@ def packed_attention_bwd(
     """Launcher; every sum has a fixed order."""
     q, k, v = (_with_unit_columns(x) for x in (q, k, v))
     dout = dout.contiguous()
-    delta = _delta(dout, dlse, out, lse)
+    bits, delta = _row_terms(dout, dlse, out, lse)
     common = _common(q, k, v, scale, softcap)
-    common |= {"dout_ptr": dout, "q_ptr": q, "k_ptr": k, "v_ptr": v, "lse_ptr": lse}
-    common |= {"delta_ptr": delta, "q_lo_ptr": q_lo, "q_hi_ptr": q_hi, "rows_ptr": rows}
+    common |= {"dout_ptr": dout, "q_ptr": q, "k_ptr": k, "v_ptr": v, "bits_ptr": bits}
+    common |= {
+        "queries": len(q),
+        "delta_ptr": delta,
+        "q_lo_ptr": q_lo,
+        "q_hi_ptr": q_hi,
+        "rows_ptr": rows,
+    }
     config = _config(DQ, q, v)
     dq = q.new_empty(q.shape)
     launch(
@@ -228,27 +234,31 @@ def packed_attention_bwd(
         query_tiles_ptr=query_tiles,
         **common,
     )
-    return dq, *_dk_dv(k, v, key_work, key_parts, queries=len(q), common=common)
+    return dq, *_dk_dv(k, v, key_work, key_parts, common)
 
 
-def _delta(dout, dlse, out, lse):
-    delta = torch.empty_like(lse)
+def _row_terms(dout, dlse, out, lse):
+    queries, heads, v_width = out.shape
+    bits, delta = lse.new_empty(heads, queries), lse.new_empty(heads, queries)
     launch(
-        delta_kernel,
-        (cdiv(lse.numel(), DELTA.blocks["BLOCK_Q"]),),
-        DELTA,
+        row_terms_kernel,
+        (cdiv(lse.numel(), ROW_TERMS.blocks["BLOCK_Q"]),),
+        ROW_TERMS,
         dout_ptr=dout,
         out_ptr=out,
+        lse_ptr=lse,
         dlse_ptr=None if dlse is None else dlse.contiguous(),
+        bits_ptr=bits,
         delta_ptr=delta,
-        count=lse.numel(),
-        V_WIDTH=out.shape[2],
-        BLOCK_DV=_block(out.shape[2]),
+        queries=queries,
+        heads=heads,
+        V_WIDTH=v_width,
+        BLOCK_DV=_block(v_width),
     )
-    return delta
+    return bits, delta
 
 
-def _dk_dv(k, v, key_work, key_parts, queries, common):
+def _dk_dv(k, v, key_work, key_parts, common):
     keys, kv_heads, _ = k.shape
     # Zeros where no program writes: keys that are frozen, or that nobody sees.
     results = {"dk_ptr": k.new_zeros(k.shape), "dv_ptr": v.new_zeros(v.shape)}
@@ -265,9 +275,8 @@ def _dk_dv(k, v, key_work, key_parts, queries, common):
         **results,
         **parts,
         key_work_ptr=key_work,
-        queries=queries,
         kv_heads=kv_heads,
-        SELECTED=queries != keys,
+        SELECTED=common["queries"] != keys,
         **common,
     )
     launch(

@@ -95,6 +95,27 @@ def test_rule_rejects_mutant(mutant):
         )
 
 
+@pytest.mark.parametrize("width", [32, 64, 80, 96, 128, 192, 256])
+def test_head_widths(backend, width):
+    mask = SpanMask.from_groups([QUESTION])
+    check(op(backend), make_inputs(mask, 2, 1, width, width, torch.bfloat16), backend)
+
+
+@pytest.mark.parametrize("length", [1, 2, 63, 64, 65, 127, 128, 129, 1023, 1024, 1025])
+def test_lengths_around_those_of_tiles(backend, length):
+    half = length // 2
+    mask = SpanMask.from_groups([([(half, "full")], [[(length - half, "causal")]])])
+    check(op(backend), make_inputs(mask, 1, 1, 16, 16, torch.float32), backend)
+
+
+def test_again_the_same_bits(backend):
+    """A kernel that does not wait for the one before it is right most of the time."""
+    inputs = make_inputs(GROUPS, 4, 2, 24, 24, torch.bfloat16)
+    first = gradients(backend, inputs)
+    for _ in range(100 if inputs["q"].is_cuda else 2):
+        assert all(map(torch.equal, gradients(backend, inputs), first))
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_document_alone_equals_the_document_in_a_pack(backend, dtype):
     pack = SpanMask.from_groups([QUESTION, DRAWING, QUESTION])
