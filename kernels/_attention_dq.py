@@ -4,13 +4,11 @@ import triton
 import triton.language as tl
 
 from lvrpo.kernels._attention_tiles import (
-    ancestors,
     load_tile,
-    own_keys,
+    over_keys,
     scheduled_queries,
     score_gradient,
     scores,
-    segment,
     visible,
 )
 from lvrpo.kernels._primitives import LOG2E, as_scalar
@@ -50,11 +48,7 @@ def row_terms_kernel(
 @triton.jit
 def _dq_tile(
     dq,
-    q,
-    dout,
-    bits,
-    delta,
-    row,
+    queries,
     key,
     end,
     source,
@@ -70,6 +64,7 @@ def _dq_tile(
     BLOCK_K: tl.constexpr,
 ):
     """dq / scale of a query tile after one more key tile."""
+    q, dout, bits, delta, row = queries
     k_ptr, stride_k, v_ptr, stride_v, q_lo_ptr, q_hi_ptr = source
     k = load_tile(k_ptr, key, end, stride_k, MASKED, BLOCK_K, WIDTH, BLOCK_D)
     v = load_tile(v_ptr, key, end, stride_v, MASKED, BLOCK_K, V_WIDTH, BLOCK_DV)
@@ -142,24 +137,12 @@ def dq_kernel(
     delta = tl.load(delta_ptr + place, mask=inside, other=0.0)
     dq = tl.zeros([BLOCK_Q, BLOCK_D], acc_dtype)
 
-    if span >= 0:
-        span, start, stop, together = own_keys(
-            rows_ptr, spans_ptr, first, queries_end, span, last_span
-        )
-        source = (k_ptr, stride_k, v_ptr, stride_v, q_lo_ptr, q_hi_ptr)
-        run_begin, run_end = ancestors(spans_ptr, span)
-        for run in range(run_begin, run_end + 1):
-            begin, whole, end = segment(runs_ptr, run, run_end, start, stop, together, BLOCK_K)
-            for key in range(begin, whole, BLOCK_K):
-                dq = _dq_tile(
-                    dq, q, dout, bits, delta, row, key, end, source, scale, softcap, False,
-                    HAS_SOFTCAP, PRECISION, WIDTH, V_WIDTH, BLOCK_D, BLOCK_DV, BLOCK_K,
-                )  # fmt: skip
-            for key in range(whole, end, BLOCK_K):
-                dq = _dq_tile(
-                    dq, q, dout, bits, delta, row, key, end, source, scale, softcap, True,
-                    HAS_SOFTCAP, PRECISION, WIDTH, V_WIDTH, BLOCK_D, BLOCK_DV, BLOCK_K,
-                )  # fmt: skip
+    source = (k_ptr, stride_k, v_ptr, stride_v, q_lo_ptr, q_hi_ptr)
+    dq = over_keys(
+        _dq_tile, dq, (q, dout, bits, delta, row), source, (rows_ptr, spans_ptr, runs_ptr), first,
+        queries_end, (span, last_span), scale, softcap,
+        HAS_SOFTCAP, PRECISION, WIDTH, V_WIDTH, BLOCK_D, BLOCK_DV, BLOCK_K,
+    )  # fmt: skip
 
     column = tl.arange(0, BLOCK_D)
     place = index.to(tl.int64) * heads + head

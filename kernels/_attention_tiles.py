@@ -122,3 +122,54 @@ def score_gradient(z, t, lse, dp, delta, HAS_SOFTCAP: tl.constexpr):
     if HAS_SOFTCAP:
         ds = ds * (1.0 - t) * (1.0 + t)
     return p, ds
+
+
+@triton.jit
+def over_keys(
+    visit: tl.constexpr,
+    state,
+    queries,
+    source,
+    tables,
+    first,
+    queries_end,
+    spans,
+    scale,
+    softcap,
+    HAS_SOFTCAP: tl.constexpr,
+    PRECISION: tl.constexpr,
+    WIDTH: tl.constexpr,
+    V_WIDTH: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_DV: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """The state after `visit` of every tile of keys that a tile of queries sees.
+
+    Args:
+        visit: (state, queries, key, end, source, scale, softcap, MASKED, ...) -> state.
+        queries: what `visit` knows of the queries first, ..., queries_end - 1.
+        source: of the keys: k, its stride, v, its stride, q_lo, q_hi.
+        tables: `rows`, `spans` and `runs` of the SpanMask.
+        spans: the first and the last span of the queries; -1 in padding, which sees nothing.
+    """
+    rows_ptr, spans_ptr, runs_ptr = tables
+    span, last_span = spans
+    if span >= 0:
+        span, start, stop, together = own_keys(
+            rows_ptr, spans_ptr, first, queries_end, span, last_span
+        )
+        run_begin, run_end = ancestors(spans_ptr, span)
+        for run in range(run_begin, run_end + 1):
+            begin, whole, end = segment(runs_ptr, run, run_end, start, stop, together, BLOCK_K)
+            for key in range(begin, whole, BLOCK_K):
+                state = visit(
+                    state, queries, key, end, source, scale, softcap, False,
+                    HAS_SOFTCAP, PRECISION, WIDTH, V_WIDTH, BLOCK_D, BLOCK_DV, BLOCK_K,
+                )  # fmt: skip
+            for key in range(whole, end, BLOCK_K):
+                state = visit(
+                    state, queries, key, end, source, scale, softcap, True,
+                    HAS_SOFTCAP, PRECISION, WIDTH, V_WIDTH, BLOCK_D, BLOCK_DV, BLOCK_K,
+                )  # fmt: skip
+    return state

@@ -13,12 +13,10 @@ from lvrpo.kernels._attention_dkv import dkv_kernel, sum_parts_kernel
 from lvrpo.kernels._attention_dq import dq_kernel, row_terms_kernel
 from lvrpo.kernels._attention_tiles import (
     TILE,
-    ancestors,
     load_tile,
-    own_keys,
+    over_keys,
     scheduled_queries,
     scores,
-    segment,
     visible,
 )
 from lvrpo.kernels._launch import LaunchConfig, architecture_of, cdiv, launch
@@ -52,8 +50,7 @@ SUM = LaunchConfig({"BLOCK_K": 32}, num_warps=4, num_stages=1)
 @triton.jit
 def _attend(
     state,
-    q,
-    row,
+    queries,
     key,
     end,
     source,
@@ -70,6 +67,7 @@ def _attend(
 ):
     """The state (out, maximum, sum) of a query tile after one more key tile."""
     out, row_max, row_sum = state
+    q, row = queries
     k_ptr, stride_k, v_ptr, stride_v, q_lo_ptr, q_hi_ptr = source
     k = load_tile(k_ptr, key, end, stride_k, MASKED, BLOCK_K, WIDTH, BLOCK_D)
     z, _ = scores(q, k, scale, softcap, HAS_SOFTCAP, PRECISION)
@@ -145,24 +143,12 @@ def _forward_kernel(
     row_sum = tl.zeros([BLOCK_Q], acc_dtype)
     state = (out, row_max, row_sum)
 
-    if span >= 0:
-        span, start, stop, together = own_keys(
-            rows_ptr, spans_ptr, first, queries_end, span, last_span
-        )
-        source = (k_ptr, stride_k, v_ptr, stride_v, q_lo_ptr, q_hi_ptr)
-        run_begin, run_end = ancestors(spans_ptr, span)
-        for run in range(run_begin, run_end + 1):
-            begin, whole, end = segment(runs_ptr, run, run_end, start, stop, together, BLOCK_K)
-            for key in range(begin, whole, BLOCK_K):
-                state = _attend(
-                    state, q, row, key, end, source, scale, softcap, False, HAS_SOFTCAP,
-                    PRECISION, WIDTH, V_WIDTH, BLOCK_D, BLOCK_DV, BLOCK_K,
-                )  # fmt: skip
-            for key in range(whole, end, BLOCK_K):
-                state = _attend(
-                    state, q, row, key, end, source, scale, softcap, True, HAS_SOFTCAP,
-                    PRECISION, WIDTH, V_WIDTH, BLOCK_D, BLOCK_DV, BLOCK_K,
-                )  # fmt: skip
+    source = (k_ptr, stride_k, v_ptr, stride_v, q_lo_ptr, q_hi_ptr)
+    state = over_keys(
+        _attend, state, (q, row), source, (rows_ptr, spans_ptr, runs_ptr), first,
+        queries_end, (span, last_span), scale, softcap,
+        HAS_SOFTCAP, PRECISION, WIDTH, V_WIDTH, BLOCK_D, BLOCK_DV, BLOCK_K,
+    )  # fmt: skip
 
     out, row_max, row_sum = state
     blind = row_sum == 0
