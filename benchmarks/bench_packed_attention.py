@@ -18,7 +18,8 @@ have the gate and three such calls to warm up with; what they compile after that
     flex given         FlexAttention, dynamic=True, with its BlockMask given
     flex built         ... with create_block_mask, compiled, in every call
     flex built by us   ... with SpanMask.to_block_mask in every call
-    unshared sdpa      a copy of the prompt for every completion, as a padded batch
+    unshared sdpa      a copy of the prompt for every completion, as a padded batch; the copies are
+                       made and their gradients added up in the call
     unshared varlen    ... without padding, by torch's varlen_attn
     unshared fa2 to 4  ... by flash-attn, where one is installed
     prefix-grouper     PrefixGrouper, for prompts and completions of text

@@ -152,20 +152,23 @@ def dkv_kernel(
         q_ptr, stride_q, stride_q_head, dout_ptr, heads * V_WIDTH, bits_ptr, delta_ptr, queries,
         rows_ptr,
     )  # fmt: skip
-    # One loop over the heads and their tiles: its loads run ahead from one head into the next.
+    # One loop over the heads and their tiles: its loads run ahead from one head into the next. A
+    # head without tiles makes no step, but something may divide by their number all the same.
+    per_head = tl.maximum(masked, 1)
     for step in range(heads_per_kv * masked):
-        tile = step % masked
+        tile = step % per_head
         first = some_begin + tile * BLOCK_Q
         first = tl.where(tile < before, first, all_end + (tile - before) * BLOCK_Q)
         end = tl.where(tile < before, all_begin, some_end)
         dk, dv = _dkv_tile(
-            dk, dv, k, v, lo, hi, first_head + step // masked, first, end, source, scale, softcap,
-            True, HAS_SOFTCAP, PRECISION, WIDTH, V_WIDTH, BLOCK_D, BLOCK_DV, BLOCK_Q,
+            dk, dv, k, v, lo, hi, first_head + step // per_head, first, end, source, scale,
+            softcap, True, HAS_SOFTCAP, PRECISION, WIDTH, V_WIDTH, BLOCK_D, BLOCK_DV, BLOCK_Q,
         )  # fmt: skip
+    per_head = tl.maximum(whole, 1)
     for step in range(heads_per_kv * whole):
-        first = all_begin + step % whole * BLOCK_Q
+        first = all_begin + step % per_head * BLOCK_Q
         dk, dv = _dkv_tile(
-            dk, dv, k, v, lo, hi, first_head + step // whole, first, all_end, source, scale,
+            dk, dv, k, v, lo, hi, first_head + step // per_head, first, all_end, source, scale,
             softcap, False, HAS_SOFTCAP, PRECISION, WIDTH, V_WIDTH, BLOCK_D, BLOCK_DV, BLOCK_Q,
         )  # fmt: skip
 

@@ -28,22 +28,29 @@ def _tiles(rows, keys, num_stages, num_warps=8):
 
 
 # By the widest head they hold: the largest tiles whose sums and factors stay in registers and whose
-# operands fit into shared memory, on 9.0 with its products of operands in shared memory and before.
+# operands fit into shared memory. 9.0 multiplies operands that are there; 8.6 stands for GPUs with
+# no more than 99 KiB of it.
 FORWARD = {
     80: {64: _tiles(128, 64, 2), 128: _tiles(128, 32, 2), 256: _tiles(64, 32, 1)},
+    86: {64: _tiles(128, 64, 2), 128: _tiles(128, 32, 2), 256: _tiles(32, 32, 1, 4)},
     90: {64: _tiles(128, 64, 2), 128: _tiles(128, 64, 3), 256: _tiles(128, 32, 2)},
 }
 DQ = {
     80: {64: _tiles(128, 64, 2), 128: _tiles(64, 64, 1), 256: _tiles(32, 64, 1)},
+    86: {64: _tiles(128, 64, 2), 128: _tiles(64, 64, 1), 256: _tiles(32, 32, 1, 4)},
     90: {64: _tiles(128, 64, 2), 128: _tiles(128, 64, 2), 256: _tiles(32, 64, 1)},
 }
 DKV = {
     80: {64: _tiles(32, 64, 2, 4), 128: _tiles(64, 64, 2), 256: _tiles(64, 32, 1)},
+    86: {64: _tiles(32, 64, 2, 4), 128: _tiles(64, 64, 2), 256: _tiles(32, 32, 1, 4)},
     90: {64: _tiles(64, 128, 2), 128: _tiles(64, 64, 2), 256: _tiles(64, 32, 1)},
 }
 # fp32 and fp64 go without tensor cores.
-WIDE = {torch.float32: _tiles(32, 32, 1), torch.float64: _tiles(32, 16, 1)}
-ROW_TERMS = LaunchConfig({"BLOCK_Q": 16}, num_warps=4, num_stages=1)
+WIDE = {
+    torch.float32: {128: _tiles(32, 32, 1), 256: _tiles(16, 16, 1)},
+    torch.float64: {64: _tiles(32, 16, 1), 128: _tiles(16, 16, 1)},
+}
+ROW_TERMS = LaunchConfig({"BLOCK_Q": 8}, num_warps=4, num_stages=1)
 SUM = LaunchConfig({"BLOCK_K": 32}, num_warps=4, num_stages=1)
 
 
@@ -284,9 +291,10 @@ def _programs(table, block):
 
 
 def _config(table, q, v):
-    if q.dtype in WIDE:
-        return WIDE[q.dtype]
-    configs = table[90 if architecture_of(q) == 90 else 80]
+    architecture = architecture_of(q)
+    if architecture in (86, 89, 120, 121):
+        architecture = 86
+    configs = WIDE.get(q.dtype) or table.get(architecture, table[80])
     width = max(q.shape[2], v.shape[2])
     return next(config for widest, config in configs.items() if width <= widest)
 

@@ -42,6 +42,12 @@ def on_the_host(function: Callable[Arguments, Result]) -> Callable[Arguments, Re
     return on_host
 
 
+def move(table: Tensor, device: torch.device | str) -> Tensor:
+    """On `device`, without waiting for what it is doing."""
+    on_gpu = torch.device(device).type == "cuda"
+    return (table.pin_memory() if on_gpu else table).to(device, non_blocking=True)
+
+
 class Layout(NamedTuple):
     """Arguments of `SpanMask.from_spans`."""
 
@@ -56,12 +62,22 @@ def host_ints(name: str, values: Sequence[int] | Tensor) -> list[int]:
         check_on_host(name, values, 1)
         return values.tolist()  # type: ignore[no-any-return]
     try:
-        return list(map(operator.index, values))
+        values = list(values)
     except TypeError:
-        wrong = next(i for i, value in enumerate(values) if not hasattr(value, "__index__"))
-        raise ValueError(
-            f"SpanMask: {name}[{wrong}] is {values[wrong]!r}, expected an integer"
-        ) from None
+        raise ValueError(f"SpanMask: {name} is {values!r}, expected integers") from None
+    for i, value in enumerate(values):
+        if isinstance(value, bool) or not hasattr(value, "__index__"):
+            raise ValueError(f"SpanMask: {name}[{i}] is {value!r}, expected an integer")
+    return list(map(operator.index, values))
+
+
+def host_spans(spans: Sequence[int], count: int) -> list[int]:
+    """Indices of spans that a mask of `count` spans has."""
+    found = host_ints("spans", spans)
+    for span in found:
+        if not 0 <= span < count:
+            raise ValueError(f"SpanMask: there is no span {span} among {count}")
+    return found
 
 
 def check_layout(lengths: Sequence[int], parents: Sequence[int], modes: Sequence[str]) -> Layout:
@@ -90,6 +106,9 @@ def bagel_layout(
     """See `SpanMask.from_bagel`."""
     split_lens = host_ints("split_lens", split_lens)
     sample_lens = host_ints("sample_lens", sample_lens)
+    for sample, length in enumerate(sample_lens):
+        if length < 0:
+            raise ValueError(f"SpanMask: sample {sample} has length {length}, expected >= 0")
     if len(split_lens) != len(attn_modes):
         counts = f"{len(split_lens)} split_lens, {len(attn_modes)} attn_modes"
         raise ValueError(f"SpanMask: {counts}, expected one of each per split")
@@ -188,7 +207,7 @@ def check_on_host(name: str, tensor: Tensor, dims: int) -> None:
             f"SpanMask: {name} is on {tensor.device}; a mask is laid out on the host and then "
             "moved with `to`"
         )
-    if tensor.dim() != dims or tensor.is_floating_point():
+    if tensor.dim() != dims or tensor.is_floating_point() or tensor.dtype == torch.bool:
         shape = f"{tensor.dtype} of shape {tuple(tensor.shape)}"
         raise ValueError(f"SpanMask: {name} is {shape}, expected integers with {dims} dimensions")
 
@@ -204,7 +223,11 @@ def _pair(where: str, value: Sequence[object], names: str) -> tuple[Any, Any]:
 def _append_chain(layout: Layout, chain: Sequence[Span], parent: int, where: str) -> int:
     """Append a chain under `parent`; returns its last span, or `parent` when it is empty."""
     lengths, parents, modes = layout
-    for span in chain:
+    try:
+        spans = list(chain)
+    except TypeError:
+        raise ValueError(f"SpanMask: {where} is {chain!r}, expected (length, mode) spans") from None
+    for span in spans:
         try:
             length, mode = span
         except (TypeError, ValueError):
@@ -283,9 +306,12 @@ def _subtree_ends(offsets: list[int], parents: Sequence[int]) -> list[int]:
 
 
 def ancestor_runs(
-    offsets: Sequence[int], parents: Sequence[int]
+    offsets: Sequence[int], parents: Sequence[int], *, merged: bool = True
 ) -> tuple[list[tuple[int, int]], list[tuple[int, int]]]:
-    """All ancestors' tokens as merged ranges, and each span's slice of them."""
+    """All ancestors' tokens as ranges, and each span's slice of them.
+
+    Merged where they touch; or one range per ancestor, wherever it is.
+    """
     runs: list[tuple[int, int]] = []
     slices: list[tuple[int, int]] = []
     of_children: dict[int, tuple[int, int]] = {-1: (0, 0)}
@@ -295,7 +321,7 @@ def ancestor_runs(
             begin, end = slices[parent]
             path = runs[begin:end]
             start, stop = offsets[parent], offsets[parent + 1]
-            if path and path[-1][1] == start:
+            if merged and path and path[-1][1] == start:
                 path[-1] = (path[-1][0], stop)
             elif stop > start:
                 path.append((start, stop))

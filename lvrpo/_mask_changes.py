@@ -19,7 +19,9 @@ def select_queries(mask: SpanMask, rows: Tensor | Sequence[int]) -> SpanMask:
     """See `SpanMask.select_queries`."""
     if isinstance(rows, Tensor):
         builders.check_on_host("rows", rows, 1)
-    chosen = torch.as_tensor(rows, dtype=torch.int64).contiguous()
+        chosen = rows.long().contiguous()
+    else:
+        chosen = torch.tensor(builders.host_ints("rows", rows), dtype=torch.int64)
     if len(chosen):
         if not bool((chosen.diff() > 0).all()):
             raise ValueError("SpanMask: rows must be strictly ascending")
@@ -40,6 +42,7 @@ def select_queries(mask: SpanMask, rows: Tensor | Sequence[int]) -> SpanMask:
 
 def pad_to(mask: SpanMask, length: int) -> SpanMask:
     """See `SpanMask.pad_to`."""
+    (length,) = builders.host_ints("length", [length])
     extra = length - mask.length
     if extra < 0:
         raise ValueError(f"SpanMask: cannot pad {mask.length} rows to {length}")
@@ -60,10 +63,7 @@ def pad_to(mask: SpanMask, length: int) -> SpanMask:
 
 def freeze(mask: SpanMask, spans: Sequence[int]) -> SpanMask:
     """See `SpanMask.freeze`."""
-    for span in spans:
-        if not 0 <= span < mask.num_spans:
-            raise ValueError(f"SpanMask: there is no span {span} among {mask.num_spans}")
-    frozen = sorted({*mask.frozen, *spans})
+    frozen = sorted({*mask.frozen, *builders.host_spans(spans, mask.num_spans)})
     table = mask.spans.clone()
     table[frozen, 7] = 1
     return dataclasses.replace(mask, spans=table, frozen=tuple(frozen))
@@ -71,9 +71,13 @@ def freeze(mask: SpanMask, spans: Sequence[int]) -> SpanMask:
 
 def packing_invariant(mask: SpanMask) -> SpanMask:
     """See `SpanMask.packing_invariant`."""
+    # Ranges that touch in one buffer need not in another, and kernels start anew with every range.
+    runs, slices = builders.ancestor_runs(mask.span_offsets, mask.parents, merged=False)
     table = mask.spans.clone()
+    table[:, 3:5] = torch.tensor(slices, dtype=torch.int32).view(-1, 2)
     table[:, 8] = 1
-    return dataclasses.replace(mask, spans=table, invariant=True)
+    runs_table = torch.tensor(runs, dtype=torch.int32).view(-1, 2)
+    return dataclasses.replace(mask, spans=table, runs=runs_table, invariant=True)
 
 
 def check_all_queries(mask: SpanMask, purpose: str) -> None:

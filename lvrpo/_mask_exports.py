@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from lvrpo._mask_builders import ancestor_runs
+from lvrpo._mask_builders import ancestor_runs, on_the_host
 
 if TYPE_CHECKING:
     from torch.nn.attention.flex_attention import BlockMask
@@ -85,6 +85,7 @@ def block_mask(mask: SpanMask, block: int | tuple[int, int]) -> BlockMask:
     )
 
 
+@on_the_host
 def row_intervals(mask: SpanMask) -> Tensor:
     """See `SpanMask.to_row_intervals`."""
     # From the host's copy of the layout: how many ranges there are must not be read from a device.

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
-from lvrpo._mask_builders import on_the_host
+from lvrpo._mask_builders import move, on_the_host
 
 if TYPE_CHECKING:
     from lvrpo.masks import SpanMask
@@ -43,7 +43,7 @@ class Schedule(NamedTuple):
 
     def to(self, device: torch.device) -> Schedule:
         """The same on `device`."""
-        query_tiles, key_work = (x.to(device, non_blocking=True) for x in self[:2])
+        query_tiles, key_work = (move(x, device) for x in self[:2])
         return Schedule(query_tiles, key_work, key_work[: len(self.key_parts)])
 
 

@@ -56,8 +56,9 @@ class SpanMask:
         rows: [Lq] int32, ascending: the buffer row of each query; every row unless selected.
         spans: [S, 9] int32, one span a row: first token, end, causal (0 or 1), its slice of `runs`
             (begin, end), its slice of `rows` (begin, end), frozen, invariant (0 or 1).
-        runs: [N, 2] int32: maximal contiguous token ranges (begin, end). A span's slice lists all
-            its ancestors' tokens, which every row of the span sees. Siblings share one slice.
+        runs: [N, 2] int32: maximal contiguous token ranges (begin, end), or one per ancestor if
+            `invariant`. A span's slice lists all its ancestors' tokens, which every row of the span
+            sees. Siblings share one slice.
         span_offsets: S + 1 token offsets: span s is the rows span_offsets[s]:span_offsets[s + 1].
         parents: S indices of the span that each one continues; -1 starts a document.
         modes: S times "causal" or "full".
@@ -226,7 +227,7 @@ class SpanMask:
     @builders.on_the_host
     def select_spans(self, spans: Sequence[int]) -> SpanMask:
         """`select_queries` with all rows of the given spans (ascending indices)."""
-        chosen = torch.as_tensor(spans, dtype=torch.int64)
+        chosen = torch.tensor(builders.host_spans(spans, self.num_spans), dtype=torch.int64)
         edges = torch.tensor(self.span_offsets)
         lengths = edges.diff()[chosen]
         # Row j of the result is j rows after the start of its span, less those of earlier spans.
@@ -256,7 +257,8 @@ class SpanMask:
 
         Without it that holds for documents. With it the rows of a completion have the same bits
         whichever siblings it has, with a shared prompt as with a copy of its own: tiles of rows
-        then begin anew with every span, which costs half a tile per span.
+        then begin anew with every span, which costs half a tile per span. Gradients of k and v are
+        sums over what else is there, and have no such promise.
         """
         return changes.packing_invariant(self)
 
@@ -272,7 +274,7 @@ class SpanMask:
         if torch.device(device).type == "cpu":
             return host
         names = ("q_lo", "q_hi", "rows", "spans", "runs")
-        moved = {name: getattr(host, name).to(device, non_blocking=True) for name in names}
+        moved: dict[str, Any] = {name: builders.move(getattr(host, name), device) for name in names}
         on_device = schedule(host).to(torch.device(device))
         return dataclasses.replace(self, **moved, schedule=on_device, host=host)
 

@@ -15,9 +15,11 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+from lvrpo._mask_builders import host_spans, move, on_the_host
 from lvrpo.masks import SpanMask
 
 
+@on_the_host
 def position_ids(mask: SpanMask) -> Tensor:
     """Every token advances the position by one, in texts and in images.
 
@@ -25,9 +27,11 @@ def position_ids(mask: SpanMask) -> Tensor:
         [L] int64; 0 in padding.
     """
     lengths = [end - start for start, end in pairwise(mask.span_offsets)]
-    return _ids(mask, _first_ids(mask, lengths), [True] * mask.num_spans).to(mask.q_lo.device)
+    ids = _ids(mask, _first_ids(mask, lengths), [True] * mask.num_spans)
+    return move(ids, mask.q_lo.device)
 
 
+@on_the_host
 def bagel_position_ids(mask: SpanMask) -> Tensor:
     """BAGEL's: text advances by one per token, an image (a full span) shares one id.
 
@@ -42,9 +46,10 @@ def bagel_position_ids(mask: SpanMask) -> Tensor:
         end - start if causal else 1
         for (start, end), causal in zip(pairwise(mask.span_offsets), text, strict=True)
     ]
-    return _ids(mask, _first_ids(mask, advances), text).to(mask.q_lo.device)
+    return move(_ids(mask, _first_ids(mask, advances), text), mask.q_lo.device)
 
 
+@on_the_host
 def mrope_position_ids(mask: SpanMask, grids: Mapping[int, tuple[int, int, int]]) -> Tensor:
     """M-RoPE (time, height, width) ids, as Qwen-VL numbers them.
 
@@ -78,7 +83,7 @@ def mrope_position_ids(mask: SpanMask, grids: Mapping[int, tuple[int, int, int]]
         directions = torch.meshgrid(*map(torch.arange, grid), indexing="ij")
         start, end = mask.span_offsets[span : span + 2]
         ids[:, start:end] = torch.stack(directions).flatten(1) + first[span]
-    return ids.to(mask.q_lo.device)
+    return move(ids, mask.q_lo.device)
 
 
 @dataclass(frozen=True, eq=False)
@@ -98,6 +103,7 @@ class TargetIndex:
     cu_seqlens: Tensor
 
 
+@on_the_host
 def target_index(mask: SpanMask, spans: Sequence[int], *, last_has_row: bool = True) -> TargetIndex:
     """The targets of text spans, for `gather_logprobs(logits, token_ids, row_index)`.
 
@@ -121,9 +127,8 @@ def target_index(mask: SpanMask, spans: Sequence[int], *, last_has_row: bool = T
         >>> targets.row_index.tolist(), targets.token_rows.tolist()
         ([2, 3, 2, 5], [3, 4, 5, 6])
     """
+    spans = host_spans(spans, mask.num_spans)
     for span in spans:
-        if not 0 <= span < mask.num_spans:
-            raise ValueError(f"spans has {span}, the mask has {mask.num_spans} spans")
         if mask.modes[span] != "causal":
             raise ValueError(f"span {span} is full: its rows see the tokens they would predict")
     offsets = mask.span_offsets
@@ -149,7 +154,7 @@ def target_index(mask: SpanMask, spans: Sequence[int], *, last_has_row: bool = T
         token_rows=torch.where(rows < ends[span_of], rows, -1),
         cu_seqlens=cu_seqlens,
     )
-    return TargetIndex(*(x.to(mask.q_lo.device) for x in vars(found).values()))
+    return TargetIndex(*(move(x, mask.q_lo.device) for x in vars(found).values()))
 
 
 def _first_ids(mask: SpanMask, advances: Sequence[int]) -> list[int]:

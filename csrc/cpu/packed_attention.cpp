@@ -169,13 +169,15 @@ struct KeyGradients {
 template <typename acc>
 class OrderedSum {
  public:
-  // Calls add(total) once everything before the nth unit has been added; `size` values, zeros at first.
+  // Before the threads begin: one that fails here would leave the others waiting.
+  void allocate(int64_t size) { total_.resize(size); }
+
+  // Calls add(total) once everything before the nth unit has been added; zeros at first.
   template <typename Add>
-  void add(const WorkUnit& unit, int64_t size, const Add& add) {
+  void add(const WorkUnit& unit, const Add& add) {
     std::unique_lock<std::mutex> lock(mutex_);
     changed_.wait(lock, [&] { return next_ == unit.nth; });
     lock.unlock();
-    total_.resize(size);
     add(total_.data());
     if (unit.last) std::vector<acc>().swap(total_);
     lock.lock();
@@ -210,10 +212,13 @@ void backward(const Attention<scalar_t>& at, const Upstream<scalar_t>& up, HeadR
   zero_rows(dv, last_key, at.layout.length);
   zero_rows(dq, rows_of_documents(at.layout), at.layout.num_queries);
   int64_t most_keys = 0;
-  for (const WorkUnit& unit : plan.units)
-    most_keys = std::max(most_keys, unit.key_end - plan.documents[unit.document].key_begin);
-
   const auto totals = std::make_unique<OrderedSum<acc>[]>(plan.documents.size() * kv_heads);
+  for (const WorkUnit& unit : plan.units) {
+    const Document& document = plan.documents[unit.document];
+    most_keys = std::max(most_keys, unit.key_end - document.key_begin);
+    for (int64_t h = 0; !unit.whole && unit.nth == 0 && h < kv_heads; ++h)
+      totals[unit.document * kv_heads + h].allocate((document.key_end - document.key_begin) * width);
+  }
   const int64_t arena_size = most_keys * width + BLOCK_LANES * (5 * width + 2 * BLOCK_KEYS) + 512;
   for_each_job<acc>(plan, kv_heads, arena_size, [&](int64_t job, Arena<acc>& arena) {
     const WorkUnit& unit = plan.units[job / kv_heads];
@@ -235,7 +240,7 @@ void backward(const Attention<scalar_t>& at, const Upstream<scalar_t>& up, HeadR
       return;
     }
     const int64_t all_keys = document.key_end - document.key_begin;
-    totals[unit.document * kv_heads + kv_head].add(unit, all_keys * width, [&](acc* total) {
+    totals[unit.document * kv_heads + kv_head].add(unit, [&](acc* total) {
       add_values(total, dk_sums, keys * gradients.padded);
       add_values(total + all_keys * gradients.padded, dv_sums, keys * gradients.v_padded);
       if (unit.last) gradients.store(total, all_keys, document.key_begin, kv_head);

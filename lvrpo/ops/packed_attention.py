@@ -83,8 +83,8 @@ def packed_attention(
         dropout_p: 0; a prompt that is shared would be dropped out alike for all its completions.
         window_size: None or (-1, -1); rows of a branch are not where their positions are, so that
             a window is no one range of rows.
-        backend: "cpp", "triton" (heads up to 256 wide), "torch", "flash" (flash attention, 16 bits
-            only), or None for the first but "flash" that can run.
+        backend: "cpp", "triton" (heads up to 256 wide, in fp64 128), "torch", "flash" (flash
+            attention, 16 bits only), or None for the first but "flash" that can run.
 
     Returns:
         out: [Lq, Hq, Dv] in q's dtype; 0 in a row that sees no key, which gets no gradient.
@@ -102,9 +102,9 @@ def packed_attention(
         raise ValueError(f"{OP}: dropout_p is {dropout_p}, expected 0: there is no dropout")
     if window_size not in (None, (-1, -1)):
         raise ValueError(f"{OP}: window_size is {window_size}: a SpanMask has no sliding windows")
-    widest = max(q.shape[2], v.shape[2])
+    width, widest = max(q.shape[2], v.shape[2]), 128 if q.dtype == torch.float64 else 256
     limits: dict[str, str | Callable[[], str]] = {
-        "triton": f"its heads are up to 256 wide, got {widest}" if widest > 256 else "",
+        "triton": f"its heads are up to {widest} wide, got {width}" if width > widest else "",
         "flash": lambda: _flash_attention.why_not(q, k, v, mask, scale, softcap, return_lse),
     }
     chosen = _backend.resolve(OP, (q, k, v), backend, limits)
@@ -137,10 +137,23 @@ class _PackedAttention(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Any, ...]:
         dout = torch.zeros_like(ctx.saved_tensors[3]) if dout is None else dout
+        tables = ctx.saved_tensors[5:]
+        if not any(ctx.needs_input_grad[1:3]):
+            tables = _with_constant_keys(*tables)
         gradients = _library.op("packed_attention_bwd", ctx.backend)(
-            dout, dlse, *ctx.saved_tensors, ctx.scale, ctx.softcap
+            dout, dlse, *ctx.saved_tensors[:5], *tables, ctx.scale, ctx.softcap
         )
         return (*gradients, *[None] * 11)
+
+
+def _with_constant_keys(*tables: Tensor | None) -> tuple[Tensor | None, ...]:
+    """The tables of a mask all of whose spans are frozen, as far as a backward pass reads them."""
+    *head, spans, runs, query_tiles, key_work, key_parts = tables
+    assert spans is not None
+    spans = spans.clone()
+    spans[:, 7] = 1
+    key_work, key_parts = (None if x is None else x[:0] for x in (key_work, key_parts))
+    return (*head, spans, runs, query_tiles, key_work, key_parts)
 
 
 @_library.register("packed_attention_fwd", triton=OP)
@@ -192,7 +205,8 @@ def _check(q: Tensor, k: Tensor, v: Tensor, mask: SpanMask, scale: float, softca
         ("v", v, ("L", "Hkv", "Dv")),
     ):
         _checks.check_shape(OP, name, tensor, shape)
-        _checks.check_floating(OP, name, tensor)
+        if tensor.dtype not in _backend.FLOATING:
+            raise ValueError(f"{OP}: {name} is {tensor.dtype}, expected fp32, fp64, bf16 or fp16")
         if tensor.dtype != q.dtype:
             raise ValueError(f"{OP}: {name} is {tensor.dtype}, q is {q.dtype}")
     if not isinstance(mask, SpanMask):

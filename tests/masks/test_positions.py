@@ -184,9 +184,9 @@ def test_bad_helpers_input():
     mask = SpanMask.from_spans([4, 2], [-1, 0], ["full", "causal"])
     with pytest.raises(ValueError, match="span 0 is full"):
         target_index(mask, [1, 0])
-    with pytest.raises(ValueError, match="spans has 2, the mask has 2 spans"):
+    with pytest.raises(ValueError, match="there is no span 2 among 2"):
         target_index(mask, [2])
-    with pytest.raises(ValueError, match="spans has -1"):
+    with pytest.raises(ValueError, match="there is no span -1"):
         target_index(mask, [-1])
     with pytest.raises(ValueError, match="grids has span 2, the mask has 2 spans"):
         mrope_position_ids(mask, {2: (1, 1, 1)})
@@ -194,3 +194,13 @@ def test_bad_helpers_input():
         mrope_position_ids(mask, {0: (1, 2, 3)})
     with pytest.raises(ValueError, match="grid of span 0 is -1 x -2 x 2"):
         mrope_position_ids(mask, {0: (-1, -2, 2)})
+
+
+def test_what_a_rollout_laid_out_serves_a_backward_pass():
+    mask = SpanMask.from_groups([([(3, "causal")], [[(2, "causal")]] * 2)])
+    with torch.inference_mode():
+        ids, targets = position_ids(mask), target_index(mask, [1, 2])
+    table = torch.randn(9, 4, requires_grad=True)
+    rows = torch.nn.functional.embedding(ids, table)
+    rows.index_select(0, targets.row_index).sum().backward()
+    assert table.grad.isfinite().all()

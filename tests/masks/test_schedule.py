@@ -13,6 +13,7 @@ from masks.layouts import masks
 
 from lvrpo import _mask_schedule
 from lvrpo.masks import SpanMask
+from lvrpo.positions import position_ids, target_index
 
 
 def small(tile: int, rows: int = 1 << 20, parts: int = 1 << 20):
@@ -114,16 +115,52 @@ def test_a_mask_is_laid_out_on_the_host_whatever_the_default_device():
         changed = mask.freeze([1]).select_spans([1, 3])
         types = SpanMask.from_token_types([0, 0, 1, 1], [0, 4])
         schedule = _mask_schedule.schedule(mask)
+        helpers = position_ids(mask), target_index(mask, [0]).row_index, mask.to_row_intervals()
+    assert all(not helper.is_meta for helper in helpers)
     for found in (mask, changed, types):
         assert found.spans.device.type == found.rows.device.type == "cpu"
     assert schedule.key_work.device.type == "cpu"
 
 
-@pytest.mark.parametrize("span", [-1, 4])
-def test_freezing_a_span_that_is_not_there(span):
-    mask = SpanMask.from_groups([([(9, "causal")], [[(4, "full")]] * 3)])
-    with pytest.raises(ValueError, match=f"there is no span {span} among 4"):
-        mask.freeze([0, span])
+MASK = SpanMask.from_groups([([(9, "causal")], [[(4, "full")]] * 3)])
+
+
+@pytest.mark.parametrize("spans", [torch.tensor([0, 2]), (span for span in (2, 0)), [2, 0, 0]])
+def test_spans_to_freeze_come_in_any_form(spans):
+    mask = MASK.freeze(spans)
+    assert mask.frozen == (0, 2)
+    assert mask.spans[:, 7].tolist() == [1, 0, 1, 0]
+
+
+BAD = {
+    "no such span": (lambda: MASK.freeze([0, 4]), "there is no span 4 among 4"),
+    "negative span": (lambda: MASK.freeze([-1]), "there is no span -1 among 4"),
+    "a bool": (lambda: MASK.freeze([True]), r"spans\[0\] is True, expected an integer"),
+    "a name": (lambda: MASK.freeze(["a"]), r"spans\[0\] is 'a', expected an integer"),
+    "not a sequence": (lambda: MASK.select_spans(1), "spans is 1, expected integers"),
+    "half a span": (lambda: MASK.select_spans([1.5]), r"spans\[0\] is 1.5, expected an integer"),
+    "selected span": (lambda: MASK.select_spans([7]), "there is no span 7 among 4"),
+    "half a row": (lambda: MASK.select_queries([0.5]), r"rows\[0\] is 0.5, expected an integer"),
+    "rows as a mask": (
+        lambda: MASK.select_queries(torch.ones(21, dtype=torch.bool)),
+        "rows is torch.bool",
+    ),
+    "half a token": (lambda: MASK.pad_to(30.5), r"length\[0\] is 30.5, expected an integer"),
+    "negative sample": (
+        lambda: SpanMask.from_bagel([2, 2], ["causal", "causal"], [5, -1]),
+        "sample 1 has length -1",
+    ),
+    "a number for a chain": (
+        lambda: SpanMask.from_groups([(8, [])]),
+        "the prompt of group 0 is 8, expected",
+    ),
+}
+
+
+@pytest.mark.parametrize(("call", "message"), BAD.values(), ids=BAD.keys())
+def test_bad_input(call, message):
+    with pytest.raises(ValueError, match=message):
+        call()
 
 
 def test_nothing_is_read_back_from_a_device():

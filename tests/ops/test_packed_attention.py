@@ -25,7 +25,8 @@ def _fewer_programs(monkeypatch):
     """Each costs the interpreter as much as its whole tile; the shapes still take several."""
     if not _backend.why_unavailable("triton") and _backend.triton_interprets():
         kernels = importlib.import_module("lvrpo.kernels.packed_attention")
-        monkeypatch.setattr(kernels, "WIDE", dict.fromkeys(kernels.WIDE, kernels._tiles(64, 64, 1)))
+        larger = {256: kernels._tiles(64, 64, 1)}
+        monkeypatch.setattr(kernels, "WIDE", dict.fromkeys(kernels.WIDE, larger))
 
 
 QUESTION = ([(9, "full"), (5, "causal")], [[(3, "causal")], [(1, "causal"), (4, "full")], []])
@@ -54,6 +55,11 @@ SHAPES = {
 }
 
 
+def here(mask: SpanMask) -> SpanMask:
+    """On the device of the backend that is tested."""
+    return mask.to(torch.get_default_device())
+
+
 def make_inputs(
     mask: SpanMask, heads: int, kv_heads: int, width: int, v_width: int, dtype: torch.dtype
 ) -> dict[str, Any]:
@@ -66,7 +72,7 @@ def make_inputs(
         "q": normal(mask.num_queries, heads, width),
         "k": normal(mask.length, kv_heads, width),
         "v": normal(mask.length, kv_heads, v_width),
-        "mask": mask.to(torch.get_default_device()),
+        "mask": here(mask),
     }
 
 
@@ -137,11 +143,11 @@ def test_shared_prompt_equals_one_copy_per_completion(backend):
     lengths = [5, 1, 8]
     shared = SpanMask.from_groups([([(20, "causal")], [[(n, "causal")] for n in lengths])])
     q, k, v = (torch.randn(shared.length, 2, 16, dtype=torch.float64) for _ in range(3))
-    out = packed_attention(q, k, v, shared, backend=backend)
+    out = packed_attention(q, k, v, here(shared), backend=backend)
     start = 20
     for length in lengths:
         rows = [*range(20), *range(start, start + length)]
-        alone = SpanMask.from_cu_seqlens([0, len(rows)])
+        alone = here(SpanMask.from_cu_seqlens([0, len(rows)]))
         expected = packed_attention(q[rows], k[rows], v[rows], alone, backend=backend)
         torch.testing.assert_close(out[start : start + length], expected[20:])
         start += length
@@ -158,14 +164,14 @@ def test_keys_that_no_query_sees_are_not_read(backend):
     k[unwritten] = v[unwritten] = torch.nan
     q = inputs["q"][rows].requires_grad_()
     leaves = (q, k.requires_grad_(), v.requires_grad_())
-    out = packed_attention(*leaves, mask.select_queries(rows), backend=backend)
+    out = packed_attention(*leaves, here(mask).select_queries(rows), backend=backend)
     torch.testing.assert_close(out, full[rows])
     for gradient in torch.autograd.grad(out.sum(), leaves):
         assert gradient.isfinite().all()
 
 
 def test_a_row_that_sees_no_key(backend):
-    mask = SpanMask.from_cu_seqlens([0, 3]).pad_to(5)
+    mask = here(SpanMask.from_cu_seqlens([0, 3])).pad_to(5)
     leaves = [torch.randn(5, 2, 4, requires_grad=True) for _ in range(3)]
     out, lse = packed_attention(*leaves, mask, return_lse=True, backend=backend)
     assert (out[3:] == 0).all()
@@ -180,7 +186,7 @@ def test_a_row_that_sees_no_key(backend):
 )
 def test_empty_input(backend, mask):
     leaves = [torch.randn(0, 2, 8, requires_grad=True) for _ in range(3)]
-    out, lse = packed_attention(*leaves, mask, return_lse=True, backend=backend)
+    out, lse = packed_attention(*leaves, here(mask), return_lse=True, backend=backend)
     (out.sum() + lse.sum()).backward()
     assert out.shape == (0, 2, 8)
     assert lse.shape == (0, 2)
@@ -190,7 +196,7 @@ def test_empty_input(backend, mask):
 @pytest.mark.parametrize(("heads", "width", "v_width"), [(0, 4, 4), (2, 0, 4), (2, 4, 0)], ids=str)
 def test_no_heads_or_no_width(backend, heads, width, v_width):
     # With padding, whose rows are filled with zeros.
-    mask = SpanMask.from_cu_seqlens([0, 3]).pad_to(5000)
+    mask = here(SpanMask.from_cu_seqlens([0, 3])).pad_to(5000)
     shapes = [(5000, heads, width), (5000, 1, width), (5000, 1, v_width)]
     leaves = [torch.zeros(s, requires_grad=True) for s in shapes]
     out, lse = packed_attention(*leaves, mask, return_lse=True, backend=backend)
@@ -201,7 +207,7 @@ def test_no_heads_or_no_width(backend, heads, width, v_width):
 
 
 def test_no_query_selected(backend):
-    mask = SpanMask.from_cu_seqlens([0, 3]).select_queries([])
+    mask = here(SpanMask.from_cu_seqlens([0, 3])).select_queries([])
     k = torch.randn(3, 1, 8, requires_grad=True)
     out = packed_attention(torch.randn(0, 2, 8), k, torch.randn(3, 1, 8), mask, backend=backend)
     out.sum().backward()
@@ -210,7 +216,7 @@ def test_no_query_selected(backend):
 
 
 def test_strides_and_stride_0_gradient(backend):
-    mask, *_ = SHAPES["questions and drawings"]
+    mask = here(GROUPS)
     packed = torch.randn(mask.length, 8, 16, requires_grad=True)
     transposed = torch.randn(16, 2, mask.length, requires_grad=True)
 
@@ -248,7 +254,7 @@ def test_gradcheck(backend, softcap):
     mask = SpanMask.from_spans([2, 2, 1, 2], [-1, 0, 0, -1], ["causal", "full", "causal", "full"])
     shapes = [(7, 2, 3), (7, 1, 3), (7, 1, 2)]
     leaves = [torch.randn(s, dtype=torch.float64, requires_grad=True) for s in shapes]
-    function = functools.partial(op(backend), mask=mask, softcap=softcap)
+    function = functools.partial(op(backend), mask=here(mask), softcap=softcap)
     torch.autograd.gradcheck(function, leaves)
 
 
@@ -333,6 +339,7 @@ BAD = {
     "v of another length": ({"v": rows_of(0)}, "v has 0 rows, the mask 5"),
     "no heads": ({"q": torch.zeros(5, 4)}, r"q has shape \(5, 4\), expected \[Lq, Hq, D\]"),
     "k of another dtype": ({"k": rows_of(5, dtype=torch.float64)}, "k is torch.float64, q is"),
+    "8 bits": ({n: rows_of(5).to(torch.float8_e5m2) for n in "qkv"}, "q is torch.float8_e5m2"),
     "integers": ({"q": rows_of(5, dtype=torch.int64)}, "q is torch.int64"),
     "k of another width": ({"k": rows_of(5, width=3)}, "k has head width 3, q has 4"),
     "heads not a multiple": ({"q": rows_of(5, heads=3)}, "q has 3 heads, not a multiple of k's 2"),
@@ -349,7 +356,7 @@ BAD = {
 
 @pytest.mark.parametrize(("change", "message"), BAD.values(), ids=BAD.keys())
 def test_bad_input(backend, change, message):
-    mask = SpanMask.from_cu_seqlens([0, 2, 5])
+    mask = here(SpanMask.from_cu_seqlens([0, 2, 5]))
     arguments = {name: rows_of(5) for name in "qkv"} | {"mask": mask, "backend": backend}
     with pytest.raises(ValueError, match=message):
         packed_attention(**arguments | change)
@@ -360,8 +367,11 @@ def test_heads_that_no_kernel_holds_go_to_another_backend():
     mask = SpanMask.from_cu_seqlens([0, 3])
     assert packed_attention(q, q, q, mask).shape == q.shape
     if not _backend.why_unavailable("triton"):
-        with pytest.raises(ValueError, match="up to 256 wide, got 300"):
-            packed_attention(q, q, q, mask, backend="triton")
+        q = torch.zeros(3, 1, 300, device=torch.get_default_device())
+        for dtype, widest in ((torch.float32, 256), (torch.float64, 128)):
+            x = q.to(dtype)
+            with pytest.raises(ValueError, match=f"up to {widest} wide, got 300"):
+                packed_attention(x, x, x, here(mask), backend="triton")
 
 
 def test_the_op_refuses_tables_that_do_not_fit():

@@ -7,7 +7,16 @@ from typing import Any
 
 import pytest
 import torch
-from ops.test_packed_attention import DRAWING, FOREST, GROUPS, QUESTION, check, make_inputs, op
+from ops.test_packed_attention import (
+    DRAWING,
+    FOREST,
+    GROUPS,
+    QUESTION,
+    check,
+    here,
+    make_inputs,
+    op,
+)
 from torch import Tensor
 
 from lvrpo import _mask_schedule
@@ -51,8 +60,8 @@ def test_frozen_spans(backend, chosen):
     mask = GROUPS.freeze(chosen)
     inputs = make_inputs(mask, 4, 2, 24, 24, torch.float32)
     check(op(backend), inputs, backend)
-    live, free = (gradients(backend, inputs | {"mask": m}) for m in (mask, GROUPS))
-    frozen = mask.frozen_keys()
+    live, free = (gradients(backend, inputs | {"mask": here(m)}) for m in (mask, GROUPS))
+    frozen = here(mask).frozen_keys()
     assert frozen.any()
     for ours, without in zip(live[3:], free[3:], strict=True):
         assert (ours[frozen] == 0).all()
@@ -123,32 +132,35 @@ def test_a_document_alone_equals_the_document_in_a_pack(backend, dtype):
     together = gradients(backend, inputs)
     rows = slice(*pack.documents[1:3])
     document = {name: inputs[name][rows] for name in "qkv"}
-    device = inputs["q"].device
-    alone = gradients(backend, document | {"mask": SpanMask.from_groups([DRAWING]).to(device)})
+    alone = gradients(backend, document | {"mask": here(SpanMask.from_groups([DRAWING]))})
     for ours, expected in zip(together, alone, strict=True):
         assert_same_bits(backend, ours[rows], expected)
 
 
-@pytest.mark.parametrize("completion", [(140, "causal"), (33, "full")], ids=str)
+@pytest.mark.parametrize(
+    "completion",
+    [[(140, "causal")], [(33, "full")], [(10, "causal"), (12, "full"), (9, "causal")]],
+    ids=["text", "image", "text, image, text"],
+)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_span_has_the_same_bits_with_any_siblings(backend, dtype, completion):
     prompt = [(40, "full"), (PROMPT - 40, "causal")]
     elder, younger = [(77, "causal")], [(130, "full"), (5, "causal")]
-    groups = [[completion]], [elder, [completion]], [elder, younger, [completion], elder]
-    device = torch.get_default_device()
-    found = []
+    length = sum(rows for rows, _ in completion)
     torch.manual_seed(0)
-    own = [torch.randn(completion[0], 2, 16, dtype=dtype) for _ in range(3)]
+    own = [torch.randn(length, 2, 16, dtype=dtype) for _ in range(3)]
     shared = [torch.randn(PROMPT, 2, 16, dtype=dtype) for _ in range(3)]
-    for completions in groups:
-        before = sum(length for chain in completions for length, _ in chain) - completion[0]
-        before -= 77 * (len(completions) == 4)
-        mask = SpanMask.from_groups([(prompt, completions)]).packing_invariant().to(device)
+    found = []
+    # What comes before it and after it.
+    for before, after in (([], []), ([elder], []), ([elder, younger], [elder])):
+        mask = SpanMask.from_groups([(prompt, [*before, completion, *after])])
+        start = PROMPT + sum(rows for chain in before for rows, _ in chain)
         x = [torch.randn(mask.length, 2, 16, dtype=dtype) for _ in range(3)]
-        rows = slice(PROMPT + before, PROMPT + before + completion[0])
+        rows = slice(start, start + length)
         for buffer, of_prompt, of_rows in zip(x, shared, own, strict=True):
             buffer[:PROMPT], buffer[rows] = of_prompt, of_rows
-        out, lse, dq, *_ = gradients(backend, dict(zip("qkv", x, strict=True)) | {"mask": mask})
+        inputs = dict(zip("qkv", x, strict=True)) | {"mask": here(mask.packing_invariant())}
+        out, lse, dq, *_ = gradients(backend, inputs)
         found.append([result[rows] for result in (out, lse, dq)])
     for results in found[1:]:
         for ours, expected in zip(results, found[0], strict=True):
@@ -167,5 +179,15 @@ def test_without_asking_siblings_may_show():
 def test_packing_invariance_changes_no_value(backend):
     inputs = make_inputs(FOREST, 4, 2, 16, 8, torch.float64)
     plain = packed_attention(**inputs, backend=backend)
-    mask = FOREST.packing_invariant().to(plain.device)
+    mask = here(FOREST).packing_invariant()
     torch.testing.assert_close(packed_attention(**inputs | {"mask": mask}, backend=backend), plain)
+
+
+def test_constant_keys(backend):
+    """The gradient of q alone is the same, and asks for no others."""
+    inputs = make_inputs(GROUPS, 4, 2, 24, 24, torch.float32)
+    _, _, dq, _, _ = gradients(backend, inputs)
+    q = inputs["q"].requires_grad_()
+    out, lse = op(backend)(q, inputs["k"], inputs["v"], inputs["mask"])
+    (alone,) = torch.autograd.grad(out.sum() + lse.sum(), q)
+    assert torch.equal(alone, dq)
