@@ -71,7 +71,7 @@ stage info 60 "$python" -m lvrpo.info
 tests=(tests/ops)
 if [ "$device" = cpu ]; then
   export TRITON_INTERPRET=1
-  tests=(tests/ops/test_gather_logprobs.py)
+  tests=(tests/ops/test_gather_logprobs.py tests/ops/test_packed_attention_order.py)
 fi
 kernels="triton or flash or varlen"
 case $part in
