@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import os
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,6 +19,61 @@ def check_values(tensor: Tensor) -> bool:
     if torch.compiler.is_compiling() or isinstance(tensor, torch._subclasses.FakeTensor):
         return False
     return tensor.device.type == "cpu" or os.environ.get("LVRPO_CHECK") == "1"
+
+
+def as_tensor(op: str, name: str, value: Any, device: torch.device) -> Tensor:
+    """A tensor as it is; a number or a nested list as a tensor on `device`, None in it as NaN."""
+    if isinstance(value, Tensor):
+        return value
+    try:
+        return torch.tensor(_with_nan(value), device=device)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(
+            f"{op}: {name} is a {type(value).__name__} that no tensor can be made of ({error}), "
+            "expected a tensor or a list of numbers"
+        ) from error
+
+
+def _with_nan(value: Any) -> Any:
+    if isinstance(value, (list, tuple)):
+        return [_with_nan(item) for item in value]
+    return math.nan if value is None else value
+
+
+def as_index(op: str, name: str, tensor: Tensor) -> Tensor:
+    """Indices of any integer dtype, as int64."""
+    if tensor.is_floating_point() or tensor.is_complex() or tensor.dtype == torch.bool:
+        raise ValueError(f"{op}: {name} is {tensor.dtype}, expected an integer dtype")
+    return tensor.long()
+
+
+def as_mask(op: str, name: str, mask: Tensor) -> Tensor:
+    """A mask of any dtype as bool: what is above 0 counts.
+
+    Raises:
+        ValueError: where values may be read, one of them is negative or NaN.
+    """
+    if mask.dtype == torch.bool:
+        return mask
+    counts = mask.detach() > 0
+    if check_values(mask):
+        refuse_first(op, name, mask, ~counts & (mask != 0), "0, or a number > 0")
+    return counts
+
+
+def as_saved(tensor: Tensor | None) -> Tensor | None:
+    """`tensor`, or a copy where autograd could not save it: one made under `inference_mode`."""
+    if tensor is None or torch.compiler.is_compiling() or torch.is_inference_mode_enabled():
+        return tensor
+    return tensor.clone() if tensor.is_inference() else tensor
+
+
+def refuse_first(op: str, name: str, values: Tensor, bad: Tensor, expected: str) -> None:
+    """Name the first element, or the first row of it where `bad` has fewer dimensions."""
+    if bool(bad.any()):
+        at = tuple(bad.nonzero()[0].tolist())
+        index = ", ".join(str(i) for i in at)
+        raise ValueError(f"{op}: {name}[{index}] is {values[at].tolist()}, expected {expected}")
 
 
 def check_shape(op: str, name: str, tensor: Tensor, expected: tuple[int | str, ...]) -> None:
@@ -49,14 +107,17 @@ def check_same_device(op: str, **tensors: Tensor | None) -> None:
         raise ValueError(f"{op}: tensors are on different devices: {listed}")
 
 
-def check_offsets(op: str, name: str, offsets: Tensor, total: int) -> None:
-    """int64 [n + 1] offsets that start at 0, never decrease and end at `total`."""
+def as_offsets(
+    op: str, name: str, offsets: Tensor | Sequence[int], total: int, device: torch.device
+) -> Tensor:
+    """int64 [n + 1] offsets, from any integers, that start at 0, never decrease, end at `total`."""
+    offsets = as_tensor(op, name, offsets, device)
     check_shape(op, name, offsets, ("n + 1",))
-    check_integer(op, name, offsets)
+    offsets = as_index(op, name, offsets)
     if offsets.numel() == 0:
         raise ValueError(f"{op}: {name} is empty, expected at least the offset 0")
     if not check_values(offsets):
-        return
+        return offsets
     steps = offsets.diff()
     if int(offsets[0]) != 0:
         raise ValueError(f"{op}: {name} starts at {int(offsets[0])}, expected 0")
@@ -67,3 +128,11 @@ def check_offsets(op: str, name: str, offsets: Tensor, total: int) -> None:
         )
     if int(offsets[-1]) != total:
         raise ValueError(f"{op}: {name} ends at {int(offsets[-1])}, expected {total}")
+    return offsets
+
+
+def check_offsets(op: str, name: str, offsets: Tensor, total: int) -> None:
+    """int64 [n + 1] offsets that start at 0, never decrease and end at `total`."""
+    check_shape(op, name, offsets, ("n + 1",))
+    check_integer(op, name, offsets)
+    as_offsets(op, name, offsets, total, offsets.device)
