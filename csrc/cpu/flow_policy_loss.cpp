@@ -10,6 +10,7 @@
 
 #include "common/check.h"
 #include "common/dispatch.h"
+#include "common/log_ratio.h"
 #include "common/simd.h"
 #include "cpu/latents.h"
 
@@ -134,7 +135,7 @@ Policy policy_of(const Sample& x, const Params& params) {
   const double old = guard ? 0 : -scale * x.c_v * x.c_v / (x.std * x.std * x.elements);
   Policy p{};
   p.log_ratio = noise * x.sums.noise + old * x.sums.old / 2;
-  p.ratio = std::exp(std::clamp(p.log_ratio, -LOG_RATIO_LIMIT, LOG_RATIO_LIMIT));
+  p.ratio = std::exp(saturate(p.log_ratio, LOG_RATIO_LIMIT));
 
   const double a = std::clamp(x.advantage, -params.adv_clip, params.adv_clip);
   double weight = 1;
@@ -150,7 +151,7 @@ Policy policy_of(const Sample& x, const Params& params) {
     if (guard) weight = 1 / x.abs_dt;
   }
   p.loss *= weight;
-  const bool flat = p.low || p.high || std::abs(p.log_ratio) > LOG_RATIO_LIMIT;
+  const bool flat = p.low || p.high || is_saturated(p.log_ratio, LOG_RATIO_LIMIT);
   const double dlog_ratio = flat ? 0 : -a * p.ratio * weight;
   p.dnoise = dlog_ratio * noise;
   p.dold = dlog_ratio * old;

@@ -7,15 +7,13 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from lvrpo.reference._log_ratio import LOG_RATIO_LIMIT, saturate
 from lvrpo.reference._precision import widen
 from lvrpo.reference.flow_step import per_sample
 
 if TYPE_CHECKING:
     from lvrpo.ops.flow_policy_loss import FlowLossParams
     from lvrpo.ops.flow_step import StepCoefficients
-
-#: |log rho| above which the ratio saturates (e^20 = 4.9e8) and its gradient is zero.
-LOG_RATIO_LIMIT = 20.0
 
 
 def flow_policy_loss(
@@ -61,7 +59,7 @@ def flow_policy_loss(
         log_ratio = element_mean(z * dmu / s - dmu**2 / (2 * s**2))
     if params.log_ratio_scale != "mean":
         log_ratio = log_ratio * (params.log_ratio_scale * v[0].numel() if len(v) else 1.0)
-    ratio = log_ratio.clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT).exp()
+    ratio = saturate(log_ratio, LOG_RATIO_LIMIT).exp()
 
     if params.variant == "dppo":
         diverged = kl_old >= params.tau

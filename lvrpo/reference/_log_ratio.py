@@ -1,0 +1,17 @@
+"""Where log-ratios stop, for every loss that has ratios."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+#: The default: e^20 = 4.9e8 is past any clip range, and finite in every dtype of a loss.
+LOG_RATIO_LIMIT = 20.0
+
+
+def saturate(log_ratio: Tensor, limit: float | None) -> Tensor:
+    """`log_ratio` within +-`limit`, with gradient 0 outside; None for no limit.
+
+    Take exponentials of the result, never of `log_ratio`: where it is cut, autograd passes back
+    0 times e^limit, which is 0, and not 0 times infinity.
+    """
+    return log_ratio if limit is None else log_ratio.clamp(-limit, limit)
