@@ -1,12 +1,14 @@
 """What a run does: one frozen dataclass per section, read from TOML and from `section.key=value`.
 
 docs/configuration.md explains the keys; a run directory holds the resolved file. An unknown section
-or key is an error that names it.
+or key and a value out of bounds are errors that name the key; lvrpo/trainer/bounds.py has the
+bounds.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import math
 import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -18,9 +20,8 @@ if sys.version_info >= (3, 11):
 else:  # pragma: no cover
     import tomli as tomllib
 
-
-class ConfigError(ValueError):
-    """A configuration that cannot be run; one line naming the key."""
+from lvrpo.trainer.bounds import BOUNDS, CHOICES, check_value
+from lvrpo.trainer.bounds import ConfigError as ConfigError
 
 
 @dataclass(frozen=True)
@@ -125,7 +126,8 @@ class LossSection:
     preset: str = "grpo"
     text_weight: float = 1.0
     image_weight: float = 1.0
-    text_clip: float = 0.0  # 0: the preset's own
+    text_clip_low: float = 0.0  # 0: the preset's own
+    text_clip_high: float = 0.0
     image_clip: float = 0.2
     text_kl: float = 0.1
     image_kl: float = 0.01
@@ -161,83 +163,37 @@ class TrainConfig:
     optimizer: OptimizerSection = field(default_factory=OptimizerSection)
 
     def __post_init__(self) -> None:
-        for name, least in _AT_LEAST.items():
-            section, _, key = name.partition(".")
-            value = getattr(getattr(self, section), key)
-            _require(value >= least, name, value, f">= {least}")
-        rollout = self.rollout
-        _require(rollout.temperature > 0, "rollout.temperature", rollout.temperature, "> 0")
-        _require(
-            0 < rollout.stochastic_steps <= rollout.denoise_steps,
-            "rollout.stochastic_steps",
-            rollout.stochastic_steps,
-            f"1 to denoise_steps = {rollout.denoise_steps}",
-        )
-        _require(
-            rollout.understand_prompts + rollout.generate_prompts > 0,
-            "rollout.understand_prompts + rollout.generate_prompts",
-            0,
-            "at least one prompt a step",
-        )
-        for task in ("understand", "generate"):
-            _require(
-                bool(getattr(self.rewards, task)) or not getattr(rollout, f"{task}_prompts"),
-                f"rewards.{task}",
-                {},
-                f"a reward, as rollout.{task}_prompts is not 0",
+        for key in (*BOUNDS, *CHOICES):
+            section, _, name = key.partition(".")
+            check_value(key, getattr(getattr(self, section), name))
+        rollout, warm_start = self.rollout, self.warm_start
+        if rollout.stochastic_steps > rollout.denoise_steps:
+            raise ConfigError(
+                f"rollout.stochastic_steps is {rollout.stochastic_steps}, expected 1 to "
+                f"denoise_steps = {rollout.denoise_steps}"
             )
-        warm_start = self.warm_start
-        _require(
-            warm_start.understand_batch + warm_start.generate_batch > 0 or not warm_start.steps,
-            "warm_start.understand_batch + warm_start.generate_batch",
-            0,
-            "at least one example a step",
-        )
-        for key in ("label_noise_understand", "label_noise_generate"):
-            value = getattr(self.warm_start, key)
-            _require(0 <= value <= 1, f"warm_start.{key}", value, "a probability")
-        _require(
-            self.rewards.advantage in ("decoupled", "paper"),
-            "rewards.advantage",
-            repr(self.rewards.advantage),
-            "'decoupled' or 'paper'",
-        )
-
-
-#: What only counts or scales; everything else is checked by whoever uses it, see preflight.py.
-_AT_LEAST = {
-    "run.steps": 0,
-    "run.checkpoint_every": 1,
-    "run.keep_checkpoints": 1,
-    "run.eval_items": 0,
-    "run.gallery_items": 0,
-    "run.threads": 0,
-    "data.height": 1,
-    "data.width": 1,
-    "model.vision_layers": 0,
-    "model.image_patch": 1,
-    "warm_start.steps": 0,
-    "warm_start.lr": 0,
-    "warm_start.understand_batch": 0,
-    "warm_start.generate_batch": 0,
-    "warm_start.noise_draws": 1,
-    "rollout.group_size": 1,
-    "rollout.understand_prompts": 0,
-    "rollout.generate_prompts": 0,
-    "rollout.max_answer_tokens": 1,
-    "rollout.denoise_steps": 1,
-    "optimizer.lr": 0,
-    "optimizer.warmup_steps": 0,
-    "optimizer.grad_clip": 0,
-    "optimizer.weight_decay": 0,
-    "optimizer.updates_per_rollout": 1,
-    "optimizer.max_rows": 1,
-}
-
-
-def _require(holds: bool, key: str, value: object, expected: str) -> None:
-    if not holds:
-        raise ConfigError(f"{key} is {value}, expected {expected}")
+        if rollout.dynamics == "cps" and rollout.noise_level > 1:
+            raise ConfigError(
+                f"rollout.noise_level is {rollout.noise_level}, expected at most 1 where "
+                "rollout.dynamics is 'cps'"
+            )
+        if not rollout.understand_prompts + rollout.generate_prompts:
+            raise ConfigError(
+                "rollout.understand_prompts and rollout.generate_prompts are 0, expected at least "
+                "one prompt a step"
+            )
+        if warm_start.steps and not warm_start.understand_batch + warm_start.generate_batch:
+            raise ConfigError(
+                "warm_start.understand_batch and warm_start.generate_batch are 0, expected at "
+                "least one example a step, or warm_start.steps = 0"
+            )
+        for task in ("understand", "generate"):
+            weights = getattr(self.rewards, task)
+            if getattr(rollout, f"{task}_prompts") and not any(weights.values()):
+                raise ConfigError(
+                    f"rewards.{task} is {weights}, expected a reward whose weight is not 0, as "
+                    f"rollout.{task}_prompts is not 0"
+                )
 
 
 def load_config(path: Path | None = None, overrides: Iterable[str] = ()) -> TrainConfig:
@@ -302,8 +258,8 @@ def _is(value: Any, hint: Any) -> bool:
     if get_origin(hint) is dict:
         inner = get_args(hint)[1]
         return isinstance(value, Mapping) and all(_is(item, inner) for item in value.values())
-    if hint is float:  # NaN, which TOML can spell, is not equal to itself
-        return isinstance(value, (int, float)) and not isinstance(value, bool) and value == value
+    if hint is float:
+        return isinstance(value, (int, float)) and not isinstance(value, bool)
     if hint is int:
         return isinstance(value, int) and not isinstance(value, bool)
     return isinstance(value, hint)
@@ -311,8 +267,13 @@ def _is(value: Any, hint: Any) -> bool:
 
 def _coerce(value: Any, hint: Any) -> Any:
     if get_origin(hint) is dict:
-        return {key: float(item) for key, item in value.items()}
-    return float(value) if hint is float else value
+        return {key: _coerce(item, float) for key, item in value.items()}
+    if hint is not float:
+        return value
+    try:
+        return float(value)
+    except OverflowError:  # an int beyond every float is beyond every bound too
+        return math.inf if value > 0 else -math.inf
 
 
 def to_table(config: TrainConfig) -> dict[str, Any]:

@@ -6,19 +6,22 @@ Whoever uses a value also checks it: here every such part is built once, and thr
 from __future__ import annotations
 
 import contextlib
+import math
+import os
 from collections.abc import Iterator
+
+import torch
 
 from lvrpo.data.example import TASKS
 from lvrpo.models.latents import LinearAutoencoder
+from lvrpo.models.unified import UnifiedConfig, UnifiedModel
 from lvrpo.ops.normalize_advantages import AdvantageParams
+from lvrpo.trainer.bounds import CHOICES
 from lvrpo.trainer.config import ConfigError, TrainConfig
 from lvrpo.trainer.schedule import flow_schedule
 from lvrpo.trainer.sources import Source
 from lvrpo.trainer.task import Task, check_rewards
 from lvrpo.trainer.update import Objective
-
-#: The trainer has no other device.
-CPU_BACKENDS = ("cpp", "torch")
 
 
 def check_config(config: TrainConfig) -> Source:
@@ -32,16 +35,17 @@ def check_config(config: TrainConfig) -> Source:
         DataError: a line or picture of a JSONL file is wrong.
         RewardError: a reward cannot be imported.
     """
-    if config.run.backend not in ("", *CPU_BACKENDS):
+    from_environment = os.environ.get("LVRPO_BACKEND", "")
+    if not config.run.backend and from_environment not in CHOICES["run.backend"]:
         raise ConfigError(
-            f"run.backend is {config.run.backend!r}, expected one of {', '.join(CPU_BACKENDS)}, or "
-            "empty for the first that can run"
+            f"LVRPO_BACKEND is {from_environment!r} in the environment, expected cpp, torch, or "
+            "unset; run.backend wins over it"
         )
     with _named("rollout"):
         schedule = flow_schedule(config.rollout)
     if config.rollout.generate_prompts and not schedule.stochastic_steps:
         raise ConfigError(
-            f"rollout.dynamics is {config.rollout.dynamics!r} with noise_level "
+            f"rollout.dynamics is {config.rollout.dynamics!r} with rollout.noise_level "
             f"{config.rollout.noise_level:g}: no step is stochastic, so drawings teach nothing"
         )
     with _named("loss"):
@@ -49,21 +53,47 @@ def check_config(config: TrainConfig) -> Source:
         AdvantageParams.preset(config.rewards.advantage, clip=config.loss.advantage_clip)
     with _named("data"):
         source = _source_with_prompts(config)
-    section = config.model
-    _, height, width = source.picture_shape
-    if height % section.image_patch or width % section.image_patch:
-        raise ConfigError(
-            f"model.image_patch is {section.image_patch}, which does not tile pictures of "
-            f"{height} x {width} pixels"
-        )
+    _check_patches(config, source.picture_shape)
     with _named("model"):
+        section = config.model
         autoencoder = LinearAutoencoder(
             *source.picture_shape, patch=section.latent_patch, dim=section.latent_dim
         )
-        Task(config, source, autoencoder, None).model_config()
+        _check_memory(Task(config, source, autoencoder, None).model_config())
     with _named("rewards"):
         check_rewards(config, source)
     return source
+
+
+def _check_patches(config: TrainConfig, picture_shape: tuple[int, int, int]) -> None:
+    section = config.model
+    channels, height, width = picture_shape
+    for key in ("image_patch", "latent_patch"):
+        patch = getattr(section, key)
+        if height % patch or width % patch:
+            raise ConfigError(
+                f"model.{key} is {patch}, which does not tile pictures of {height} x {width} pixels"
+            )
+    numbers = channels * section.latent_patch**2
+    if section.latent_dim > numbers:
+        raise ConfigError(
+            f"model.latent_dim is {section.latent_dim}, expected 1 to {numbers}, the numbers of a "
+            f"patch of {channels} x {section.latent_patch} x {section.latent_patch}"
+        )
+
+
+def _check_memory(shape: UnifiedConfig) -> None:
+    """Refuse a model whose weights, reference, average, gradient and moments cannot be held."""
+    with torch.device("meta"):
+        parameters = sum(weight.numel() for weight in UnifiedModel(shape).parameters())
+    needed = 6 * 4 * parameters
+    there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if needed > there:
+        raise ConfigError(
+            f"model.hidden = {shape.hidden}, model.mlp = {shape.mlp} and model.layers = "
+            f"{shape.layers} make {parameters:,} parameters, whose training needs "
+            f"{math.ceil(needed / 2**30):,} GiB at least; this machine has {there / 2**30:.0f} GiB"
+        )
 
 
 def _source_with_prompts(config: TrainConfig) -> Source:

@@ -23,7 +23,7 @@ from lvrpo.models.policy import Policy
 from lvrpo.models.tokenizer import Tokenizer
 from lvrpo.models.unified import UnifiedConfig, UnifiedModel
 from lvrpo.rewards.combine import Reward, Samples, load_reward
-from lvrpo.rewards.dual_encoder import DualEncoder, pool_similarity, train_dual_encoder
+from lvrpo.rewards.dual_encoder import DualEncoder, train_dual_encoder
 from lvrpo.rewards.judge import digit_judge, gold_reader, reader_accuracy
 from lvrpo.rewards.knowledge import KnowledgeReward
 from lvrpo.rewards.rules import RuleReward, check_samples
@@ -158,7 +158,9 @@ class Task:
     def notes(self) -> list[str]:
         """Lines worth reading before the first step."""
         elements = self.autoencoder.tokens * self.autoencoder.dim
-        return [noise_floor_note(self.config, elements), *self._cut_answers_note()]
+        draws = self.config.rollout.generate_prompts
+        floor = [noise_floor_note(self.config, elements)] if draws else []
+        return [*floor, *self._cut_answers_note()]
 
     def _cut_answers_note(self) -> list[str]:
         if not isinstance(self.source, JsonlSource):
@@ -240,12 +242,9 @@ def check_rewards(config: TrainConfig, source: Source) -> None:
     """See that every reward exists and applies to the data.
 
     Raises:
-        ConfigError: an unknown name, a wrong parameter, or r_sem without digit scenes.
+        ConfigError: an unknown name, or r_sem without digit scenes.
         RewardError: a reward of the user's cannot be imported.
     """
-    section = config.rewards
-    RuleReward(strict_weight=section.strict_weight)
-    pool_similarity(torch.zeros(1, 1), section.semantic_pool)  # type: ignore[arg-type]
     for name in chain.from_iterable(used_rewards(config).values()):
         if ":" in name:
             own_reward(name)

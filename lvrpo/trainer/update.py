@@ -57,8 +57,10 @@ class Objective:
         """The objective that a configuration describes."""
         loss = config.loss
         changes: dict[str, Any] = {"beta": loss.text_kl}
-        if loss.text_clip:
-            changes |= {"clip_low": loss.text_clip, "clip_high": loss.text_clip}
+        if loss.text_clip_low:
+            changes["clip_low"] = loss.text_clip_low
+        if loss.text_clip_high:
+            changes["clip_high"] = loss.text_clip_high
         if loss.preset == "dr_grpo":
             changes["max_length"] = config.rollout.max_answer_tokens
         text = LossParams.preset(loss.preset, **changes)

@@ -315,7 +315,8 @@ def test_the_objective_is_that_of_the_configuration():
     config = load_config(
         overrides=[
             "loss.preset=dr_grpo",
-            "loss.text_clip=0.1",
+            "loss.text_clip_low=0.1",
+            "loss.text_clip_high=0.15",
             "loss.text_kl=0.2",
             "loss.image_clip=0.3",
             "loss.image_kl=0.4",
@@ -327,7 +328,7 @@ def test_the_objective_is_that_of_the_configuration():
     )
     found = Objective.from_config(config)
     text, image = found.text, found.image
-    assert (text.clip_low, text.clip_high, text.beta, text.max_length) == (0.1, 0.1, 0.2, 6)
+    assert (text.clip_low, text.clip_high, text.beta, text.max_length) == (0.1, 0.15, 0.2, 6)
     assert (image.clip_low, image.clip_high, image.beta, image.kl) == (0.3, 0.3, 0.4, "gaussian")
     assert image.log_ratio_scale == "mean"
     assert found.temperature == 0.5

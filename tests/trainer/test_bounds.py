@@ -1,0 +1,147 @@
+"""Every number of the configuration: refused by its key, or a run that takes a step with it."""
+
+from __future__ import annotations
+
+import dataclasses
+import typing
+
+import pytest
+from trainer.test_resume import Stop, stop_after
+from trainer.tiny import OVERRIDES, command, run_tiny, settings
+
+from lvrpo.trainer.bounds import BOUNDS, CHOICES
+from lvrpo.trainer.config import ConfigError, TrainConfig, load_config
+
+VALUES = (
+    "-1",
+    "0",
+    "nan",
+    "inf",
+    "-inf",
+    "1e20",
+    "1e300",
+    "-1e-9",
+    "1" + "0" * 20,
+    "1" + "0" * 400,
+)
+
+
+def keys() -> dict[str, object]:
+    """`section.key` of the whole configuration with its type."""
+    sections = typing.get_type_hints(TrainConfig)
+    return {
+        f"{section}.{name}": hint
+        for section, kind in sections.items()
+        for name, hint in typing.get_type_hints(kind).items()
+    }
+
+
+NUMERIC = {key: hint for key, hint in keys().items() if hint not in (str, bool)}
+TABLES = {
+    "rewards.understand": "{{ r_ins = {} }}",
+    "rewards.generate": "{{ r_ins = {} }}",
+    "data.questions": "{{ name = 1.0, sum = {} }}",
+    "data.requests": "{{ place = 1.0, sum = {} }}",
+}
+
+
+def test_every_number_has_its_bounds():
+    assert BOUNDS.keys() | CHOICES.keys() <= keys().keys()
+    assert NUMERIC.keys() <= BOUNDS.keys()
+    for key, hint in NUMERIC.items():
+        assert hint in (int, float) or key in TABLES, key
+
+
+@pytest.mark.parametrize("key", NUMERIC)
+def test_a_number_is_refused_by_its_key_or_takes_a_step(tmp_path, key):
+    taken = 0
+    for number, value in enumerate(VALUES):
+        if NUMERIC[key] is int and not value.lstrip("-").isdigit():
+            continue
+        setting = f"{key}={TABLES.get(key, '{}').format(value)}"
+        short = ["warm_start.steps=1", "run.steps=1", "run.eval_items=0", setting]
+        try:
+            load_config(overrides=[*OVERRIDES, *short])
+        except ConfigError as error:
+            said = str(error)
+            result = command("train", tmp_path / "refused", *settings([*OVERRIDES, *short]))
+            assert (result.exit_code, result.stdout) == (2, ""), setting
+            assert key in said
+            assert key in result.stderr
+            assert not (tmp_path / "refused").exists()
+            continue
+        taken += 1
+        # The step the key has a say in; weights of a senseless rate may end the run after it.
+        last = 1 if key.startswith("warm_start.") else 2
+        if key in ("warm_start.steps", "run.steps"):
+            last = 1
+        said = f"{key} is taken"
+        try:
+            run_tiny(tmp_path / str(number), *short, listener=stop_after(last))
+        except Stop:
+            pass
+        except ConfigError as error:
+            said = str(error)
+        assert key in said, setting
+    assert taken < len(VALUES)
+
+
+CHECKED_BY_OTHERS = ("data.source", "data.eval_source")
+
+
+def test_every_word_has_its_choices():
+    words = {key for key, hint in keys().items() if hint is str}
+    assert words - set(CHECKED_BY_OTHERS) == CHOICES.keys()
+    for key in CHOICES:
+        with pytest.raises(ConfigError, match=f"{key} is 'best'"):
+            load_config(overrides=[f"{key}=best"])
+
+
+def test_sections_have_no_other_types():
+    for section in dataclasses.fields(TrainConfig):
+        for field in dataclasses.fields(section.default_factory):
+            assert keys()[f"{section.name}.{field.name}"] in (
+                int,
+                float,
+                str,
+                bool,
+                dict[str, float],
+            )
+
+
+@pytest.mark.parametrize(
+    "setting", ["data.rows=1", "data.columns=1", "rollout.dynamics=ode", "run.threads=1"]
+)
+def test_of_a_run_that_only_answers(tmp_path, setting):
+    """What concerns drawings alone is no obstacle where nothing is drawn."""
+    assert run_tiny(tmp_path, "rollout.generate_prompts=0", setting, "run.steps=1")
+
+
+def test_a_backend_of_the_environment_is_checked_before_anything_is_created(tmp_path, monkeypatch):
+    monkeypatch.setenv("LVRPO_BACKEND", "foo")
+    result = command("train", tmp_path / "run", tiny=True)
+    assert result.exit_code == 2
+    assert "LVRPO_BACKEND is 'foo' in the environment" in result.stderr
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_model_that_no_machine_holds(tmp_path):
+    result = command("train", tmp_path / "run", "-s", "model.mlp=65536", "-s", "model.hidden=65536")
+    assert result.exit_code == 2
+    assert "model.hidden = 65536" in result.stderr
+    assert "this machine has" in result.stderr
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("preset", ["dapo", "gspo", "cispo"])
+def test_a_bound_that_is_not_set_stays_the_preset_s(preset):
+    from lvrpo.ops._policy_loss import LossParams
+    from lvrpo.trainer.update import Objective
+
+    own = LossParams.preset(preset)
+    changed = Objective.from_config(
+        load_config(overrides=[f"loss.preset={preset}", "loss.text_clip_low=0.125"])
+    )
+    assert (changed.text.clip_low, changed.text.clip_high) == (0.125, own.clip_high)
+    as_it_is = Objective.from_config(load_config(overrides=[f"loss.preset={preset}"]))
+    assert (as_it_is.text.clip_low, as_it_is.text.clip_high) == (own.clip_low, own.clip_high)
