@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
-from typing import Any, Literal, TypeAlias, get_args
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any, Literal, NamedTuple, TypeAlias, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -211,6 +211,7 @@ class Example:
         rule: what a drawing must satisfy; None where no rule can check it.
         target: [C, H, W] fp32 in [0, 1], a right drawing to learn from under supervision.
         kind: what sort of question or prompt it is, to break metrics down; may be empty.
+        extra: columns of the user's own, for rewards of the user's own.
     """
 
     task: Task
@@ -221,6 +222,7 @@ class Example:
     rule: Rule | None = None
     target: Picture | None = None
     kind: str = ""
+    extra: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.task not in TASKS:
@@ -242,16 +244,29 @@ class Example:
                 raise ValueError(f"Example {self.uid!r}: task {self.task!r} takes no {name!r}")
 
     @property
-    def content_hash(self) -> str:
-        """Equal for two examples that would test the same thing.
+    def identity(self) -> Identity | None:
+        """What two splits may not share: it would give an answer, or a right drawing, away.
 
-        A question is known by its picture and wording, a drawing by its rule (two wordings of one
-        layout are one prompt), or by its wording where there is no rule.
+        A question is known by its picture and wording; a drawing by its rule (two wordings of one
+        layout are one prompt), or by wording and target where there is no rule. A drawing prompt
+        with neither has nothing to give away: a finite set of prompts may be trained on and
+        measured with.
         """
         if self.image is not None:
-            return picture_hash(self.image, salt=self.prompt)
-        wanted = self.prompt if self.rule is None else self.rule.key
-        return hashlib.blake2b(wanted.encode(), digest_size=16).hexdigest()
+            return Identity("question and picture", picture_hash(self.image, salt=self.prompt))
+        if self.rule is not None:
+            digest = hashlib.blake2b(self.rule.key.encode(), digest_size=16)
+            return Identity("rule", digest.hexdigest())
+        if self.target is not None:
+            return Identity("wording and target", picture_hash(self.target, salt=self.prompt))
+        return None
+
+
+class Identity(NamedTuple):
+    """Equal for two examples that would test the same thing; `by` names what they share."""
+
+    by: str
+    digest: str
 
 
 def picture_hash(picture: NDArray[Any], *, salt: str = "") -> str:
@@ -263,18 +278,33 @@ def picture_hash(picture: NDArray[Any], *, salt: str = "") -> str:
 
 
 def check_disjoint(splits: Mapping[str, Iterable[Example]]) -> None:
-    """No example of one split occurs in another.
+    """No example of one split occurs in another, by `Example.identity`.
 
     Raises:
-        ValueError: naming both splits and the example.
+        ValueError: naming both splits, both examples and what they share.
     """
-    seen: dict[str, tuple[str, str]] = {}
-    for split, examples in splits.items():
-        for example in examples:
-            other, uid = seen.setdefault(example.content_hash, (split, example.uid))
+    check_identities_disjoint(
+        {
+            split: ((example.uid, example.identity) for example in examples)
+            for split, examples in splits.items()
+        }
+    )
+
+
+def check_identities_disjoint(
+    splits: Mapping[str, Iterable[tuple[str, Identity | None]]],
+) -> None:
+    """As `check_disjoint`, for pairs of uid and identity."""
+    seen: dict[Identity, tuple[str, str]] = {}
+    for split, pairs in splits.items():
+        for uid, identity in pairs:
+            if identity is None:
+                continue
+            other, twin = seen.setdefault(identity, (split, uid))
             if other != split:
                 raise ValueError(
-                    f"splits overlap: {example.uid!r} of {split} is also {uid!r} of {other}"
+                    f"splits overlap: {uid!r} of {split} is also {twin!r} of {other}: the same "
+                    f"{identity.by}"
                 )
 
 

@@ -2,19 +2,29 @@
 
 from __future__ import annotations
 
+import difflib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, overload
+from typing import TYPE_CHECKING, Any, overload
 
 import numpy as np
+from numpy.typing import NDArray
 
-from lvrpo.data.example import TASKS, Example, LayoutRule, Picture, Rule, rule_from_json
+from lvrpo.data.example import TASKS, Example, Identity, LayoutRule, Picture, Rule, rule_from_json
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
 
 _FIELDS = ("task", "prompt", "image", "answer", "rule", "target", "id", "kind")
 _NEEDED = {"understand": ("image", "answer"), "generate": ()}
 _REFUSED = {"understand": ("rule", "target"), "generate": ("image", "answer")}
+_PICTURES = ("image", "target")
 _MODES = {1: "L", 3: "RGB"}
+#: Pixels that one file keeps in memory; pictures beyond it are decoded whenever they are taken.
+KEPT_BYTES = 512 << 20
+#: What Pillow multiplies a gray PNG pixel of few bits by, and its transparent level not.
+_GRAY_STEPS = {"L;2": 85, "L;4": 17}
 
 
 class DataError(ValueError):
@@ -22,28 +32,45 @@ class DataError(ValueError):
 
 
 class JsonlExamples(Sequence[Example]):
-    """The examples of one file; pictures are read again whenever an example is taken.
+    """The examples of one file.
 
     Fields of a line: "task" ("understand" or "generate") and "prompt" always; "image" and "answer"
-    to understand; "rule" and "target" optional to generate; "id" and "kind" optional. Paths are
-    relative to the file. docs/data.md has examples.
+    to understand; "rule" and "target" optional to generate; "id" and "kind" optional. Any other is
+    the user's own and becomes an entry of `Example.extra`. Paths are relative to the file.
+    docs/data.md has examples.
 
-    Every line and every picture is checked here, before anything is trained.
+    Every line and every picture is checked here, before anything is trained: a picture file is
+    decoded once, however many lines name it, and kept as C * H * W bytes.
 
     Args:
         path: of the file, UTF-8.
         picture_shape: [C, H, W] of the model; pictures are converted and resized to it.
+        kept_bytes: most bytes of pixels to keep; pictures beyond it are decoded again when taken.
+
+    Attributes:
+        rows: the fields of every line, checked, without pixels. "uid" is the id, "extra" has the
+            fields of the user's own.
+        identities: of every example, what may not be in another split, see `Example.identity`.
 
     Raises:
         DataError: anything that is wrong with the file.
     """
 
-    def __init__(self, path: str | Path, picture_shape: tuple[int, int, int]) -> None:
+    def __init__(
+        self,
+        path: str | Path,
+        picture_shape: tuple[int, int, int],
+        *,
+        kept_bytes: int = KEPT_BYTES,
+    ) -> None:
         if picture_shape[0] not in _MODES:
             raise ValueError(f"JsonlExamples: {picture_shape[0]} channels, expected 1 or 3")
         self.path = Path(path)
         self.picture_shape = picture_shape
-        self._rows: list[dict[str, Any]] = []
+        self.rows: list[Mapping[str, Any]] = []
+        self.identities: list[Identity | None] = []
+        self._kept: dict[str, NDArray[np.uint8]] = {}
+        self._room = kept_bytes
         seen: dict[str, int] = {}
         for number, text in enumerate(self._lines(), start=1):
             if not text.strip():
@@ -52,13 +79,13 @@ class JsonlExamples(Sequence[Example]):
             first = seen.setdefault(row["uid"], number)
             if first != number:
                 raise self._error(number, "id", f"{row['uid']!r} is already used on line {first}")
-            self._rows.append(row)
-            self._example(row)
-        if not self._rows:
+            self.rows.append(row)
+            self.identities.append(self._example(row).identity)
+        if not self.rows:
             raise DataError(f"{self.path}: holds no examples")
 
     def __len__(self) -> int:
-        return len(self._rows)
+        return len(self.rows)
 
     @overload
     def __getitem__(self, index: int) -> Example: ...
@@ -68,8 +95,8 @@ class JsonlExamples(Sequence[Example]):
 
     def __getitem__(self, index: int | slice) -> Example | list[Example]:
         if isinstance(index, slice):
-            return [self._example(row) for row in self._rows[index]]
-        return self._example(self._rows[index])
+            return [self._example(row) for row in self.rows[index]]
+        return self._example(self.rows[index])
 
     def _lines(self) -> list[str]:
         try:
@@ -91,10 +118,11 @@ class JsonlExamples(Sequence[Example]):
             raise DataError(f"{self.path}:{line}: not JSON: {_one_line(error)}") from error
         if not isinstance(values, dict):
             raise DataError(f"{self.path}:{line}: expected a JSON object in braces")
-        for name in values:
-            if name not in _FIELDS:
-                known = ", ".join(_FIELDS)
-                raise self._error(line, name, f"is unknown, expected one of {known}")
+        extra = {name: values.pop(name) for name in list(values) if name not in _FIELDS}
+        for name in extra:
+            # A column of the user's own is welcome; a slip of the pen would be one in silence.
+            for meant in difflib.get_close_matches(name.lower(), _FIELDS, n=1, cutoff=0.8):
+                raise self._error(line, name, f"is unknown, {meant!r} was probably meant")
         # null is the same as leaving a field out.
         values = {name: value for name, value in values.items() if value is not None}
         for name in ("task", "prompt"):
@@ -105,6 +133,9 @@ class JsonlExamples(Sequence[Example]):
             if not isinstance(value, wanted):
                 expected = "an object" if wanted is dict else "a string"
                 raise self._error(line, name, f"is {value!r}, expected {expected}")
+        for name in ("prompt", "answer"):
+            if not values.get(name, "some").strip():
+                raise self._error(line, name, f"is {values[name]!r}, expected at least one word")
         task = values["task"]
         if task not in TASKS:
             raise self._error(line, "task", f"is {task!r}, expected one of {', '.join(TASKS)}")
@@ -117,8 +148,7 @@ class JsonlExamples(Sequence[Example]):
         if "rule" in values:
             values["rule"] = self._rule(values["rule"], line)
         values["uid"] = values.pop("id", f"{self.path.stem}:{line}")
-        values["line"] = line
-        return values
+        return values | {"line": line, "extra": extra}
 
     def _rule(self, data: dict[str, Any], line: int) -> Rule:
         try:
@@ -131,32 +161,48 @@ class JsonlExamples(Sequence[Example]):
             raise self._error(line, "rule", f"{needed}, the model draws {height} x {width}")
         return rule
 
-    def _example(self, row: dict[str, Any]) -> Example:
+    def _example(self, row: Mapping[str, Any]) -> Example:
         values = {name: value for name, value in row.items() if name != "line"}
-        for name in ("image", "target"):
+        for name in _PICTURES:
             if name in values:
-                values[name] = self._picture(values[name], row["line"], name)
+                values[name] = as_floats(self._pixels(values[name], row["line"], name))
         return Example(**values)
 
-    def _picture(self, name: str, line: int, field: str) -> Picture:
+    def _pixels(self, name: str, line: int, field: str) -> NDArray[np.uint8]:
+        if name in self._kept:
+            return self._kept[name]
         path = self.path.parent / name
         if not path.is_file():
             raise self._error(line, field, f"there is no file {path}")
         try:
-            return load_picture(path, self.picture_shape)
+            pixels = load_pixels(path, self.picture_shape)
         except Exception as error:  # Pillow raises a different class for every broken format
             raise self._error(line, field, f"cannot read {path}: {_one_line(error)}") from error
+        # Draws go round and round: whatever would be thrown out to make room is needed as soon.
+        if pixels.nbytes <= self._room:
+            self._room -= pixels.nbytes
+            self._kept[name] = pixels
+        return pixels
 
     def _error(self, line: int, field: str, message: str) -> DataError:
         return DataError(f"{self.path}:{line}: field {field!r} {message}")
 
 
 def load_picture(path: str | Path, shape: tuple[int, int, int]) -> Picture:
-    """A picture file as [C, H, W] fp32 in [0, 1].
+    """A picture file as [C, H, W] fp32 in [0, 1]; see `load_pixels`."""
+    return as_floats(load_pixels(path, shape))
+
+
+def load_pixels(path: str | Path, shape: tuple[int, int, int]) -> NDArray[np.uint8]:
+    """A picture file as [C, H, W] uint8, upright, transparent parts on white.
 
     Args:
         path: any format Pillow reads, 8 bits per channel.
         shape: [C, H, W] with C = 1 (gray) or 3 (RGB); the picture is resized to H x W.
+
+    Raises:
+        ValueError: the channels have more than 8 bits; and whatever Pillow raises for a file that
+            it cannot read.
     """
     from PIL import Image, ImageOps
 
@@ -164,11 +210,33 @@ def load_picture(path: str | Path, shape: tuple[int, int, int]) -> Picture:
     with Image.open(path) as file:
         if file.mode[0] in "IF":
             raise ValueError(f"pixels of mode {file.mode}, expected 8 bits per channel")
-        picture = ImageOps.exif_transpose(file).convert(_MODES[channels])
+        _mend_transparent_colour(file)
+        picture = ImageOps.exif_transpose(file)
+        if picture.has_transparency_data:
+            # What lies under a transparent pixel is whatever the drawing program left there.
+            white = Image.new("RGBA", picture.size, "white")
+            picture = Image.alpha_composite(white, picture.convert("RGBA"))
+        picture = picture.convert(_MODES[channels])
     if picture.size != (width, height):
         picture = picture.resize((width, height), Image.Resampling.LANCZOS)
-    pixels = np.asarray(picture, dtype=np.float32).reshape(height, width, channels) / 255
-    return np.ascontiguousarray(pixels.transpose(2, 0, 1), dtype=np.float32)
+    pixels = np.asarray(picture, dtype=np.uint8).reshape(height, width, channels)
+    return np.ascontiguousarray(pixels.transpose(2, 0, 1))
+
+
+def as_floats(pixels: NDArray[np.uint8]) -> Picture:
+    """8 bits a channel as fp32 in [0, 1]."""
+    return pixels.astype(np.float32) / np.float32(255)
+
+
+def _mend_transparent_colour(file: Image) -> None:
+    """Bring the one transparent colour of a PNG to the 8 bits that Pillow brings its pixels to."""
+    transparent = file.info.get("transparency")
+    if file.format != "PNG" or transparent is None:
+        return
+    stored = getattr(file, "tile")[0].args  # noqa: B009
+    if stored == "RGB;16B":
+        raise ValueError("16 bits per channel and a transparent colour, expected 8 bits")
+    file.info["transparency"] = transparent * _GRAY_STEPS.get(stored, 1)
 
 
 def _one_line(error: BaseException) -> str:

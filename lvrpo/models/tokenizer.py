@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+import unicodedata
 from collections.abc import Iterable, Sequence
 
 PAD, BOS, IMAGE, IMAGE_END, DRAW, DRAW_END = range(6)
@@ -17,8 +18,19 @@ FIRST_BYTE = len(CONTROL_TOKENS)
 EOS = FIRST_BYTE + 256
 FIRST_WORD = EOS + 1
 
+# Letters and digits of any script, and the marks that belong to them: without the vowel signs a
+# Hindi or Thai word would fall apart. All scripts with such marks in wide use lie below U+3100.
+_MARKS = "".join(
+    chr(code) for code in range(0x300, 0x3100) if unicodedata.category(chr(code)).startswith("M")
+)
+_LETTERS = rf"(?:[^\W_]|[{_MARKS}])+"
 # A word is a whole run of these characters, so two neighbouring word tokens had a gap between them.
-_RUN = re.compile(r"([A-Za-z0-9]+(?:-[A-Za-z0-9]+)*)")
+_RUN = re.compile(rf"({_LETTERS}(?:-{_LETTERS})*)")
+
+
+def words_of(text: str) -> list[str]:
+    """The runs of letters and digits, maybe joined by hyphens, that can be one token each."""
+    return _RUN.findall(text)
 
 
 class Tokenizer:
@@ -27,8 +39,7 @@ class Tokenizer:
     A single space between two known words is implied and costs no token.
 
     Args:
-        words: the known words, each of ASCII letters and digits, maybe joined by hyphens; the order
-            fixes their ids.
+        words: the known words, each a run as `words_of` finds them; the order fixes their ids.
     """
 
     def __init__(self, words: Iterable[str]) -> None:
@@ -39,7 +50,7 @@ class Tokenizer:
         for word in self.words:
             if not _RUN.fullmatch(word):
                 raise ValueError(
-                    f"Tokenizer: {word!r} is not a run of ASCII letters, digits and inner hyphens"
+                    f"Tokenizer: {word!r} is not a run of letters, digits and inner hyphens"
                 )
 
     def __len__(self) -> int:

@@ -249,8 +249,7 @@ def _section(kind: type, section: str, values: Mapping[str, Any]) -> Any:
         if key not in hints:
             raise ConfigError(f"unknown key {section}.{key}; [{section}] has {', '.join(hints)}")
         if not _is(value, hints[key]):
-            expected = getattr(hints[key], "__name__", str(hints[key]))
-            raise ConfigError(f"{section}.{key} is {value!r}, expected {expected}")
+            raise ConfigError(f"{section}.{key} is {value!r}, expected {_in_words(hints[key])}")
     return kind(**{key: _coerce(value, hints[key]) for key, value in values.items()})
 
 
@@ -263,6 +262,13 @@ def _is(value: Any, hint: Any) -> bool:
     if hint is int:
         return isinstance(value, int) and not isinstance(value, bool)
     return isinstance(value, hint)
+
+
+def _in_words(hint: Any) -> str:
+    """A type as TOML calls it."""
+    if get_origin(hint) is dict:
+        return f"a table of names, each with {_in_words(get_args(hint)[1])}"
+    return {int: "an integer", float: "a number", bool: "true or false", str: "a string"}[hint]
 
 
 def _coerce(value: Any, hint: Any) -> Any:

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
 from lvrpo import random
 from lvrpo.data.digits import Split
-from lvrpo.data.example import Example, Task, check_disjoint
+from lvrpo.data.example import TASKS, Example, Task, check_identities_disjoint
 from lvrpo.data.jsonl import JsonlExamples
 from lvrpo.data.phrases import scene_words
 from lvrpo.data.scenes import SceneConfig, scene_examples, with_label_noise
-from lvrpo.models.tokenizer import Tokenizer
+from lvrpo.models.tokenizer import Tokenizer, words_of
 from lvrpo.trainer.config import ConfigError, DataSection
 
 
@@ -45,6 +46,10 @@ class Source(ABC):
     @abstractmethod
     def answer_range(self, tokenizer: Tokenizer) -> tuple[int, int]:
         """[low, high) of the tokens that answers are sampled from."""
+
+    def notes(self) -> list[str]:
+        """Lines about the data that are worth reading before the first step."""
+        return []
 
 
 class SceneSource(Source):
@@ -90,45 +95,67 @@ class JsonlSource(Source):
             )
         self.picture_shape = (section.channels, section.height, section.width)
         self.files = {
-            "train": list(JsonlExamples(section.source, self.picture_shape)),
-            "test": list(JsonlExamples(section.eval_source, self.picture_shape)),
+            "train": JsonlExamples(section.source, self.picture_shape),
+            "test": JsonlExamples(section.eval_source, self.picture_shape),
         }
-        check_disjoint(self.files)
-        texts = [
-            text
-            for example in self.files["train"]
-            for text in (example.prompt, example.answer)
-            if text
-        ]
-        self.words = common_words(texts)
+        check_identities_disjoint(
+            {
+                split: zip((row["uid"] for row in file.rows), file.identities, strict=True)
+                for split, file in self.files.items()
+            }
+        )
+        rows = self.files["train"].rows
+        self.words = common_words([row[text] for row in rows for text in _TEXTS if text in row])
+        self._prompts = {task: _positions(self.files["train"], task) for task in TASKS}
+        self._labelled = {
+            task: [i for i in self._prompts[task] if _LABELS[task] in rows[i]] for task in TASKS
+        }
 
     def examples(self, split: Split, task: Task, count: int, seed: int) -> list[Example]:
         """See `Source`; within one draw a training prompt comes again only after all others."""
-        of_task = [example for example in self.files[split] if example.task == task]
         if split == "test":
-            return of_task[:count]
-        return self._draw(of_task, task, count, seed)
+            return take(self.files["test"], task, count)
+        if count and not self._prompts[task]:
+            raise ConfigError(
+                f"{self.files['train'].path}: no line has the task {task!r}; set "
+                f"rollout.{task}_prompts = 0 to train without it"
+            )
+        return self._draw(self._prompts[task], task, count, seed)
 
     def labelled(
         self, task: Task, count: int, noise: float, seed: int, copies: int = 1
     ) -> list[list[Example]]:
         """See `Source`; the file's labels are taken as they are."""
-        of_task = [
-            example
-            for example in self.files["train"]
-            if example.task == task and (example.answer or example.target is not None)
-        ]
-        drawn = self._draw(of_task, task, count, seed) if of_task else []
+        if not self._labelled[task]:
+            return []
+        drawn = self._draw(self._labelled[task], task, count, seed)
         return [[example] * copies for example in drawn]
 
-    def _draw(self, of_task: list[Example], task: Task, count: int, seed: int) -> list[Example]:
-        if count and not of_task:
-            raise ConfigError(f"data: the training file has no {task} example")
+    def _draw(self, positions: Sequence[int], task: Task, count: int, seed: int) -> list[Example]:
+        if not count:
+            return []
         generator = random.stream(seed, "draw", task)
-        picks: list[int] = []
-        while len(picks) < count:
-            picks += generator.permutation(len(of_task)).tolist()
-        return [of_task[i] for i in picks[:count]]
+        rounds, rest = divmod(count, len(positions))
+        picks = [generator.permutation(len(positions)) for _ in range(rounds)]
+        # Few of many are chosen without a look at the others.
+        picks.append(generator.choice(len(positions), rest, replace=False))
+        file = self.files["train"]
+        return [file[positions[i]] for chosen in picks for i in chosen.tolist()]
+
+    def notes(self) -> list[str]:
+        """What part of the held-out drawing prompts are prompts of the training, word for word."""
+        train, test = (
+            [row["prompt"] for row in self.files[split].rows if row["task"] == "generate"]
+            for split in ("train", "test")
+        )
+        known = set(train)
+        again = [prompt for prompt in test if prompt in known]
+        if not again:
+            return []
+        return [
+            f"{len(again)} of {len(test)} held-out drawing prompts are training prompts word for "
+            f"word, {again[0]!r} for one: their scores tell of new drawings, not of new prompts"
+        ]
 
     def answer_range(self, tokenizer: Tokenizer) -> tuple[int, int]:
         """Words and bytes."""
@@ -141,12 +168,12 @@ class EvaluationFile(Source):
     def __init__(self, source: Source, path: Path) -> None:
         self.source = source
         self.words, self.picture_shape = source.words, source.picture_shape
-        self.test = list(JsonlExamples(path, source.picture_shape))
+        self.test = JsonlExamples(path, source.picture_shape)
 
     def examples(self, split: Split, task: Task, count: int, seed: int) -> list[Example]:
         """See `Source`."""
         if split == "test":
-            return [example for example in self.test if example.task == task][:count]
+            return take(self.test, task, count)
         return self.source.examples(split, task, count, seed)
 
     def labelled(
@@ -160,10 +187,20 @@ class EvaluationFile(Source):
         return self.source.answer_range(tokenizer)
 
 
-def common_words(texts: Sequence[str], most: int = 4096) -> list[str]:
-    """The most frequent words of ASCII letters and digits, by count and then by spelling."""
-    import re
-    from collections import Counter
+_TEXTS = ("prompt", "answer")
+_LABELS: dict[Task, str] = {"understand": "answer", "generate": "target"}
 
-    counts = Counter(word for text in texts for word in re.findall(r"[A-Za-z0-9]+", text))
+
+def _positions(file: JsonlExamples, task: Task) -> list[int]:
+    return [i for i, row in enumerate(file.rows) if row["task"] == task]
+
+
+def take(file: JsonlExamples, task: Task, count: int) -> list[Example]:
+    """The first `count` examples of one task."""
+    return [file[i] for i in _positions(file, task)[:count]]
+
+
+def common_words(texts: Sequence[str], most: int = 4096) -> list[str]:
+    """The most frequent words, by count and then by spelling."""
+    counts = Counter(word for text in texts for word in words_of(text))
     return [word for word, _ in sorted(counts.items(), key=lambda kv: (-kv[1], kv[0]))[:most]]

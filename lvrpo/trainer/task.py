@@ -160,12 +160,12 @@ class Task:
         elements = self.autoencoder.tokens * self.autoencoder.dim
         draws = self.config.rollout.generate_prompts
         floor = [noise_floor_note(self.config, elements)] if draws else []
-        return [*floor, *self._cut_answers_note()]
+        return [*floor, *self.source.notes(), *self._cut_answers_note()]
 
     def _cut_answers_note(self) -> list[str]:
         if not isinstance(self.source, JsonlSource):
             return []
-        answers = [e.answer for e in self.source.files["train"] if e.answer is not None]
+        answers = [row["answer"] for row in self.source.files["train"].rows if "answer" in row]
         most = self.config.rollout.max_answer_tokens
         cut = [answer for answer in answers if len(self.tokenizer.encode(answer)) > most]
         if not cut:

@@ -121,9 +121,37 @@ def test_overlap_is_found_by_content_not_by_name():
 
     train, test = [drawing("a", "3 and 7")], [drawing("b", "7 and 3")]
     check_disjoint({"train": train, "test": [drawing("c", "x") for _ in range(0)]})
-    with pytest.raises(ValueError, match=r"'b' of test is also 'a' of train"):
+    with pytest.raises(ValueError, match=r"'b' of test is also 'a' of train: the same rule"):
         check_disjoint({"train": train, "test": test})
     check_disjoint({"train": [*train, *train]})  # a repeat inside a split is no overlap
+
+
+def test_what_gives_an_answer_or_a_drawing_away_is_an_overlap_and_a_wording_is_not():
+    dark, light = (np.full((1, 4, 4), shade, np.float32) for shade in (0.0, 1.0))
+
+    def question(prompt, image):
+        return Example("understand", f"q {prompt}", prompt, image=image, answer="yes")
+
+    def drawing(prompt, target=None, rule=None):
+        return Example("generate", f"d {prompt}", prompt, target=target, rule=rule)
+
+    for ours, theirs in [
+        (question("is it dark", dark), question("is it dark", light)),
+        (question("is it dark", dark), question("is it light", dark)),
+        (drawing("a boot", dark), drawing("a boot", light)),
+        (drawing("a boot", dark), drawing("a shoe", dark)),
+        (drawing("a boot", dark), drawing("a boot")),
+        (drawing("a boot"), drawing("a boot")),
+        (drawing("a boot", rule=LAYOUT), drawing("a boot", dark)),
+    ]:
+        check_disjoint({"train": [ours], "test": [theirs]})
+    for ours, theirs, shared in [
+        (question("is it dark", dark), question("is it dark", dark.copy()), "question and picture"),
+        (drawing("a boot", dark), drawing("a boot", dark.copy()), "wording and target"),
+        (drawing("a boot", dark, LAYOUT), drawing("a shoe", light, LAYOUT), "rule"),
+    ]:
+        with pytest.raises(ValueError, match=f"also '.*' of train: the same {shared}$"):
+            check_disjoint({"train": [ours], "test": [theirs]})
 
 
 def test_picture_hash_sees_every_pixel_and_the_shape():

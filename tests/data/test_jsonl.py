@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from lvrpo.data import jsonl
 from lvrpo.data.example import LayoutRule
 from lvrpo.data.jsonl import DataError, JsonlExamples
 
@@ -67,7 +68,11 @@ def test_pictures_get_the_channels_and_size_of_the_model(write):
     [
         ("{oops\n", "not JSON: JSONDecodeError"),
         ("[1, 2]\n", "expected a JSON object"),
-        (QUESTION | {"colour": 1}, "field 'colour' is unknown"),
+        (QUESTION | {"anwser": "4"}, "field 'anwser' is unknown, 'answer' was probably meant"),
+        (DRAWING | {"Target": "a.png"}, "field 'Target' is unknown, 'target' was probably meant"),
+        (QUESTION | {"prompt": ""}, "field 'prompt' is '', expected at least one word"),
+        (DRAWING | {"prompt": " \t"}, "field 'prompt' is ' \\t', expected at least one word"),
+        (QUESTION | {"answer": "\n"}, "field 'answer' is '\\n', expected at least one word"),
         ({"task": "understand"}, "field 'prompt' is missing"),
         ({"prompt": "what"}, "field 'task' is missing"),
         (QUESTION | {"task": "edit"}, "field 'task' is 'edit', expected one of understand"),
@@ -99,10 +104,41 @@ def test_an_error_is_one_line_with_file_line_and_field(write, line, message):
 
 
 def test_a_picture_that_disappears_later_is_reported_the_same_way(write, tmp_path):
-    examples = JsonlExamples(write(QUESTION), SHAPE)
+    examples = JsonlExamples(write(QUESTION), SHAPE, kept_bytes=0)
     (tmp_path / "a.png").unlink()
     with pytest.raises(DataError, match=r"data\.jsonl:1: field 'image' there is no file"):
         examples[0]
+
+
+@pytest.mark.parametrize("room", [0, 1, 2, 3])
+def test_a_file_is_decoded_once_and_kept_as_bytes_while_there_is_room(write, monkeypatch, room):
+    decoded = []
+
+    def counted(path, shape):
+        decoded.append(path.name)
+        return load_pixels(path, shape)
+
+    load_pixels = jsonl.load_pixels
+    monkeypatch.setattr(jsonl, "load_pixels", counted)
+    names = ("a.png", "colour.png")
+    lines = [QUESTION | {"image": name, "answer": str(i)} for i in range(5) for name in names]
+    size = int(np.prod(SHAPE))
+    examples = JsonlExamples(write(*lines), SHAPE, kept_bytes=room * size)
+    kept = min(room, len(names))
+    assert len(decoded) == kept + 5 * (len(names) - kept)
+    assert sum(pixels.nbytes for pixels in examples._kept.values()) == kept * size
+    decoded.clear()
+    again = [example.image for example in examples]
+    assert decoded == [name for _ in range(5) for name in names[kept:]]
+    for i, image in enumerate(again):
+        np.testing.assert_array_equal(image, again[i % 2])
+
+
+def test_columns_of_the_users_own_come_along(write):
+    mine = {"target_text": "stop", "colours": ["red", {"of": 2}], "size": None}
+    drawing, plain = JsonlExamples(write(DRAWING | mine, DRAWING), SHAPE)
+    assert drawing.extra == mine
+    assert plain.extra == {}
 
 
 def test_files_that_hold_nothing(write, tmp_path):

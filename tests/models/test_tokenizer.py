@@ -6,7 +6,16 @@ from hypothesis import strategies as st
 
 from lvrpo.data.phrases import scene_words
 from lvrpo.data.scenes import SceneConfig, scene_examples
-from lvrpo.models.tokenizer import BOS, CONTROL_TOKENS, EOS, FIRST_BYTE, IMAGE, PAD, Tokenizer
+from lvrpo.models.tokenizer import (
+    BOS,
+    CONTROL_TOKENS,
+    EOS,
+    FIRST_BYTE,
+    IMAGE,
+    PAD,
+    Tokenizer,
+    words_of,
+)
 
 WORDS = Tokenizer(scene_words())
 TEXTS = st.one_of(
@@ -41,6 +50,56 @@ def test_a_known_word_costs_one_token():
             assert example.answer is None or len(WORDS.encode(example.answer)) == 1
 
 
+#: Letters and digits of many scripts, with the marks that make up their words.
+WORDS_OF_THE_WORLD = [
+    *["t-shirt", "top-left", "x2-3b", "R2", "été", "e\u0301te\u0301", "Straße", "naïve-ish"],
+    *[
+        "рубашка",
+        "сине-зелёный",
+        "ποδήλατο",
+        "ελληνικά",
+        "חולצה",
+        "שָׁלוֹם",
+        "قميص",
+        "مُحَمَّد",
+        "हिन्दी",
+        "লাল",
+    ],
+    *[
+        "சிவப்பு",
+        "ไทย",
+        "ผู้ชาย",
+        "시험",
+        "左上",
+        "ひらがな",
+        "一二三",
+        "٣٤",
+        "ქართული",
+        "հայերեն",
+        "ភាសា",
+    ],
+]
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.lists(st.sampled_from(WORDS_OF_THE_WORLD), min_size=1, max_size=6))
+def test_every_word_of_a_data_file_can_be_one_token(words):
+    text = " ".join(words)
+    assert words_of(text) == words
+    assert words_of(f"«{text}», \u201c{text}\u201d: {text}?") == words * 3
+    tokenizer = Tokenizer(sorted(set(words)))
+    assert len(tokenizer.encode(text)) == len(words)
+    assert tokenizer.decode(tokenizer.encode(text)) == text
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.text(st.characters()), st.text(st.characters()))
+def test_whatever_the_words_of_a_text_are_the_round_trip_is_exact(text, other):
+    tokenizer = Tokenizer(dict.fromkeys(words_of(text)))
+    for each in (text, other, text + " " + other, f"{other} {text}"):
+        assert tokenizer.decode(tokenizer.encode(each)) == each
+
+
 def test_ranges_keep_control_tokens_out_of_text():
     low, high = WORDS.text_token_range
     assert all(token < low for token in (PAD, BOS, IMAGE))
@@ -71,7 +130,10 @@ def test_json_and_fingerprint():
         Tokenizer.from_json("[]")
 
 
-@pytest.mark.parametrize("words", [["a", "a"], ["a b"], [""], ["é"], ["-left"], ["top--left"]])
+@pytest.mark.parametrize(
+    "words",
+    [["a", "a"], ["a b"], [""], ["«"], ["é-"], ["-left"], ["a_b"], ["top--left"], ["\ud800"]],
+)
 def test_bad_words_are_refused(words):
     with pytest.raises(ValueError, match="Tokenizer"):
         Tokenizer(words)

@@ -56,7 +56,7 @@ def half_way(tmp_path) -> Path:
 BAD_SETTINGS = {
     "run.sede=1": "unknown key run.sede; [run] has seed",
     "runs.seed=1": "unknown section [runs]",
-    "run.seed=x": "run.seed is 'x', expected int",
+    "run.seed=x": "run.seed is 'x', expected an integer",
     "run.threads=-1": "run.threads is -1, expected a number in [0, 1024]",
     "run.backend=gpu": "run.backend is 'gpu', expected one of cpp, torch",
     "data.rows=0": "data.rows is 0, expected a number in [1, 9]",
@@ -335,8 +335,8 @@ JSONL = {
         "train.jsonl:3: field 'answer' is missing",
     ),
     "unknown field": (
-        '{"task": "generate", "prompt": "x", "size": 3}',
-        "train.jsonl:3: field 'size' is unknown",
+        '{"task": "generate", "prompt": "x", "targets": "no.png"}',
+        "train.jsonl:3: field 'targets' is unknown",
     ),
     "no such picture": (
         '{"task": "generate", "prompt": "x", "target": "no.png"}',
@@ -400,7 +400,10 @@ def test_a_task_that_the_file_has_no_example_of(tmp_path):
     path = tmp_path / "train.jsonl"
     path.write_text("\n".join(row for row in path.read_text().splitlines() if "answer" in row))
     message = refused("train", tmp_path / "run", *settings([*OVERRIDES, *overrides]))
-    assert message == "data: the training file has no generate example"
+    assert message == (
+        f"{path}: no line has the task 'generate'; set rollout.generate_prompts = 0 to train "
+        "without it"
+    )
 
 
 @pytest.mark.parametrize("name", ["text.png", "half.png", "spoiled.png", "absent.png"])

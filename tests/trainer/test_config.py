@@ -34,8 +34,8 @@ def test_overrides_win_over_the_file(tmp_path):
 BAD = {
     "unknown section": (["runs.seed=1"], r"unknown section \[runs\]"),
     "unknown key": (["run.sede=1"], r"unknown key run.sede; \[run\] has seed"),
-    "wrong type": (["run.seed=one"], "run.seed is 'one', expected int"),
-    "bool is no int": (["run.seed=true"], "run.seed is True, expected int"),
+    "wrong type": (["run.seed=one"], "run.seed is 'one', expected an integer"),
+    "bool is no int": (["run.seed=true"], "run.seed is True, expected an integer"),
     "wrong type in a table": (["rewards.generate={r_ins='x'}"], "rewards.generate is"),
     "not an assignment": (["run.seed"], "not of the form"),
     "too small": (["rollout.group_size=0"], "rollout.group_size is 0"),

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import settings as hypothesis_settings
+from hypothesis import strategies as st
 from PIL import Image
 from trainer.own_data import write_own_data
 from trainer.tiny import OVERRIDES, command, settings, tiny_config
@@ -16,7 +20,7 @@ from lvrpo.trainer import charts
 from lvrpo.trainer.config import ConfigError, DataSection
 from lvrpo.trainer.preflight import check_config
 from lvrpo.trainer.records import load_gallery, read_evals, read_metrics
-from lvrpo.trainer.sources import Source, common_words
+from lvrpo.trainer.sources import JsonlSource, Source, common_words
 from lvrpo.trainer.task import load_or_fit_task
 
 
@@ -100,6 +104,59 @@ def test_every_prompt_comes_once_before_any_comes_again(tmp_path):
     assert orders[0] == orders[1] != orders[2]
 
 
+class Numbers:
+    """A file of a thousand million lines."""
+
+    def __getitem__(self, index: int) -> int:
+        return index
+
+
+@hypothesis_settings(max_examples=200, deadline=None)
+@given(lines=st.integers(1, 40), count=st.integers(0, 100), seed=st.integers(0, 5))
+def test_a_prompt_comes_again_only_after_all_others(lines, count, seed):
+    source = object.__new__(JsonlSource)
+    source.files = {"train": Numbers()}
+    drawn = source._draw(range(lines), "generate", count, seed)
+    assert len(drawn) == count
+    assert drawn == source._draw(range(lines), "generate", count, seed)
+    for start in range(0, count, lines):
+        part = drawn[start : start + lines]
+        assert len(set(part)) == len(part)
+
+
+def test_a_draw_costs_what_is_drawn_and_favours_no_line():
+    source = object.__new__(JsonlSource)
+    source.files = {"train": Numbers()}
+    # A permutation of these would take 8 GB.
+    drawn = source._draw(range(10**9), "generate", 64, 0)
+    assert len(set(drawn)) == 64
+    counts = np.zeros((3, 10), int)
+    for seed in range(2000):
+        for place, line in enumerate(source._draw(range(10), "generate", 3, seed)):
+            counts[place, line] += 1
+    # 2000 draws, a tenth each: six standard deviations of a binomial.
+    assert np.abs(counts - 200).max() < 6 * np.sqrt(2000 * 0.1 * 0.9)
+
+
+def test_the_same_wording_in_both_files_is_a_note(tmp_path):
+    overrides = write_own_data(tmp_path)
+    for name in ("train", "test"):
+        path = tmp_path / f"{name}.jsonl"
+        path.write_text(re.sub(r" number \d of \w+", "", path.read_text()))
+    config = tiny_config(*overrides)
+    source = check_config(config)
+    (note,) = source.notes()
+    assert note.startswith("3 of 3 held-out drawing prompts are training prompts word for word")
+    assert "'draw a dark square' for one" in note
+    assert note in load_or_fit_task(config, tmp_path / "run", source).notes()
+    # The same target as well is an overlap.
+    (tmp_path / "test-t0.png").write_bytes((tmp_path / "train-t0.png").read_bytes())
+    with pytest.raises(
+        ConfigError, match="'test:2' of test is also 'train:2' of train: the same w"
+    ):
+        check_config(config)
+
+
 def test_labels_of_a_file_are_taken_as_they_are(tmp_path):
     groups = source_of(tmp_path).labelled("understand", 6, 1.0, 0, copies=2)
     shown = {example.prompt for group in groups for example in group}
@@ -115,7 +172,8 @@ def test_words_of_the_training_file_are_tokens_and_the_rest_is_spelled(tmp_path)
     low, high = source.answer_range(tokenizer)
     assert all(low <= token < high for token in tokenizer.encode("dark light \u00e9tude"))
     assert len(tokenizer.encode("dark light")) == 2
-    assert common_words(["b a a", "a-c b!"]) == ["a", "b", "c"]
+    assert common_words(["b a a", "a-c b!"]) == ["a", "b", "a-c"]
+    assert common_words(["рубашка", "t-shirt рубашка"]) == ["рубашка", "t-shirt"]
 
 
 def test_questions_alone_are_enough(tmp_path):
@@ -129,7 +187,7 @@ def test_questions_alone_are_enough(tmp_path):
     pictures = np.stack([e.image for e in task.source.examples("train", "understand", 6, 0)])
     assert task.autoencoder.mean.mean() == pytest.approx(pictures.mean(), abs=0.02)
     result = command("train", tmp_path / "run2", *settings([*OVERRIDES, *overrides]))
-    assert "no generate example" in result.stderr
+    assert "set rollout.generate_prompts = 0 to train without it" in result.stderr
     # A reward of drawings that cannot be used is no obstacle where nothing is drawn.
     unused = "rewards.generate={ r_sem = 1.0 }"
     config = settings([*OVERRIDES, *overrides, "rollout.generate_prompts=0", unused])
