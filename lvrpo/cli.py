@@ -7,9 +7,16 @@ finished and saved.
 from __future__ import annotations
 
 import contextlib
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, NoReturn
+
+if __name__ == "__main__":  # `python -m lvrpo.cli`: the door that says what is missing
+    from lvrpo import __main__ as door
+
+    door.main()
+    sys.exit()
 
 import typer
 
@@ -163,9 +170,5 @@ def fail(message: str) -> NoReturn:
 
 
 def main() -> None:
-    """Entry point of the `lvrpo` command."""
+    """The command itself; lvrpo/__main__.py comes before it."""
     app()
-
-
-if __name__ == "__main__":
-    main()

@@ -6,10 +6,13 @@ Needs torch only: it tells what is missing where the rest cannot.
 from __future__ import annotations
 
 import importlib.metadata
+import importlib.util
 import pkgutil
 import platform
 import re
 import subprocess
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -86,24 +89,64 @@ def backends_of(op: str) -> list[str]:
 
 def optional_packages() -> dict[str, dict[str, str | None]]:
     """By extra of `pip install lvrpo[...]`: each package and its installed version, or None."""
+    extras: dict[str, dict[str, str | None]] = {}
+    for extra, name in _requirements():
+        try:
+            version: str | None = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            version = None
+        extras.setdefault(extra, {})[name] = version
+    return extras
+
+
+def packages_of(extra: str) -> list[str]:
+    """The packages of one extra; [] where lvrpo runs from a folder and is not installed."""
+    return [name for other, name in _requirements() if other == extra]
+
+
+def _requirements() -> Iterator[tuple[str, str]]:
+    """(extra, package) of every optional requirement that this Python has."""
     try:
         requirements = importlib.metadata.requires("lvrpo") or []
     except importlib.metadata.PackageNotFoundError:
-        return {}
-    extras: dict[str, dict[str, str | None]] = {}
+        return
     for requirement in requirements:
         name = re.match(r"[A-Za-z0-9._-]+", requirement)
         extra = re.search(r"extra == ['\"]([^'\"]+)['\"]", requirement)
-        if name is None or extra is None:
-            continue
-        try:
-            version: str | None = importlib.metadata.version(name[0])
-        except importlib.metadata.PackageNotFoundError:
-            version = None
-        # `tomli` is asked for on old Pythons only and says nothing elsewhere.
-        if version is not None or "python_version" not in requirement:
-            extras.setdefault(extra[1], {})[name[0]] = version
-    return extras
+        before = re.search(r"python_version < ['\"](\d+)\.(\d+)['\"]", requirement)
+        too_new = before is not None and sys.version_info >= (int(before[1]), int(before[2]))
+        if name is not None and extra is not None and not too_new:
+            yield extra[1], name[0]
+
+
+#: What to do where a package of the trainer is missing.
+INSTALL = "the trainer and the command need: pip install 'lvrpo[train]'"
+#: Packages that are imported by another name than they are installed by.
+_MODULES = {"pillow": "PIL", "scikit-learn": "sklearn"}
+
+
+def require(*packages: str) -> None:
+    """See that packages of the `train` extra are there, without importing them.
+
+    Args:
+        packages: by the names that pip knows.
+
+    Raises:
+        ModuleNotFoundError: naming all that are missing, and what to install.
+    """
+    missing = [package for package in packages if not _is_importable(package)]
+    if missing:
+        raise ModuleNotFoundError(
+            f"not installed: {', '.join(missing)}; {INSTALL}", name=missing[0]
+        )
+
+
+def _is_importable(package: str) -> bool:
+    module = _MODULES.get(package, package.replace("-", "_"))
+    try:
+        return importlib.util.find_spec(module) is not None
+    except ModuleNotFoundError:
+        return False
 
 
 def describe() -> str:

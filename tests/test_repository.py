@@ -49,7 +49,7 @@ EXCEPTIONS: dict[str, tuple[int, str]] = {
     "lvrpo/ops/flow_policy_loss.py": (360, "the contracts of two parameter classes and 13 metrics"),
 }
 #: Modules that users run or import themselves, and nothing inside lvrpo needs to.
-DOORS = {"lvrpo", "lvrpo.cli", "lvrpo.info", "lvrpo.testing"}
+DOORS = {"lvrpo", "lvrpo.__main__", "lvrpo.cli", "lvrpo.info", "lvrpo.testing"}
 ENVIRONMENT_VARIABLES = {"LVRPO_BACKEND", "LVRPO_BUILD", "LVRPO_CHECK"}
 ENVIRONMENT_VARIABLES |= {"TRITON_INTERPRET"}  # Triton's own
 TOOLCHAIN_VARIABLES = {"CXX", "TORCH_CUDA_ARCH_LIST"}  # read by setup.py, defined by others

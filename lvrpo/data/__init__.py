@@ -1,5 +1,9 @@
 """Prompts of both kinds: the embedded digit scenes, and a user's own JSONL files."""
 
+from lvrpo.info import require
+
+require("numpy")
+
 from lvrpo.data.digits import SPLITS, Split
 from lvrpo.data.example import (
     Cell,

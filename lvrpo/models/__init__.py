@@ -1,1 +1,5 @@
 """Models that run on the ops."""
+
+from lvrpo.info import require
+
+require("einops", "numpy")

@@ -1,5 +1,9 @@
 """Rewards: instruction following, semantic grounding, knowledge consistency, and your own."""
 
+from lvrpo.info import require
+
+require("einops", "numpy")
+
 from lvrpo.rewards.combine import (
     FunctionReward,
     Reward,
