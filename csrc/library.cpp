@@ -6,16 +6,16 @@
 #include <string>
 
 STABLE_TORCH_LIBRARY(lvrpo, m) {
-  // softcap = 0 means none; entropy and sum_squares are empty unless asked for.
+  // Numbers that a step may change come as one fp64 tensor on the CPU: a graph holds a float as a constant. Here they are
+  // temperature, softcap (0 means none) and ignore_index. entropy and sum_squares are empty unless asked for.
   m.def(
-      "gather_logprobs_fwd(Tensor logits, Tensor token_ids, Tensor? row_index, Tensor? vocab_range, "
-      "float temperature, float softcap, int ignore_index, bool with_entropy, bool with_sum_squares) "
+      "gather_logprobs_fwd(Tensor logits, Tensor token_ids, Tensor? row_index, Tensor? vocab_range, Tensor numbers, "
+      "bool with_entropy, bool with_sum_squares) "
       "-> (Tensor logprobs, Tensor lse, Tensor entropy, Tensor sum_squares)");
   // dlogits has the shape of logits and any floating dtype, and may be the logits themselves.
   m.def(
       "gather_logprobs_bwd(Tensor(a!) dlogits, Tensor dlogprobs, Tensor? dentropy, Tensor logits, Tensor token_ids, "
-      "Tensor? row_index, Tensor? vocab_range, Tensor lse, Tensor? entropy, float temperature, float softcap, "
-      "int ignore_index) -> ()");
+      "Tensor? row_index, Tensor? vocab_range, Tensor lse, Tensor? entropy, Tensor numbers) -> ()");
   // noise is absent when every step is deterministic.
   m.def(
       "flow_step_fwd(Tensor velocity, Tensor x_t, Tensor? noise, Tensor c_x, Tensor c_v, Tensor std) "

@@ -16,6 +16,9 @@ from lvrpo.kernels._primitives import (
     capped_logit_derivative,
 )
 
+# A shift in bits below which its exponential is 0 in fp64 too: bounded, a shift between logits that
+# are 1e38 apart makes no infinite product for that 0 to meet.
+NOTHING = tl.constexpr(-2000.0)
 # Tiles are [BLOCK_V / LANES, LANES]: a thread holds whole rows of a tile, so that its running
 # maximum and its sums need no word from other threads until the row is read.
 LANES = 8
@@ -37,7 +40,7 @@ def _fold_tile(x, scale, sums, ENTROPY: tl.constexpr, SQUARES: tl.constexpr):
     # Subtracting before scaling keeps the digits of logits with a large common offset.
     d = (x - base[:, None]) * scale
     e = tl.exp2(d)
-    shift = (row_max - base) * scale
+    shift = tl.maximum((row_max - base) * scale, NOTHING)
     factor = tl.exp2(shift)
     if ENTROPY:
         moved = sum_exp_d + tl.where(sum_exp > 0, shift, 0.0) * sum_exp
@@ -91,11 +94,21 @@ def row_statistics(
 
     row_max, sum_exp, sum_exp_d, squares = sums
     top = tl.max(row_max, axis=0)
-    shift = tl.where(sum_exp > 0, (row_max - top) * scale, 0.0)
+    shift = tl.where(sum_exp > 0, tl.maximum((row_max - top) * scale, NOTHING), 0.0)
     factor = tl.exp2(shift)
     total = tl.sum(factor * sum_exp, axis=0)
     mean = tl.sum(factor * (sum_exp_d + shift * sum_exp), axis=0) / total
     return top, tl.log2(total), mean, tl.sum(factor * factor * squares, axis=0) / (total * total)
+
+
+@triton.jit
+def row_range(vocab_range_ptr, row, vocab):
+    """The columns [low, high) of a row; none beyond the row, whatever nobody checked."""
+    low, high = 0, vocab
+    if vocab_range_ptr is not None:
+        low = tl.maximum(tl.load(vocab_range_ptr + 2 * row), 0)
+        high = tl.minimum(tl.load(vocab_range_ptr + 2 * row + 1), vocab)
+    return low, high
 
 
 @triton.jit
@@ -153,10 +166,7 @@ def _row_stats_kernel(
 ):
     acc_dtype = lse_ptr.dtype.element_ty
     row = tl.program_id(0).to(tl.int64)
-    low, high = 0, vocab
-    if vocab_range_ptr is not None:
-        low = tl.load(vocab_range_ptr + 2 * row)
-        high = tl.load(vocab_range_ptr + 2 * row + 1)
+    low, high = row_range(vocab_range_ptr, row, vocab)
     top, log_sum, mean, squares = row_statistics(
         logits_ptr + row * stride_row,
         low,
@@ -185,6 +195,7 @@ def _gather_kernel(
     logits_ptr,  # [R, V]
     token_ids_ptr,  # [T]
     row_index_ptr,  # [T] or None
+    vocab_range_ptr,  # [R, 2] or None
     max_ptr,  # [R], of the capped logits
     log_sum_ptr,  # [R]
     logprobs_ptr,  # [T]
@@ -206,7 +217,12 @@ def _gather_kernel(
     if row_index_ptr is not None:
         row = tl.load(row_index_ptr + t, mask=inside, other=0)
     # An index that nobody checked reads nothing: on a GPU values are checked on request only.
-    valid = (token != ignore_index) & (token >= 0) & (token < vocab) & (row >= 0) & (row < rows)
+    valid = inside & (token != ignore_index) & (row >= 0) & (row < rows)
+    low, high = 0, vocab
+    if vocab_range_ptr is not None:
+        low = tl.maximum(tl.load(vocab_range_ptr + 2 * row, mask=valid, other=0), 0)
+        high = tl.minimum(tl.load(vocab_range_ptr + 2 * row + 1, mask=valid, other=0), vocab)
+    valid &= (token >= low) & (token < high)
     x = tl.load(logits_ptr + row * stride_row + token, mask=valid, other=0.0).to(acc_dtype)
     scale = as_scalar(inv_temperature, acc_dtype) * LOG2E
     x = capped_logit(x, as_scalar(softcap, acc_dtype), HAS_SOFTCAP)
@@ -243,10 +259,7 @@ def _dlogits_kernel(
     column = (tl.program_id(0) % tiles) * BLOCK_V + tl.arange(0, BLOCK_V)
     inv_temp = as_scalar(inv_temperature, acc_dtype)
     cap = as_scalar(softcap, acc_dtype)
-    low, high = 0, vocab
-    if vocab_range_ptr is not None:
-        low = tl.load(vocab_range_ptr + 2 * row)
-        high = tl.load(vocab_range_ptr + 2 * row + 1)
+    low, high = row_range(vocab_range_ptr, row, vocab)
     inside = (column >= low) & (column < high)
 
     # total: what the row's targets send back in all; hits: to each column.
@@ -255,14 +268,16 @@ def _dlogits_kernel(
     asked = tl.zeros([], tl.int32)
     if order_ptr is None:
         token = tl.load(token_ids_ptr + row)
-        total = tl.load(dlogprobs_ptr + row) * (token != ignore_index).to(acc_dtype)
+        valid = (token != ignore_index) & (token >= low) & (token < high)
+        total = tl.where(valid, tl.load(dlogprobs_ptr + row), 0.0)
         hits = tl.where(column == token, total, hits)
         asked += (total != 0).to(tl.int32)
     else:
         for index in range(tl.load(first_ptr + row), tl.load(first_ptr + row + 1)):
             t = tl.load(order_ptr + index)
             token = tl.load(token_ids_ptr + t)
-            dlogprob = tl.load(dlogprobs_ptr + t) * (token != ignore_index).to(acc_dtype)
+            valid = (token != ignore_index) & (token >= low) & (token < high)
+            dlogprob = tl.where(valid, tl.load(dlogprobs_ptr + t), 0.0)
             total += dlogprob
             hits += tl.where(column == token, dlogprob, 0.0)
             asked += (dlogprob != 0).to(tl.int32)
@@ -296,13 +311,12 @@ def gather_logprobs_fwd(
     token_ids,
     row_index,
     vocab_range,
-    temperature,
-    softcap,
-    ignore_index,
+    numbers,
     with_entropy,
     with_sum_squares,
 ):
     """Launcher; contract in `lvrpo.ops.gather_logprobs`."""
+    temperature, softcap, ignore_index = numbers.tolist()
     logits = _with_unit_columns(logits)
     rows, vocab = logits.shape
     dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
@@ -341,13 +355,14 @@ def gather_logprobs_fwd(
         logits_ptr=logits,
         token_ids_ptr=token_ids.contiguous(),
         row_index_ptr=None if row_index is None else row_index.contiguous(),
+        vocab_range_ptr=None if vocab_range is None else vocab_range.contiguous(),
         max_ptr=row_max,
         log_sum_ptr=log_sum,
         logprobs_ptr=logprobs,
         tokens=tokens,
         rows=rows,
         vocab=vocab,
-        ignore_index=ignore_index,
+        ignore_index=int(ignore_index),
         **scalars,
     )
     return logprobs, lse, entropy, sum_squares
@@ -363,11 +378,10 @@ def gather_logprobs_bwd(
     vocab_range,
     lse,
     entropy,
-    temperature,
-    softcap,
-    ignore_index,
+    numbers,
 ):
     """Launcher; writes `dlogits`, which may be `logits` itself."""
+    temperature, softcap, ignore_index = numbers.tolist()
     logits = _with_unit_columns(logits)
     rows, vocab = logits.shape
     order, first = None, None
@@ -395,7 +409,7 @@ def gather_logprobs_bwd(
         stride_dlogits_row=dlogits.stride(0),
         inv_temperature=1.0 / temperature,
         softcap=softcap,
-        ignore_index=ignore_index,
+        ignore_index=int(ignore_index),
         HAS_SOFTCAP=softcap > 0,
     )
 

@@ -24,6 +24,21 @@ using std::optional;
 // depends on the row alone, so its bits do not depend on the threads or on other rows.
 constexpr int64_t CHUNK_V = 8 * BLOCK_V;
 
+// What a step may change, in the order of the schema.
+struct Numbers {
+  explicit Numbers(const Tensor& numbers) {
+    check_dtype(numbers, ScalarType::Double, "numbers");
+    check_size(numbers, 0, 3, "numbers");
+    check_contiguous(numbers, "numbers");
+    const double* given = numbers.const_data_ptr<double>();
+    temperature = given[0];
+    softcap = given[1];
+    ignore_index = static_cast<int64_t>(given[2]);
+  }
+  double temperature, softcap;
+  int64_t ignore_index;
+};
+
 // The columns a row's softmax runs over.
 struct Columns {
   const int64_t* ranges;  // [R, 2] or null
@@ -97,14 +112,14 @@ void for_each_chunk(int64_t rows, int64_t columns, const Body& body) {
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> gather_logprobs_fwd(Tensor logits, Tensor token_ids,
                                                                optional<Tensor> row_index,
-                                                               optional<Tensor> vocab_range, double temperature,
-                                                               double softcap, int64_t ignore_index,
+                                                               optional<Tensor> vocab_range, Tensor numbers,
                                                                bool with_entropy, bool with_sum_squares) {
+  const Numbers given(numbers);
   LVRPO_CHECK(logits.dim() == 2, "logits must be [R, V]");
   if (!has_unit_columns(logits)) logits = torch::stable::contiguous(logits);
   const int64_t rows = logits.size(0), vocab = logits.size(1);
   const Columns columns = columns_of(vocab_range, rows, vocab);
-  const Targets targets(token_ids, row_index, rows, columns, ignore_index);
+  const Targets targets(token_ids, row_index, rows, columns, given.ignore_index);
   const ScalarType dtype = logits.scalar_type();
   const ScalarType out_dtype = dtype == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
   Tensor logprobs = torch::stable::new_empty(logits, {targets.count()}, out_dtype);
@@ -114,7 +129,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> gather_logprobs_fwd(Tensor logits, Te
 
   LVRPO_DISPATCH_FLOATING(dtype, scalar_t, [&] {
     using acc = acc_t<scalar_t>;
-    const LogitScale<acc> scale(temperature, softcap);
+    const LogitScale<acc> scale(given.temperature, given.softcap);
     const scalar_t* x = logits.const_data_ptr<scalar_t>();
     const int64_t stride = logits.stride(0), chunks = chunks_of(vocab);
     std::vector<SoftmaxSums<acc>> sums(rows * chunks);
@@ -221,13 +236,14 @@ void check_memory(const Tensor& dlogits, const Tensor& logits) {
 
 void gather_logprobs_bwd(Tensor dlogits, Tensor dlogprobs, optional<Tensor> dentropy, Tensor logits, Tensor token_ids,
                          optional<Tensor> row_index, optional<Tensor> vocab_range, Tensor lse,
-                         optional<Tensor> entropy, double temperature, double softcap, int64_t ignore_index) {
+                         optional<Tensor> entropy, Tensor numbers) {
+  const Numbers given(numbers);
   LVRPO_CHECK(logits.dim() == 2 && dlogits.dim() == 2, "logits and dlogits must be [R, V]");
   check_memory(dlogits, logits);
   if (!has_unit_columns(logits)) logits = torch::stable::contiguous(logits);
   const int64_t rows = logits.size(0), vocab = logits.size(1);
   const Columns columns = columns_of(vocab_range, rows, vocab);
-  const Targets targets(token_ids, row_index, rows, columns, ignore_index);
+  const Targets targets(token_ids, row_index, rows, columns, given.ignore_index);
   check_size(dlogprobs, 0, targets.count(), "dlogprobs");
   check_size(lse, 0, rows, "lse");
   LVRPO_CHECK(!dentropy || entropy, "dentropy needs entropy");
@@ -243,7 +259,7 @@ void gather_logprobs_bwd(Tensor dlogits, Tensor dlogprobs, optional<Tensor> dent
 
   LVRPO_DISPATCH_FLOATING(logits.scalar_type(), scalar_t, [&] {
     using acc = acc_t<scalar_t>;
-    const LogitScale<acc> scale(temperature, softcap);
+    const LogitScale<acc> scale(given.temperature, given.softcap);
     const scalar_t* x = logits.const_data_ptr<scalar_t>();
     const int64_t stride = logits.stride(0), out_stride = dlogits.stride(0);
     const acc* lse_ptr = lse.const_data_ptr<acc>();

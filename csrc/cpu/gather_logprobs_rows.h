@@ -56,8 +56,9 @@ LVRPO_INLINE acc at_least(acc bound, acc x) {
 // sum e d = e^s sum e' (d' + s), where d' is relative to the old reference and s is the way to the new one.
 template <typename acc>
 LVRPO_INLINE void move_reference(SoftmaxSums<acc>& sums, acc reference, acc inv_temperature) {
-  const acc shift = (sums.reference - reference) * inv_temperature;
-  const acc factor = exp_fast(shift);
+  // Bounded, so that a factor of 0 never meets an infinite product: logits may be 1e38 apart.
+  const acc shift = at_least(exp_lowest<acc>, (sums.reference - reference) * inv_temperature);
+  const acc factor = exp_bounded(shift);
   sums.e_d = factor * (sums.e_d + shift * sums.e);
   sums.e *= factor;
   sums.e_e *= factor * factor;

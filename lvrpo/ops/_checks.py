@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, overload
 
 import torch
 from torch import Tensor
@@ -59,6 +59,14 @@ def as_mask(op: str, name: str, mask: Tensor) -> Tensor:
     if check_values(mask):
         refuse_first(op, name, mask, ~counts & (mask != 0), "0, or a number > 0")
     return counts
+
+
+@overload
+def as_saved(tensor: Tensor) -> Tensor: ...
+
+
+@overload
+def as_saved(tensor: Tensor | None) -> Tensor | None: ...
 
 
 def as_saved(tensor: Tensor | None) -> Tensor | None:

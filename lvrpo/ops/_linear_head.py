@@ -96,8 +96,14 @@ class LinearHead:
         """[count, V] for the gradient of these rows: the logits themselves where dtypes allow."""
         return self._dlogits[:count]
 
-    def backward(self, rows: Rows, dlogits: Tensor) -> None:
-        """Add what these rows contribute to the gradients that are wanted."""
+    def backward(self, rows: Rows, dlogits: Tensor, asked: Tensor) -> None:
+        """Add what these rows contribute to the gradients that are wanted.
+
+        Args:
+            rows: which.
+            dlogits: [count, V], 0 in a row that is not asked.
+            asked: [count] whether a row has a gradient. Others may hold anything.
+        """
         dhidden, dweight, dbias = self.gradients
         if self._needs[0]:
             adjacent = isinstance(rows, slice)
@@ -109,7 +115,8 @@ class LinearHead:
                 dhidden[rows] = out
         if self._needs[1]:
             out = dweight[self._columns]
-            hidden = self.hidden[rows].to(self.factors)
+            # Not multiplied by their gradient of 0, which a NaN would survive.
+            hidden = self.hidden[rows].to(self.factors).masked_fill(~asked[:, None], 0.0)
             _matmul(out, dlogits.t(), hidden, plus=None if self._first else out)
         if self._needs[2]:
             total = dlogits.sum(dim=0, dtype=self.sums)

@@ -6,15 +6,14 @@ R rows, H hidden width, V vocabulary, T tokens.
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from lvrpo.ops import _checks
+from lvrpo.ops import _checks, _targets
 from lvrpo.ops._linear_head import dtypes_of
 from lvrpo.ops._linear_rows import OUTSIDE
-
-VocabRange = Tensor | tuple[int, int] | None
 
 #: Default bytes of logits on a GPU. Every chunk reads and writes the whole fp32 weight gradient, so
 #: that few are wanted. This holds 4096 rows of a vocabulary of 151,936 from bf16; with the gradient
@@ -38,6 +37,31 @@ class Slice:
     low: int
     high: int
     ranges: Tensor | None
+
+
+def as_factors(
+    op: str, hidden: Tensor, weight: Tensor, bias: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """The factors of a linear head as F.linear takes them, hidden states [..., H] as [R, H].
+
+    Under autocast all that is not fp64 goes to its dtype.
+
+    Raises:
+        ValueError: as `check_head`.
+    """
+    hidden = _targets.as_rows(op, "hidden", hidden, "H")
+    device = hidden.device.type
+    if torch.is_autocast_enabled(device):
+        dtype = torch.get_autocast_dtype(device)
+        hidden, weight = _cast(hidden, dtype), _cast(weight, dtype)
+        bias = None if bias is None else _cast(bias, dtype)
+    check_head(op, hidden, weight, bias)
+    return _checks.as_saved(hidden), _checks.as_saved(weight), _checks.as_saved(bias)
+
+
+def _cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    narrows = tensor.is_floating_point() and tensor.dtype != torch.float64
+    return tensor.to(dtype) if narrows else tensor
 
 
 def check_head(op: str, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None:
@@ -70,7 +94,7 @@ def rows_at_once(op: str, hidden: Tensor, vocab: int, memory_budget: int | None)
     return memory_budget // row_bytes
 
 
-def vocab_slice(op: str, vocab_range: VocabRange, vocab: int) -> Slice:
+def vocab_slice(op: str, vocab_range: Any, vocab: int) -> Slice:
     """A pair is multiplied out of the weight, ranges per row are left to the row kernels."""
     if vocab_range is None or isinstance(vocab_range, Tensor):
         return Slice(0, vocab, vocab_range)
@@ -85,11 +109,20 @@ def token_columns(token_ids: Tensor, low: int, ignore_index: int) -> Tensor:
     return torch.where(token_ids == ignore_index, OUTSIDE, token_ids - low)
 
 
-def refuse_rows(op: str, statistic: Tensor, logits: str = "hidden @ weight.T + bias") -> None:
-    """Name the row whose log-sum-exp, or entropy, is not a number."""
-    if _checks.check_values(statistic) and not bool(statistic.isfinite().all()):
-        row = int((~statistic.isfinite()).nonzero()[0])
+def refuse_rows(
+    op: str,
+    statistic: Tensor,
+    logits: str = "hidden @ weight.T + bias",
+    used: Tensor | None = None,
+) -> None:
+    """Name the row whose log-sum-exp, or entropy, is not a number; of those `used`, if given."""
+    if not _checks.check_values(statistic):
+        return
+    bad = ~statistic.isfinite()
+    if used is not None:
+        bad &= used
+    if bool(bad.any()):
         raise ValueError(
-            f"{op}: row {row} of {logits} has no finite log-sum-exp; expected finite values, or "
-            "-inf beside them"
+            f"{op}: row {int(bad.nonzero()[0])} of {logits} has no finite log-sum-exp; expected "
+            "finite values, or -inf beside them"
         )

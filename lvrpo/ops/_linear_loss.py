@@ -18,7 +18,8 @@ from lvrpo.ops import _fused_loss, _library
 from lvrpo.ops import _linear_inputs as _inputs
 from lvrpo.ops._linear_head import LinearHead, dtypes_of, fake_gradients
 from lvrpo.ops._linear_plan import plan_rows
-from lvrpo.ops._linear_rows import HeadRows, Softmax
+from lvrpo.ops._linear_rows import OUTSIDE, HeadRows, Softmax
+from lvrpo.ops._numbers import numbers
 from lvrpo.ops._policy_loss import LossMetrics, LossParams, scalars_of
 
 
@@ -170,7 +171,7 @@ def _fwd(
         tokens, len(hidden), most, gradient=any(needs), whole_sequences=whole_sequences
     )
     head = LinearHead(hidden, weight, bias, (low, high), plan.chunks(), needs)
-    softmax = Softmax(temperature, softcap, backend)
+    softmax = Softmax(numbers(temperature, softcap, OUTSIDE), backend)
     rows = HeadRows(head, softmax, token_ids, row_index, vocab_range, plan.order)
 
     data = old_logprobs, advantages, cu_seqlens, ref_logprobs

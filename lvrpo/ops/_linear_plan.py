@@ -14,6 +14,7 @@ from torch import Tensor
 
 from lvrpo.ops._linear_head import Chunk, split
 from lvrpo.ops._linear_rows import inverse
+from lvrpo.ops._targets import any_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,13 +109,6 @@ def group_between(cuts: Sequence[int], most: int) -> list[list[Chunk]]:
 def is_captured(tensor: Tensor) -> bool:
     """Whether a CUDA graph is being recorded, which must not wait for the device."""
     return tensor.is_cuda and torch.cuda.is_current_stream_capturing()
-
-
-def any_of(flags: Tensor, group: Tensor | None, groups: int) -> Tensor:
-    """[groups] whether any member is flagged; integers, whose sums have no order to depend on."""
-    if group is None:
-        return flags
-    return flags.new_zeros(groups, dtype=torch.int64).index_add_(0, group, flags.long()) > 0
 
 
 def _straddled(position: Tensor, sequence: Tensor, pulls: Tensor, sizes: tuple[int, int]) -> Tensor:

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from lvrpo.ops import _library
 from lvrpo.ops._linear_head import Chunk, Rows
+from lvrpo.ops._targets import any_of
 
 #: Inside the head: a token that is not among the targets of a chunk.
 OUTSIDE = -1
@@ -23,10 +24,14 @@ OUTSIDE = -1
 
 @dataclasses.dataclass(frozen=True)
 class Softmax:
-    """What turns logits into probabilities, and who computes it; softcap 0 is none."""
+    """What turns logits into probabilities, and who computes it.
 
-    temperature: float
-    softcap: float
+    Attributes:
+        numbers: of `lvrpo::gather_logprobs_fwd`, with OUTSIDE as ignore_index.
+        backend: "cpp" or "triton".
+    """
+
+    numbers: Tensor
     backend: str
 
 
@@ -40,7 +45,7 @@ class Head(Protocol):
 
     def gradient_buffer(self, rows: Rows, count: int) -> Tensor: ...
 
-    def backward(self, rows: Rows, dlogits: Tensor) -> None: ...
+    def backward(self, rows: Rows, dlogits: Tensor, asked: Tensor) -> None: ...
 
 
 class HeadRows:
@@ -66,6 +71,7 @@ class HeadRows:
         self.order = order
         self.logprobs = like.new_zeros(token_ids.shape)
         self.lse, self.entropy = like.new_zeros(rows), like.new_zeros(rows)
+        self.sum_squares = like.new_zeros(rows)
         if row_index is not None:
             self._position = row_index if order is None else inverse(order)[row_index]
 
@@ -77,18 +83,18 @@ class HeadRows:
         """The rows of a chunk, as indices into the input."""
         return slice(*chunk) if self.order is None else self.order[slice(*chunk)]
 
-    def forward(self, chunk: Chunk, with_entropy: bool = True) -> Tensor:
+    def forward(
+        self, chunk: Chunk, with_entropy: bool = True, with_sum_squares: bool = False
+    ) -> Tensor:
         """The logits of a chunk, valid until the next one's, after noting what they say."""
         rows, own = self.rows_of(chunk), self._own(chunk)
         logits = self.head.project(rows, chunk[1] - chunk[0])
-        logprobs, lse, entropy, _ = self._op("gather_logprobs_fwd")(
+        logprobs, lse, entropy, sum_squares = self._op("gather_logprobs_fwd")(
             logits,
             *self._arguments(rows, chunk, own),
-            self.softmax.temperature,
-            self.softmax.softcap,
-            OUTSIDE,
+            self.softmax.numbers,
             with_entropy,
-            False,
+            with_sum_squares,
         )
         if own is None:
             self.logprobs[rows] = logprobs
@@ -97,6 +103,8 @@ class HeadRows:
         self.lse[rows] = lse
         if with_entropy:
             self.entropy[rows] = entropy
+        if with_sum_squares:
+            self.sum_squares[rows] = sum_squares
         return logits
 
     def backward(
@@ -117,21 +125,23 @@ class HeadRows:
         token_ids, row_index, ranges = self._arguments(rows, chunk, own)
         # A token that sends nothing back is no target: a row without one need not be read.
         token_ids = torch.where(of_chunk == 0, OUTSIDE, token_ids)
+        asked = any_of(token_ids != OUTSIDE, row_index, count)
+        if dentropy is not None:
+            dentropy = dentropy[rows]
+            asked = asked | (dentropy != 0)
         self._op("gather_logprobs_bwd")(
             dlogits,
             of_chunk,
-            None if dentropy is None else dentropy[rows],
+            dentropy,
             logits,
             token_ids,
             row_index,
             ranges,
             self.lse[rows],
             None if dentropy is None else self.entropy[rows],
-            self.softmax.temperature,
-            self.softmax.softcap,
-            OUTSIDE,
+            self.softmax.numbers,
         )
-        self.head.backward(rows, dlogits)
+        self.head.backward(rows, dlogits, asked)
 
     def sum_over_rows(self, values: Tensor) -> Tensor:
         """[R] from [T], in the order of the tokens on every device."""

@@ -17,9 +17,10 @@ from torch.types import Number
 
 from lvrpo.ops import _fused_loss, _library, _linear_inputs
 from lvrpo.ops._linear_head import Chunk, Rows
-from lvrpo.ops._linear_plan import any_of
 from lvrpo.ops._linear_rows import OUTSIDE, HeadRows, Softmax
+from lvrpo.ops._numbers import numbers
 from lvrpo.ops._policy_loss import LossMetrics, LossParams, scalars_of
+from lvrpo.ops._targets import any_of
 
 #: Bytes of logits that are read for nothing rather than call a kernel before them and one after.
 SKIPPED_BYTES = 1 << 20
@@ -177,7 +178,7 @@ def _fwd(
         )
         return results
     head = GivenLogits(logits.detach(), dlogits)
-    softmax = Softmax(temperature, softcap, backend)
+    softmax = Softmax(numbers(temperature, softcap, OUTSIDE), backend)
     rows = HeadRows(head, softmax, token_ids, row_index, vocab_range)
     seen = any_of(token_weights != 0, row_index, len(logits))
     shortest = max(1, SKIPPED_BYTES // max(1, logits.shape[1] * logits.itemsize))
@@ -214,7 +215,7 @@ class GivenLogits:
         """[count, V] for their gradient."""
         return self._dlogits[rows]
 
-    def backward(self, rows: Rows, dlogits: Tensor) -> None:
+    def backward(self, rows: Rows, dlogits: Tensor, asked: Tensor) -> None:
         """Nothing to add: the gradient of the logits is the result."""
 
 

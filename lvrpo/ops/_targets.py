@@ -2,20 +2,157 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from lvrpo.ops import _checks
 
+Ids = Tensor | Sequence[int]
+VocabRange = Tensor | Sequence[Sequence[int]] | tuple[int, int] | None
 
-def as_row_ranges(vocab_range: Tensor | tuple[int, int] | None, like: Tensor) -> Tensor | None:
-    """[R, 2] ranges from one pair for all rows of `like` [R, ...]; a tensor stays as it is."""
+
+@dataclasses.dataclass(frozen=True)
+class Targets:
+    """What tokens are asked of which rows, flattened, in int64, and in memory that is saved.
+
+    Attributes:
+        token_ids: [T].
+        row_index: [T], or None where token t belongs to row t.
+        ranges: [R, 2] columns of each row, or None for all of them.
+        ignore_index: id of a token without a target.
+        rows: the shape of a tensor with one number per row, as the caller has them.
+        tokens: the same of the tokens.
+    """
+
+    token_ids: Tensor
+    row_index: Tensor | None
+    ranges: Tensor | None
+    ignore_index: int
+    rows: tuple[int, ...]
+    tokens: tuple[int, ...]
+
+    def used_rows(self) -> Tensor:
+        """[R] whether a token uses the row."""
+        asking = self.token_ids != self.ignore_index
+        if self.row_index is None:
+            return asking
+        rows = math.prod(self.rows)
+        inside = (self.row_index >= 0) & (self.row_index < rows)
+        return any_of(asking & inside, torch.where(inside, self.row_index, 0), rows)
+
+    def unusable(self, finite: Tensor) -> Tensor:
+        """[R] whether a token uses a row that is not `finite`; to be asked on the host alone."""
+        return ~finite if bool(finite.all()) else ~finite & self.used_rows()
+
+    def settle(
+        self, lse: Tensor, of_rows: list[Tensor], refuse: Callable[[Tensor], None]
+    ) -> list[Tensor]:
+        """`of_rows` [R], and 0 without a gradient where no token uses a row with this `lse`.
+
+        Args:
+            lse: [R], perhaps not finite.
+            of_rows: what is known of every row.
+            refuse: raises for the first row [R] that is true; not called where no value is read.
+        """
+        finite = lse.isfinite()
+        if _checks.check_values(lse):
+            if bool(finite.all()):
+                return of_rows
+            refuse(self.unusable(finite))
+        if not of_rows:
+            return of_rows
+        known = finite | self.used_rows()
+        return [torch.where(known, x, 0.0) for x in of_rows]
+
+    def shape_results(
+        self, logprobs: Tensor, of_rows: Sequence[Tensor]
+    ) -> Tensor | tuple[Tensor, ...]:
+        """Results in the shapes that the caller has; log-probs alone if there is nothing else."""
+        logprobs = logprobs.reshape(self.tokens)
+        if not of_rows:
+            return logprobs
+        return logprobs, *(x.reshape(self.rows) for x in of_rows)
+
+
+def any_of(flags: Tensor, group: Tensor | None, groups: int) -> Tensor:
+    """[groups] whether any member is flagged; integers, whose sums have no order to depend on."""
+    if group is None:
+        return flags
+    return flags.new_zeros(groups, dtype=torch.int64).index_add_(0, group, flags.long()) > 0
+
+
+def as_rows(op: str, name: str, tensor: Tensor, width: str) -> Tensor:
+    """[..., width] as [R, width]; a view where its strides allow."""
+    if tensor.dim() < 2:
+        _checks.check_shape(op, name, tensor, ("...", "R", width))
+    if tensor.dim() == 2:
+        return tensor
+    return tensor.reshape(math.prod(tensor.shape[:-1]), tensor.shape[-1])
+
+
+def as_targets(
+    op: str,
+    name: str,
+    like: Tensor,
+    vocab: int,
+    token_ids: Ids,
+    row_index: Ids | None,
+    vocab_range: VocabRange,
+    ignore_index: int,
+) -> Targets:
+    """Bring the targets of the rows [..., X] of `like`, called `name`, to one form and check them.
+
+    Raises:
+        ValueError: as `check_targets`; or token_ids has neither the shape of the rows nor, with
+            row_index, that of row_index.
+    """
+    rows = tuple(like.shape[:-1])
+    ids = _checks.as_tensor(op, "token_ids", token_ids, like.device)
+    index = ranges = None
+    if row_index is not None:
+        index = _checks.as_tensor(op, "row_index", row_index, like.device)
+        _checks.check_shape(op, "row_index", index, tuple(ids.shape))
+        index = _checks.as_index(op, "row_index", index).reshape(-1)
+    elif ids.shape != rows:
+        raise ValueError(
+            f"{op}: token_ids has shape {tuple(ids.shape)}, but the rows of {name} have shape "
+            f"{rows}; give row_index when they are not one to one"
+        )
+    if is_pair(vocab_range):
+        ranges = as_row_ranges(vocab_range, like)
+    elif vocab_range is not None:
+        ranges = _checks.as_tensor(op, "vocab_range", vocab_range, like.device)
+    if ranges is not None:
+        _checks.check_shape(op, "vocab_range", ranges, (*rows, 2))
+        ranges = _checks.as_index(op, "vocab_range", ranges).reshape(math.prod(rows), 2)
+    shape, ids = tuple(ids.shape), _checks.as_index(op, "token_ids", ids).reshape(-1)
+    _checks.check_same_device(
+        op, **{name: like}, token_ids=ids, row_index=index, vocab_range=ranges
+    )
+    check_targets(op, math.prod(rows), vocab, ids, index, ranges, ignore_index)
+    save = _checks.as_saved
+    return Targets(save(ids), save(index), save(ranges), ignore_index, rows, shape)
+
+
+def as_row_ranges(vocab_range: Any, like: Tensor) -> Tensor | None:
+    """[..., 2] ranges of the rows of `like` [..., X] from one pair; a tensor stays as it is."""
     if vocab_range is None or isinstance(vocab_range, Tensor):
         return vocab_range
-    pair = torch.tensor(vocab_range, dtype=torch.int64, device=like.device)
-    return pair.expand(like.shape[0], 2)
+    # Filled on the device: a copy from the host would wait for it.
+    low, high = (torch.full((), end, dtype=torch.int64, device=like.device) for end in vocab_range)
+    return torch.stack([low, high]).expand(*like.shape[:-1], 2)
+
+
+def is_pair(vocab_range: VocabRange) -> bool:
+    """Whether these are the ends of one range for all rows."""
+    if vocab_range is None or isinstance(vocab_range, Tensor):
+        return False
+    return len(vocab_range) == 2 and not isinstance(vocab_range[0], (Sequence, Tensor))
 
 
 def check_logits(op: str, logits: Tensor, inplace_backward: bool) -> None:

@@ -12,6 +12,9 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from lvrpo.ops import _backend, _checks, _library, _targets
+from lvrpo.ops._numbers import numbers
+from lvrpo.ops._targets import Ids, VocabRange
+from lvrpo.reference._precision import widen
 from lvrpo.reference.gather_logprobs import gather_logprobs as reference_gather_logprobs
 
 OP = "gather_logprobs"
@@ -20,12 +23,12 @@ OP = "gather_logprobs"
 @overload
 def gather_logprobs(
     logits: Tensor,
-    token_ids: Tensor,
-    row_index: Tensor | None = None,
+    token_ids: Ids,
+    row_index: Ids | None = None,
     *,
     temperature: float = ...,
     softcap: float | None = ...,
-    vocab_range: Tensor | tuple[int, int] | None = ...,
+    vocab_range: VocabRange = ...,
     ignore_index: int = ...,
     return_entropy: Literal[False] = ...,
     return_sum_squares: Literal[False] = ...,
@@ -37,12 +40,12 @@ def gather_logprobs(
 @overload
 def gather_logprobs(
     logits: Tensor,
-    token_ids: Tensor,
-    row_index: Tensor | None = None,
+    token_ids: Ids,
+    row_index: Ids | None = None,
     *,
     temperature: float = ...,
     softcap: float | None = ...,
-    vocab_range: Tensor | tuple[int, int] | None = ...,
+    vocab_range: VocabRange = ...,
     ignore_index: int = ...,
     return_entropy: Literal[True],
     return_sum_squares: Literal[False] = ...,
@@ -54,12 +57,12 @@ def gather_logprobs(
 @overload
 def gather_logprobs(
     logits: Tensor,
-    token_ids: Tensor,
-    row_index: Tensor | None = None,
+    token_ids: Ids,
+    row_index: Ids | None = None,
     *,
     temperature: float = ...,
     softcap: float | None = ...,
-    vocab_range: Tensor | tuple[int, int] | None = ...,
+    vocab_range: VocabRange = ...,
     ignore_index: int = ...,
     return_entropy: bool = ...,
     return_sum_squares: Literal[True],
@@ -70,12 +73,12 @@ def gather_logprobs(
 
 def gather_logprobs(
     logits: Tensor,
-    token_ids: Tensor,
-    row_index: Tensor | None = None,
+    token_ids: Ids,
+    row_index: Ids | None = None,
     *,
     temperature: float = 1.0,
     softcap: float | None = None,
-    vocab_range: Tensor | tuple[int, int] | None = None,
+    vocab_range: VocabRange = None,
     ignore_index: int = -100,
     return_entropy: bool = False,
     return_sum_squares: bool = False,
@@ -84,80 +87,85 @@ def gather_logprobs(
 ) -> Tensor | tuple[Tensor, ...]:
     """log softmax(z)[token] with z = softcap * tanh(logits / softcap) / temperature.
 
+    The rows of logits are [R], or padded [B, C]: what holds for R below holds for any leading
+    shape. Autocast: of the list of fp32 ops; logits of any dtype are taken as they are.
+
     Args:
-        logits: [R, V] fp32, fp64, bf16 or fp16; any row stride.
-        token_ids: [T] int64. `ignore_index` marks a token without a target: log-prob 0, gradient 0.
-        row_index: [T] int64, the row that predicts each token. A row may serve many tokens (the
-            last prompt row of a group predicts G first tokens): it is reduced once and its gradient
-            sums over them. None: token t is predicted by row t, and R equals T.
+        logits: [R, V] or [B, C, V] fp32, fp64, bf16 or fp16; any row stride. Padded logits that are
+            no view of [B * C, V] (a slice of the columns, for one) are copied.
+        token_ids: one for each row, of any integer dtype. `ignore_index` marks a token without a
+            target: log-prob 0, gradient 0.
+        row_index: the row (of the flattened ones) that predicts each token, of the shape of
+            token_ids, which then is free. A row may serve many tokens (the last prompt row of a
+            group predicts G first tokens): it is reduced once and its gradient sums over them.
         temperature: divides the logits; finite, > 0.
         softcap: cap of `softcap * tanh(logits / softcap)`, applied before the temperature; > 0.
-        vocab_range: [R, 2] int64 or one (low, high) pair: columns outside [low, high) have
-            probability zero, as when a unified vocabulary is sampled for one modality.
+        vocab_range: [R, 2] of any integer dtype, or one (low, high) pair: columns outside
+            [low, high) have probability zero, as when a unified vocabulary is sampled for one
+            modality.
         ignore_index: see `token_ids`.
-        return_entropy: also return the entropy of every row.
+        return_entropy: also return the entropy of every row. A row that no token uses may hold
+            anything: without a finite log-sum-exp its entropy is 0 and has no gradient.
         return_sum_squares: also return the sum of squared probabilities of every row, from which
-            a variance-optimal baseline is formed.
+            a variance-optimal baseline is formed; 0 for such a row.
         inplace_backward: the gradient takes the place of the logits in memory. Their values are
             lost in the backward: reading them afterwards reads the gradient, and autograd raises
             where it needs them after that. The torch backend and torch.compile do without.
         backend: a name from `lvrpo.ops`, or None for the first that can run.
 
     Returns:
-        logprobs: [T] fp32 (fp64 from fp64 logits), nats.
+        logprobs: of the shape of token_ids, fp32 (fp64 from fp64 logits), nats.
         entropy: [R] same dtype, nats, only with `return_entropy`. Differentiable too.
         sum_squares: [R] same dtype, in (0, 1], only with `return_sum_squares`; no gradient.
 
     Raises:
         ValueError: shapes or dtypes do not match, or the logits have no memory of their own for
             `inplace_backward`; on a CPU also when a token is outside the vocabulary or its row's
-            range, a row index is out of range, or a row has no finite log-sum-exp over its range
-            (NaN, +inf, nothing but -inf).
+            range, a row index is out of range, or a row that a token uses has no finite
+            log-sum-exp over its range (NaN, +inf, nothing but -inf, or beyond the dtype after the
+            division by the temperature). Where values are not read, such a token counts as ignored
+            and such a row gives NaN.
         RuntimeError: in the backward: the logits were changed after the forward.
     """
-    vocab_range = _targets.as_row_ranges(vocab_range, logits)
-    _targets.check_logits(OP, logits, inplace_backward)
-    _checks.check_same_device(
-        OP, logits=logits, token_ids=token_ids, row_index=row_index, vocab_range=vocab_range
-    )
     _targets.check_scale(OP, temperature, softcap)
-    rows, vocab = logits.shape
-    _targets.check_targets(OP, rows, vocab, token_ids, row_index, vocab_range, ignore_index)
-    chosen = _backend.resolve(OP, (logits, token_ids, row_index, vocab_range), backend)
+    shaped, logits = logits, _targets.as_rows(OP, "logits", logits, "V")
+    _targets.check_logits(OP, logits, inplace_backward)
+    targets = _targets.as_targets(
+        *(OP, "logits", shaped, logits.shape[1]),
+        *(token_ids, row_index, vocab_range, ignore_index),
+    )
+    indices = targets.token_ids, targets.row_index, targets.ranges
+    chosen = _backend.resolve(OP, (logits, *indices), backend)
+    of_rows: list[Tensor]
     if chosen == "torch":
         if _checks.check_values(logits):
-            largest = _largest(logits, vocab_range, softcap)
-            _refuse_rows(~torch.isfinite(largest), logits, vocab_range, softcap)
-        return reference_gather_logprobs(
-            logits,
-            token_ids,
-            row_index,
+            finite = (_largest(logits, targets.ranges, softcap) / temperature).isfinite()
+            _refuse_rows(targets.unusable(finite), logits, targets.ranges, softcap)
+        results = reference_gather_logprobs(
+            *(logits, *indices[:2]),
             temperature=temperature,
             softcap=softcap,
-            vocab_range=vocab_range,
+            vocab_range=targets.ranges,
             ignore_index=ignore_index,
             return_entropy=return_entropy,
             return_sum_squares=return_sum_squares,
         )
-    results: tuple[Tensor, ...] = _GatherLogprobs.apply(
-        logits,
-        token_ids,
-        row_index,
-        vocab_range,
-        float(temperature),
-        float(softcap or 0.0),
-        ignore_index,
-        return_entropy,
-        return_sum_squares,
-        inplace_backward and not torch.compiler.is_compiling(),
-        chosen,
-    )
-    logprobs, entropy, sum_squares, lse = results
-    if _checks.check_values(lse):
-        _refuse_rows(~torch.isfinite(lse), logits, vocab_range, softcap)
-    if not (return_entropy or return_sum_squares):
-        return logprobs
-    return logprobs, *[entropy] * return_entropy, *[sum_squares] * return_sum_squares
+        logprobs, *of_rows = results if isinstance(results, tuple) else (results,)
+    else:
+        logprobs, entropy, sum_squares, lse = _GatherLogprobs.apply(  # type: ignore[no-untyped-call]
+            logits,
+            *indices,
+            numbers(temperature, softcap or 0.0, ignore_index),
+            return_entropy,
+            return_sum_squares,
+            inplace_backward and not torch.compiler.is_compiling(),
+            chosen,
+        )
+        of_rows = [*[entropy] * return_entropy, *[sum_squares] * return_sum_squares]
+        of_rows = targets.settle(
+            lse, of_rows, lambda bad: _refuse_rows(bad, logits, targets.ranges, softcap)
+        )
+    return targets.shape_results(logprobs, of_rows)
 
 
 class _GatherLogprobs(torch.autograd.Function):
@@ -168,27 +176,17 @@ class _GatherLogprobs(torch.autograd.Function):
         token_ids: Tensor,
         row_index: Tensor | None,
         vocab_range: Tensor | None,
-        temperature: float,
-        softcap: float,
-        ignore_index: int,
+        numbers: Tensor,
         with_entropy: bool,
         with_sum_squares: bool,
         inplace_backward: bool,
         backend: str,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        inputs = logits, token_ids, row_index, vocab_range, numbers
         logprobs, lse, entropy, sum_squares = _library.op("gather_logprobs_fwd", backend)(
-            logits,
-            token_ids,
-            row_index,
-            vocab_range,
-            temperature,
-            softcap,
-            ignore_index,
-            with_entropy,
-            with_sum_squares,
+            *inputs, with_entropy, with_sum_squares
         )
-        ctx.save_for_backward(logits, token_ids, row_index, vocab_range, lse, entropy)
-        ctx.scalars = temperature, softcap, ignore_index
+        ctx.save_for_backward(*inputs, lse, entropy)
         ctx.with_entropy = with_entropy
         ctx.inplace = inplace_backward
         ctx.backend = backend
@@ -199,7 +197,7 @@ class _GatherLogprobs(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, dlogprobs: Tensor, dentropy: Tensor, *_: Tensor) -> tuple[Any, ...]:
         # Raises if the logits were changed since the forward.
-        logits, token_ids, row_index, vocab_range, lse, entropy = ctx.saved_tensors
+        logits, token_ids, row_index, vocab_range, numbers, lse, entropy = ctx.saved_tensors
         dlogits = logits.detach() if ctx.inplace else logits.new_empty(logits.shape)
         _library.op("gather_logprobs_bwd", ctx.backend)(
             dlogits,
@@ -211,11 +209,11 @@ class _GatherLogprobs(torch.autograd.Function):
             vocab_range,
             lse,
             entropy if ctx.with_entropy else None,
-            *ctx.scalars,
+            numbers,
         )
         if ctx.inplace:
             torch.autograd.graph.increment_version(logits)
-        return dlogits, *[None] * 10
+        return dlogits, *[None] * 8
 
 
 @_library.register("gather_logprobs_fwd", triton=OP)
@@ -224,9 +222,7 @@ def _fwd_fake(
     token_ids: Tensor,
     row_index: Tensor | None,
     vocab_range: Tensor | None,
-    temperature: float,
-    softcap: float,
-    ignore_index: int,
+    numbers: Tensor,
     with_entropy: bool,
     with_sum_squares: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -251,21 +247,19 @@ def _bwd_fake(
     vocab_range: Tensor | None,
     lse: Tensor,
     entropy: Tensor | None,
-    temperature: float,
-    softcap: float,
-    ignore_index: int,
+    numbers: Tensor,
 ) -> None:
     return None
 
 
 def _largest(logits: Tensor, vocab_range: Tensor | None, softcap: float | None) -> Tensor:
-    """[R]: finite iff the row's log-sum-exp is."""
+    """[R]: finite, after a division by the temperature, iff the row's log-sum-exp is."""
     z = logits.detach() if softcap is None else logits.detach().tanh()
     if vocab_range is not None:
         column = torch.arange(z.shape[1], device=z.device)
         outside = (column < vocab_range[:, :1]) | (column >= vocab_range[:, 1:])
         z = z.masked_fill(outside, -torch.inf)
-    return z.amax(dim=-1) if z.shape[1] else z.new_zeros(len(z))
+    return widen(z.amax(dim=-1) if z.shape[1] else z.new_zeros(len(z)))
 
 
 def _refuse_rows(

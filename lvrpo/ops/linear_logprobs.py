@@ -13,10 +13,12 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from lvrpo.ops import _backend, _checks, _library, _targets
+from lvrpo.ops import _backend, _library, _targets
 from lvrpo.ops import _linear_inputs as _inputs
 from lvrpo.ops._linear_head import LinearHead, dtypes_of, fake_gradients, split
-from lvrpo.ops._linear_rows import HeadRows, Softmax
+from lvrpo.ops._linear_rows import OUTSIDE, HeadRows, Softmax
+from lvrpo.ops._numbers import numbers
+from lvrpo.ops._targets import Ids, VocabRange
 from lvrpo.reference.linear_logprobs import linear_logprobs as reference_linear_logprobs
 
 OP = "linear_logprobs"
@@ -26,15 +28,16 @@ OP = "linear_logprobs"
 def linear_logprobs(
     hidden: Tensor,
     weight: Tensor,
-    token_ids: Tensor,
-    row_index: Tensor | None = None,
+    token_ids: Ids,
+    row_index: Ids | None = None,
     *,
     bias: Tensor | None = ...,
     temperature: float = ...,
     softcap: float | None = ...,
-    vocab_range: Tensor | tuple[int, int] | None = ...,
+    vocab_range: VocabRange = ...,
     ignore_index: int = ...,
     return_entropy: Literal[False] = ...,
+    return_sum_squares: Literal[False] = ...,
     memory_budget: int | None = ...,
     backend: str | None = ...,
 ) -> Tensor: ...
@@ -44,103 +47,137 @@ def linear_logprobs(
 def linear_logprobs(
     hidden: Tensor,
     weight: Tensor,
-    token_ids: Tensor,
-    row_index: Tensor | None = None,
+    token_ids: Ids,
+    row_index: Ids | None = None,
     *,
     bias: Tensor | None = ...,
     temperature: float = ...,
     softcap: float | None = ...,
-    vocab_range: Tensor | tuple[int, int] | None = ...,
+    vocab_range: VocabRange = ...,
     ignore_index: int = ...,
     return_entropy: Literal[True],
+    return_sum_squares: Literal[False] = ...,
     memory_budget: int | None = ...,
     backend: str | None = ...,
 ) -> tuple[Tensor, Tensor]: ...
 
 
+@overload
 def linear_logprobs(
     hidden: Tensor,
     weight: Tensor,
-    token_ids: Tensor,
-    row_index: Tensor | None = None,
+    token_ids: Ids,
+    row_index: Ids | None = None,
+    *,
+    bias: Tensor | None = ...,
+    temperature: float = ...,
+    softcap: float | None = ...,
+    vocab_range: VocabRange = ...,
+    ignore_index: int = ...,
+    return_entropy: bool = ...,
+    return_sum_squares: Literal[True],
+    memory_budget: int | None = ...,
+    backend: str | None = ...,
+) -> tuple[Tensor, ...]: ...
+
+
+def linear_logprobs(
+    hidden: Tensor,
+    weight: Tensor,
+    token_ids: Ids,
+    row_index: Ids | None = None,
     *,
     bias: Tensor | None = None,
     temperature: float = 1.0,
     softcap: float | None = None,
-    vocab_range: Tensor | tuple[int, int] | None = None,
+    vocab_range: VocabRange = None,
     ignore_index: int = -100,
     return_entropy: bool = False,
+    return_sum_squares: bool = False,
     memory_budget: int | None = None,
     backend: str | None = None,
-) -> Tensor | tuple[Tensor, Tensor]:
+) -> Tensor | tuple[Tensor, ...]:
     """`gather_logprobs(hidden @ weight.T + bias, ...)`, a chunk of rows at a time.
 
     Differentiable in `hidden`, `weight` and `bias`. The backward projects the rows again, which
     makes four GEMMs in all; `linear_grpo_loss` needs three, and does more.
 
+    The rows of hidden states are [R], or padded [B, C]: what holds for R below holds for any
+    leading shape. Under autocast as F.linear: hidden, weight and bias go to its dtype (fp64 does
+    not), sums stay fp32, gradients come back in the dtypes that were given.
+
     Args:
-        hidden: [R, H] fp32, fp64, bf16 or fp16.
-        weight: [V, H] of the same dtype; may be shared with the embedding.
-        token_ids: [T] int64. `ignore_index` marks a token without a target: log-prob 0, gradient 0.
-        row_index: [T] int64, the row that predicts each token; None: token t belongs to row t.
+        hidden: [R, H] or [B, C, H] fp32, fp64, bf16 or fp16.
+        weight: [V, H] of the same dtype (of any, under autocast); may be shared with the embedding.
+        token_ids: one for each row, of any integer dtype. `ignore_index` marks a token without a
+            target: log-prob 0, gradient 0.
+        row_index: the row (of the flattened ones) that predicts each token, of the shape of
+            token_ids, which then is free.
         bias: [V] of the same dtype.
-        temperature: divides the logits; finite, > 0.
+        temperature: divides the logits; finite, > 0. A model whose logits are multiplied by a
+            `logit_scale` s takes temperature / s and softcap / s.
         softcap: cap of `softcap * tanh(logits / softcap)`, applied before the temperature; > 0.
         vocab_range: columns outside [low, high) have probability zero. One (low, high) pair
-            multiplies that slice of the weight only; [R, 2] int64 gives each row its own.
+            multiplies that slice of the weight only; [R, 2] of integers gives each row its own.
         ignore_index: see `token_ids`.
-        return_entropy: also return the entropy of every row.
+        return_entropy: also return the entropy of every row. A row that no token uses may hold
+            anything: without a finite log-sum-exp its entropy is 0 and has no gradient.
+        return_sum_squares: also return the sum of squared probabilities of every row; 0 for such a
+            row.
         memory_budget: bytes of the logits that exist at a time. None: 3.8 GB on a GPU; on a CPU 12
             MiB or what 112 rows take, whichever is more.
         backend: "cpp", "triton", "torch" (all logits at once), or None for the first that can run.
 
     Returns:
-        logprobs: [T] fp32 (fp64 from fp64), nats. Logits are sums in fp32 that nothing rounds.
+        logprobs: of the shape of token_ids, fp32 (fp64 from fp64), nats. Logits are sums in fp32
+            that nothing rounds.
         entropy: [R] same dtype, nats, only with `return_entropy`. Differentiable too.
+        sum_squares: [R] same dtype, in (0, 1], only with `return_sum_squares`; no gradient.
 
     Raises:
         ValueError: as `gather_logprobs`; also when the dtypes or widths of hidden, weight and bias
             differ, or memory_budget is too small for one row.
     """
-    _inputs.check_head(OP, hidden, weight, bias)
-    vocab = _inputs.vocab_slice(OP, vocab_range, weight.shape[0])
-    ranges = vocab.ranges
-    if _checks.check_values(token_ids):  # elsewhere a pair would be copied to the device
-        ranges = _targets.as_row_ranges(vocab_range, hidden)
+    shaped = hidden
+    hidden, weight, bias = _inputs.as_factors(OP, hidden, weight, bias)
+    pair = vocab_range if _targets.is_pair(vocab_range) else None
+    vocab = _inputs.vocab_slice(OP, pair, weight.shape[0])
     _targets.check_scale(OP, temperature, softcap)
-    rows, columns = hidden.shape[0], weight.shape[0]
-    _targets.check_targets(OP, rows, columns, token_ids, row_index, ranges, ignore_index)
+    targets = _targets.as_targets(
+        *(OP, "hidden", shaped, weight.shape[0]),
+        *(token_ids, row_index, vocab_range, ignore_index),
+    )
     most = _inputs.rows_at_once(OP, hidden, vocab.high - vocab.low, memory_budget)
-    tensors = (hidden, weight, bias, token_ids, row_index, vocab.ranges)
-    chosen = _backend.resolve(OP, tensors, backend)
+    indices = targets.token_ids, targets.row_index, targets.ranges
+    chosen = _backend.resolve(OP, (hidden, weight, bias, *indices), backend)
+    of_rows: list[Tensor]
     if chosen == "torch":
         with torch.autocast(hidden.device.type, enabled=False):
-            logprobs, entropy = reference_linear_logprobs(
-                hidden,
-                weight,
-                token_ids,
-                row_index,
+            logprobs, entropy, *others = reference_linear_logprobs(
+                *(hidden, weight, *indices[:2]),
                 bias=bias,
                 temperature=temperature,
                 softcap=softcap,
-                vocab_range=_targets.as_row_ranges(vocab_range, hidden),
+                vocab_range=targets.ranges,
                 ignore_index=ignore_index,
                 return_entropy=True,
+                return_sum_squares=return_sum_squares,
             )
         _inputs.refuse_rows(OP, entropy)
+        of_rows = [*[entropy] * return_entropy, *others]
     else:
-        logprobs, entropy, lse = _LinearLogprobs.apply(  # type: ignore[no-untyped-call]
-            hidden,
-            weight,
-            bias,
-            _inputs.token_columns(token_ids, vocab.low, ignore_index),
-            row_index,
-            vocab.ranges,
-            return_entropy,
-            (vocab.low, vocab.high, float(temperature), float(softcap or 0.0), most, chosen),
+        logprobs, entropy, sum_squares, lse = _LinearLogprobs.apply(  # type: ignore[no-untyped-call]
+            *(hidden, weight, bias),
+            _inputs.token_columns(targets.token_ids, vocab.low, ignore_index),
+            targets.row_index,
+            targets.ranges if pair is None else None,
+            numbers(temperature, softcap or 0.0, OUTSIDE),
+            (return_entropy, return_sum_squares),
+            (vocab.low, vocab.high, most, chosen),
         )
-        _inputs.refuse_rows(OP, lse)
-    return (logprobs, entropy) if return_entropy else logprobs
+        of_rows = [*[entropy] * return_entropy, *[sum_squares] * return_sum_squares]
+        of_rows = targets.settle(lse, of_rows, lambda bad: _inputs.refuse_rows(OP, lse, used=bad))
+    return targets.shape_results(logprobs, of_rows)
 
 
 class _LinearLogprobs(torch.autograd.Function):
@@ -153,21 +190,22 @@ class _LinearLogprobs(torch.autograd.Function):
         token_ids: Tensor,
         row_index: Tensor | None,
         vocab_range: Tensor | None,
-        with_entropy: bool,
-        scalars: tuple[Any, ...],
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        inputs = (hidden, weight, bias, token_ids, row_index, vocab_range)
-        logprobs, lse, entropy = torch.ops.lvrpo.linear_logprobs_fwd(
-            *inputs, with_entropy, *scalars
+        numbers: Tensor,
+        wanted: tuple[bool, bool],
+        how: tuple[Any, ...],
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        inputs = (hidden, weight, bias, token_ids, row_index, vocab_range, numbers)
+        logprobs, lse, entropy, sum_squares = torch.ops.lvrpo.linear_logprobs_fwd(
+            *inputs, *wanted, *how
         )
         ctx.save_for_backward(*inputs, lse, entropy)
-        ctx.with_entropy, ctx.scalars = with_entropy, scalars
-        ctx.mark_non_differentiable(lse)
-        return logprobs, entropy, lse
+        ctx.with_entropy, ctx.how = wanted[0], how
+        ctx.mark_non_differentiable(sum_squares, lse)
+        return logprobs, entropy, sum_squares, lse
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dlogprobs: Tensor, dentropy: Tensor, _: Tensor) -> tuple[Any, ...]:
+    def backward(ctx: Any, dlogprobs: Tensor, dentropy: Tensor, *_: Tensor) -> tuple[Any, ...]:
         *inputs, lse, entropy = ctx.saved_tensors
         needs = ctx.needs_input_grad[:3]
         gradients = torch.ops.lvrpo.linear_logprobs_bwd(
@@ -177,10 +215,10 @@ class _LinearLogprobs(torch.autograd.Function):
             lse,
             entropy,
             needs,
-            *ctx.scalars,
+            *ctx.how,
         )
         found = (g if wanted else None for g, wanted in zip(gradients, needs, strict=True))
-        return *found, None, None, None, None, None
+        return *found, *[None] * 6
 
 
 def _fwd_fake(
@@ -190,15 +228,18 @@ def _fwd_fake(
     token_ids: Tensor,
     row_index: Tensor | None,
     vocab_range: Tensor | None,
+    numbers: Tensor,
     with_entropy: bool,
+    with_sum_squares: bool,
     *_: Any,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     dtype = dtypes_of(hidden)[1]
     rows = hidden.shape[0]
     return (
         hidden.new_empty(token_ids.shape, dtype=dtype),
         hidden.new_empty(rows, dtype=dtype),
         hidden.new_empty(rows if with_entropy else 0, dtype=dtype),
+        hidden.new_empty(rows if with_sum_squares else 0, dtype=dtype),
     )
 
 
@@ -210,21 +251,23 @@ def _fwd(
     token_ids: Tensor,
     row_index: Tensor | None,
     vocab_range: Tensor | None,
+    numbers: Tensor,
     with_entropy: bool,
+    with_sum_squares: bool,
     low: int,
     high: int,
-    temperature: float,
-    softcap: float,
     most: int,
     backend: str,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     chunks = split(0, len(hidden), most)
     head = LinearHead(hidden, weight, bias, (low, high), chunks)
-    softmax = Softmax(temperature, softcap, backend)
-    rows = HeadRows(head, softmax, token_ids, row_index, vocab_range)
+    rows = HeadRows(head, Softmax(numbers, backend), token_ids, row_index, vocab_range)
     for chunk in chunks:
-        rows.forward(chunk, with_entropy)
-    return rows.logprobs, rows.lse, rows.entropy if with_entropy else head.like
+        rows.forward(chunk, with_entropy, with_sum_squares)
+    entropy = rows.entropy if with_entropy else head.like
+    # The op may not return one tensor twice.
+    sum_squares = rows.sum_squares if with_sum_squares else head.like.new_empty(0)
+    return rows.logprobs, rows.lse, entropy, sum_squares
 
 
 def _bwd_fake(
@@ -236,6 +279,7 @@ def _bwd_fake(
     token_ids: Tensor,
     row_index: Tensor | None,
     vocab_range: Tensor | None,
+    numbers: Tensor,
     lse: Tensor,
     entropy: Tensor,
     needs: Sequence[bool],
@@ -254,20 +298,18 @@ def _bwd(
     token_ids: Tensor,
     row_index: Tensor | None,
     vocab_range: Tensor | None,
+    numbers: Tensor,
     lse: Tensor,
     entropy: Tensor,
     needs: Sequence[bool],
     low: int,
     high: int,
-    temperature: float,
-    softcap: float,
     most: int,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     chunks = split(0, len(hidden), most)
     head = LinearHead(hidden, weight, bias, (low, high), chunks, needs)
-    softmax = Softmax(temperature, softcap, backend)
-    rows = HeadRows(head, softmax, token_ids, row_index, vocab_range)
+    rows = HeadRows(head, Softmax(numbers, backend), token_ids, row_index, vocab_range)
     rows.lse, rows.entropy = lse, entropy
     for chunk in chunks:
         rows.backward(chunk, dlogprobs, dentropy)

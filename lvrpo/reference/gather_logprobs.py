@@ -21,22 +21,35 @@ def gather_logprobs(
     return_sum_squares: bool = False,
 ) -> Tensor | tuple[Tensor, ...]:
     """See `lvrpo.gather_logprobs`."""
-    z = widen(logits)
-    if softcap is not None:
-        z = softcap * torch.tanh(z / softcap)
-    z = z / temperature
-    if vocab_range is not None:
-        column = torch.arange(z.shape[1], device=z.device)
-        allowed = (column >= vocab_range[:, :1]) & (column < vocab_range[:, 1:])
-        z = z.masked_fill(~allowed, -torch.inf)
-    log_p = torch.log_softmax(z, dim=-1)
+    x = widen(logits)
+    low, high = (0, x.shape[1]) if vocab_range is None else vocab_range.T[:, :, None]
+    column = torch.arange(x.shape[1], device=x.device)
+    allowed = ((column >= low) & (column < high)).expand(x.shape)
 
-    ignored = token_ids == ignore_index
-    rows = torch.arange(len(token_ids), device=z.device) if row_index is None else row_index
-    logprobs = log_p[rows, token_ids.masked_fill(ignored, 0)].masked_fill(ignored, 0.0)
+    # A token whose row or column is not there counts as ignored.
+    token = torch.arange(len(token_ids), device=x.device)
+    wanted = token if row_index is None else row_index
+    row, target = wanted.clamp(0, len(x) - 1), token_ids.clamp(0, x.shape[1] - 1)
+    asking = (token_ids != ignore_index) & (row == wanted) & (target == token_ids)
+    asking = asking & allowed[row, target]
+
+    # A row that no token uses may hold anything; multiplying by 0 would not keep a NaN away.
+    used = torch.zeros(len(x), device=x.device).index_add(0, row, asking.float()) > 0
+    lse = _scaled(x.detach(), allowed, temperature, softcap).logsumexp(dim=-1)
+    dropped = ~used & ~lse.isfinite()
+    x = x.masked_fill(~allowed | dropped[:, None], 0.0)
+    log_p = _scaled(x, allowed, temperature, softcap).log_softmax(dim=-1)
+
+    logprobs = log_p[row, target].masked_fill(~asking, 0.0)
     if not (return_entropy or return_sum_squares):
         return logprobs
     p = log_p.exp()
     entropy = -(p * log_p.masked_fill(log_p == -torch.inf, 0.0)).sum(dim=-1)
-    sum_squares = p.detach().square().sum(dim=-1)
+    entropy = entropy.masked_fill(dropped, 0.0)
+    sum_squares = p.detach().square().sum(dim=-1).masked_fill(dropped, 0.0)
     return logprobs, *[entropy] * return_entropy, *[sum_squares] * return_sum_squares
+
+
+def _scaled(x: Tensor, allowed: Tensor, temperature: float, softcap: float | None) -> Tensor:
+    z = x if softcap is None else softcap * torch.tanh(x / softcap)
+    return (z / temperature).masked_fill(~allowed, -torch.inf)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from lvrpo.reference._precision import widen
@@ -24,6 +25,8 @@ def linear_logprobs(
 
 
 def project(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """[R, V] logits."""
-    logits = widen(hidden) @ widen(weight).T
-    return logits if bias is None else logits + widen(bias)
+    """[R, V] logits; a row of hidden states that is not finite is NaN and adds to no gradient."""
+    broken = ~hidden.isfinite().all(dim=1, keepdim=True)
+    logits = widen(hidden).masked_fill(broken, 0.0) @ widen(weight).T
+    logits = logits if bias is None else logits + widen(bias)
+    return logits.masked_fill(broken, torch.nan)

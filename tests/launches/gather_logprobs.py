@@ -7,6 +7,7 @@ from collections.abc import Iterator
 import torch
 
 from lvrpo.kernels import gather_logprobs as kernels
+from lvrpo.ops._numbers import numbers
 
 
 def arguments(rows, vocab, dtype, shared, ranged):
@@ -25,9 +26,8 @@ def call(
 ):
     """Forward and backward."""
     inputs = arguments(rows, vocab, dtype, shared, ranged)
-    logprobs, lse, entropy, _ = kernels.gather_logprobs_fwd(
-        *inputs.values(), temperature, softcap, -100, full, full
-    )
+    given = numbers(temperature, softcap, -100)
+    logprobs, lse, entropy, _ = kernels.gather_logprobs_fwd(*inputs.values(), given, full, full)
     kernels.gather_logprobs_bwd(
         torch.empty_like(inputs["logits"]),
         logprobs,
@@ -35,9 +35,7 @@ def call(
         *inputs.values(),
         lse,
         entropy if full else None,
-        temperature,
-        softcap,
-        -100,
+        given,
     )
 
 

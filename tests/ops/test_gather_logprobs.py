@@ -9,6 +9,7 @@ from mutants.gather_logprobs import MUTANTS
 from torch import Tensor
 
 import lvrpo
+from lvrpo.ops._numbers import numbers
 from lvrpo.reference.gather_logprobs import gather_logprobs as reference
 from lvrpo.testing import check_op
 
@@ -158,12 +159,13 @@ def test_gradcheck(backend):
 def test_opcheck():
     logits = torch.randn(4, 11)
     ids = torch.tensor([3, 0, 10, 5])
+    given = numbers(1.0, 0.0, -100)
     torch.library.opcheck(
         torch.ops.lvrpo.gather_logprobs_fwd.default,
-        (logits, ids, None, None, 1.0, 0.0, -100, True, False),
+        (logits, ids, None, None, given, True, False),
     )
     _, lse, entropy, _ = torch.ops.lvrpo.gather_logprobs_fwd(
-        logits, ids, None, None, 1.0, 0.0, -100, True, False
+        logits, ids, None, None, given, True, False
     )
     arguments = (
         torch.empty(4, 11),
@@ -175,10 +177,9 @@ def test_opcheck():
         None,
         lse,
         entropy,
-        1.0,
-        0.0,
+        given,
     )
-    torch.library.opcheck(torch.ops.lvrpo.gather_logprobs_bwd.default, (*arguments, -100))
+    torch.library.opcheck(torch.ops.lvrpo.gather_logprobs_bwd.default, arguments)
 
 
 def test_compiles_without_a_graph_break(backend):
@@ -210,8 +211,11 @@ BAD = {
     "token outside its range": ({"vocab_range": (2, 5)}, r"token_ids\[0\] is 0.*range"),
     "range beyond the vocabulary": ({"vocab_range": (0, 10)}, r"vocab_range\[0\] is \[0, 10\]"),
     "row index out of range": ({"row_index": torch.tensor([0, 2])}, r"row_index\[1\] is 2"),
-    "rows and tokens differ": ({"token_ids": torch.tensor([0])}, "1 token_ids for 2 rows"),
-    "int32 tokens": ({"token_ids": torch.tensor([0, 1], dtype=torch.int32)}, "int32"),
+    "rows and tokens differ": (
+        {"token_ids": torch.tensor([0])},
+        r"shape \(1,\), .* of logits have shape \(2,\)",
+    ),
+    "float tokens": ({"token_ids": torch.tensor([0.0, 1.0])}, "token_ids is torch.float32"),
     "integer logits": ({"logits": torch.zeros(2, 9, dtype=torch.int64)}, "logits is torch.int64"),
     "temperature zero": ({"temperature": 0.0}, "temperature is 0.0"),
     "temperature infinite": ({"temperature": torch.inf}, "temperature is inf"),
@@ -266,9 +270,9 @@ UNFIT = {
 
 @pytest.mark.parametrize("change", UNFIT.values(), ids=UNFIT.keys())
 def test_the_op_reads_and_writes_no_memory_that_is_not_there(change):
-    scalars = (1.0, 0.0, -100)
+    given = numbers(1.0, 0.0, -100)
     if change.keys() <= FORWARD.keys():
         with pytest.raises(RuntimeError):
-            torch.ops.lvrpo.gather_logprobs_fwd(*(FORWARD | change).values(), *scalars, True, False)
+            torch.ops.lvrpo.gather_logprobs_fwd(*(FORWARD | change).values(), given, True, False)
     with pytest.raises(RuntimeError):
-        torch.ops.lvrpo.gather_logprobs_bwd(*(BACKWARD | change).values(), *scalars)
+        torch.ops.lvrpo.gather_logprobs_bwd(*(BACKWARD | change).values(), given)

@@ -13,6 +13,7 @@ from torch import Tensor
 
 import lvrpo
 from lvrpo.ops import _backend, _linear_head
+from lvrpo.ops._numbers import numbers
 from lvrpo.reference.linear_logprobs import linear_logprobs
 from lvrpo.testing import check_op
 
@@ -217,13 +218,14 @@ def test_opcheck(tokens):
     tensors = [inputs.get(k) for k in ("hidden", "weight", "bias", "token_ids", "row_index")] + [
         None
     ]
-    scalars = (0, 11, 0.9, 0.0, 2, "cpp")
+    given, how = numbers(0.9, 0.0, -1), (0, 11, 2, "cpp")
     forward = torch.ops.lvrpo.linear_logprobs_fwd
-    torch.library.opcheck(forward.default, (*tensors, True, *scalars))
-    logprobs, lse, entropy = forward(*tensors, True, *scalars)
+    arguments = (*tensors, given, True, True, *how)
+    torch.library.opcheck(forward.default, arguments)
+    logprobs, lse, entropy, _ = forward(*arguments)
     torch.library.opcheck(
         torch.ops.lvrpo.linear_logprobs_bwd.default,
-        (logprobs, entropy, *tensors, lse, entropy, [True, False, True], *scalars),
+        (logprobs, entropy, *tensors, given, lse, entropy, [True, False, True], *how),
     )
 
 
@@ -244,16 +246,27 @@ def test_compiles_without_a_graph_break(backend):
     torch.testing.assert_close(*gradients)
 
 
-def test_autocast_changes_nothing(backend):
+def test_autocast_is_a_cast_of_the_factors(backend):
     inputs = make_inputs(7, 13, 101, None) | {"backend": backend}
-    results = []
-    for enabled in (False, True):
-        leaves = {k: inputs[k].clone().requires_grad_() for k in ("hidden", "weight", "bias")}
-        with torch.autocast(inputs["hidden"].device.type, torch.bfloat16, enabled=enabled):
-            logprobs, entropy = lvrpo.linear_logprobs(**inputs | leaves)
-        (logprobs.sum() + entropy.sum()).backward()
-        results.append((logprobs, entropy, *(leaf.grad for leaf in leaves.values())))
-    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+    heads = {name: inputs[name] for name in ("hidden", "weight", "bias")}
+    narrow = {name: x.bfloat16().requires_grad_() for name, x in heads.items()}
+    # As accelerate leaves them: fp32 hidden states, bf16 weights.
+    given = heads | {"weight": heads["weight"].bfloat16()}
+    given = {name: x.clone().requires_grad_() for name, x in given.items()}
+    expected = lvrpo.linear_logprobs(**inputs | narrow)
+    with torch.autocast(inputs["hidden"].device.type, torch.bfloat16):
+        ours = lvrpo.linear_logprobs(**inputs | given)
+    assert all(torch.equal(a, b) for a, b in zip(ours, expected, strict=True))
+    for results in (ours, expected):
+        sum(x.sum() for x in results).backward()
+    for name, x in given.items():
+        assert x.grad.dtype == x.dtype
+        assert torch.equal(x.grad, narrow[name].grad.to(x.dtype))
+    with pytest.raises(ValueError, match=r"weight is torch\.bfloat16, but hidden"):
+        lvrpo.linear_logprobs(**inputs | given)
+    with torch.autocast(inputs["hidden"].device.type, torch.bfloat16):
+        wide = lvrpo.linear_logprobs(**inputs | {name: x.double() for name, x in heads.items()})
+    assert wide[0].dtype == torch.float64
 
 
 @pytest.mark.parametrize("mutant", MUTANTS.values(), ids=MUTANTS.keys())
@@ -269,7 +282,10 @@ BAD = {
     "range beyond the vocabulary": ({"vocab_range": (0, 10)}, r"vocab_range is \(0, 10\)"),
     "empty range": ({"vocab_range": (3, 3)}, r"vocab_range is \(3, 3\)"),
     "row index out of range": ({"row_index": torch.tensor([0, 2])}, r"row_index\[1\] is 2"),
-    "rows and tokens differ": ({"token_ids": torch.tensor([0])}, "1 token_ids for 2 rows"),
+    "rows and tokens differ": (
+        {"token_ids": torch.tensor([0])},
+        r"shape \(1,\), .* of hidden have shape \(2,\)",
+    ),
     "widths differ": (
         {"weight": torch.zeros(9, 5)},
         r"weight has shape \(9, 5\), expected \[V, 4\]",
