@@ -85,7 +85,7 @@ def linear_grpo_loss(
     Raises:
         ValueError: as `linear_logprobs` and `grpo_loss`.
     """
-    _inputs.check_head(OP, hidden, weight, bias)
+    hidden, weight, bias = _inputs.as_factors(OP, hidden, weight, bias)
     vocab = _inputs.vocab_slice(OP, vocab_range, weight.shape[0])
     ranges = vocab.ranges
     if _checks.check_values(token_ids):  # elsewhere a pair would be copied to the device
