@@ -1,45 +1,72 @@
-"""The progress bar of a run: the phase, the step, and the rewards."""
+"""The progress bar of a run: the phase, the step, the time left, and the rewards."""
 
 from __future__ import annotations
 
-import sys
 import time
+from collections.abc import Callable, Mapping
+from datetime import timedelta
 from types import TracebackType
+from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.table import Column
 
 from lvrpo.trainer.loop import Progress as Step
 
 _SHOWN = (
-    ("loss/text", "text"),
-    ("loss/image", "image"),
     ("strict/understand", "right answers"),
     ("strict/generate", "right drawings"),
+    ("loss/text", "text"),
+    ("loss/image", "image"),
     ("kl/image", "kl"),
 )
 _PHASES = {"warm_start": "warm start", "grpo": "lvrpo"}
+_QUIET = 10.0  # seconds between two lines where there is no terminal
 
 
 class ProgressView:
-    """A bar on a terminal; a line every few seconds where there is none."""
+    """A bar on a terminal; a line every few seconds where there is none.
 
-    def __init__(self) -> None:
-        self._console = Console(stderr=True, highlight=False)
-        self._bar = Progress(
+    Args:
+        warm_start_steps: where the first phase ends: a step of the second takes another time.
+        console: to write to; None is standard error.
+        clock: seconds.
+    """
+
+    def __init__(
+        self,
+        warm_start_steps: int,
+        console: Console | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._warm_start_steps = warm_start_steps
+        self._console = console or Console(stderr=True, highlight=False)
+        # The values come last and are cut where the line ends: they may be many, and all else
+        # has a width.
+        self.bar = Progress(
             TextColumn("{task.description:<10}"),
-            BarColumn(bar_width=24),
-            MofNCompleteColumn(),
+            BarColumn(bar_width=24 if self._console.width >= 80 else 10),
+            TextColumn("{task.fields[at]}"),
             TimeRemainingColumn(),
-            TextColumn("{task.fields[values]}"),
+            TextColumn(
+                "{task.fields[values]}",
+                markup=False,
+                table_column=Column(no_wrap=True, overflow="ellipsis", ratio=1),
+            ),
             console=self._console,
-            disable=not sys.stderr.isatty(),
+            disable=not self._console.is_terminal,
+            expand=True,
+            get_time=clock,
+            speed_estimate_period=3600.0,  # a step may take minutes
         )
-        self._task: int | None = None
-        self._spoke = 0.0
+        self._clock = clock
+        self._began = clock()
+        self._spoke = self._began
+        self._shown: tuple[str, TaskID] | None = None
 
     def __enter__(self) -> ProgressView:
-        self._bar.start()
+        self.bar.start()
         return self
 
     def __exit__(
@@ -48,26 +75,68 @@ class ProgressView:
         error: BaseException | None,
         at: TracebackType | None,
     ) -> None:
-        self._bar.stop()
+        self.bar.stop()
 
     def message(self, text: str) -> None:
         """One line above the bar."""
-        self._console.print(text, soft_wrap=True)
+        self._console.print(text, soft_wrap=True, markup=False)
 
     def progress(self, step: Step) -> None:
         """Show a finished step; alarms get a line of their own."""
         for alarm in step.metrics.get("alarm", ()):
             self.message(f"step {step.step}: {alarm}")
-        values = "  ".join(
-            f"{label} {step.metrics[key]:.3g}" for key, label in _SHOWN if key in step.metrics
+        first, last = 0, step.total
+        if step.phase == "warm_start":
+            last = self._warm_start_steps
+        else:
+            first = self._warm_start_steps
+        self._show(
+            _PHASES[step.phase],
+            step.step - first,
+            last - first,
+            at=f"{step.step}/{step.total}",
+            values=shown_values(step.metrics),
         )
-        phase = _PHASES[step.phase]
-        if self._bar.disable:
-            now = time.monotonic()
-            if now - self._spoke > 10 or step.step == step.total:
-                self._spoke = now
-                self.message(f"{phase} {step.step}/{step.total}  {values}")
-            return
-        if self._task is None:
-            self._task = self._bar.add_task(phase, total=step.total, values="")
-        self._bar.update(self._task, completed=step.step, description=phase, values=values)  # type: ignore[arg-type]
+
+    def evaluation(self, label: str, done: int, total: int) -> None:
+        """Show how many of the held-out prompts have been answered or drawn."""
+        self._show("evaluating", done, total, at=f"{done}/{total}", values=label)
+
+    def _show(self, phase: str, done: int, total: int, *, at: str, values: str) -> None:
+        if self._shown is None or self._shown[0] != phase:
+            # A task of its own for each phase: the time left is reckoned at its own speed.
+            if self._shown is not None:
+                self.bar.remove_task(self._shown[1])
+            new = self.bar.add_task(
+                phase, total=total, completed=max(0, done - 1), at="", values=""
+            )
+            self._shown = phase, new
+        task = self._shown[1]
+        self.bar.update(task, completed=done, at=at, values=values)
+        now = self._clock()
+        if self.bar.disable and (now - self._spoke > _QUIET or done == total):
+            self._spoke = now
+            left = self.bar.tasks[0].time_remaining
+            self.message(
+                f"{phase} {at}  {_time(now - self._began)} elapsed, "
+                f"{'?' if left is None else _time(left)} left  {values}"
+            )
+
+
+def shown_values(metrics: Mapping[str, Any]) -> str:
+    """What a line has room for: the user's own rewards first, for no score may tell of them."""
+    own = {key: key.rpartition(":")[2] for key in metrics if _is_own_reward(key)}
+    names = list(own.values())
+    labels = {
+        key: name if names.count(name) == 1 else f"{name} ({key.split('/')[1]})"
+        for key, name in own.items()
+    } | {key: label for key, label in _SHOWN if key in metrics}
+    return "  ".join(f"{label} {metrics[key]:.3g}" for key, label in labels.items())
+
+
+def _is_own_reward(key: str) -> bool:
+    return key.startswith("reward/") and ":" in key
+
+
+def _time(seconds: float) -> str:
+    return str(timedelta(seconds=round(seconds)))

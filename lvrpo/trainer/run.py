@@ -98,7 +98,7 @@ def run_training(run: OpenRun) -> bool:
     config = run.config
     if config.run.threads:
         torch.set_num_threads(config.run.threads)
-    with ProgressView() as view:
+    with ProgressView(config.warm_start.steps) as view:
         view.message("preparing data and rewards")
         task = load_or_fit_task(config, run.directory, run.source)
         if not (run.directory / "environment.json").exists():
