@@ -7,8 +7,9 @@ finished and saved.
 from __future__ import annotations
 
 import contextlib
+import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, NoReturn
 
@@ -85,13 +86,15 @@ def evaluate(
     items: Annotated[int, typer.Option(min=1, help="Questions and drawing prompts, each.")] = 1024,
     seed: Annotated[int, typer.Option(help="Seed of the samples.")] = 0,
     data: Annotated[Path | None, typer.Option(help="JSONL file instead of the test split.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Score the newest checkpoint on held-out prompts, with 95 % intervals."""
-    from lvrpo.trainer.run import evaluate_run
+    from lvrpo.trainer.inference import evaluate_run
 
     with one_line_errors():
-        for line in evaluate_run(run, items=items, seed=seed, data=data):
-            typer.echo(line)
+        found = evaluate_run(run, items=items, seed=seed, data=data)
+        _notes(found.notes)
+        typer.echo(json.dumps(found.scores(), indent=1) if as_json else "\n".join(found.lines()))
 
 
 @app.command(
@@ -104,20 +107,23 @@ def sample(
     image: Annotated[Path | None, typer.Option(help="Picture that the question is about.")] = None,
     count: Annotated[int, typer.Option("--count", "-n", min=1, help="Samples.")] = 1,
     seed: Annotated[int, typer.Option(help="Seed of the samples.")] = 0,
-    output: Annotated[Path, typer.Option("--output", "-o", help="PNG file of the drawing.")] = Path(
-        "drawing.png"
-    ),
+    output: Annotated[
+        Path | None,
+        typer.Option("--output", "-o", help="New file of the drawing; else drawing.png, -2, ..."),
+    ] = None,
 ) -> None:
     """Draw a prompt, or answer a question about an image file."""
-    from lvrpo.trainer.run import answer_question, draw_prompt
+    from lvrpo.trainer.inference import answer_question, draw_prompt
 
+    said: Sequence[object]
     with one_line_errors():
         if image is None:
-            for path in draw_prompt(run, prompt, count=count, seed=seed, output=output):
-                typer.echo(path)
+            said, notes = draw_prompt(run, prompt, count=count, seed=seed, output=output)
         else:
-            for answer in answer_question(run, prompt, image, count=count, seed=seed):
-                typer.echo(answer)
+            said, notes = answer_question(run, prompt, image, count=count, seed=seed)
+        _notes(notes)
+        for each in said:
+            typer.echo(each)
 
 
 @app.command(epilog="Example:  lvrpo report runs/digits --compare runs/control")
@@ -126,10 +132,13 @@ def report(
     compare: Annotated[
         list[Path] | None, typer.Option(help="Other runs to set beside it; may be repeated.")
     ] = None,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="The page; else RUN/report.html.")
+    ] = None,
 ) -> None:
-    """Write report.html and its figures into the run directory."""
+    """Write report.html, and its figures into a folder beside it."""
     with one_line_errors():
-        _write_report(run, compare or [])
+        _write_report(run, compare or [], output)
 
 
 @app.command()
@@ -140,10 +149,15 @@ def info() -> None:
     typer.echo(describe())
 
 
-def _write_report(run: Path, compare: list[Path]) -> None:
+def _write_report(run: Path, compare: list[Path], output: Path | None = None) -> None:
     from lvrpo.trainer.report import write_report
 
-    typer.echo(f"report: {write_report(run, compare=compare)}")
+    typer.echo(f"report: {write_report(run, compare=compare, output=output)}")
+
+
+def _notes(lines: Sequence[str]) -> None:
+    for line in lines:
+        typer.echo(f"lvrpo: note: {line}", err=True)
 
 
 @contextlib.contextmanager

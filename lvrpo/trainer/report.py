@@ -30,19 +30,25 @@ NO_BREAK, MINUS = "\N{NO-BREAK SPACE}", "\N{MINUS SIGN}"
 GALLERY_LIMIT = 24  # pairs of one task on the page; the folder keeps all
 
 
-def write_report(run_dir: str | Path, *, compare: Sequence[str | Path] = ()) -> Path:
-    """Write <run_dir>/report.html and its figures <run_dir>/report/*.png; returns the page's path.
+def write_report(
+    run_dir: str | Path, *, compare: Sequence[str | Path] = (), output: str | Path | None = None
+) -> Path:
+    """Write the page, and its figures as PNGs into a folder of its name; returns the page's path.
 
     Args:
-        run_dir: a run directory, finished or not.
+        run_dir: a run directory, finished or not; only read where `output` lies elsewhere.
         compare: further runs, such as other seeds or the control, for a table side by side.
+        output: the page; None for <run_dir>/report.html, whose figures are <run_dir>/report/*.png.
 
     Raises:
         ValueError: one of them is not a run directory, has no rows yet, or has a damaged log.
     """
     run = load_run(run_dir)
     others = [load_run(other) for other in compare]
-    folder = run.path / "report"
+    path = Path(output) if output is not None else run.path / "report.html"
+    folder = path.with_suffix("")
+    if folder == path:
+        raise ValueError(f"the page is {path}, expected a name with an ending, such as {path}.html")
     folder.mkdir(exist_ok=True)
     time = charts.time_chart(run.metrics)
     page = _template().render(
@@ -59,7 +65,6 @@ def write_report(run_dir: str | Path, *, compare: Sequence[str | Path] = ()) -> 
         time_figure=_figure(time, folder) if time else None,
         **_side_by_side([run, *others] if others else []),
     )
-    path = run.path / "report.html"
     write_atomically(path, page.encode())
     return path
 

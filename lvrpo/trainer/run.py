@@ -1,4 +1,4 @@
-"""What the commands do with a run directory: open it, train in it, and use what it learned."""
+"""What the commands do with a run directory: open it, train in it, and load what it learned."""
 
 from __future__ import annotations
 
@@ -7,26 +7,18 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
 
-from lvrpo.data.example import Example
-from lvrpo.data.jsonl import DataError, load_picture
 from lvrpo.models.policy import Policy
 from lvrpo.trainer.checkpoint import CheckpointError, load_newest, write_text
 from lvrpo.trainer.config import ConfigError, TrainConfig, load_config, to_table, to_toml
 from lvrpo.trainer.environment import write_environment
-from lvrpo.trainer.evaluate import evaluate
 from lvrpo.trainer.loop import Listener, train
 from lvrpo.trainer.preflight import check_config
 from lvrpo.trainer.progress import ProgressView
-from lvrpo.trainer.records import eval_scores
-from lvrpo.trainer.rollout import sample_answers, sample_pictures
 from lvrpo.trainer.run_directory import RunDirectoryError, locked
-from lvrpo.trainer.schedule import flow_schedule
 from lvrpo.trainer.sources import Source
 from lvrpo.trainer.state import fingerprint, load_weights
-from lvrpo.trainer.statistics import wilson_interval
 from lvrpo.trainer.task import Task, load_or_fit_task
 
 
@@ -129,76 +121,3 @@ def load_policy(directory: Path) -> tuple[TrainConfig, Task, Policy]:
     model = task.new_model()
     load_weights(model, newest, "average.")
     return config, task, task.policy(model.requires_grad_(False))
-
-
-def evaluate_run(directory: Path, *, items: int, seed: int, data: Path | None) -> list[str]:
-    """Lines with the score of a run on held-out prompts, or on a JSONL file."""
-    config, task, policy = load_policy(directory)
-    if data is not None:
-        task.use_evaluation_file(data)
-    row, _ = evaluate(
-        policy,
-        task,
-        config.rollout,
-        flow_schedule(config.rollout),
-        items=items,
-        gallery_items=0,
-        seed=seed,
-    )
-    if not row:
-        raise DataError(f"{data}: nothing to judge, no example has an answer or a rule")
-    lines = []
-    for found in eval_scores(row):
-        low, high = wilson_interval(found.successes, found.total)
-        rate = found.successes / found.total
-        lines.append(f"{found.name:<32} {rate:6.1%}  [{low:.1%}, {high:.1%}]  of {found.total}")
-    return lines
-
-
-def draw_prompt(directory: Path, prompt: str, *, count: int, seed: int, output: Path) -> list[Path]:
-    """Draw a prompt `count` times into PNG files, `name-1.png`, ... for more than one."""
-    config, _, policy = load_policy(directory)
-    example = Example("generate", "command line", prompt)
-    schedule = flow_schedule(config.rollout)
-    drawn = sample_pictures(policy, [example], count, schedule, seed=seed, step=0).images
-    paths = []
-    for number, picture in enumerate(drawn.numpy(), start=1):
-        path = output if count == 1 else output.with_stem(f"{output.stem}-{number}")
-        try:
-            save_enlarged(picture, path)
-        except (OSError, ValueError) as error:
-            raise RunDirectoryError(f"{path}: cannot be written: {error}") from error
-        paths.append(path)
-    return paths
-
-
-def save_enlarged(picture: np.ndarray, path: Path) -> None:
-    """Write a [C, H, W] picture, small ones with pixels as squares."""
-    from PIL import Image
-
-    pixels = (picture * 255).round().astype(np.uint8)
-    image = Image.fromarray(pixels[0] if len(pixels) == 1 else pixels.transpose(1, 2, 0))
-    scale = max(1, 128 // image.height)
-    size = image.width * scale, image.height * scale
-    image.resize(size, Image.Resampling.NEAREST).save(path)
-
-
-def answer_question(
-    directory: Path, question: str, image: Path, *, count: int, seed: int
-) -> list[str]:
-    """Sample `count` answers to a question about an image file."""
-    config, task, policy = load_policy(directory)
-    try:
-        pixels = load_picture(image, task.source.picture_shape)
-    except Exception as error:  # Pillow raises a different class for every broken format
-        raise DataError(f"{image}: cannot be read: {error}") from error
-    example = Example("understand", "command line", question, image=pixels, answer="")
-    return sample_answers(
-        policy,
-        [example],
-        count,
-        max_tokens=config.rollout.max_answer_tokens,
-        temperature=config.rollout.temperature,
-        seed=seed,
-        step=0,
-    ).texts
