@@ -8,7 +8,7 @@ from lvrpo.rewards.combine import (
     FunctionReward,
     Reward,
     RewardError,
-    Samples,
+    Truncated,
     load_reward,
     score,
 )
@@ -16,10 +16,12 @@ from lvrpo.rewards.dual_encoder import DualEncoder, train_dual_encoder
 from lvrpo.rewards.judge import digit_judge, gold_reader, read_pictures, reader_accuracy
 from lvrpo.rewards.knowledge import KnowledgeReward
 from lvrpo.rewards.rules import RuleChecks, RuleReward, check_samples
+from lvrpo.rewards.samples import FinishReason, Samples
 from lvrpo.rewards.semantic import SemanticReward
 
 __all__ = [
     "DualEncoder",
+    "FinishReason",
     "FunctionReward",
     "KnowledgeReward",
     "Reward",
@@ -28,6 +30,7 @@ __all__ = [
     "RuleReward",
     "Samples",
     "SemanticReward",
+    "Truncated",
     "check_samples",
     "digit_judge",
     "gold_reader",

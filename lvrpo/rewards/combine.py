@@ -1,87 +1,45 @@
 """What a reward is, and the table of scores that advantages are made from.
 
-A reward is any callable with a `name`, from `Samples` to one number per sample. NaN means "does
-not apply to this sample". Weighting and normalising is `lvrpo.normalize_advantages`.
+A reward is any callable with a `name`, from `Samples` to one number per sample. NaN in the table
+means that there is no score. Weighting and normalising is `lvrpo.normalize_advantages`.
 """
 
 from __future__ import annotations
 
+import copy
 import importlib
 import importlib.util
 import math
 import sys
-import traceback
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Literal, Protocol, TypeAlias, get_args, runtime_checkable
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from lvrpo.data.example import Example
+from lvrpo.rewards._calls import TimeLimitError, call_within, defined_at, raised_at
+from lvrpo.rewards.samples import Samples
+
+#: What a text that was cut at the limit of tokens scores, see `score`.
+Truncated: TypeAlias = Literal["zero", "keep", "mask"]
 
 
 class RewardError(ValueError):
-    """A reward failed or returned something that must not reach the loss."""
+    """A reward failed or returned something that must not reach the loss.
 
-
-@dataclass(frozen=True, eq=False)
-class Samples:
-    """What a batch of groups sampled. A group of G repeats its example G times.
-
-    Args:
-        examples: [B], the prompt of every sample.
-        texts: [B], the sampled text, or None for a drawing.
-        images: [N, C, H, W] fp32 in [0, 1], the drawings; None for no drawing.
-        image_index: [N] ints, the sample each drawing belongs to, ascending.
+    Attributes:
+        kind: what went wrong, without the samples it went wrong on.
+        samples: the rows that have no score of this reward because of it.
     """
 
-    examples: Sequence[Example]
-    texts: Sequence[str | None]
-    images: Tensor | None = None
-    image_index: Sequence[int] = ()
-
-    def __post_init__(self) -> None:
-        if len(self.texts) != len(self.examples):
-            raise ValueError(f"Samples: {len(self.texts)} texts of {len(self.examples)} examples")
-        drawings = 0 if self.images is None else len(self.images)
-        if drawings != len(self.image_index):
-            raise ValueError(f"Samples: {drawings} images, {len(self.image_index)} in image_index")
-        drawn = [i for i, text in enumerate(self.texts) if text is None]
-        if list(self.image_index) != drawn:
-            raise ValueError("Samples: image_index must list exactly the samples without a text")
-
-    def __len__(self) -> int:
-        return len(self.examples)
-
-    @classmethod
-    def of_texts(cls, examples: Sequence[Example], texts: Sequence[str]) -> Samples:
-        """One text per example."""
-        return cls(examples, texts)
-
-    @classmethod
-    def of_images(cls, examples: Sequence[Example], images: Tensor) -> Samples:
-        """One drawing per example."""
-        return cls(examples, [None] * len(examples), images, range(len(examples)))
-
-    @classmethod
-    def concat(cls, parts: Sequence[Samples]) -> Samples:
-        """The samples of all parts, in order."""
-        images = [part.images for part in parts if part.images is not None]
-        index: list[int] = []
-        start = 0
-        for part in parts:
-            index += [start + i for i in part.image_index]
-            start += len(part)
-        return cls(
-            [example for part in parts for example in part.examples],
-            [text for part in parts for text in part.texts],
-            torch.cat(images) if images else None,
-            index,
-        )
+    def __init__(self, message: str, *, kind: str = "", samples: Sequence[int] = ()) -> None:
+        super().__init__(message)
+        self.kind, self.samples = kind, samples
 
 
 @runtime_checkable
@@ -94,103 +52,228 @@ class Reward(Protocol):
 
     @property
     def may_be_nan(self) -> bool:
-        """Whether NaN means "does not apply"; without it a NaN is taken for a bug and refused."""
+        """Whether NaN means "does not apply"; without it a NaN is taken for a bug."""
 
-    def __call__(self, samples: Samples) -> Tensor:
-        """[B] fp32, one score per sample."""
+    def __call__(self, samples: Samples) -> Any:
+        """[B] numbers, one score per sample: a tensor, an array, or a sequence.
+
+        None in a sequence means that there is no score for this sample. The samples are a copy:
+        what is written into them is seen by nobody.
+        """
 
 
 @dataclass(frozen=True)
 class FunctionReward:
-    """A plain function as a reward; it may return any sequence of numbers, None for NaN.
+    """A plain function as a reward.
 
     Args:
-        function: from `Samples` to B numbers.
+        function: from `Samples` to B numbers, see `Reward`.
         name: for reports.
-        may_be_nan: whether NaN or None is meant.
+        may_be_nan: whether NaN is meant, as None always is.
     """
 
     function: Callable[[Samples], Any]
     name: str
     may_be_nan: bool = False
 
-    def __call__(self, samples: Samples) -> Tensor:
-        """What the function returns, as a tensor."""
-        return _as_tensor(self.function(samples))
+    def __call__(self, samples: Samples) -> Any:
+        """What the function returns."""
+        return self.function(samples)
 
 
-def score(rewards: Sequence[Reward], samples: Samples) -> Tensor:
-    """Every reward of every sample.
+def score(
+    rewards: Sequence[Reward],
+    samples: Samples,
+    *,
+    truncated: Truncated = "zero",
+    timeout: float = 0.0,
+    on_failure: Callable[[RewardError], None] | None = None,
+) -> Tensor:
+    """Every reward of every sample. Each reward is given a copy of the samples of its own.
 
     Args:
         rewards: K of them.
         samples: B samples.
+        truncated: what a text that was cut at the limit of tokens scores: "zero", at most 0 in
+            every reward; "keep", what the reward says; "mask", NaN in every reward.
+        timeout: seconds each reward may take, all its calls together; 0 for no limit.
+        on_failure: None raises. Otherwise a reward that raises, is late or returns another shape is
+            called again for each group alone, so that one sample silences its own group at most,
+            and whatever fails then is NaN and told to `on_failure`. An infinite score, or a NaN
+            that was not declared, is NaN for its sample alone.
 
     Returns:
-        [B, K] fp32 on the CPU, NaN where a reward does not apply.
+        [B, K] fp32 on the CPU, NaN where a reward has no score.
 
     Raises:
-        RewardError: a reward raised, returned the wrong shape, +-inf, or a NaN it did not declare;
-            or no reward applies to some sample. It names the reward and the prompt.
+        RewardError: a reward raised, was late, returned something else than one number per sample,
+            +-inf, or a NaN it did not declare. It names the reward, the prompt, and the line.
     """
     if not rewards:
         raise ValueError("score: no rewards")
-    table = torch.stack([_column(reward, samples) for reward in rewards], dim=1)
-    unscored = table.isnan().all(dim=1)
-    if bool(unscored.any()):
-        names = ", ".join(reward.name for reward in rewards)
-        raise RewardError(f"no reward ({names}) applies to {_describe(samples, unscored)}")
+    if truncated not in get_args(Truncated):
+        raise ValueError(
+            f"score: truncated is {truncated!r}, expected one of {', '.join(get_args(Truncated))}"
+        )
+    columns = []
+    for reward in rewards:
+        call = _Calls(reward, samples, timeout, time.monotonic() + timeout, on_failure)
+        columns.append(call.column(range(len(samples))))
+    table = torch.stack(columns, dim=1)
+    cut = samples.truncated[:, None]
+    if truncated == "zero":  # a penalty stays one: 0 would be its best
+        table = torch.where(cut, table.clamp(max=0.0), table)
+    elif truncated == "mask":
+        table = table.masked_fill(cut, math.nan)
     return table
 
 
-def _column(reward: Reward, samples: Samples) -> Tensor:
+@dataclass(frozen=True)
+class _Calls:
+    """All calls of one reward for one batch."""
+
+    reward: Reward
+    samples: Samples
+    timeout: float
+    deadline: float
+    on_failure: Callable[[RewardError], None] | None
+
+    def column(self, rows: range) -> Tensor:
+        """[len(rows)] scores."""
+        part = self.samples if len(rows) == len(self.samples) else self.samples.take(rows)
+        try:
+            values, missing = self._call(part, rows)
+        except RewardError as error:
+            if self.on_failure is None:
+                raise
+            groups = part.groups()
+            if len(groups) > 1 and not self._is_late():
+                there = [range(rows.start + g.start, rows.start + g.stop) for g in groups]
+                return torch.cat([self.column(group) for group in there])
+            self.on_failure(error)
+            return torch.full((len(rows),), math.nan)
+        infinite = values.isinf()
+        undeclared = values.isnan() & ~missing
+        self._refuse(values, infinite, "is infinite", "", part, rows)
+        if not self.reward.may_be_nan:
+            hint = "; set may_be_nan on it, or return None, if that means 'does not apply'"
+            self._refuse(values, undeclared, "is NaN", hint, part, rows)
+        return values
+
+    @property
+    def _code(self) -> Callable[..., Any]:
+        return self.reward.function if isinstance(self.reward, FunctionReward) else self.reward
+
+    def _is_late(self) -> bool:
+        return bool(self.timeout) and time.monotonic() >= self.deadline
+
+    def _call(self, part: Samples, rows: range) -> tuple[Tensor, Tensor]:
+        """[B] fp32 scores of a part, and where a None stood."""
+        reward, code = self.reward, self._code
+        left = self.deadline - time.monotonic() if self.timeout else None
+        try:
+            found = call_within(left, lambda: _attempt(reward, part))
+        except TimeLimitError:
+            why = f"took longer than {self.timeout:g} s (rewards.timeout)"
+            raise self._error(f"{why}{_first_prompt(part)}{defined_at(code)}", why, rows) from None
+        if isinstance(found, _WrongReturnError):
+            why = f"returned {found}, expected one number per sample ({len(part)})"
+            raise self._error(f"{why}{defined_at(code)}", why, rows) from found.__cause__
+        if isinstance(found, BaseException):
+            at = raised_at(found, code)
+            why = f"raised {type(found).__name__}"
+            message = f"{why}: {found}{_first_prompt(part)}{at}"
+            raise self._error(message, f"{why}{at}", rows) from found
+        values, missing = found
+        if values.shape != (len(part),):
+            why = f"returned shape {tuple(values.shape)} for {len(part)} samples"
+            message = f"{why}, expected one number each{defined_at(code)}"
+            raise self._error(message, "returned another number of scores than samples", rows)
+        return values, missing
+
+    def _refuse(
+        self, values: Tensor, bad: Tensor, why: str, hint: str, part: Samples, rows: range
+    ) -> None:
+        if not bool(bad.any()):
+            return
+        at = [rows.start + i for i in bad.nonzero().flatten().tolist()]
+        where = f"{_describe(part, bad, rows.start)}{hint}{defined_at(self._code)}"
+        error = self._error(f"{why} for {where}", why, at)
+        if self.on_failure is None:
+            raise error
+        self.on_failure(error)
+        values[bad] = math.nan
+
+    def _error(self, message: str, kind: str, rows: Sequence[int]) -> RewardError:
+        name = f"reward {self.reward.name!r}"
+        return RewardError(f"{name} {message}", kind=f"{name} {kind}", samples=rows)
+
+
+class _WrongReturnError(Exception):
+    """Not numbers; the message says what it is instead."""
+
+
+def _attempt(reward: Reward, samples: Samples) -> tuple[Tensor, Tensor] | Exception | SystemExit:
+    """What a reward returned as a tensor, and where a None stood, or what it raised.
+
+    Returned, so that what a signal raises while it is waited for is not taken for the reward's.
+    """
     try:
-        values = _as_tensor(reward(samples))
-    except Exception as error:
-        first = samples.examples[0] if len(samples) else None
-        at = "" if first is None else f", first prompt {first.uid!r} ({first.prompt!r})"
-        raise RewardError(
-            f"reward {reward.name!r} raised {type(error).__name__}: {error}{at}, "
-            f"at {_origin(error)}"
-        ) from error
-    if values.shape != (len(samples),):
-        raise RewardError(
-            f"reward {reward.name!r} returned shape {tuple(values.shape)} for {len(samples)} "
-            "samples, expected one number each"
-        )
-    infinite = values.isinf()
-    if bool(infinite.any()):
-        raise RewardError(f"reward {reward.name!r} is infinite for {_describe(samples, infinite)}")
-    missing = values.isnan()
-    if bool(missing.any()) and not reward.may_be_nan:
-        raise RewardError(
-            f"reward {reward.name!r} is NaN for {_describe(samples, missing)}; set may_be_nan on "
-            "it if that means 'does not apply'"
-        )
-    return values
+        # What it returns may be a generator, whose code runs when it is read.
+        return _as_tensor(reward(copy.deepcopy(samples)))
+    except (Exception, SystemExit) as error:
+        return error
 
 
-def _origin(error: Exception) -> str:
-    """File and line that raised: the one line a user sees must lead to the bug."""
-    last = traceback.extract_tb(error.__traceback__)[-1]
-    return f"{last.filename}:{last.lineno}"
-
-
-def _as_tensor(values: Any) -> Tensor:
+def _as_tensor(values: Any) -> tuple[Tensor, Tensor]:
+    """Any shape of fp32 numbers of its own memory, and where a None stood."""
     if isinstance(values, Tensor):
-        return values.detach().to("cpu", torch.float32)
-    if isinstance(values, np.ndarray):
-        return torch.from_numpy(np.asarray(values, dtype=np.float32).copy())
-    return torch.tensor([math.nan if v is None else float(v) for v in values], dtype=torch.float32)
+        if values.is_complex():
+            raise _WrongReturnError(f"a tensor of {values.dtype}")
+        table = values.detach().to("cpu", torch.float32, copy=True)
+        return table, torch.zeros_like(table, dtype=torch.bool)
+    if hasattr(values, "__array__"):
+        array = np.asarray(values)
+        if array.dtype.kind in "biuf":
+            table = torch.from_numpy(array.astype(np.float32))
+            return table, torch.zeros_like(table, dtype=torch.bool)
+        values = array.tolist()
+    if isinstance(values, (str, bytes, Mapping, Set)) or not isinstance(values, Iterable):
+        raise _WrongReturnError(_said(values))
+    numbers: list[float] = []
+    missing: list[bool] = []
+    for i, value in enumerate(values):
+        missing.append(value is None)
+        try:
+            if isinstance(value, (str, bytes)):  # float() would read "0.5"
+                raise TypeError(f"{value!r} is no number")
+            numbers.append(math.nan if value is None else float(value))
+        except (TypeError, ValueError, OverflowError) as error:
+            raise _WrongReturnError(f"{_said(value)} for sample {i}") from error
+    return torch.tensor(numbers, dtype=torch.float32), torch.tensor(missing, dtype=torch.bool)
 
 
-def _describe(samples: Samples, bad: Tensor) -> str:
+def _said(value: Any) -> str:
+    if value is None:
+        return "None"
+    text = repr(value)
+    return f"{type(value).__name__} {text if len(text) <= 40 else text[:40] + '...'}"
+
+
+def _first_prompt(samples: Samples) -> str:
+    if not len(samples):
+        return ""
+    first = samples.examples[0]
+    return f", first prompt {first.uid!r} ({first.prompt!r})"
+
+
+def _describe(samples: Samples, bad: Tensor, first: int) -> str:
     at = int(bad.nonzero()[0])
     example, text = samples.examples[at], samples.texts[at]
     sampled = "a drawing" if text is None else f"the text {text!r}"
     more = int(bad.sum()) - 1
     others = f" and {more} more samples" if more else ""
-    return f"sample {at} ({sampled}) of prompt {example.uid!r} ({example.prompt!r}){others}"
+    return f"sample {first + at} ({sampled}) of prompt {example.uid!r} ({example.prompt!r}){others}"
 
 
 def load_reward(spec: str) -> Reward:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from lvrpo.data.phrases import questions_about
-from lvrpo.rewards.combine import Samples
+from lvrpo.rewards.samples import Samples
 
 #: (images [N, C, H, W], N questions, N answers) to [N], the probability of each answer in [0, 1].
 AnswerProbability: TypeAlias = Callable[[Tensor, Sequence[str], Sequence[str]], Tensor]

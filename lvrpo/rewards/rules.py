@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from lvrpo.data.example import Cell, Example, LayoutRule
-from lvrpo.rewards.combine import Samples
 from lvrpo.rewards.judge import DigitReader, digit_judge, read_pictures
+from lvrpo.rewards.samples import Samples
 
 
 @dataclass(frozen=True)

@@ -9,8 +9,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from lvrpo.rewards.combine import Samples
 from lvrpo.rewards.dual_encoder import DualEncoder, key_phrases, pool_similarity
+from lvrpo.rewards.samples import Samples
 
 
 @dataclass(frozen=True)

@@ -10,11 +10,12 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, get_args
 
 from lvrpo.models.flow import DYNAMICS
 from lvrpo.ops._policy_loss import LOSS_PRESETS
 from lvrpo.ops.flow_policy_loss import KL_FORMS
+from lvrpo.rewards.combine import Truncated
 
 
 class ConfigError(ValueError):
@@ -69,6 +70,8 @@ BOUNDS = {
     "rewards.understand": "[-1e6, 1e6]",
     "rewards.generate": "[-1e6, 1e6]",
     "rewards.strict_weight": "[0, 1]",
+    "rewards.max_failures": "[0, 1]",
+    "rewards.timeout": "[0, 1e6]",
     "loss.text_weight": _WEIGHT,
     "loss.image_weight": _WEIGHT,
     "loss.text_clip_low": _WEIGHT,
@@ -93,6 +96,8 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "rollout.dynamics": DYNAMICS,
     "rewards.advantage": ("decoupled", "paper"),
     "rewards.semantic_pool": ("softmax", "max", "topk"),
+    "rewards.truncated": get_args(Truncated),
+    "rewards.on_error": ("raise", "no_signal"),
     "loss.preset": tuple(LOSS_PRESETS),
     "loss.image_kl_form": KL_FORMS,
 }

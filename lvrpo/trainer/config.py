@@ -117,6 +117,10 @@ class RewardSection:
     advantage: str = "decoupled"  # or "paper": Eq 3 of the paper, sum then normalise
     strict_weight: float = 0.5  # of r_ins; the rest is the partial score, and 1 the paper's choice
     semantic_pool: str = "softmax"  # of r_sem over patches; "max" is the paper's choice
+    truncated: str = "zero"  # an answer cut at max_answer_tokens; or "keep", "mask"
+    on_error: str = "raise"  # or "no_signal": what a reward failed at has no score of it
+    max_failures: float = 0.5  # share of a step's samples that a reward may fail at
+    timeout: float = 0.0  # seconds a reward may take for a step's samples; 0 is no limit
 
 
 @dataclass(frozen=True)

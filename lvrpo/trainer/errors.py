@@ -7,8 +7,8 @@ from lvrpo.rewards.combine import RewardError
 from lvrpo.trainer.checkpoint import CheckpointError
 from lvrpo.trainer.config import ConfigError
 from lvrpo.trainer.loop import SelfTestError
+from lvrpo.trainer.rollout import DivergedError
 from lvrpo.trainer.run_directory import RunDirectoryError
-from lvrpo.trainer.state import DivergedError
 from lvrpo.trainer.update import ScheduleMismatch
 
 USER_ERRORS: tuple[type[Exception], ...] = (

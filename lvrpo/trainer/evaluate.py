@@ -11,7 +11,7 @@ import torch
 from lvrpo.data.example import Example
 from lvrpo.models.flow import FlowSchedule
 from lvrpo.models.policy import Policy
-from lvrpo.rewards.combine import Samples
+from lvrpo.rewards.samples import FinishReason, Samples
 from lvrpo.trainer.config import RolloutSection
 from lvrpo.trainer.records import GalleryItem
 from lvrpo.trainer.rollout import sample_answers, sample_pictures
@@ -52,8 +52,9 @@ def evaluate(
     questions = task.evaluation_examples("understand", items)
     if questions:
         texts: list[str] = []
+        reasons: list[FinishReason] = []
         for chunk in _chunks(questions):
-            texts += sample_answers(
+            answers = sample_answers(
                 policy,
                 chunk,
                 1,
@@ -61,9 +62,12 @@ def evaluate(
                 temperature=rollout.temperature,
                 seed=seed,
                 step=EVALUATION_STEP,
-            ).texts
-        samples = Samples.of_texts(questions, texts)
+            )
+            texts += answers.texts
+            reasons += answers.finish_reasons
+        samples = Samples.of_texts(questions, texts, reasons)
         row |= task.count(samples)
+        row["truncated/understand"] = float(samples.truncated.float().mean())
         gallery += _gallery(task, samples, seed, gallery_items // 2)
     prompts = task.evaluation_examples("generate", items)
     if prompts:

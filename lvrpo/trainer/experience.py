@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -14,8 +15,9 @@ from lvrpo.data.example import Task as TaskName
 from lvrpo.models.flow import FlowSchedule
 from lvrpo.models.policy import Policy
 from lvrpo.ops.normalize_advantages import AdvantageParams, normalize_advantages
-from lvrpo.rewards.combine import Samples, score
-from lvrpo.trainer.config import TrainConfig
+from lvrpo.rewards.combine import Reward, RewardError, score
+from lvrpo.rewards.samples import Samples
+from lvrpo.trainer.config import RewardSection, TrainConfig
 from lvrpo.trainer.rollout import sample_answers, sample_pictures
 from lvrpo.trainer.task import Task
 from lvrpo.trainer.update import Experience
@@ -34,6 +36,10 @@ def gather_experience(
     Returns:
         The experience, and metrics: rewards, each reward's share of the advantage variance, the
         fraction of constant groups, times, and "alarm", a list of sentences.
+
+    Raises:
+        DivergedError: what the policy sampled is not finite; no reward has seen it.
+        RewardError: see `score_samples`.
     """
     rollout, seed = config.rollout, config.run.seed
     metrics: dict[str, Any] = {"alarm": []}
@@ -60,29 +66,89 @@ def gather_experience(
         )
     metrics["time/rollout"] = clock.lap()
 
-    tables: dict[TaskName, Tensor] = {}
+    samples: dict[TaskName, Samples] = {}
     if answers is not None:
-        samples = Samples.of_texts(_repeat(answers.examples, rollout.group_size), answers.texts)
-        tables["understand"] = score(task.rewards(reference)["understand"], samples)
-        metrics |= task.measure(samples)
+        examples = _repeat(answers.examples, rollout.group_size)
+        samples["understand"] = Samples.of_texts(examples, answers.texts, answers.finish_reasons)
     if pictures is not None:
-        samples = Samples.of_images(_repeat(pictures.examples, rollout.group_size), pictures.images)
-        tables["generate"] = score(task.rewards(reference)["generate"], samples)
-        metrics |= task.measure(samples)
+        examples = _repeat(pictures.examples, rollout.group_size)
+        samples["generate"] = Samples.of_images(examples, pictures.images)
+    tables: dict[TaskName, Tensor] = {}
+    for modality, sampled in samples.items():
+        rewards = task.rewards(reference)[modality]
+        tables[modality], reported = score_samples(rewards, sampled, modality, config.rewards)
+        _merge(metrics, reported | task.measure(sampled))
     metrics["time/rewards"] = clock.lap()
 
     advantages: dict[TaskName, Tensor] = {}
-    for modality, rewards in tables.items():
+    for modality, table in tables.items():
         if config.run.shuffle_rewards:
-            rewards = shuffle_within_groups(rewards, rollout.group_size, seed, step, modality)
-        advantages[modality], reported = _advantages(rewards, modality, config)
-        metrics["alarm"] += reported.pop("alarm")
-        metrics |= reported
+            table = shuffle_within_groups(table, rollout.group_size, seed, step, modality)
+        advantages[modality], reported = _advantages(table, modality, config)
+        _merge(metrics, reported)
+    if answers is not None and config.rewards.truncated == "mask":
+        kept = ~samples["understand"].truncated
+        advantages["understand"] = advantages["understand"][kept]
+        answers = answers.where(kept) if bool(kept.any()) else None
     metrics["time/advantages"] = clock.lap()
     experience = Experience(
         answers, advantages.get("understand"), pictures, advantages.get("generate")
     )
     return experience, metrics
+
+
+def score_samples(
+    rewards: Sequence[Reward], samples: Samples, modality: TaskName, section: RewardSection
+) -> tuple[Tensor, dict[str, Any]]:
+    """The table of scores of one task, as `[rewards]` of the configuration says.
+
+    Args:
+        rewards: in the order of the configuration's weights.
+        samples: B samples of one task.
+        modality: that task.
+        section: of the configuration.
+
+    Returns:
+        [B, K] fp32, NaN where a reward has no score, and metrics: the shares of cut answers, of
+        samples without any score, and of those that each reward failed at, with alarms.
+
+    Raises:
+        RewardError: a reward failed, or under "no_signal" at more than `max_failures` of the
+            samples.
+    """
+    metrics: dict[str, Any] = {"alarm": []}
+    columns = []
+    tolerant = section.on_error == "no_signal"
+    for name, reward in zip(getattr(section, modality), rewards, strict=True):
+        failures: list[RewardError] = []
+        column = score(
+            [reward],
+            samples,
+            truncated=section.truncated,  # type: ignore[arg-type]  # checked by the configuration
+            timeout=section.timeout,
+            on_failure=failures.append if tolerant else None,
+        )
+        columns.append(column)
+        if tolerant:
+            share = sum(len(failure.samples) for failure in failures) / len(samples)
+            metrics[f"failed/{modality}/{name}"] = share
+            if share > section.max_failures:
+                raise RewardError(
+                    f"{failures[0]}; without a score are {share:.0%} of the samples, more than "
+                    f"rewards.max_failures = {section.max_failures:g} allows"
+                )
+        metrics["alarm"] += dict.fromkeys(f"{failure.kind}: no signal" for failure in failures)
+    table = torch.cat(columns, dim=1)
+    metrics[f"unscored/{modality}"] = float(table.isnan().all(dim=1).float().mean())
+    if modality == "understand":
+        metrics["truncated/understand"] = float(samples.truncated.float().mean())
+    return table, metrics
+
+
+def _merge(metrics: dict[str, Any], found: dict[str, Any]) -> None:
+    alarms = [*metrics["alarm"], *found.get("alarm", ())]
+    metrics |= found
+    metrics["alarm"] = alarms
 
 
 def _advantages(

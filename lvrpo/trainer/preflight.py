@@ -18,6 +18,7 @@ from lvrpo.models.unified import UnifiedConfig, UnifiedModel
 from lvrpo.ops.normalize_advantages import AdvantageParams
 from lvrpo.trainer.bounds import CHOICES
 from lvrpo.trainer.config import ConfigError, TrainConfig
+from lvrpo.trainer.probe import probe_rewards
 from lvrpo.trainer.schedule import flow_schedule
 from lvrpo.trainer.sources import Source
 from lvrpo.trainer.task import Task, check_rewards
@@ -33,7 +34,7 @@ def check_config(config: TrainConfig) -> Source:
     Raises:
         ConfigError: a value is wrong; the message starts with its section.
         DataError: a line or picture of a JSONL file is wrong.
-        RewardError: a reward cannot be imported.
+        RewardError: a reward cannot be imported, or fails or says nothing on the training data.
     """
     from_environment = os.environ.get("LVRPO_BACKEND", "")
     if not config.run.backend and from_environment not in CHOICES["run.backend"]:
@@ -62,6 +63,7 @@ def check_config(config: TrainConfig) -> Source:
         _check_memory(Task(config, source, autoencoder, None).model_config())
     with _named("rewards"):
         check_rewards(config, source)
+        probe_rewards(config, source, autoencoder)
     return source
 
 

@@ -11,6 +11,7 @@ import dataclasses
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import islice
 
 import numpy as np
 import torch
@@ -23,25 +24,50 @@ from lvrpo.models.policy import CachedPass, Policy, take_rows
 from lvrpo.models.tokenizer import EOS
 from lvrpo.ops.flow_step import flow_step
 from lvrpo.ops.gather_logprobs import gather_logprobs
+from lvrpo.rewards.samples import FinishReason
+
+
+class DivergedError(RuntimeError):
+    """What the policy sampled, or its gradient, is not finite."""
 
 
 @dataclass(frozen=True)
 class Answers:
-    """Sampled texts, group by group: sample g of prompt p is at p * G + g."""
+    """Sampled texts, group by group: sample g of prompt p is at p * G + g if none was left out."""
 
     examples: list[Example]  # [P]
     group_size: int
     token_ids: list[list[int]]  # [P * G] sampled tokens, the end token included
     texts: list[str]  # [P * G]
     logprobs: Tensor  # [T] nats, of all tokens one after the other
+    sizes: Sequence[int] = ()  # [P] samples of each prompt, where not all of a group are left
+
+    @property
+    def finish_reasons(self) -> list[FinishReason]:
+        """[P * G]: "end" after an end token, "length" where the limit of tokens cut the answer."""
+        return ["end" if ids[-1] == EOS else "length" for ids in self.token_ids]
 
     def groups(self) -> list[tuple[Example, list[list[int]]]]:
-        """Every prompt with the tokens of its samples."""
-        size = self.group_size
+        """Every prompt that has samples, with their tokens."""
+        sizes = self.sizes or [self.group_size] * len(self.examples)
+        tokens = iter(self.token_ids)
         return [
-            (example, self.token_ids[p * size : (p + 1) * size])
-            for p, example in enumerate(self.examples)
+            (example, list(islice(tokens, size)))
+            for example, size in zip(self.examples, sizes, strict=True)
+            if size
         ]
+
+    def where(self, kept: Tensor) -> Answers:
+        """The samples for which `kept`, [P * G] bool, holds; a group keeps its place."""
+        lengths = torch.tensor([len(ids) for ids in self.token_ids])
+        chosen = kept.nonzero().flatten().tolist()
+        return dataclasses.replace(
+            self,
+            token_ids=[self.token_ids[i] for i in chosen],
+            texts=[self.texts[i] for i in chosen],
+            logprobs=self.logprobs[kept.repeat_interleave(lengths)],
+            sizes=kept.view(-1, self.group_size).sum(dim=1).tolist(),
+        )
 
 
 @dataclass(frozen=True)
@@ -72,7 +98,11 @@ def sample_answers(
     seed: int,
     step: int,
 ) -> Answers:
-    """Sample `group_size` answers to every question, each until its end token or `max_tokens`."""
+    """Sample `group_size` answers to every question, each until its end token or `max_tokens`.
+
+    Raises:
+        DivergedError: the model's logits are not finite.
+    """
     builder = policy.builder()
     last_prompt_row: list[int] = []
     child_start: list[int] = []
@@ -99,7 +129,7 @@ def sample_answers(
     logprobs: list[list[float]] = [[] for _ in starts]
     for position in range(max_tokens):
         ids, token_logprobs = _sample_tokens(
-            policy, hidden, row_index, uniform[active, position], temperature
+            policy, hidden, row_index, uniform[active, position], temperature, step
         )
         for sample, token, logprob in zip(
             active.tolist(), ids.tolist(), token_logprobs.tolist(), strict=True
@@ -124,7 +154,12 @@ def sample_answers(
 
 
 def _sample_tokens(
-    policy: Policy, hidden: Tensor, row_index: Tensor, uniform: Tensor, temperature: float
+    policy: Policy,
+    hidden: Tensor,
+    row_index: Tensor,
+    uniform: Tensor,
+    temperature: float,
+    step: int,
 ) -> tuple[Tensor, Tensor]:
     """Draw one token per entry of `row_index` by inverting the cumulative distribution."""
     used, inverse = row_index.unique(return_inverse=True)
@@ -132,6 +167,7 @@ def _sample_tokens(
     low, high = policy.answer_range
     probabilities = (logits[:, low:high].double() / temperature).softmax(dim=-1)
     cumulative = probabilities.cumsum(dim=-1)[inverse]
+    _check_finite("log-probs", cumulative[:, -1], step)
     ids = torch.searchsorted(cumulative, uniform.double()[:, None]).squeeze(1)
     ids = ids.clamp(max=high - low - 1) + low
     logprobs = gather_logprobs(
@@ -155,7 +191,11 @@ def sample_pictures(
     seed: int,
     step: int,
 ) -> Pictures:
-    """Denoise `group_size` pictures for every drawing prompt."""
+    """Denoise `group_size` pictures for every drawing prompt.
+
+    Raises:
+        DivergedError: what the model drew is not finite.
+    """
     builder = policy.builder()
     prompt_rows: list[int] = []
     for example in examples:
@@ -187,6 +227,7 @@ def sample_pictures(
             noise.append(drawn[:, 1 + k])
             steps.append(k)
         x, _ = flow_step(velocity, x, coefficients, z, backend=policy.backend)
+    _check_finite("drawings", x, step)  # decoding clips to [0, 1] and would hide an infinity
     return Pictures(
         examples=list(examples),
         group_size=group_size,
@@ -196,6 +237,17 @@ def sample_pictures(
         noise=torch.stack(noise, dim=1) if latents else x.new_zeros(0),
         steps=steps,
         fingerprint=schedule.fingerprint(),
+    )
+
+
+def _check_finite(what: str, values: Tensor, step: int) -> None:
+    """Broken weights show here first: whoever looks at the samples next would be blamed."""
+    if bool(values.isfinite().all()):
+        return
+    at = f"step {step}: " if step > 0 else ""
+    raise DivergedError(
+        f"{at}the policy's {what} are not finite: its weights have diverged; a lower optimizer.lr "
+        "or optimizer.grad_clip may help; the checkpoints before it are kept"
     )
 
 

@@ -14,12 +14,8 @@ from torch import Tensor, nn
 from lvrpo.models.unified import UnifiedModel
 from lvrpo.trainer.checkpoint import Checkpoint, CheckpointError
 from lvrpo.trainer.config import TrainConfig
+from lvrpo.trainer.rollout import DivergedError
 from lvrpo.trainer.task import Task
-
-
-class DivergedError(RuntimeError):
-    """A gradient that is not finite; the weights are still those before it."""
-
 
 _MOMENTS = ("step", "exp_avg", "exp_avg_sq")
 

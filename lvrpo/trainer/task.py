@@ -22,11 +22,12 @@ from lvrpo.models.latents import LinearAutoencoder
 from lvrpo.models.policy import Policy
 from lvrpo.models.tokenizer import Tokenizer
 from lvrpo.models.unified import UnifiedConfig, UnifiedModel
-from lvrpo.rewards.combine import Reward, Samples, load_reward
+from lvrpo.rewards.combine import Reward, load_reward
 from lvrpo.rewards.dual_encoder import DualEncoder, train_dual_encoder
 from lvrpo.rewards.judge import digit_judge, gold_reader, reader_accuracy
 from lvrpo.rewards.knowledge import KnowledgeReward
-from lvrpo.rewards.rules import RuleReward, check_samples
+from lvrpo.rewards.rules import RuleChecks, RuleReward, check_samples
+from lvrpo.rewards.samples import Samples
 from lvrpo.rewards.semantic import SemanticReward
 from lvrpo.trainer.checkpoint import load_newest, save_checkpoint
 from lvrpo.trainer.config import ConfigError, TrainConfig
@@ -160,7 +161,7 @@ class Task:
         elements = self.autoencoder.tokens * self.autoencoder.dim
         draws = self.config.rollout.generate_prompts
         floor = [noise_floor_note(self.config, elements)] if draws else []
-        return [*floor, *self.source.notes(), *self._cut_answers_note()]
+        return [*floor, *self.source.notes(), *self._cut_answers_note(), *self._no_rule_notes()]
 
     def _cut_answers_note(self) -> list[str]:
         if not isinstance(self.source, JsonlSource):
@@ -175,18 +176,39 @@ class Task:
             f"longer than rollout.max_answer_tokens = {most} and can never be given"
         ]
 
+    def _no_rule_notes(self) -> list[str]:
+        if not isinstance(self.source, JsonlSource):
+            return []
+        drawings = [r for r in self.source.files["train"].rows if r["task"] == "generate"]
+        without = [row for row in drawings if "rule" not in row]
+        names = [n for n in used_rewards(self.config).get("generate", {}) if n in ("r_ins", "r_kn")]
+        if not without:
+            return []
+        return [
+            f"WARNING: {name} has no score for {len(without)} of {len(drawings)} drawing prompts, "
+            f"which have no 'rule', {without[0]['prompt']!r} for one"
+            for name in names
+        ]
+
     def use_evaluation_file(self, path: Path) -> None:
         """Evaluate on a JSONL file instead of the test split."""
         self.source = EvaluationFile(self.source, path)
 
     def is_right(self, samples: Samples) -> Tensor:
         """[B] 1 where everything is right, 0 where not, NaN where no rule tells."""
-        return check_samples(samples).strict
+        return self._checks(samples).strict
+
+    def _checks(self, samples: Samples) -> RuleChecks:
+        """What the rules say; an answer that was cut is not right, unless it is scored as it is."""
+        checks = check_samples(samples)
+        if self.config.rewards.truncated != "keep":
+            checks.strict[samples.truncated] = 0.0
+        return checks
 
     def measure(self, samples: Samples) -> dict[str, float]:
         """Strict, partial and gold scores of a batch: watched in training, never trained on."""
         task = samples.examples[0].task
-        checks = check_samples(samples)
+        checks = self._checks(samples)
         metrics = {f"strict/{task}": _mean(checks.strict)}
         if task == "generate":
             metrics["partial/generate"] = _mean(checks.partial)
@@ -200,7 +222,7 @@ class Task:
         """
         task = samples.examples[0].task
         measure = "correct" if task == "understand" else "strict"
-        checks = check_samples(samples)
+        checks = self._checks(samples)
         row: dict[str, Any] = {}
         by_kind: dict[str, list[int]] = {"": list(range(len(samples)))}
         for i, example in enumerate(samples.examples):

@@ -49,11 +49,18 @@ def test_scores_carry_no_gradient():
     [
         (Fixed([1.0, math.inf, 0.0]), r"'fixed' is infinite for sample 1 \(the text '2'\).*'q1'"),
         (Fixed([1.0, 0.0, -math.inf]), r"'fixed' is infinite for sample 2 .*'question 2'"),
-        (Fixed([math.nan, None, 0.0]), r"'fixed' is NaN for sample 0 .* and 1 more samples"),
-        (Fixed([None] * 3, may_be_nan=True), r"no reward \(fixed\) applies to sample 0"),
+        (Fixed([math.nan, 0.0, math.nan]), r"'fixed' is NaN for sample 0 .* and 1 more samples"),
         (Fixed([1.0]), r"'fixed' returned shape \(1,\) for 3 samples"),
         (Fixed(torch.ones(3, 1)), r"returned shape \(3, 1\)"),
-        (Fixed(None), r"'fixed' raised TypeError"),
+        (Fixed(None), r"'fixed' returned None, expected one number per sample \(3\), at .*py:\d+$"),
+        (Fixed(0.5), r"'fixed' returned float 0.5, expected one number per sample \(3\)"),
+        (Fixed({"a": 1}), r"'fixed' returned dict \{'a': 1\}, expected"),
+        (Fixed({1, 2, 3}), r"'fixed' returned set \{1, 2, 3\}, expected"),
+        (Fixed("123"), r"'fixed' returned str '123', expected"),
+        (Fixed([1.0, "0.5", 1.0]), r"'fixed' returned str '0.5' for sample 1, expected"),
+        (Fixed(np.array(["1", "2", "3"])), r"'fixed' returned str '1' for sample 0, expected"),
+        (Fixed([1.0, [2.0], 1.0]), r"'fixed' returned list \[2.0\] for sample 1, expected"),
+        (Fixed(torch.ones(3, dtype=torch.complex64)), "returned a tensor of torch.complex64"),
         (
             FunctionReward(lambda samples: 1 / 0, "mine"),
             r"'mine' raised ZeroDivisionError.*'q0'.*at .*test_combine.py:\d+$",
@@ -65,12 +72,13 @@ def test_a_bad_reward_is_named(reward, message):
         score([reward], SAMPLES)
 
 
-def test_a_sample_needs_one_reward_not_all():
-    first = Fixed([1, None, None], may_be_nan=True)
-    second = Fixed([None, 2, 3], may_be_nan=True)
-    assert score([first, second], SAMPLES).isnan().sum() == 3
-    with pytest.raises(RewardError, match="applies to sample 1"):
-        score([first], SAMPLES)
+def test_none_needs_no_declaration():
+    """It is written on purpose, unlike a NaN, which may come from 0 / 0."""
+    assert score([Fixed([1, None, 3])], SAMPLES)[:, 0].isnan().tolist() == [False, True, False]
+    assert score([Fixed([None] * 3)], SAMPLES).isnan().all()
+
+
+def test_there_must_be_a_reward():
     with pytest.raises(ValueError, match="no rewards"):
         score([], SAMPLES)
 
@@ -91,6 +99,10 @@ def test_samples_must_be_consistent():
         Samples(EXAMPLES, ["1", "2"])
     with pytest.raises(ValueError, match="0 images, 1 in image_index"):
         Samples(EXAMPLES, ["1", "2", None], None, [2])
+    with pytest.raises(ValueError, match="1 finish_reasons of 3 texts"):
+        Samples(EXAMPLES, ["1", "2", "x"], finish_reasons=["end"])
+    with pytest.raises(ValueError, match=r"finish_reasons\[1\] is 'stop', expected 'end'"):
+        Samples(EXAMPLES, ["1", "2", "x"], finish_reasons=["end", "stop", "length"])
     with pytest.raises(ValueError, match="exactly the samples without a text"):
         Samples(EXAMPLES, ["1", "2", None], torch.zeros(1, 1, 8, 8), [1])
 

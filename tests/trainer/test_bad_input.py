@@ -266,6 +266,8 @@ def test_no_disk_space_keeps_the_previous_checkpoint(half_way, trained):
 
 
 REWARDS = """
+import json
+
 def raises(samples):
     raise RuntimeError("the service is down")
 
@@ -277,20 +279,52 @@ def infinite(samples):
 
 def short(samples):
     return [1.0]
+
+def one_number(samples):
+    return 0.5
+
+def texts_only(samples):
+    return [None if text is None else 1.0 for text in samples.texts]
+
+def below(samples):
+    return [json.loads("no JSON") for text in samples.texts]
+
+def leaves(samples):
+    raise SystemExit(0)
+
+def later(samples):
+    if len(samples) == 6:  # of a step, not of the eight that are tried before
+        raise RuntimeError("the service is down")
+    return [1.0] * len(samples)
 """
 BAD_REWARDS = {
     "raises": "reward 'raises' raised RuntimeError: the service is down, first prompt 'train/gen",
-    "nan": "reward 'nan' is NaN for sample 5 (a drawing) of prompt 'train/generate",
-    "infinite": "reward 'infinite' is infinite for sample 5 (a drawing) of prompt 'train/generate",
-    "short": "reward 'short' returned shape (1,) for 6 samples",
+    "nan": "reward 'nan' is NaN for sample 7 (a drawing) of prompt 'train/generate",
+    "infinite": "reward 'infinite' is infinite for sample 7 (a drawing) of prompt 'train/generate",
+    "short": "reward 'short' returned shape (1,) for 8 samples, expected one number each, at",
+    "one_number": "returned float 0.5, expected one number per sample (8), at",
+    "texts_only": "rewards.generate: no reward ({folder}/mine.py:texts_only) has a score for any",
+    "below": "mine.py:20 (from {json}:",
+    "leaves": "reward 'leaves' raised SystemExit: 0",
 }
 
 
+def own_reward_overrides(folder: Path, name: str) -> list[str]:
+    (folder / "mine.py").write_text(REWARDS)
+    return settings([*OVERRIDES, f"rewards.generate={{ '{folder}/mine.py:{name}' = 1.0 }}"])
+
+
 @pytest.mark.parametrize(("name", "message"), BAD_REWARDS.items())
-def test_a_reward_function_that_fails(tmp_path, name, message):
-    (tmp_path / "mine.py").write_text(REWARDS)
-    reward = f"rewards.generate={{ '{tmp_path}/mine.py:{name}' = 1.0 }}"
-    overrides = settings([*OVERRIDES, reward])
+def test_a_reward_function_that_fails_is_met_before_the_start(tmp_path, name, message):
+    overrides = own_reward_overrides(tmp_path, name)
+    found = refused("train", tmp_path / "run", *overrides)
+    assert message.format(folder=tmp_path, json=json.decoder.__file__) in found
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_reward_function_that_fails_in_a_step(tmp_path):
+    overrides = own_reward_overrides(tmp_path, "later")
+    message = "reward 'later' raised RuntimeError: the service is down, first prompt 'train/gen"
     run = tmp_path / "run"
     assert message in refused("train", run, *overrides, after_start=True)
     # What was reached before it is there, and the second attempt says the same.

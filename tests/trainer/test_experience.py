@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import math
+import threading
 
 import pytest
 import torch
 from trainer.tiny import OVERRIDES, tiny_config
 
-from lvrpo.rewards.combine import FunctionReward
+from lvrpo.models.tokenizer import EOS
+from lvrpo.rewards.combine import FunctionReward, RewardError
+from lvrpo.trainer import experience
 from lvrpo.trainer.config import load_config
 from lvrpo.trainer.experience import gather_experience, shuffle_within_groups
+from lvrpo.trainer.rollout import Answers
 from lvrpo.trainer.schedule import flow_schedule
 from lvrpo.trainer.task import Task, load_or_fit_task
 
@@ -61,14 +65,16 @@ def task(tmp_path_factory) -> Task:
     return load_or_fit_task(tiny_config(), tmp_path_factory.mktemp("task"))
 
 
-def gather(task, *overrides, score=None):
-    """The experience of one step of a fresh model, drawings scored by `score` if given."""
+def gather(task, *overrides, score=None, texts=None):
+    """One step of a fresh model, its drawings scored by `score` and its answers by `texts`."""
     config = tiny_config(*overrides)
     policy = task.policy(task.new_model())
     names = config.rewards.generate
     rewards = dict(task.rewards(policy))
     if score is not None:
         rewards["generate"] = [FunctionReward(score, name, True) for name in names]
+    if texts is not None:
+        rewards["understand"] = [FunctionReward(texts, "r_ins")]
 
     class Scored(Task):
         def rewards(self, reference):
@@ -104,6 +110,139 @@ def test_an_alarm_when_nothing_can_be_learned(task):
     _, metrics = gather(task, score=lambda samples: [0.5] * len(samples))
     assert "every generate advantage is zero: this step teaches nothing" in metrics["alarm"]
     assert metrics["constant_groups/generate"] == 1
+
+
+#: (reward - mean) / (standard deviation + 1e-4), of the group alone.
+PAPER = "rewards.advantage=paper"
+
+
+def failing_for(groups):
+    """A reward that fails wherever it sees a drawing of one of these groups of three."""
+    order: list[str] = []
+
+    def score(samples):
+        order.extend(e.uid for e in samples.examples if e.uid not in order)
+        at = [order.index(example.uid) for example in samples.examples]
+        if set(at) & set(groups):
+            raise ConnectionError(f"no answer about {order[at[0]]}")
+        return [float(place + 10 * group) for place, group in enumerate(at)]
+
+    return score
+
+
+@pytest.mark.parametrize("groups", [(), (0,), (1,), (0, 1)])
+@pytest.mark.parametrize("most", [0.0, 0.49, 0.5, 1.0])
+def test_a_failing_reward_is_no_signal_up_to_a_bound(task, groups, most):
+    """It costs the groups it fails for; the other keeps the advantages of three scores in a row."""
+    settings = [PAPER, "rewards.on_error=no_signal", f"rewards.max_failures={most}"]
+    share = len(groups) / 2
+    score = failing_for(groups)
+    if share > most:
+        with pytest.raises(RewardError, match=rf"ConnectionError: no answer .*{share:.0%} of the"):
+            gather(task, *settings, score=score)
+        return
+    found, metrics = gather(task, *settings, score=score)
+    assert metrics["failed/generate/r_ins"] == metrics["unscored/generate"] == share
+    assert metrics["failed/understand/r_ins"] == 0
+    alarms = [alarm for alarm in metrics["alarm"] if "reward 'r_ins' raised" in alarm]
+    assert len(alarms) == (1 if groups else 0)  # once, whatever it failed on
+    step = 1 / (1 + 1e-4)  # of 0, 1, 2 with a standard deviation of 1
+    for group, advantages in enumerate(found.picture_advantages.split(3)):
+        expected = [0.0] * 3 if group in groups else [-step, 0.0, step]
+        torch.testing.assert_close(advantages, torch.tensor(expected))
+
+
+def test_by_default_a_failing_reward_ends_the_run(task):
+    with pytest.raises(RewardError, match="reward 'r_ins' raised ConnectionError: no answer"):
+        gather(task, score=failing_for({0}))
+
+
+def test_a_late_reward_is_no_signal(task):
+    release = threading.Event()
+    settings = ["rewards.on_error=no_signal", "rewards.timeout=0.1"]
+    try:
+        with pytest.raises(RewardError, match=r"took longer than 0.1 s .* 100% of the samples"):
+            gather(task, *settings, score=lambda samples: release.wait())
+        _, metrics = gather(
+            task, *settings, "rewards.max_failures=1", score=lambda samples: release.wait()
+        )
+        assert metrics["failed/generate/r_ins"] == 1
+    finally:
+        release.set()
+
+
+def test_a_sample_without_a_score_has_no_advantage_and_is_not_counted(task):
+    """Its group's others have those of a group without it."""
+    found, metrics = gather(task, PAPER, score=lambda samples: [1.0, None, 2.0, None, None, None])
+    deviation = math.sqrt(0.5) + 1e-4
+    expected = torch.tensor([-0.5 / deviation, 0, 0.5 / deviation, 0, 0, 0])
+    torch.testing.assert_close(found.picture_advantages, expected)
+    assert metrics["unscored/generate"] == pytest.approx(4 / 6)
+
+
+ONE_TOKEN = "rollout.max_answer_tokens=1"
+
+
+def cut_answers(monkeypatch, task, *overrides):
+    """One step in which every answer is right, and cut before it could end."""
+
+    def sample(policy, examples, group_size, **_):
+        ids = [policy.tokenizer.encode(e.answer) for e in examples for _ in range(group_size)]
+        texts = [example.answer for example in examples for _ in range(group_size)]
+        logprobs = torch.full((sum(map(len, ids)),), -1.0)
+        return Answers(list(examples), group_size, ids, texts, logprobs)
+
+    monkeypatch.setattr(experience, "sample_answers", sample)
+    return gather(task, ONE_TOKEN, "rollout.generate_prompts=0", *overrides)
+
+
+def test_a_cut_answer_is_not_right(task, monkeypatch):
+    found, metrics = cut_answers(monkeypatch, task)
+    assert metrics["truncated/understand"] == 1
+    assert metrics["reward/understand/r_ins"] == metrics["strict/understand"] == 0
+    assert not found.answer_advantages.any()
+    _, metrics = cut_answers(monkeypatch, task, "rewards.truncated=keep")
+    assert metrics["reward/understand/r_ins"] == metrics["strict/understand"] == 1
+    assert metrics["truncated/understand"] == 1
+
+
+def test_with_one_token_only_an_empty_answer_ends(task):
+    """Whatever the policy says: of answers that are cut none is right."""
+    found, metrics = gather(task, ONE_TOKEN, "rollout.understand_prompts=24")
+    assert set(found.answers.finish_reasons) <= {"end", "length"}
+    cut = [reason == "length" for reason in found.answers.finish_reasons]
+    assert metrics["truncated/understand"] == pytest.approx(sum(cut) / len(cut))
+    assert sum(cut) > len(cut) / 2
+    assert metrics["reward/understand/r_ins"] == 0
+
+
+def test_masked_answers_are_left_out_of_the_update(task, monkeypatch):
+    """Advantages and tokens are those of the groups without them; a group may be empty."""
+    lengths = [[2, 4, 3], [4, 4, 4]]  # 4 is cut
+    scores = [1.0, 9.0, 3.0, 1.0, 2.0, 3.0]
+
+    def sample(policy, examples, group_size, **_):
+        ids = [[*range(300, 299 + n), 299 + n if n == 4 else EOS] for g in lengths for n in g]
+        logprobs = torch.arange(float(sum(map(len, ids))))
+        return Answers(list(examples), 3, ids, [f"text {i}" for i in range(6)], logprobs)
+
+    monkeypatch.setattr(experience, "sample_answers", sample)
+    mask = [PAPER, "rewards.truncated=mask", "rollout.generate_prompts=0"]
+    found, metrics = gather(task, *mask, texts=lambda samples: scores)
+    answers = found.answers
+    assert answers.texts == ["text 0", "text 2"]
+    ((_, tokens),) = answers.groups()
+    assert tokens == answers.token_ids == [[300, EOS], [300, 301, EOS]]
+    assert answers.logprobs.tolist() == [0, 1, 6, 7, 8]
+    deviation = math.sqrt(2) + 1e-4
+    torch.testing.assert_close(
+        found.answer_advantages, torch.tensor([-1 / deviation, 1 / deviation])
+    )
+    assert metrics["truncated/understand"] == metrics["unscored/understand"] == pytest.approx(4 / 6)
+
+    lengths[0] = [4, 4, 4]
+    found, metrics = gather(task, *mask, texts=lambda samples: scores)
+    assert found.answers is None
 
 
 def test_shuffled_rewards_are_the_same_scores_in_other_places(task):

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
+import math
 
 import pytest
 import torch
@@ -21,7 +23,7 @@ from lvrpo.models.tokenizer import EOS
 from lvrpo.ops.flow_step import flow_step
 from lvrpo.ops.gather_logprobs import gather_logprobs
 from lvrpo.testing import check_against_plain
-from lvrpo.trainer.rollout import sample_answers
+from lvrpo.trainer.rollout import DivergedError, sample_answers
 
 
 @pytest.fixture(params=[torch.float32, torch.float64], ids=str)
@@ -170,3 +172,55 @@ def test_starting_noise_and_schedule_are_carried_along(policy):
     assert found.images.max() <= 1
     # Of standard normals, all different.
     assert len(found.latents[:, 0].flatten(1).unique(dim=0)) == GROUP
+
+
+def test_an_answer_says_why_it_ended(policy):
+    found = answers(policy, prompts("understand", 24))
+    for tokens, reason in zip(found.token_ids, found.finish_reasons, strict=True):
+        assert reason == ("end" if EOS in tokens else "length")
+    assert set(found.finish_reasons) == {"end", "length"}
+
+
+def test_samples_that_are_left_out_leave_the_others_as_they_are(policy):
+    found = answers(policy, prompts("understand", 4))
+    kept = torch.tensor([True, False, True, False, False, False, True, True, True] + [False] * 3)
+    left = found.where(kept)
+    assert left.token_ids == [ids for ids, k in zip(found.token_ids, kept, strict=True) if k]
+    assert left.texts == [text for text, k in zip(found.texts, kept, strict=True) if k]
+    lengths = [len(ids) for ids in found.token_ids]
+    pieces = zip(found.logprobs.split(lengths), kept, strict=True)
+    assert torch.equal(left.logprobs, torch.cat([piece for piece, k in pieces if k]))
+    assert [len(tokens) for _, tokens in left.groups()] == [2, 3]
+    assert [example.uid for example, _ in left.groups()] == [
+        found.examples[0].uid,
+        found.examples[2].uid,
+    ]
+    assert found.where(torch.ones(12, dtype=torch.bool)).groups() == found.groups()
+
+
+def broken(policy, value, part):
+    """The policy with one weight of a layer, or of what reads or writes a modality, spoiled."""
+    spoiled = copy.deepcopy(policy)
+    names = dict(spoiled.model.named_parameters())
+    with torch.no_grad():
+        names[part].view(-1)[0] = value
+    return spoiled
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_broken_weights_are_named_before_anybody_looks_at_the_samples(policy, value):
+    """Every parameter that the samples depend on, one after the other."""
+    question, request = prompts("understand", 1), prompts("generate", 1)
+    messages = []
+    for part, _ in policy.model.named_parameters():
+        for sample, examples in ((answers, question), (pictures, request)):
+            try:
+                found = sample(broken(policy, value, part), examples)
+            except DivergedError as error:
+                messages.append(str(error))
+            else:  # this sample does not depend on that weight
+                numbers = found.logprobs if sample is answers else found.images
+                assert numbers.isfinite().all()
+    assert len(messages) > 10
+    assert len(set(messages)) == 2
+    assert all(m.startswith("step 2: the policy's ") and "optimizer.lr" in m for m in messages)
