@@ -304,7 +304,7 @@ BAD_REWARDS = {
     "short": "reward 'short' returned shape (1,) for 8 samples, expected one number each, at",
     "one_number": "returned float 0.5, expected one number per sample (8), at",
     "texts_only": "rewards.generate: no reward ({folder}/mine.py:texts_only) has a score for any",
-    "below": "mine.py:20 (from {json}:",
+    "below": "mine.py:23 (from {json}:",
     "leaves": "reward 'leaves' raised SystemExit: 0",
 }
 
