@@ -4,13 +4,10 @@ from __future__ import annotations
 
 import functools
 import inspect
-import os
-import sys
 import threading
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from concurrent.futures import Future, wait
-from types import CodeType
 from typing import Any, TypeVar
 
 T = TypeVar("T")
@@ -53,28 +50,39 @@ def call_within(seconds: float | None, function: Callable[[], T]) -> T:
 
 
 def raised_at(error: BaseException, function: Callable[..., Any]) -> str:
-    """ ", at file:line" of the innermost frame in the function's own file.
+    """ ", at file:line" of the innermost frame in the function's own package or file.
 
     What is below it, as a parser that was handed nonsense, is named behind it; the caller's frames
     above it never are.
     """
-    places = [
-        (frame.f_code.co_filename, line) for frame, line in traceback.walk_tb(error.__traceback__)
+    names = set()
+    for layer in _layers(function):
+        names.add(getattr(layer, "__module__", None) or "")
+        names.add(getattr(_routine(layer), "__globals__", {}).get("__name__", ""))
+    return frame_of(error, names - {""}) or defined_at(function)
+
+
+def frame_of(error: BaseException, modules: Iterable[str]) -> str:
+    """The same of the innermost frame in the packages of some modules; empty if there is none."""
+    frames = list(traceback.walk_tb(error.__traceback__))
+    roots = {name.split(".")[0] for name in modules}
+    own = [
+        (frame, line)
+        for frame, line in frames
+        if str(frame.f_globals.get("__name__")).split(".")[0] in roots
     ]
-    files = _files(function)
-    own = [i for i, (name, _) in enumerate(places) if os.path.abspath(name) in files]
     if not own:
-        return defined_at(function)
-    name, line = places[own[-1]]
-    deepest, deepest_line = places[-1]
-    below = "" if own[-1] == len(places) - 1 else f" (from {deepest}:{deepest_line})"
-    return f", at {name}:{line}{below}"
+        return ""
+    (frame, line), (deepest, deepest_line) = own[-1], frames[-1]
+    below = "" if frame is deepest else f" (from {deepest.f_code.co_filename}:{deepest_line})"
+    return f", at {frame.f_code.co_filename}:{line}{below}"
 
 
 def defined_at(function: Callable[..., Any]) -> str:
     """ ", at file:line" of the function's definition; empty for one that is not in Python."""
-    codes = [code for code in map(_code, _layers(function)) if code is not None]
-    return f", at {codes[-1].co_filename}:{codes[-1].co_firstlineno}" if codes else ""
+    codes = [getattr(_routine(layer), "__code__", None) for layer in _layers(function)]
+    found = [code for code in codes if code is not None]
+    return f", at {found[-1].co_filename}:{found[-1].co_firstlineno}" if found else ""
 
 
 def _layers(function: Callable[..., Any]) -> list[Callable[..., Any]]:
@@ -90,15 +98,5 @@ def _layers(function: Callable[..., Any]) -> list[Callable[..., Any]]:
             return layers
 
 
-def _code(function: Callable[..., Any]) -> CodeType | None:
-    routine = function if inspect.isroutine(function) else type(function).__call__
-    return getattr(routine, "__code__", None)
-
-
-def _files(function: Callable[..., Any]) -> set[str]:
-    """Where its layers are, and the module it is of: an object's `__call__` may be inherited."""
-    layers = _layers(function)
-    module = sys.modules.get(getattr(layers[-1], "__module__", None) or "")
-    found = [getattr(_code(layer), "co_filename", None) for layer in layers]
-    found.append(getattr(module, "__file__", None))
-    return {os.path.abspath(name) for name in found if name}
+def _routine(function: Callable[..., Any]) -> Callable[..., Any]:
+    return function if inspect.isroutine(function) else type(function).__call__

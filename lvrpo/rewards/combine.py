@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lvrpo.rewards._calls import TimeLimitError, call_within, defined_at, raised_at
+from lvrpo.rewards._calls import TimeLimitError, call_within, defined_at, frame_of, raised_at
 from lvrpo.rewards.samples import Samples
 
 #: What a text that was cut at the limit of tokens scores, see `score`.
@@ -283,20 +283,22 @@ def load_reward(spec: str) -> Reward:
     `Samples` to numbers; a function may set `name` and `may_be_nan` as its own attributes.
 
     Raises:
-        RewardError: it cannot be imported, is not there, or cannot be called.
+        RewardError: it cannot be imported or made, is not there, or cannot be called.
     """
     where, separator, attribute = spec.rpartition(":")
     if not separator or not where or not attribute:
         raise RewardError(f"reward {spec!r}: expected 'module:function' or 'file.py:function'")
+    is_file = where.endswith(".py")
     try:
-        module = _import_file(Path(where)) if where.endswith(".py") else _import_module(where)
-    except Exception as error:
-        raise RewardError(f"reward {spec!r}: {type(error).__name__}: {error}") from error
-    found = getattr(module, attribute, None)
+        module = _import_file(Path(where)) if is_file else importlib.import_module(where)
+        found = getattr(module, attribute, None)
+        if isinstance(found, type):
+            found = found()
+    except (Exception, SystemExit) as error:
+        at = frame_of(error, [_file_module(Path(where)) if is_file else where])
+        raise RewardError(f"reward {spec!r}: {type(error).__name__}: {error}{at}") from error
     if found is None:
         raise RewardError(f"reward {spec!r}: {where} has no attribute {attribute!r}")
-    if isinstance(found, type):
-        found = found()
     if not callable(found):
         raise RewardError(f"reward {spec!r} is a {type(found).__name__}, expected a function")
     if isinstance(found, Reward):
@@ -305,16 +307,15 @@ def load_reward(spec: str) -> Reward:
     return FunctionReward(found, name, bool(getattr(found, "may_be_nan", False)))
 
 
-def _import_module(name: str) -> ModuleType:
-    return importlib.import_module(name)
+def _file_module(path: Path) -> str:
+    # Not the bare stem: a file may be called like a package that is imported already.
+    return f"lvrpo_reward:{path.resolve()}"
 
 
 def _import_file(path: Path) -> ModuleType:
     if not path.is_file():
         raise FileNotFoundError(f"no file {path}")
-    # Not the bare stem: a file may be called like a package that is imported already.
-    name = f"lvrpo_reward:{path.resolve()}"
-    module_spec = importlib.util.spec_from_file_location(name, path)
+    module_spec = importlib.util.spec_from_file_location(_file_module(path), path)
     assert module_spec is not None
     assert module_spec.loader is not None
     module = importlib.util.module_from_spec(module_spec)

@@ -89,7 +89,7 @@ def gather_experience(
     if answers is not None and config.rewards.truncated == "mask":
         kept = ~samples["understand"].truncated
         advantages["understand"] = advantages["understand"][kept]
-        answers = answers.where(kept) if bool(kept.any()) else None
+        answers = answers.where(kept)
     metrics["time/advantages"] = clock.lap()
     experience = Experience(
         answers, advantages.get("understand"), pictures, advantages.get("generate")

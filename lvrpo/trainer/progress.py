@@ -64,6 +64,7 @@ class ProgressView:
         self._began = clock()
         self._spoke = self._began
         self._shown: tuple[str, TaskID] | None = None
+        self._heard: set[str] = set()
 
     def __enter__(self) -> ProgressView:
         self.bar.start()
@@ -82,9 +83,11 @@ class ProgressView:
         self._console.print(text, soft_wrap=True, markup=False)
 
     def progress(self, step: Step) -> None:
-        """Show a finished step; alarms get a line of their own."""
+        """Show a finished step; an alarm gets a line of its own when it is first heard."""
         for alarm in step.metrics.get("alarm", ()):
-            self.message(f"step {step.step}: {alarm}")
+            if alarm not in self._heard:
+                self.message(f"step {step.step}: {alarm}")
+            self._heard.add(alarm)  # the log has all its steps
         first, last = 0, step.total
         if step.phase == "warm_start":
             last = self._warm_start_steps

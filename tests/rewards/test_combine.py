@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+import re
 import sys
 from dataclasses import dataclass
 
@@ -179,3 +180,26 @@ def test_a_reward_file_may_define_dataclasses_and_be_called_like_a_package(tmp_p
 def test_load_reward_says_what_is_wrong(spec, text, message):
     with pytest.raises(RewardError, match=message):
         load_reward(text)
+
+
+BROKEN = {
+    "import json\njson.loads('')\n": r"DecodeError: .*, at {path}:2 \(from .*decoder.py:\d+\)$",
+    "import sys\nsys.exit('usage: mine')\n": "SystemExit: usage: mine, at {path}:2$",
+    "import absent_package\n": "ModuleNotFoundError: No module named 'absent_package', at {path}:1",
+    "def reward(samples:\n": r"SyntaxError: .*mine.py, line 1",
+    "class reward:\n    def __init__(self, x):\n        pass\n": "TypeError: .*missing 1 required",
+    "class reward:\n    def __init__(self):\n        1 / 0\n": "ZeroDivisionError: .*at {path}:3$",
+}
+
+
+@pytest.mark.parametrize(("code", "message"), BROKEN.items())
+@pytest.mark.parametrize("by_file", [True, False])
+def test_code_that_cannot_be_loaded_is_named_by_its_line(
+    tmp_path, monkeypatch, code, message, by_file
+):
+    path = tmp_path / "mine.py"
+    path.write_text(code)
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(RewardError, match=message.format(path=re.escape(str(path)))):
+        load_reward(f"{path if by_file else 'mine'}:reward")
+    sys.modules.pop("mine", None)

@@ -21,6 +21,7 @@ from trainer.tiny import OVERRIDES, command, run_tiny, settings
 
 from lvrpo.trainer import loop, rollout
 from lvrpo.trainer.checkpoint import checkpoints, load_newest
+from lvrpo.trainer.records import read_metrics
 
 
 def refused(*arguments: object, tiny: bool = False, after_start: bool = False) -> str:
@@ -296,6 +297,11 @@ def later(samples):
     if len(samples) == 6:  # of a step, not of the eight that are tried before
         raise RuntimeError("the service is down")
     return [1.0] * len(samples)
+
+def picky(samples):
+    if len(samples) in (3, 6) and samples.images[0].mean() > samples.images[-1].mean():
+        raise ConnectionError("the service is down")
+    return [1.0] * len(samples)
 """
 BAD_REWARDS = {
     "raises": "reward 'raises' raised RuntimeError: the service is down, first prompt 'train/gen",
@@ -332,6 +338,30 @@ def test_a_reward_function_that_fails_in_a_step(tmp_path):
     before = contents(run / "checkpoints")
     assert message in refused("train", run, after_start=True)
     assert contents(run / "checkpoints") == before
+
+
+def test_a_reward_function_that_fails_is_no_signal_if_asked(tmp_path):
+    """Calls fail by chance; the run goes on, says so once, and logs for how many samples."""
+    overrides = own_reward_overrides(tmp_path, "picky")
+    name = f"{tmp_path}/mine.py:picky"
+    both = settings(
+        [
+            f"rewards.generate={{ r_ins = 1.0, '{name}' = 1.0 }}",
+            "rewards.on_error=no_signal",
+            "rewards.max_failures=1",
+            "run.steps=8",
+        ]
+    )
+    result = command("train", tmp_path / "run", *overrides, *both)
+    assert result.exit_code == 0, result.output
+    rows = [row for row in read_metrics(tmp_path / "run") if row["phase"] == "grpo"]
+    shares = [row[f"failed/generate/{name}"] for row in rows]
+    assert len(shares) == 8
+    assert 0 < max(shares) <= 1
+    assert set(shares) <= {0.0, 0.5, 1.0}
+    said = [line for line in result.output.splitlines() if "'picky' raised" in line]
+    assert len(said) == 1
+    assert "mine.py:" in said[0]
 
 
 def test_a_rollout_that_the_update_cannot_reproduce(tmp_path, monkeypatch):

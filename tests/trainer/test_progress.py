@@ -130,3 +130,13 @@ def test_brackets_are_text():
     view, _, out = view_at(80, terminal=False)
     view.message("reward [bold]x[/bold] [0, 1]")
     assert out.getvalue() == "reward [bold]x[/bold] [0, 1]\n"
+
+
+def test_an_alarm_is_said_once():
+    """A service that is down for a hundred steps is one line, not a hundred."""
+    view, _, out = view_at(100, terminal=False)
+    for step in range(1, 6):
+        alarms = ["a reward failed"] + ["all is equal"] * (step == 3)
+        view.progress(Progress(step, 9, "grpo", {"alarm": alarms}))
+    said = [line for line in out.getvalue().splitlines() if line.startswith("step ")]
+    assert said == ["step 1: a reward failed", "step 3: all is equal"]

@@ -161,6 +161,28 @@ def test_shared_groups_have_the_gradient_of_their_samples_one_by_one(case):
     assert_equal(packed, grads_of(policy))
 
 
+@pytest.mark.parametrize("kept", [[0, 2, 3, 8], [4], [0, 1, 2, 3, 4, 5, 6, 7, 8], []], ids=str)
+def test_answers_that_are_left_out_are_in_no_sum(kept):
+    """Neither in the loss, nor in its KL, nor in what the mean divides by."""
+    policy, reference = small_policy(), small_policy(seed=1)
+    found = experience(small_policy(seed=2), 3, 0)
+    terms = text_terms(policy, reference, found)
+    policy.model.zero_grad()
+    expected = sum((terms[i] for i in kept), torch.zeros(())) / max(1, len(kept))
+    if kept:
+        (OBJECTIVE.text_weight * expected).backward()
+    plain = grads_of(policy)
+
+    mask = torch.zeros(len(terms), dtype=torch.bool)
+    mask[kept] = True
+    left = Experience(found.answers.where(mask), found.answer_advantages[mask], None, None)
+    packed, metrics = gradients((policy, reference, left))
+    assert packed.keys() == plain.keys()
+    if kept:
+        assert metrics["loss/text"] == pytest.approx(float(expected.detach()), rel=1e-6)
+        assert_equal(packed, plain)
+
+
 def clipped(ratio: Tensor, advantage: Tensor) -> Tensor:
     return -torch.minimum(ratio * advantage, ratio.clamp(0.8, 1.2) * advantage)
 
