@@ -23,13 +23,14 @@ STABLE_TORCH_LIBRARY(lvrpo, m) {
   m.def(
       "flow_step_bwd(Tensor dx_next, Tensor dlogprob, Tensor? noise, Tensor c_x, Tensor c_v, Tensor std) "
       "-> (Tensor dvelocity, Tensor dx_t)");
-  // variant and kl number the names of lvrpo/ops/flow_policy_loss.py; log_ratio_scale = 0 means "mean". directions [N, 3]
-  // are the factors of noise, velocity - velocity_old and velocity - velocity_ref in d loss / d velocity.
+  // numbers [7] fp64: clip_low, clip_high, adv_clip, log_ratio_scale (0 means "mean"), log_ratio_limit, tau, beta; limits
+  // may be infinite. variant and kl number the names of lvrpo/ops/flow_policy_loss.py. sums and extremes are those of
+  // FlowLossMetrics; directions [N, 3] are the factors of noise, velocity - velocity_old and velocity - velocity_ref in
+  // d loss / d velocity.
   m.def(
       "flow_policy_loss_fwd(Tensor velocity, Tensor velocity_old, Tensor noise, Tensor? velocity_ref, Tensor c_v, "
-      "Tensor std, Tensor dt, Tensor advantages, Tensor? sample_weights, Tensor? denominator, int variant, int kl, "
-      "float clip_low, float clip_high, float adv_clip, float log_ratio_scale, float tau, float beta) "
-      "-> (Tensor loss, Tensor metrics, Tensor directions)");
+      "Tensor std, Tensor dt, Tensor advantages, Tensor? mask, Tensor? policy_weights, Tensor? denominator, "
+      "Tensor numbers, int variant, int kl) -> (Tensor loss, Tensor sums, Tensor extremes, Tensor directions)");
   m.def(
       "flow_policy_loss_bwd(Tensor dloss, Tensor velocity, Tensor velocity_old, Tensor noise, Tensor? velocity_ref, "
       "Tensor directions) -> Tensor dvelocity");

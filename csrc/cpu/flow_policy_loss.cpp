@@ -4,6 +4,8 @@
 #include <torch/csrc/stable/ops.h>
 
 #include <algorithm>
+#include <cmath>
+#include <limits>
 #include <optional>
 #include <tuple>
 #include <vector>
@@ -22,8 +24,8 @@ using std::optional;
 // In the order of VARIANTS and KL_FORMS in lvrpo/ops/flow_policy_loss.py.
 enum Variant : int64_t { PPO, GUARD, DPPO };
 enum KlForm : int64_t { VELOCITY_MSE, GAUSSIAN, NO_DT, DMU2 };
-// In the order of FlowLossMetrics.
-enum Metric {
+// In the order of FlowLossMetrics, sums and extremes.
+enum Sum {
   POLICY_LOSS,
   KL_VELOCITY_MSE,
   KL_GAUSSIAN,
@@ -31,20 +33,30 @@ enum Metric {
   KL_DMU2,
   KL_OLD,
   RATIO_MEAN,
-  RATIO_MIN,
-  RATIO_MAX,
   ABS_LOG_RATIO,
   CLIP_FRACTION_LOW,
   CLIP_FRACTION_HIGH,
   ACTIVE_SAMPLES,
-  METRICS
+  SUMS
 };
+enum Extreme { RATIO_MIN, RATIO_MAX, EXTREMES };
 
-constexpr double LOG_RATIO_LIMIT = 20.0;
+constexpr double INF = std::numeric_limits<double>::infinity();
 
 struct Params {
   int64_t variant, kl;
-  double clip_low, clip_high, adv_clip, log_ratio_scale, tau, beta;
+  double clip_low, clip_high, adv_clip, log_ratio_scale, log_ratio_limit, tau, beta;
+
+  Params(int64_t variant, int64_t kl, const Tensor& numbers) : variant(variant), kl(kl) {
+    LVRPO_CHECK(variant >= PPO && variant <= DPPO, "variant is ", variant);
+    LVRPO_CHECK(kl >= VELOCITY_MSE && kl <= DMU2, "kl is ", kl);
+    check_dtype(numbers, ScalarType::Double, "numbers");
+    check_contiguous(numbers, "numbers");
+    check_size(numbers, 0, 7, "numbers");
+    const double* x = numbers.const_data_ptr<double>();
+    for (double* field : {&clip_low, &clip_high, &adv_clip, &log_ratio_scale, &log_ratio_limit, &tau, &beta})
+      *field = *x++;
+  }
 };
 
 struct Sums {
@@ -79,6 +91,13 @@ LVRPO_MULTIVERSION Sums block_sums(const scalar_t* v, const acc* v_old, const ac
   return {noise, old, reference};
 }
 
+// The nearest finite number: infinity times the 0 of two equal velocities would be NaN.
+template <typename acc>
+acc finite(double x) {
+  constexpr double largest = std::numeric_limits<acc>::max();
+  return static_cast<acc>(std::clamp(x, -largest, largest));
+}
+
 // d loss / d velocity = noise z + old (v - v_old) + reference (v - v_ref).
 template <typename acc>
 struct Direction {
@@ -106,15 +125,24 @@ LVRPO_MULTIVERSION void block_gradient(const scalar_t* v, const acc* v_old, cons
 struct Sample {
   double elements, c_v, std, abs_dt, advantage;
   Sums sums;
+  double c, s;  // c_v and std in units of a power of two next to the std, of which no square is 0 or infinite
 
-  double kl_old() const { return c_v * c_v * sums.old / (2 * std * std * elements); }
+  Sample(double elements, double c_v, double std, double dt, double advantage, const Sums& sums)
+      : elements(elements), c_v(c_v), std(std), abs_dt(std::abs(dt)), advantage(advantage), sums(sums) {
+    constexpr double far = 1e150;
+    int exponent;
+    s = std::frexp(std, &exponent);
+    c = std::clamp(std::ldexp(c_v, -exponent), -far, far);
+  }
+
+  double kl_old() const { return c * c * sums.old / (2 * s * s * elements); }
 
   // Every form is a factor times the mean of (v - v_ref)^2.
   double kl_factor(int64_t form) const {
     switch (form) {
       case VELOCITY_MSE: return 1;
-      case GAUSSIAN: return c_v * c_v / (2 * std * std);
-      case NO_DT: return c_v * c_v / (2 * std * std) * abs_dt;
+      case GAUSSIAN: return c * c / (2 * s * s);
+      case NO_DT: return c * c / (2 * s * s) * abs_dt;
       default: return c_v * c_v;
     }
   }
@@ -127,54 +155,61 @@ struct Policy {
   double dnoise, dold;        // d loss / d v = dnoise z + dold (v - v_old)
 };
 
-Policy policy_of(const Sample& x, const Params& params) {
+// `weight` multiplies loss and gradient; 0 takes both, whatever the advantage is.
+Policy policy_of(const Sample& x, const Params& params, double weight) {
   const double scale = params.log_ratio_scale > 0 ? params.log_ratio_scale * x.elements : 1;
   // log rho = noise sums.noise + old sums.old / 2
   const bool guard = params.variant == GUARD;
-  const double noise = scale * x.c_v / ((guard ? 1 : x.std) * x.elements);
-  const double old = guard ? 0 : -scale * x.c_v * x.c_v / (x.std * x.std * x.elements);
+  const double noise = guard ? scale * x.c_v / x.elements : scale * x.c / (x.s * x.elements);
+  const double old = guard ? 0 : -scale * x.c * x.c / (x.s * x.s * x.elements);
   Policy p{};
   p.log_ratio = noise * x.sums.noise + old * x.sums.old / 2;
-  p.ratio = std::exp(saturate(p.log_ratio, LOG_RATIO_LIMIT));
+  p.ratio = std::exp(saturate(p.log_ratio, params.log_ratio_limit));
 
   const double a = std::clamp(x.advantage, -params.adv_clip, params.adv_clip);
-  double weight = 1;
+  double at_low = 0, at_high = 0;
   if (params.variant == DPPO) {
     const bool diverged = x.kl_old() >= params.tau;
     p.low = diverged && a < 0 && p.ratio < 1;
     p.high = diverged && a > 0 && p.ratio > 1;
-    p.loss = p.low || p.high ? 0 : -a * p.ratio;
   } else {
-    p.low = a < 0 && p.ratio < 1 - params.clip_low;
-    p.high = a > 0 && p.ratio > 1 + params.clip_high;
-    p.loss = -a * (p.low ? 1 - params.clip_low : p.high ? 1 + params.clip_high : p.ratio);
-    if (guard) weight = 1 / x.abs_dt;
+    at_low = 1 - params.clip_low;
+    at_high = 1 + params.clip_high;
+    p.low = a < 0 && p.ratio < at_low;
+    p.high = a > 0 && p.ratio > at_high;
   }
-  p.loss *= weight;
-  const bool flat = p.low || p.high || is_saturated(p.log_ratio, LOG_RATIO_LIMIT);
+  if (guard) weight = x.abs_dt > 0 ? weight / x.abs_dt : 0;
+  // Dropped, not multiplied: the advantage may be NaN, and without a limit the ratio infinite.
+  if (!(weight > 0 && std::abs(x.advantage) < INF) || a == 0) return p;
+  p.loss = -a * (p.low ? at_low : p.high ? at_high : p.ratio) * weight;
+  const bool flat = p.low || p.high || is_saturated(p.log_ratio, params.log_ratio_limit);
   const double dlog_ratio = flat ? 0 : -a * p.ratio * weight;
   p.dnoise = dlog_ratio * noise;
   p.dold = dlog_ratio * old;
   return p;
 }
 
-std::tuple<Tensor, Tensor, Tensor> flow_policy_loss_fwd(
+std::tuple<Tensor, Tensor, Tensor, Tensor> flow_policy_loss_fwd(
     Tensor velocity, Tensor velocity_old, Tensor noise, optional<Tensor> velocity_ref, Tensor c_v, Tensor std,
-    Tensor dt, Tensor advantages, optional<Tensor> sample_weights, optional<Tensor> denominator, int64_t variant,
-    int64_t kl, double clip_low, double clip_high, double adv_clip, double log_ratio_scale, double tau, double beta) {
-  LVRPO_CHECK(variant >= PPO && variant <= DPPO, "variant is ", variant);
-  LVRPO_CHECK(kl >= VELOCITY_MSE && kl <= DMU2, "kl is ", kl);
-  const Params params{variant, kl, clip_low, clip_high, adv_clip, log_ratio_scale, tau, beta};
+    Tensor dt, Tensor advantages, optional<Tensor> mask, optional<Tensor> policy_weights, optional<Tensor> denominator,
+    Tensor numbers, int64_t variant, int64_t kl) {
+  const Params params(variant, kl, numbers);
   const Latents size(velocity);
   velocity = torch::stable::contiguous(velocity);
   velocity_old = size.contiguous(velocity_old, "velocity_old");
   noise = size.contiguous(noise, "noise");
   if (velocity_ref) velocity_ref = size.contiguous(*velocity_ref, "velocity_ref");
   check_size(advantages, 0, size.samples, "advantages");
-  if (sample_weights) check_size(*sample_weights, 0, size.samples, "sample_weights");
+  if (mask) {
+    check_dtype(*mask, ScalarType::Bool, "mask");
+    check_size(*mask, 0, size.samples, "mask");
+    mask = torch::stable::contiguous(*mask);
+  }
+  if (policy_weights) check_size(*policy_weights, 0, size.samples, "policy_weights");
   LVRPO_CHECK(!denominator || denominator->numel() == 1, "denominator must hold one number");
   Tensor loss = torch::stable::new_empty(velocity_old, {});
-  Tensor metrics = torch::stable::new_empty(velocity_old, {METRICS}, ScalarType::Float);
+  Tensor sums = torch::stable::new_empty(velocity_old, {SUMS}, ScalarType::Double);
+  Tensor extremes = torch::stable::new_empty(velocity_old, {EXTREMES}, ScalarType::Double);
   Tensor directions = torch::stable::new_empty(velocity_old, {size.samples, 3});
 
   LVRPO_DISPATCH_FLOATING(velocity.scalar_type(), scalar_t, [&] {
@@ -182,11 +217,16 @@ std::tuple<Tensor, Tensor, Tensor> flow_policy_loss_fwd(
     const PerSample<acc> factor(c_v, size.samples, "c_v"), deviation(std, size.samples, "std");
     const PerSample<acc> step(dt, size.samples, "dt"), advantage(advantages, size.samples, "advantages");
     optional<PerSample<acc>> weights;
-    if (sample_weights) weights.emplace(*sample_weights, size.samples, "sample_weights");
-    // A deterministic step has no density; the Python layer refuses it where it may look at values.
+    if (policy_weights) weights.emplace(*policy_weights, size.samples, "policy_weights");
+    const bool* counts = mask ? mask->const_data_ptr<bool>() : nullptr;
+    // A deterministic step has no density; the Python layer refuses it where it may look at values, like a weight that
+    // is not finite.
+    const auto is_active = [&](int64_t n) {
+      return (counts == nullptr || counts[n]) && deviation[n] > acc(0) && deviation[n] < acc(INF);
+    };
     const auto weight_of = [&](int64_t n) {
       const double weight = weights ? static_cast<double>((*weights)[n]) : 1.0;
-      return weight > 0 && deviation[n] > acc(0) ? weight : 0.0;
+      return weight < INF ? weight : 0.0;
     };
 
     const scalar_t* v = velocity.const_data_ptr<scalar_t>();
@@ -195,47 +235,46 @@ std::tuple<Tensor, Tensor, Tensor> flow_policy_loss_fwd(
     const acc* v_ref = velocity_ref ? data<acc>(*velocity_ref, "velocity_ref") : nullptr;
     std::vector<Sums> partial(size.blocks());
     size.for_each_block([&](int64_t block, int64_t sample, int64_t begin, int64_t n) {
-      if (!(weight_of(sample) > 0)) return;
+      if (!is_active(sample)) return;
       partial[block] =
           block_sums<scalar_t, acc>(v + begin, v_old + begin, z + begin, v_ref ? v_ref + begin : nullptr, n);
     });
 
-    double total = 0;
-    for (int64_t n = 0; n < size.samples; ++n) total += weight_of(n);
-    if (denominator) total = data<acc>(*denominator, "denominator")[0];
+    double active = 0;
+    for (int64_t n = 0; n < size.samples; ++n) active += is_active(n);
+    const double total = denominator ? static_cast<double>(data<acc>(*denominator, "denominator")[0]) : active;
+    const double share = total > 0 ? 1 / total : 0;
     acc* direction = directions.mutable_data_ptr<acc>();
     std::fill_n(direction, 3 * size.samples, acc(0));
-    double sum[METRICS] = {};
-    double total_loss = 0, active = 0;
-    double lowest = std::numeric_limits<double>::infinity(), highest = -lowest;
+    double sum[SUMS] = {};
+    double total_loss = 0, lowest = INF, highest = -INF;
     for (int64_t n = 0; n < size.samples; ++n) {
-      if (!(weight_of(n) > 0)) continue;
-      const double w = weight_of(n) / total;
-      const Sample sample{static_cast<double>(size.elements), factor[n],    deviation[n],
-                          std::abs(static_cast<double>(step[n])), advantage[n], size.sum_of(partial, n)};
-      const Policy policy = policy_of(sample, params);
-      total_loss += w * (policy.loss + beta * sample.kl(kl));
-      direction[3 * n] = static_cast<acc>(w * policy.dnoise);
-      direction[3 * n + 1] = static_cast<acc>(w * policy.dold);
-      direction[3 * n + 2] = static_cast<acc>(w * beta * 2 * sample.kl_factor(kl) / sample.elements);
-      active += 1;
-      lowest = std::min(lowest, policy.ratio);
-      highest = std::max(highest, policy.ratio);
-      sum[POLICY_LOSS] += w * policy.loss;
-      for (int64_t form = VELOCITY_MSE; form <= DMU2; ++form) sum[KL_VELOCITY_MSE + form] += w * sample.kl(form);
-      sum[KL_OLD] += w * sample.kl_old();
-      sum[RATIO_MEAN] += w * policy.ratio;
-      sum[ABS_LOG_RATIO] += w * std::abs(policy.log_ratio);
-      sum[CLIP_FRACTION_LOW] += policy.low ? w : 0;
-      sum[CLIP_FRACTION_HIGH] += policy.high ? w : 0;
+      if (!is_active(n)) continue;
+      const Sample sample(size.elements, factor[n], deviation[n], step[n], advantage[n], size.sum_of(partial, n));
+      const Policy policy = policy_of(sample, params, weight_of(n));
+      total_loss += share * (params.beta > 0 ? policy.loss + params.beta * sample.kl(kl) : policy.loss);
+      direction[3 * n] = finite<acc>(share * policy.dnoise);
+      direction[3 * n + 1] = finite<acc>(share * policy.dold);
+      direction[3 * n + 2] = finite<acc>(share * params.beta * 2 * sample.kl_factor(kl) / sample.elements);
+      const double ratio = finite<double>(policy.ratio);
+      lowest = std::min(lowest, ratio);
+      highest = std::max(highest, ratio);
+      sum[POLICY_LOSS] += policy.loss;
+      for (int64_t form = VELOCITY_MSE; form <= DMU2; ++form) sum[KL_VELOCITY_MSE + form] += sample.kl(form);
+      sum[KL_OLD] += sample.kl_old();
+      sum[RATIO_MEAN] += ratio;
+      sum[ABS_LOG_RATIO] += std::abs(policy.log_ratio);
+      sum[CLIP_FRACTION_LOW] += policy.low;
+      sum[CLIP_FRACTION_HIGH] += policy.high;
     }
-    sum[RATIO_MIN] = active > 0 ? lowest : 1;
-    sum[RATIO_MAX] = active > 0 ? highest : 1;
     sum[ACTIVE_SAMPLES] = active;
-    std::copy(sum, sum + METRICS, metrics.mutable_data_ptr<float>());
+    std::copy(sum, sum + SUMS, sums.mutable_data_ptr<double>());
+    // A minimum is kept as the maximum of the negative.
+    extremes.mutable_data_ptr<double>()[RATIO_MIN] = -lowest;
+    extremes.mutable_data_ptr<double>()[RATIO_MAX] = highest;
     loss.mutable_data_ptr<acc>()[0] = static_cast<acc>(total_loss);
   });
-  return {loss, metrics, directions};
+  return {loss, sums, extremes, directions};
 }
 
 Tensor flow_policy_loss_bwd(Tensor dloss, Tensor velocity, Tensor velocity_old, Tensor noise,
@@ -260,7 +299,8 @@ Tensor flow_policy_loss_bwd(Tensor dloss, Tensor velocity, Tensor velocity_old, 
     const acc* v_ref = velocity_ref ? data<acc>(*velocity_ref, "velocity_ref") : nullptr;
     scalar_t* dv = dvelocity.mutable_data_ptr<scalar_t>();
     size.for_each_block([&](int64_t, int64_t sample, int64_t begin, int64_t n) {
-      const Direction<acc> by{upstream * d[3 * sample], upstream * d[3 * sample + 1], upstream * d[3 * sample + 2]};
+      const auto scaled = [&](int64_t i) { return finite<acc>(static_cast<double>(upstream) * d[3 * sample + i]); };
+      const Direction<acc> by{scaled(0), scaled(1), scaled(2)};
       if (by.is_zero()) {  // without weight it may hold NaN
         std::fill_n(dv + begin, n, scalar_t(0));
       } else {

@@ -131,7 +131,8 @@ std::tuple<Tensor, Tensor> flow_step_bwd(Tensor dx_next, Tensor dlogprob, option
       const Step<acc> step = steps[sample];
       const bool stochastic = z != nullptr && step.std > acc(0);
       const acc factor = stochastic ? dlp[sample] / (step.std * static_cast<acc>(size.elements)) : acc(0);
-      step_gradient<acc>(dx + begin, stochastic ? z + begin : nullptr, dv_ptr + begin, dx_ptr + begin, n, step,
+      // Without a gradient of the log-prob the noise is not read: it may be NaN.
+      step_gradient<acc>(dx + begin, factor != acc(0) ? z + begin : nullptr, dv_ptr + begin, dx_ptr + begin, n, step,
                          factor);
     });
   });

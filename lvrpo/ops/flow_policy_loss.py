@@ -6,15 +6,20 @@ N pairs of (image, trained step), D elements in each. Derivation: docs/ops/flow_
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, fields
-from typing import Any, Literal, NamedTuple, get_args
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple, NoReturn, get_args
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from lvrpo.ops import _backend, _checks, _library
-from lvrpo.ops.flow_step import StepCoefficients, check_coefficients, check_latents
+from lvrpo.ops._flow_inputs import FlowInputs, as_denominator, per_sample
+from lvrpo.ops._metrics import Maximum, Mean, Metrics, Minimum, Total
+from lvrpo.ops._numbers import numbers
+from lvrpo.ops.flow_step import StepCoefficients, check_latents
+from lvrpo.reference._log_ratio import LOG_RATIO_LIMIT
 from lvrpo.reference._precision import widen
 from lvrpo.reference.flow_policy_loss import flow_policy_loss as reference_flow_policy_loss
 
@@ -43,6 +48,8 @@ class FlowLossParams:
         log_ratio_scale: "mean" takes log rho as an element mean, the D-th root of the true ratio;
             a number kappa takes kappa times the true log-ratio of the image, so 1.0 is the sum over
             elements and 1 / D is "mean".
+        log_ratio_limit: |log rho| saturates at this, with gradient 0 beyond; None for no limit,
+            where a ratio may overflow.
         tau: KL threshold of "dppo", in nats per element (not scaled by `log_ratio_scale`).
         kl: which distance to the reference `beta` weighs, dv = velocity - velocity_ref.
             "velocity_mse": dv^2. "gaussian": (c_v dv)^2 / (2 std^2), the exact KL of the step.
@@ -55,6 +62,7 @@ class FlowLossParams:
     clip_high: float = 1e-4
     adv_clip: float | None = 5.0
     log_ratio_scale: float | Literal["mean"] = "mean"
+    log_ratio_limit: float | None = LOG_RATIO_LIMIT
     tau: float = 1e-5
     kl: KlForm = "velocity_mse"
     beta: float = 0.0
@@ -62,6 +70,7 @@ class FlowLossParams:
     def __post_init__(self) -> None:
         scale = self.log_ratio_scale
         scaled = scale == "mean" or (isinstance(scale, (int, float)) and 0 < scale < math.inf)
+        limit = self.log_ratio_limit
         for name, fits, expected in (
             ("variant", self.variant in VARIANTS, f"one of {', '.join(VARIANTS)}"),
             ("kl", self.kl in KL_FORMS, f"one of {', '.join(KL_FORMS)}"),
@@ -70,6 +79,7 @@ class FlowLossParams:
             ("beta", 0 <= self.beta < math.inf, "finite and >= 0"),
             ("adv_clip", self.adv_clip is None or self.adv_clip > 0, "> 0, or None for no clamp"),
             ("log_ratio_scale", scaled, "'mean' or a finite number > 0"),
+            ("log_ratio_limit", limit is None or limit > 0, "> 0, or None for no limit"),
         ):
             if not fits:
                 value = getattr(self, name)
@@ -79,39 +89,39 @@ class FlowLossParams:
 _DEFAULT = FlowLossParams()
 
 
-@dataclass(frozen=True)
-class FlowLossMetrics:
-    """Detached fp32 scalars.
+class FlowLossMetrics(Metrics):
+    """Detached fp32 scalars over the active samples, whatever weights and denominator are.
 
-    Means are sum(weight x) / denominator, as the loss is: those of micro-batches that share a
-    denominator add up. With no active sample they are 0 and the ratio extremes 1.
+    Those of micro-batches or ranks become those of the whole by `FlowLossMetrics.merge(parts)` and
+    `metrics.all_reduce()`. Each is finite where the inputs are. With no active sample means are 0
+    and the ratio extremes 1.
 
     Attributes:
-        policy_loss: the loss without its KL term.
-        kl_velocity_mse, kl_gaussian, kl_no_dt, kl_dmu2: the distances to the reference that
+        policy_loss: mean of the policy term times its weight.
+        kl_velocity_mse, kl_gaussian, kl_no_dt, kl_dmu2: mean distances to the reference, that
             `FlowLossParams.kl` names; 0 without one.
         kl_old: exact KL to the sampling policy, mean (c_v (v - v_old))^2 / (2 std^2).
         ratio_mean: of rho.
+        abs_log_ratio: mean |log rho|, before it saturates.
+        clip_fraction_low: share with A < 0 whose ratio is where the policy gradient is cut.
+        clip_fraction_high: share with A > 0 whose ratio is where the policy gradient is cut.
+        active_samples: how many samples count.
         ratio_min, ratio_max: over the active samples.
-        abs_log_ratio: mean |log rho|.
-        clip_fraction_low: share with A < 0 whose policy gradient was cut.
-        clip_fraction_high: share with A > 0 whose policy gradient was cut.
-        active_samples: how many samples have a weight above 0.
     """
 
-    policy_loss: Tensor
-    kl_velocity_mse: Tensor
-    kl_gaussian: Tensor
-    kl_no_dt: Tensor
-    kl_dmu2: Tensor
-    kl_old: Tensor
-    ratio_mean: Tensor
-    ratio_min: Tensor
-    ratio_max: Tensor
-    abs_log_ratio: Tensor
-    clip_fraction_low: Tensor
-    clip_fraction_high: Tensor
-    active_samples: Tensor
+    policy_loss = Mean("active_samples")
+    kl_velocity_mse = Mean("active_samples")
+    kl_gaussian = Mean("active_samples")
+    kl_no_dt = Mean("active_samples")
+    kl_dmu2 = Mean("active_samples")
+    kl_old = Mean("active_samples")
+    ratio_mean = Mean("active_samples")
+    abs_log_ratio = Mean("active_samples")
+    clip_fraction_low = Mean("active_samples")
+    clip_fraction_high = Mean("active_samples")
+    active_samples = Total()
+    ratio_min = Minimum(otherwise=1.0)
+    ratio_max = Maximum(otherwise=1.0)
 
 
 class FlowPolicyLoss(NamedTuple):
@@ -126,94 +136,109 @@ def flow_policy_loss(
     velocity_old: Tensor,
     noise: Tensor,
     coeffs: StepCoefficients,
-    advantages: Tensor,
+    advantages: Tensor | Sequence[float],
     *,
     velocity_ref: Tensor | None = None,
-    sample_weights: Tensor | None = None,
+    mask: Tensor | Sequence[float] | None = None,
+    policy_weights: Tensor | Sequence[float] | None = None,
     denominator: Tensor | float | None = None,
     params: FlowLossParams = _DEFAULT,
     backend: str | None = None,
+    **unexpected: NoReturn,
 ) -> FlowPolicyLoss:
-    """sum_n w_n (policy_n + beta KL_n) / denominator over N (image, trained step) pairs.
+    """sum_n (w_n policy_n + beta KL_n) / denominator over N (image, trained step) pairs.
 
     log rho = mean(z dmu / std - dmu^2 / (2 std^2)), dmu = c_v (velocity - velocity_old): the exact
     difference of the two log-densities of the step that was drawn with `noise`, without ever
-    forming either. At equal velocities rho is exactly 1. |log rho| saturates at 20. The gradient
-    reaches `velocity` only.
+    forming either. At equal velocities rho is exactly 1. The gradient reaches `velocity` only.
+    Under autocast everything is taken as it is, as torch does with losses.
 
     Args:
         velocity: [N, ...] fp32, fp64, bf16 or fp16; of the policy, at the stored latents.
         velocity_old: [N, ...] any floating dtype; of the policy that sampled.
         noise: [N, ...] the standard normal draws z of the sampling steps.
         coeffs: [N], or [1] for one step shared by all; those that the latents were sampled with.
-        advantages: [N].
+        advantages: [N] or [N, 1], any real dtype, or a list.
         velocity_ref: [N, ...] of the reference policy, for the KL term and its metrics.
-        sample_weights: [N], >= 0; None for ones. A sample of weight 0 is ignored whatever it holds,
-            a deterministic step or NaN included.
-        denominator: what the weighted sum is divided by, > 0: give the global weight when the batch
-            is split over micro-batches or ranks. None for the sum of the weights.
+        mask: [N] or [N, 1], any dtype, or a list; above 0 counts: in the denominator, the KL term
+            and the metrics. None for all. A sample that does not count is ignored whatever it
+            holds, a deterministic step or NaN included.
+        policy_weights: [N] or [N, 1], >= 0, or a list; multiply the policy term alone. None for
+            ones. At 0 the advantage is not looked at.
+        denominator: what the sum is divided by, a number or a tensor that holds one: give the
+            global count when the batch is split over micro-batches or ranks. None for the number of
+            samples that count. Where it is 0, as a count of nothing is, the loss is 0.
         params: the objective.
         backend: "cpp", "torch", or None for the first that can run.
+        **unexpected: refused; `sample_weights` with the names of its successors.
 
     Returns:
         loss: [] fp32 (fp64 from an fp64 velocity).
         metrics: see `FlowLossMetrics`.
 
     Raises:
+        TypeError: `sample_weights` is given, or another unknown keyword.
         ValueError: shapes, dtypes or devices do not match, or beta > 0 without `velocity_ref`; on a
-            CPU also when a sample with weight is of a deterministic step or holds NaN or inf, a
-            weight is negative or not finite, or the denominator is not > 0. Where values are not
-            read, a deterministic step or a NaN weight counts as weight 0.
+            CPU also when a sample that counts is of a deterministic step or holds NaN or inf, a
+            weight or the mask is negative or not finite, the denominator is negative or not finite,
+            or it is 0 though a sample counts. Where values are not read, a deterministic step does
+            not count, a weight or an advantage that is not finite takes the policy term away, and
+            such a denominator the loss.
     """
-    if denominator is not None and not isinstance(denominator, Tensor):
-        denominator = torch.tensor(float(denominator), device=velocity.device, dtype=torch.float64)
-    tensors = {
-        "velocity": velocity,
-        "velocity_old": velocity_old,
-        "noise": noise,
-        "velocity_ref": velocity_ref,
-        "advantages": advantages,
-        "sample_weights": sample_weights,
-    }
-    _check(tensors, coeffs, denominator, params)
-    chosen = _backend.resolve(OP, (*tensors.values(), coeffs.std), backend)
+    _checks.refuse_keywords(OP, unexpected)
+    check_latents(OP, velocity, velocity_old=velocity_old, noise=noise, velocity_ref=velocity_ref)
+    masked = None if mask is None else per_sample(OP, "mask", mask, velocity)
+    inputs = FlowInputs(
+        velocity,
+        velocity_old,
+        noise,
+        coeffs,
+        per_sample(OP, "advantages", advantages, velocity),
+        velocity_ref,
+        None if masked is None else _checks.as_mask(OP, "mask", masked),
+        None
+        if policy_weights is None
+        else per_sample(OP, "policy_weights", policy_weights, velocity),
+        as_denominator(OP, denominator),
+    )
+    if params.beta > 0 and velocity_ref is None:
+        raise ValueError(f"{OP}: velocity_ref is None, but params.beta is {params.beta}")
+    inputs.check(OP, divides_by_dt=params.variant == "guard")
+    tensors = *inputs.latents().values(), *inputs.samples().values(), coeffs.std
+    chosen = _backend.resolve(OP, tensors, backend)
     if chosen == "torch":
-        loss, named = reference_flow_policy_loss(
-            velocity,
-            velocity_old,
-            noise,
-            coeffs,
-            advantages,
-            velocity_ref=velocity_ref,
-            sample_weights=sample_weights,
-            denominator=denominator,
-            params=params,
-        )
-        metrics = FlowLossMetrics(**named)
+        loss, named = reference_flow_policy_loss(**inputs.arguments(), params=params)
+        metrics = FlowLossMetrics.of(named)
     else:
-        loss, values = _apply(tensors, coeffs, denominator, params)
-        metrics = FlowLossMetrics(*values.unbind())
-    if _checks.check_values(loss) and not bool(torch.isfinite(loss)):
-        _refuse_non_finite(tensors)
+        loss, sums, extremes = _apply(inputs, params)
+        metrics = FlowLossMetrics(sums, extremes)
+    # Saturation makes a finite loss of an infinite velocity, but not a finite distance.
+    if _checks.check_values(loss) and not bool(torch.isfinite(metrics.sums.sum() + loss.detach())):
+        inputs.refuse_non_finite(OP)
     return FlowPolicyLoss(loss, metrics)
 
 
-def _apply(
-    tensors: dict[str, Tensor | None],
-    coeffs: StepCoefficients,
-    denominator: Tensor | None,
-    params: FlowLossParams,
-) -> tuple[Tensor, Tensor]:
-    """The compiled op on `tensors`, which are in the order of its arguments but for `coeffs`."""
-    velocity, *latents_and_samples = tensors.values()
-    assert velocity is not None
-    latents, samples = latents_and_samples[:3], latents_and_samples[3:]
-    others = (*latents, coeffs.c_v, coeffs.std, coeffs.dt, *samples, denominator)
-    dtype = widen(velocity).dtype
+def _apply(inputs: FlowInputs, params: FlowLossParams) -> tuple[Tensor, Tensor, Tensor]:
+    dtype = widen(inputs.velocity).dtype
+
+    def data(x: Tensor | None) -> Tensor | None:
+        return None if x is None else x.detach().to(dtype)
+
+    coeffs = inputs.coeffs
     return _FlowPolicyLoss.apply(  # type: ignore[no-untyped-call,no-any-return]
-        velocity,
-        *(None if x is None else x.detach().to(dtype) for x in others),
-        _scalars(params),
+        inputs.velocity,
+        *(
+            _checks.as_saved(data(x))
+            for x in (inputs.velocity_old, inputs.noise, inputs.velocity_ref)
+        ),
+        *(data(x) for x in (coeffs.c_v, coeffs.std, coeffs.dt, inputs.advantages)),
+        inputs.mask,
+        data(inputs.policy_weights),
+        data(inputs.denominator),
+        _numbers(params),
+        VARIANTS.index(params.variant),
+        KL_FORMS.index(params.kl),
+        params.beta > 0,
     )
 
 
@@ -229,11 +254,15 @@ class _FlowPolicyLoss(torch.autograd.Function):
         std: Tensor,
         dt: Tensor,
         advantages: Tensor,
-        sample_weights: Tensor | None,
+        mask: Tensor | None,
+        policy_weights: Tensor | None,
         denominator: Tensor | None,
-        scalars: tuple[Any, ...],
-    ) -> tuple[Tensor, Tensor]:
-        loss, metrics, directions = torch.ops.lvrpo.flow_policy_loss_fwd(
+        numbers: Tensor,
+        variant: int,
+        kl: int,
+        pulls: bool,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        loss, sums, extremes, directions = torch.ops.lvrpo.flow_policy_loss_fwd(
             velocity,
             velocity_old,
             noise,
@@ -242,31 +271,34 @@ class _FlowPolicyLoss(torch.autograd.Function):
             std,
             dt,
             advantages,
-            sample_weights,
+            mask,
+            policy_weights,
             denominator,
-            *scalars,
+            numbers,
+            variant,
+            kl,
         )
-        beta = scalars[-1]
-        reference = velocity_ref if beta > 0 else None
+        reference = velocity_ref if pulls else None
         ctx.save_for_backward(velocity, velocity_old, noise, reference, directions)
-        ctx.mark_non_differentiable(metrics)
-        return loss, metrics
+        ctx.mark_non_differentiable(sums, extremes)
+        return loss, sums, extremes
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dloss: Tensor, _: Tensor) -> tuple[Any, ...]:
+    def backward(ctx: Any, dloss: Tensor, *_: Tensor) -> tuple[Any, ...]:
         velocity, velocity_old, noise, velocity_ref, directions = ctx.saved_tensors
         dvelocity = torch.ops.lvrpo.flow_policy_loss_bwd(
             dloss, velocity, velocity_old, noise, velocity_ref, directions
         )
-        return dvelocity, *[None] * 10
+        return dvelocity, *[None] * 14
 
 
 @_library.register("flow_policy_loss_fwd")
-def _fwd_fake(velocity: Tensor, velocity_old: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
+def _fwd_fake(velocity: Tensor, velocity_old: Tensor, *_: Any) -> tuple[Tensor, ...]:
     return (
         velocity_old.new_empty(()),
-        velocity_old.new_empty(len(fields(FlowLossMetrics)), dtype=torch.float32),
+        velocity_old.new_empty(len(FlowLossMetrics.SUMS), dtype=torch.float64),
+        velocity_old.new_empty(len(FlowLossMetrics.EXTREMES), dtype=torch.float64),
         velocity_old.new_empty((velocity.shape[0], 3)),
     )
 
@@ -276,75 +308,14 @@ def _bwd_fake(dloss: Tensor, velocity: Tensor, *_: Any) -> Tensor:
     return velocity.new_empty(velocity.shape)
 
 
-def _scalars(params: FlowLossParams) -> tuple[int, int, float, float, float, float, float, float]:
-    """As the C++ op takes them: names by number, no clamp as inf, "mean" as 0."""
-    return (
-        VARIANTS.index(params.variant),
-        KL_FORMS.index(params.kl),
-        float(params.clip_low),
-        float(params.clip_high),
-        math.inf if params.adv_clip is None else float(params.adv_clip),
-        0.0 if params.log_ratio_scale == "mean" else float(params.log_ratio_scale),
-        float(params.tau),
-        float(params.beta),
+def _numbers(params: FlowLossParams) -> Tensor:
+    """As the C++ op takes them: no clamp and no limit as inf, "mean" as 0."""
+    return numbers(
+        params.clip_low,
+        params.clip_high,
+        math.inf if params.adv_clip is None else params.adv_clip,
+        0.0 if params.log_ratio_scale == "mean" else params.log_ratio_scale,
+        math.inf if params.log_ratio_limit is None else params.log_ratio_limit,
+        params.tau,
+        params.beta,
     )
-
-
-def _check(
-    tensors: dict[str, Tensor | None],
-    coeffs: StepCoefficients,
-    denominator: Tensor | None,
-    params: FlowLossParams,
-) -> None:
-    velocity, weights = tensors["velocity"], tensors["sample_weights"]
-    assert velocity is not None
-    check_latents(
-        OP, velocity, **{name: tensors[name] for name in ("velocity_old", "noise", "velocity_ref")}
-    )
-    samples = len(velocity)
-    for name in ("advantages", "sample_weights"):
-        if (tensor := tensors[name]) is not None:
-            _checks.check_floating(OP, name, tensor)
-            _checks.check_shape(OP, name, tensor, (samples,))
-    check_coefficients(OP, coeffs, samples)
-    _checks.check_same_device(OP, **tensors, coeffs=coeffs.std, denominator=denominator)
-    if params.beta > 0 and tensors["velocity_ref"] is None:
-        raise ValueError(f"{OP}: velocity_ref is None, but params.beta is {params.beta}")
-    if denominator is not None:
-        _checks.check_shape(OP, "denominator", denominator, ())
-        if _checks.check_values(denominator) and not 0 < float(denominator) < math.inf:
-            raise ValueError(f"{OP}: denominator is {float(denominator)}, expected > 0")
-    if _checks.check_values(coeffs.std):
-        _check_weights(weights, coeffs, samples)
-        _refuse_non_finite({name: tensors[name] for name in ("advantages", "sample_weights")})
-
-
-def _check_weights(weights: Tensor | None, coeffs: StepCoefficients, samples: int) -> None:
-    deterministic = (coeffs.std == 0).expand(samples)
-    if weights is not None:
-        bad = ~(torch.isfinite(weights) & (weights >= 0))
-        if bool(bad.any()):
-            at = int(bad.nonzero()[0])
-            given = f"sample_weights[{at}] is {float(weights[at])}"
-            raise ValueError(f"{OP}: {given}, expected a finite number >= 0")
-        deterministic = deterministic & (weights > 0)
-    if bool(deterministic.any()):
-        at = int(deterministic.nonzero()[0])
-        t = float(coeffs.t.expand(samples)[at])
-        raise ValueError(
-            f"{OP}: sample {at} is of a deterministic step (coeffs.std is 0 at t = {t:.4g}), which "
-            "has no log-probability; leave it out or give it sample_weights 0"
-        )
-
-
-def _refuse_non_finite(tensors: dict[str, Tensor | None]) -> None:
-    """Name the first sample with weight that holds NaN or inf, if there is one."""
-    weights = tensors["sample_weights"]
-    for name, tensor in tensors.items():
-        if tensor is None or tensor.numel() == 0:
-            continue
-        bad = ~torch.isfinite(tensor.detach()).flatten(1 if tensor.dim() > 1 else 0)
-        bad = bad.any(dim=1) if bad.dim() > 1 else bad
-        bad = bad if weights is None else bad & (weights > 0)
-        if bool(bad.any()):
-            raise ValueError(f"{OP}: sample {int(bad.nonzero()[0])} of {name} holds NaN or inf")

@@ -67,7 +67,8 @@ def flow_step(
 
     The log-probability is the mean over the D elements of an image, as every flow RL system uses
     it; multiply by D for the log-density of the image. A deterministic step (std 0) has no density:
-    its log-probability is 0 by convention, its noise is not read and its gradient is 0.
+    its log-probability is 0 by convention, its noise is not read and its gradient is 0. Autocast
+    changes nothing: the latents are taken as they are.
 
     Gradients: `x_next` is differentiable in `velocity` and `x_t`. `logprob` treats the drawn
     `x_next` as data: its gradient reaches `velocity` and `x_t` through the mean only. None to
@@ -93,11 +94,11 @@ def flow_step(
     if chosen == "torch":
         return reference_flow_step(velocity, x_t, coeffs, noise)
     dtype = widen(velocity).dtype
+    data = (noise, coeffs.c_x, coeffs.c_v, coeffs.std)
     return _FlowStep.apply(  # type: ignore[no-untyped-call,no-any-return]
         velocity,
         x_t.to(dtype),
-        None if noise is None else noise.detach().to(dtype),
-        *(c.detach().to(dtype) for c in (coeffs.c_x, coeffs.c_v, coeffs.std)),
+        *(None if x is None else _checks.as_saved(x.detach().to(dtype)) for x in data),
     )
 
 
@@ -134,8 +135,10 @@ def _bwd_fake(dx_next: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
     return dx_next.new_empty(dx_next.shape), dx_next.new_empty(dx_next.shape)
 
 
-def check_coefficients(op: str, coeffs: StepCoefficients, samples: int) -> None:
-    """Fields [samples] or [1], fp32 or fp64; std finite and not negative."""
+def check_coefficients(
+    op: str, coeffs: StepCoefficients, samples: int, mask: Tensor | None = None
+) -> None:
+    """Fields [samples] or [1], fp32 or fp64; std finite and not negative where `mask` counts."""
     for field in fields(coeffs):
         values = getattr(coeffs, field.name)
         name = f"coeffs.{field.name}"
@@ -148,10 +151,9 @@ def check_coefficients(op: str, coeffs: StepCoefficients, samples: int) -> None:
         raise ValueError(f"{op}: coeffs fields have different lengths: {lengths}")
     if _checks.check_values(coeffs.std):
         bad = ~(torch.isfinite(coeffs.std) & (coeffs.std >= 0))
-        if bool(bad.any()):
-            at = int(bad.nonzero()[0])
-            value = float(coeffs.std[at])
-            raise ValueError(f"{op}: coeffs.std[{at}] is {value}, expected a finite number >= 0")
+        bad = bad if mask is None else bad & mask
+        std = coeffs.std.expand(bad.shape)
+        _checks.refuse_first(op, "coeffs.std", std, bad, "a finite number >= 0")
 
 
 def check_latents(op: str, velocity: Tensor, **others: Tensor | None) -> None:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from lvrpo.reference._log_ratio import LOG_RATIO_LIMIT, saturate
+from lvrpo.reference._log_ratio import saturate
 from lvrpo.reference._precision import widen
 from lvrpo.reference.flow_step import per_sample
 
@@ -24,75 +24,99 @@ def flow_policy_loss(
     advantages: Tensor,  # [N]
     *,
     velocity_ref: Tensor | None = None,  # [N, ...]
-    sample_weights: Tensor | None = None,  # [N]
+    mask: Tensor | None = None,  # [N] bool
+    policy_weights: Tensor | None = None,  # [N]
     denominator: Tensor | None = None,  # []
     params: FlowLossParams,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """See `lvrpo.flow_policy_loss`; metrics by their field names."""
+    """See `lvrpo.flow_policy_loss`; the sums and extremes of its metrics, by their names."""
     v = widen(velocity)
-    weights = v.new_ones(len(v)) if sample_weights is None else sample_weights.detach().to(v)
-    # The op refuses a deterministic step where it may look at values; elsewhere it has no weight.
-    active = (weights > 0) & (coeffs.std > 0)
-    weights = torch.where(active, weights, 0.0)
-    total = weights.sum() if denominator is None else denominator.detach().to(v)
+    # What the op refuses where it may look at values has no weight where it may not.
+    active = ((coeffs.std > 0) & (coeffs.std < torch.inf)).expand(len(v))
+    active = active if mask is None else active & mask
+    total = (active.sum() if denominator is None else denominator.detach()).to(v)
 
-    def latent(x: Tensor) -> Tensor:  # a sample without weight may hold anything, NaN included
-        return torch.where(active.reshape(-1, *[1] * (v.dim() - 1)), x.to(v.dtype), 0.0)
+    def kept(x: Tensor, otherwise: float = 0.0) -> Tensor:  # what does not count may hold NaN
+        return torch.where(active.reshape(-1, *[1] * (x.dim() - 1)), x.to(v.dtype), otherwise)
 
-    def weighted_mean(x: Tensor) -> Tensor:
-        summed = torch.where(active, weights * x, 0.0).sum()
-        return torch.where(total > 0, summed / total, 0.0)
+    def mean(x: Tensor) -> Tensor:
+        summed = torch.where(active, x, 0.0).sum()
+        return torch.where(total > 0, summed / torch.where(total > 0, total, 1.0), 0.0)
 
-    std = torch.where(active, coeffs.std.to(v.dtype), 1.0)
-    abs_dt = torch.where(active, coeffs.dt.to(v.dtype).abs(), 1.0)
-    s, c_v = per_sample(std, v), per_sample(coeffs.c_v, v)
-    a = torch.where(active, advantages.detach().to(v.dtype), 0.0)
+    abs_dt, c_v = kept(coeffs.dt.abs(), 1.0), per_sample(kept(coeffs.c_v), v)
+    # In units of a power of two next to the std: exact, and no square of a small std is 0.
+    std = kept(coeffs.std, 1.0)
+    mantissa, _ = torch.frexp(std)
+    s, unit = per_sample(mantissa, v), per_sample(std / mantissa, v)
+    far = torch.finfo(v.dtype).max ** 0.75
+
+    def bounded(
+        shift: Tensor,
+    ) -> Tensor:  # z times it is finite; of its square the limit takes care
+        return shift.clamp(-far, far)
+
+    a = kept(advantages.detach())
+    weights = torch.ones_like(a) if policy_weights is None else policy_weights.detach().to(a)
+    pushes = active & (weights > 0) & (weights < torch.inf) & a.isfinite()
     if params.adv_clip is not None:
         a = a.clamp(-params.adv_clip, params.adv_clip)
-    v, z = latent(v), latent(noise.detach())
+    v, z = kept(v), kept(noise.detach())
 
-    dmu = c_v * (v - latent(velocity_old.detach()))
+    dv = v - kept(velocity_old.detach())
+    dmu = bounded(c_v * dv / unit)
     kl_old = element_mean(dmu**2 / (2 * s**2))
     if params.variant == "guard":
-        log_ratio = element_mean(z * dmu)
+        log_ratio = element_mean(z * bounded(c_v * dv))
+        pushes = pushes & (abs_dt > 0)
     else:
         log_ratio = element_mean(z * dmu / s - dmu**2 / (2 * s**2))
     if params.log_ratio_scale != "mean":
         log_ratio = log_ratio * (params.log_ratio_scale * v[0].numel() if len(v) else 1.0)
-    ratio = saturate(log_ratio, LOG_RATIO_LIMIT).exp()
+    exponent = saturate(log_ratio, params.log_ratio_limit)
+    ratio = exponent.detach().exp()
 
     if params.variant == "dppo":
         diverged = kl_old >= params.tau
         low, high = diverged & (a < 0) & (ratio < 1), diverged & (a > 0) & (ratio > 1)
-        policy = torch.where(low | high, 0.0, -a * ratio)
+        at_low = at_high = 0.0
     else:
-        low = (a < 0) & (ratio < 1 - params.clip_low)
-        high = (a > 0) & (ratio > 1 + params.clip_high)
-        clipped = ratio.clamp(1 - params.clip_low, 1 + params.clip_high)
-        policy = torch.maximum(-a * ratio, -a * clipped)
-        if params.variant == "guard":
-            policy = policy / abs_dt
+        at_low, at_high = 1 - params.clip_low, 1 + params.clip_high
+        low, high = (a < 0) & (ratio < at_low), (a > 0) & (ratio > at_high)
+    # Where the gradient is cut no exponential is taken: infinity times 0 would be its gradient.
+    free = torch.where(pushes & ~low & ~high & (a != 0), exponent, 0.0).exp()
+    policy = -a * torch.where(low, at_low, torch.where(high, at_high, free))
+    if params.variant == "guard":
+        policy = policy / torch.where(pushes, abs_dt, 1.0)
+    if policy_weights is not None:
+        policy = policy * weights
+    policy = torch.where(pushes, policy, 0.0)
 
     if velocity_ref is None:
         kl = dict.fromkeys(("velocity_mse", "gaussian", "no_dt", "dmu2"), torch.zeros_like(policy))
     else:
-        kl = distances(v - latent(velocity_ref.detach()), c_v, s, abs_dt)
-    loss = weighted_mean(policy + params.beta * kl[params.kl])
+        dv = v - kept(velocity_ref.detach())
+        gaussian = element_mean(bounded(c_v * dv / unit) ** 2 / (2 * s**2))
+        kl = {
+            "velocity_mse": element_mean(dv**2),
+            "gaussian": gaussian,
+            "no_dt": gaussian * abs_dt,
+            "dmu2": element_mean((c_v * dv) ** 2),
+        }
+    loss = mean(policy + params.beta * kl[params.kl] if params.beta > 0 else policy)
 
-    lowest, highest = extremes(ratio, active)
-    metrics = {
-        "policy_loss": weighted_mean(policy),
-        **{f"kl_{name}": weighted_mean(value) for name, value in kl.items()},
-        "kl_old": weighted_mean(kl_old),
-        "ratio_mean": weighted_mean(ratio),
-        "ratio_min": lowest,
-        "ratio_max": highest,
-        "abs_log_ratio": weighted_mean(log_ratio.abs()),
-        "clip_fraction_low": weighted_mean(low.to(v.dtype)),
-        "clip_fraction_high": weighted_mean(high.to(v.dtype)),
-        "active_samples": active.sum(),
+    sums = {
+        "policy_loss": policy,
+        **{f"kl_{name}": value for name, value in kl.items()},
+        "kl_old": kl_old,
+        "ratio_mean": ratio.clamp(max=torch.finfo(ratio.dtype).max),
+        "abs_log_ratio": log_ratio.abs(),
+        "clip_fraction_low": low,
+        "clip_fraction_high": high,
+        "active_samples": active,
     }
-    return loss, {name: value.detach().float() for name, value in metrics.items()}
+    lowest, highest = extremes(sums["ratio_mean"], active)
+    values = {name: torch.where(active, x.detach().double(), 0.0).sum() for name, x in sums.items()}
+    return loss, values | {"ratio_min": lowest, "ratio_max": highest}
 
 
 def element_mean(x: Tensor) -> Tensor:
@@ -100,21 +124,9 @@ def element_mean(x: Tensor) -> Tensor:
     return x.flatten(1).mean(dim=1)
 
 
-def distances(dv: Tensor, c_v: Tensor, s: Tensor, abs_dt: Tensor) -> dict[str, Tensor]:
-    """The KL forms by name, [N] each, of policies whose velocities differ by `dv`."""
-    gaussian = element_mean((c_v * dv) ** 2 / (2 * s**2))
-    return {
-        "velocity_mse": element_mean(dv**2),
-        "gaussian": gaussian,
-        "no_dt": gaussian * abs_dt,
-        "dmu2": element_mean((c_v * dv) ** 2),
-    }
-
-
 def extremes(ratio: Tensor, active: Tensor) -> tuple[Tensor, Tensor]:
-    """Smallest and largest active ratio; 1 when none is."""
+    """Smallest and largest active ratio; infinity and its negative when none is."""
     infinity = ratio.new_full((1,), torch.inf)
     lowest = torch.cat([ratio.masked_fill(~active, torch.inf), infinity]).amin()
     highest = torch.cat([ratio.masked_fill(~active, -torch.inf), -infinity]).amax()
-    nobody = ~active.any()
-    return lowest.masked_fill(nobody, 1.0), highest.masked_fill(nobody, 1.0)
+    return lowest, highest

@@ -33,11 +33,11 @@ def flow_step(
         return mean, v.new_zeros(len(v))
 
     stochastic = std > 0
-    deviation = torch.where(stochastic, std * noise.detach().to(v.dtype), 0.0)
-    x_next = mean + deviation
-    # The sample is data to its own density: x_next - mean, with a gradient through the mean alone.
-    residual = deviation + (mean.detach() - mean)
+    z = torch.where(stochastic, noise.detach().to(v.dtype), 0.0)
     safe_std = torch.where(stochastic, std, 1.0)
-    log_density = -(residual**2) / (2 * safe_std**2) - safe_std.log() - math.log(2 * math.pi) / 2
+    # The sample is data to its own density: mean - x_next has a gradient, and no other value.
+    towards = c_x * (x_t.to(v.dtype).detach() - x_t.to(v.dtype)) + c_v * (v.detach() - v)
+    standardized = z + towards / safe_std
+    log_density = -(standardized**2) / 2 - safe_std.log() - math.log(2 * math.pi) / 2
     logprob = torch.where(stochastic, log_density, 0.0).flatten(1).mean(dim=1)
-    return x_next, logprob
+    return mean + torch.where(stochastic, std * z, 0.0), logprob

@@ -234,6 +234,7 @@ class _Metrics:
 
     def __init__(self) -> None:
         self.found: dict[str, Tensor] = {}  # fp64 scalars
+        self.images: list[FlowLossMetrics] = []
 
     def add_text(self, result: PolicyLoss, entropy: Tensor, share: float) -> None:
         """`share` is this pack's part of the tokens: its metrics are means over its own."""
@@ -245,18 +246,13 @@ class _Metrics:
         self._extremes("text", found)
 
     def add_image(self, result: FlowPolicyLoss) -> None:
-        """Metrics of pictures are sums over the shared denominator already."""
-        found = result.metrics
         self._add("loss/image", result.loss.detach())
-        self._add("kl/image", found.kl_velocity_mse)
-        self._add("kl_gaussian/image", found.kl_gaussian)
-        self._add("clip/image", found.clip_fraction_low + found.clip_fraction_high)
-        self._extremes("image", found)
+        self.images.append(result.metrics)
 
     def _add(self, name: str, value: Tensor, share: float = 1.0) -> None:
         self.found[name] = self.found.get(name, 0.0) + share * value.double()
 
-    def _extremes(self, modality: str, found: LossMetrics | FlowLossMetrics) -> None:
+    def _extremes(self, modality: str, found: LossMetrics) -> None:
         # Unlike Python's min and max, torch's keep the NaN that the self test must see.
         for name, value, extreme in (
             (f"ratio/{modality}/min", found.ratio_min, torch.minimum),
@@ -267,5 +263,19 @@ class _Metrics:
 
     def result(self) -> dict[str, float]:
         """All metrics by name."""
-        values = torch.stack([*self.found.values()]).tolist() if self.found else []
-        return dict(zip(self.found, values, strict=True))
+        found = self.on_device()
+        values = torch.stack([*found.values()]).tolist() if found else []
+        return dict(zip(found, values, strict=True))
+
+    def on_device(self) -> dict[str, Tensor]:
+        """The same as fp64 scalars that nobody has waited for."""
+        if not self.images:
+            return self.found
+        image = FlowLossMetrics.merge(self.images)
+        return self.found | {
+            "kl/image": image.kl_velocity_mse.double(),
+            "kl_gaussian/image": image.kl_gaussian.double(),
+            "clip/image": (image.clip_fraction_low + image.clip_fraction_high).double(),
+            "ratio/image/min": image.ratio_min.double().clamp(max=1.0),
+            "ratio/image/max": image.ratio_max.double().clamp(min=1.0),
+        }

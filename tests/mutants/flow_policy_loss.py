@@ -72,6 +72,20 @@ def without_quadratic_term(**inputs: Any) -> Result:
     )
 
 
+def weights_as_mask(**inputs: Any) -> Result:
+    return reference(**inputs | {"mask": inputs["mask"] & (inputs["policy_weights"] > 0)})
+
+
+def weights_as_mask_of_the_loss(**inputs: Any) -> Result:
+    return weights_as_mask(**inputs)[0], reference(**inputs)[1]
+
+
+def mask_as_weights(**inputs: Any) -> Result:
+    weights = inputs["policy_weights"] * inputs["mask"]
+    unmasked = reference(**inputs | {"mask": None, "policy_weights": weights})
+    return unmasked[0], reference(**inputs)[1]
+
+
 MUTANTS: dict[str, Callable[..., Result]] = {
     "c_v sign": with_coefficients(c_v=torch.neg),
     "variance for std": with_coefficients(std=torch.square),
@@ -87,7 +101,11 @@ MUTANTS: dict[str, Callable[..., Result]] = {
     "advantage of the neighbour": with_input("advantages", lambda a: a.roll(1)),
     "noise of the neighbour": with_input("noise", lambda z: z.roll(1, 0)),
     "reference of the neighbour": with_input("velocity_ref", lambda v: v.roll(1, 0)),
-    "weights ignored": with_input("sample_weights", torch.ones_like),
+    "weights ignored": with_input("policy_weights", torch.ones_like),
+    "a weight of 0 does not count": weights_as_mask,
+    "a weight of 0 has no KL": weights_as_mask_of_the_loss,
+    "mask ignored": with_input("mask", torch.ones_like),
+    "mask on the policy term alone": mask_as_weights,
     "denominator ignored": with_input("denominator", lambda _: None),
     "KL without its gradient": gradient_of(with_params(beta=0.0)),
     "clipped samples still pull": gradient_of(with_params(clip_low=1.0, clip_high=1e9)),
@@ -103,5 +121,6 @@ VARIANT_MUTANTS: dict[str, tuple[str, Callable[..., Result]]] = {
     "guard with the std": ("guard", with_params(variant="ppo")),
     "guard not divided by dt": ("guard", with_coefficients(dt=torch.ones_like)),
     "dppo masks nothing": ("dppo", with_params(tau=1e9)),
+    "limit ignored": ("ppo", with_params(log_ratio_limit=None)),
     "dppo masks on its own gradient": ("dppo", with_input("advantages", torch.neg)),
 }

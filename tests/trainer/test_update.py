@@ -132,7 +132,7 @@ def test_an_update_reads_nothing_from_its_device_but_its_metrics(monkeypatch):
     for model in (policy.model, reference.model):
         model.to("meta")
     metrics: dict[str, Tensor] = {}
-    monkeypatch.setattr(_Metrics, "result", lambda self: metrics.update(self.found))
+    monkeypatch.setattr(_Metrics, "result", lambda self: metrics.update(self.on_device()))
     policy_gradient(
         policy, reference, found, SCHEDULE, dataclasses.replace(OBJECTIVE, max_rows=100)
     )
