@@ -92,10 +92,9 @@ LVRPO_MULTIVERSION Sums block_sums(const scalar_t* v, const acc* v_old, const ac
 }
 
 // The nearest finite number: infinity times the 0 of two equal velocities would be NaN.
-template <typename acc>
-acc finite(double x) {
-  constexpr double largest = std::numeric_limits<acc>::max();
-  return static_cast<acc>(std::clamp(x, -largest, largest));
+inline double finite(double x) {
+  constexpr double largest = std::numeric_limits<double>::max();
+  return std::clamp(x, -largest, largest);
 }
 
 // d loss / d velocity = noise z + old (v - v_old) + reference (v - v_ref).
@@ -103,10 +102,12 @@ template <typename acc>
 struct Direction {
   acc noise, old, reference;
   bool is_zero() const { return noise == acc(0) && old == acc(0) && reference == acc(0); }
+  bool is_finite() const { return std::isfinite(noise) && std::isfinite(old) && std::isfinite(reference); }
 };
 
-template <typename scalar_t, typename acc>
-LVRPO_MULTIVERSION void block_gradient(const scalar_t* v, const acc* v_old, const acc* z, const acc* v_ref,
+// acc is double for a std so small that its factors are too large for a float.
+template <typename scalar_t, typename data_t, typename acc>
+LVRPO_MULTIVERSION void block_gradient(const scalar_t* v, const data_t* v_old, const data_t* z, const data_t* v_ref,
                                        scalar_t* dv, int64_t n, Direction<acc> by) {
   if (v_ref == nullptr) {
 #pragma omp simd
@@ -210,7 +211,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> flow_policy_loss_fwd(
   Tensor loss = torch::stable::new_empty(velocity_old, {});
   Tensor sums = torch::stable::new_empty(velocity_old, {SUMS}, ScalarType::Double);
   Tensor extremes = torch::stable::new_empty(velocity_old, {EXTREMES}, ScalarType::Double);
-  Tensor directions = torch::stable::new_empty(velocity_old, {size.samples, 3});
+  Tensor directions = torch::stable::new_empty(velocity_old, {size.samples, 3}, ScalarType::Double);
 
   LVRPO_DISPATCH_FLOATING(velocity.scalar_type(), scalar_t, [&] {
     using acc = acc_t<scalar_t>;
@@ -244,8 +245,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> flow_policy_loss_fwd(
     for (int64_t n = 0; n < size.samples; ++n) active += is_active(n);
     const double total = denominator ? static_cast<double>(data<acc>(*denominator, "denominator")[0]) : active;
     const double share = total > 0 ? 1 / total : 0;
-    acc* direction = directions.mutable_data_ptr<acc>();
-    std::fill_n(direction, 3 * size.samples, acc(0));
+    double* direction = directions.mutable_data_ptr<double>();
+    std::fill_n(direction, 3 * size.samples, 0.0);
     double sum[SUMS] = {};
     double total_loss = 0, lowest = INF, highest = -INF;
     for (int64_t n = 0; n < size.samples; ++n) {
@@ -253,10 +254,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> flow_policy_loss_fwd(
       const Sample sample(size.elements, factor[n], deviation[n], step[n], advantage[n], size.sum_of(partial, n));
       const Policy policy = policy_of(sample, params, weight_of(n));
       total_loss += share * (params.beta > 0 ? policy.loss + params.beta * sample.kl(kl) : policy.loss);
-      direction[3 * n] = finite<acc>(share * policy.dnoise);
-      direction[3 * n + 1] = finite<acc>(share * policy.dold);
-      direction[3 * n + 2] = finite<acc>(share * params.beta * 2 * sample.kl_factor(kl) / sample.elements);
-      const double ratio = finite<double>(policy.ratio);
+      direction[3 * n] = finite(share * policy.dnoise);
+      direction[3 * n + 1] = finite(share * policy.dold);
+      direction[3 * n + 2] = finite(share * params.beta * 2 * sample.kl_factor(kl) / sample.elements);
+      const double ratio = finite(policy.ratio);
       lowest = std::min(lowest, ratio);
       highest = std::max(highest, ratio);
       sum[POLICY_LOSS] += policy.loss;
@@ -292,20 +293,25 @@ Tensor flow_policy_loss_bwd(Tensor dloss, Tensor velocity, Tensor velocity_old, 
   LVRPO_DISPATCH_FLOATING(velocity.scalar_type(), scalar_t, [&] {
     using acc = acc_t<scalar_t>;
     const acc upstream = data<acc>(dloss, "dloss")[0];
-    const acc* d = data<acc>(directions, "directions");
+    const double* d = data<double>(directions, "directions");
     const scalar_t* v = velocity.const_data_ptr<scalar_t>();
     const acc* v_old = data<acc>(velocity_old, "velocity_old");
     const acc* z = data<acc>(noise, "noise");
     const acc* v_ref = velocity_ref ? data<acc>(*velocity_ref, "velocity_ref") : nullptr;
     scalar_t* dv = dvelocity.mutable_data_ptr<scalar_t>();
     size.for_each_block([&](int64_t, int64_t sample, int64_t begin, int64_t n) {
-      const auto scaled = [&](int64_t i) { return finite<acc>(static_cast<double>(upstream) * d[3 * sample + i]); };
-      const Direction<acc> by{scaled(0), scaled(1), scaled(2)};
+      const double* f = d + 3 * sample;
+      const Direction<acc> by{upstream * static_cast<acc>(f[0]), upstream * static_cast<acc>(f[1]),
+                              upstream * static_cast<acc>(f[2])};
+      const acc* ref = v_ref ? v_ref + begin : nullptr;
       if (by.is_zero()) {  // without weight it may hold NaN
         std::fill_n(dv + begin, n, scalar_t(0));
+      } else if (by.is_finite()) {
+        block_gradient<scalar_t, acc, acc>(v + begin, v_old + begin, z + begin, ref, dv + begin, n, by);
       } else {
-        block_gradient<scalar_t, acc>(v + begin, v_old + begin, z + begin, v_ref ? v_ref + begin : nullptr, dv + begin,
-                                      n, by);
+        const double u = upstream;
+        block_gradient<scalar_t, acc, double>(v + begin, v_old + begin, z + begin, ref, dv + begin, n,
+                                              {finite(u * f[0]), finite(u * f[1]), finite(u * f[2])});
       }
     });
   });

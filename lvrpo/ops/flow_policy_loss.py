@@ -299,7 +299,7 @@ def _fwd_fake(velocity: Tensor, velocity_old: Tensor, *_: Any) -> tuple[Tensor, 
         velocity_old.new_empty(()),
         velocity_old.new_empty(len(FlowLossMetrics.SUMS), dtype=torch.float64),
         velocity_old.new_empty(len(FlowLossMetrics.EXTREMES), dtype=torch.float64),
-        velocity_old.new_empty((velocity.shape[0], 3)),
+        velocity_old.new_empty((velocity.shape[0], 3), dtype=torch.float64),
     )
 
 

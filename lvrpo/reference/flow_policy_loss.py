@@ -73,6 +73,8 @@ def flow_policy_loss(
     if params.log_ratio_scale != "mean":
         log_ratio = log_ratio * (params.log_ratio_scale * v[0].numel() if len(v) else 1.0)
     exponent = saturate(log_ratio, params.log_ratio_limit)
+    if params.log_ratio_limit is None or params.log_ratio_limit > 88:  # past what fp32 can hold
+        exponent = exponent.double()
     ratio = exponent.detach().exp()
 
     if params.variant == "dppo":
@@ -116,7 +118,7 @@ def flow_policy_loss(
     }
     lowest, highest = extremes(sums["ratio_mean"], active)
     values = {name: torch.where(active, x.detach().double(), 0.0).sum() for name, x in sums.items()}
-    return loss, values | {"ratio_min": lowest, "ratio_max": highest}
+    return loss.to(v.dtype), values | {"ratio_min": lowest, "ratio_max": highest}
 
 
 def element_mean(x: Tensor) -> Tensor:
