@@ -267,7 +267,7 @@ def test_no_disk_space_keeps_the_previous_checkpoint(half_way, trained):
 
 
 REWARDS = """
-import json
+import json, time
 
 def raises(samples):
     raise RuntimeError("the service is down")
@@ -296,6 +296,16 @@ def leaves(samples):
 def later(samples):
     if len(samples) == 6:  # of a step, not of the eight that are tried before
         raise RuntimeError("the service is down")
+    return [1.0] * len(samples)
+
+def sleeps(samples):
+    while len(samples) == 6:
+        time.sleep(3600)
+    return [1.0] * len(samples)
+
+def spins(samples):
+    while len(samples) == 6:
+        pass
     return [1.0] * len(samples)
 
 def picky(samples):
@@ -338,6 +348,24 @@ def test_a_reward_function_that_fails_in_a_step(tmp_path):
     before = contents(run / "checkpoints")
     assert message in refused("train", run, after_start=True)
     assert contents(run / "checkpoints") == before
+
+
+@pytest.mark.parametrize("name", ["sleeps", "spins"])
+def test_a_reward_function_that_hangs_ends_the_run_and_the_process(tmp_path, name):
+    """The thread that is left behind keeps neither the error nor the end of the process back."""
+    overrides = own_reward_overrides(tmp_path, name)
+    run = tmp_path / "run"
+    ended = subprocess.run(
+        [sys.executable, "-m", "lvrpo.cli", "train", run, *overrides, "-s", "rewards.timeout=1"],
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert ended.returncode == 2, ended.stderr
+    last = ended.stderr.splitlines()[-1]
+    assert f"reward '{name}' took longer than 1 s (rewards.timeout), first prompt 'train/" in last
+    assert "mine.py:" in last
+    assert load_newest(run / "checkpoints").step == 3
 
 
 def test_a_reward_function_that_fails_is_no_signal_if_asked(tmp_path):
