@@ -201,18 +201,14 @@ def stage_chart(stages: Sequence[tuple[str, float]], total: float) -> Chart:
     )
 
 
-def _line(rows: Sequence[Row], key: str, name: str) -> Line | None:
-    """The values of `key` over the rows; None when no row has a finite one."""
-    values = np.array([_number(row.get(key)) for row in rows], dtype=np.float64)
-    if not np.isfinite(values).any():
-        return None
-    return Line(name, np.array([row["step"] for row in rows]), values)
-
-
-def _lines(rows: Sequence[Row], keys: Mapping[str, str]) -> list[Line]:
-    """The lines of {key: name} that have values."""
-    found = (_line(rows, key, name) for key, name in keys.items())
-    return [each for each in found if each]
+def _lines(rows: Sequence[Row], keys: Mapping[str, str], *, exact: bool = False) -> list[Line]:
+    """The lines of {key: name} that have a finite value."""
+    steps = np.array([row["step"] for row in rows])
+    found = (
+        Line(name, steps, np.array([_number(row.get(key)) for row in rows]), exact=exact)
+        for key, name in keys.items()
+    )
+    return [line for line in found if np.isfinite(line.values).any()]
 
 
 def _mean(rows: Sequence[Row], key: str) -> float:
@@ -233,8 +229,7 @@ def _by_task(rows: Sequence[Row], prefix: str) -> dict[str, dict[str, str]]:
         if head == prefix and rest:
             task, slash, name = rest.partition("/")  # a user's reward may be named by a path
             found.setdefault(task if slash else "", {})[key] = (name or task).rpartition("/")[2]
-    known = list(TASKS)
-    order = sorted(found, key=lambda task: known.index(task) if task in known else len(known))
+    order = sorted(found, key=lambda task: [*TASKS, task].index(task))
     return {task: found[task] for task in order}
 
 
@@ -268,14 +263,19 @@ def _score_chart(rows: Sequence[Row]) -> Chart | None:
 
 def _share_chart(rows: Sequence[Row]) -> Chart | None:
     panels = [
-        Panel(task_name(task), _lines(rows, keys), percent=True, stacked=True)
+        Panel(
+            task_name(task),
+            _lines([r for r in rows if any(_number(r.get(k)) > 0 for k in keys)], keys),
+            percent=True,
+            stacked=True,
+        )
         for task, keys in _by_task(rows, "share").items()
     ]
     return line_chart(
         "reward-shares",
         "Each reward's share of the advantage variance",
         "The height of a band is how much that reward decides which outputs are reinforced; a "
-        "reward with a thin band is drowned by the others.",
+        "reward with a thin band is drowned by the others. Steps without a signal are left out.",
         panels,
     )
 
@@ -334,7 +334,7 @@ def _optimiser_chart(rows: Sequence[Row]) -> Chart | None:
         "being learned, a spike is worth a look at that step.",
         [
             Panel("Gradient norm", _lines(rows, {"grad_norm": "norm"})),
-            Panel("Learning rate", _lines(rows, {"lr": "rate"})),
+            Panel("Learning rate", _lines(rows, {"lr": "rate"}, exact=True)),
         ],
     )
 

@@ -17,12 +17,13 @@ from lvrpo.trainer.records import (
     GalleryItem,
     Row,
     Score,
+    eval_rewards,
     eval_scores,
     load_gallery,
     read_evals,
     read_metrics,
 )
-from lvrpo.trainer.statistics import Change, compare_rates
+from lvrpo.trainer.statistics import Change, Mean, compare_means, compare_rates
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -86,6 +87,18 @@ class Run:
         return before, None if after is before else after
 
 
+def verdict_of(change: Change) -> tuple[str, str]:
+    """(style, words): what the intervals allow one to say."""
+    if math.isnan(change.interval.low):
+        return "unclear", "too few prompts to say"
+    if not change.excludes_zero:
+        return "unclear", "no clear change: the interval includes zero"
+    style, word = ("better", "Better") if change.difference > 0 else ("worse", "Worse")
+    if change.apart:
+        return style, f"{word}: the intervals before and after are apart"
+    return style, f"{word}, though the intervals before and after overlap"
+
+
 @dataclass(frozen=True)
 class Comparison:
     """One score before and after."""
@@ -102,13 +115,33 @@ class Comparison:
 
     @property
     def verdict(self) -> tuple[str, str]:
-        """(style, words): what the intervals allow one to say."""
-        if not self.change.excludes_zero:
-            return "unclear", "no clear change: the interval includes zero"
-        style, word = ("better", "Better") if self.change.difference > 0 else ("worse", "Worse")
-        if self.change.apart:
-            return style, f"{word}: the intervals before and after are apart"
-        return style, f"{word}, though the intervals before and after overlap"
+        """(style, words), see `verdict_of`."""
+        return verdict_of(self.change)
+
+
+@dataclass(frozen=True)
+class RewardComparison:
+    """The held-out mean of one reward before and after."""
+
+    task: str
+    name: str
+    before: Mean
+    after: Mean
+
+    @property
+    def title(self) -> str:
+        """Its row label: a reward of the user's own may be named by a path."""
+        return self.name.rpartition("/")[2]
+
+    @property
+    def change(self) -> Change:
+        """after - before."""
+        return compare_means(self.before, self.after)
+
+    @property
+    def verdict(self) -> tuple[str, str]:
+        """(style, words), see `verdict_of`."""
+        return verdict_of(self.change)
 
 
 @dataclass(frozen=True)
@@ -189,6 +222,15 @@ def compare_scores(before: Row | None, after: Row | None) -> list[Comparison]:
             _rank(each.after.measure, list(MEASURES)),
         ),
     )
+
+
+def compare_rewards(before: Row | None, after: Row | None) -> list[RewardComparison]:
+    """Every reward both evaluations have a mean of, by task."""
+    if before is None or after is None:
+        return []
+    old, new = eval_rewards(before), eval_rewards(after)
+    found = [RewardComparison(*key, old[key], new[key]) for key in new if key in old]
+    return sorted(found, key=lambda each: _rank(each.task, list(TASKS)))
 
 
 def collect_alarms(rows: Sequence[Row]) -> list[Alarm]:

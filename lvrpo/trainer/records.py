@@ -26,6 +26,8 @@ from typing import Any, Literal
 
 import numpy as np
 
+from lvrpo.trainer.statistics import Mean
+
 Row = dict[str, Any]
 PHASES = ("warm_start", "grpo")
 
@@ -98,7 +100,8 @@ class RunWriter:
         _keep_rows(path, lambda old: (old["step"], old.get("label")) != name)
         _append(path, plain)
         rates = {f"eval/{s.name}": s.successes / s.total for s in eval_scores(plain) if s.total}
-        self._add_scalars(plain, rates)
+        means = {f"eval/reward/{t}/{name}": m.value for (t, name), m in eval_rewards(plain).items()}
+        self._add_scalars(plain, rates | means)
 
     def close(self) -> None:
         """Flush TensorBoard's events; the JSON lines are on disk already."""
@@ -186,6 +189,28 @@ def eval_scores(row: Mapping[str, Any]) -> list[Score]:
         if math.isfinite(successes) and 0 <= successes <= total:
             scores.append(Score(task, kind, measure, successes, total))
     return scores
+
+
+def reward_row(task: str, name: str, mean: Mean) -> Row:
+    """The keys of an evaluation row that hold the mean of one reward."""
+    key = f"{task}/{name}"
+    return {
+        f"reward/{key}": mean.value,
+        f"reward_error/{key}": mean.error,
+        f"reward_count/{key}": mean.count,
+    }
+
+
+def eval_rewards(row: Mapping[str, Any]) -> dict[tuple[str, str], Mean]:
+    """{(task, name): mean} of the rewards of an evaluation row, the inverse of `reward_row`."""
+    found = {}
+    for key, value in row.items():
+        head, _, rest = key.partition("/")
+        task, _, name = rest.partition("/")  # which may be a path
+        count = row.get(f"reward_count/{rest}")
+        if head == "reward" and isinstance(count, int) and count and math.isfinite(value):
+            found[task, name] = Mean(value, row.get(f"reward_error/{rest}", math.nan), count)
+    return found
 
 
 @dataclass(frozen=True)

@@ -19,11 +19,12 @@ from lvrpo.trainer.findings import (
     Comparison,
     Run,
     collect_alarms,
+    compare_rewards,
     compare_scores,
     load_run,
     pair_gallery,
 )
-from lvrpo.trainer.records import PHASES, eval_scores, to_png, write_atomically
+from lvrpo.trainer.records import PHASES, eval_rewards, eval_scores, to_png, write_atomically
 from lvrpo.trainer.statistics import wilson_interval
 
 NO_BREAK, MINUS = "\N{NO-BREAK SPACE}", "\N{MINUS SIGN}"
@@ -79,6 +80,8 @@ def _template() -> jinja2.Template:
     )
     environment.filters |= {
         "percent": lambda rate: f"{100 * rate:.1f}{NO_BREAK}%",
+        "number": lambda value: f"{value:.3g}".replace("-", MINUS),
+        "signed": lambda value: f"{value:+.3g}".replace("-", MINUS),
         "points": lambda difference: f"{100 * difference:+.1f}".replace("-", MINUS),
         "picture": lambda item: _data_uri(to_png(item)),
         "task_name": charts.task_name,
@@ -97,6 +100,8 @@ def _results(run: Run, folder: Path) -> dict[str, Any]:
         "before": before,
         "after": after,
         "tasks": tasks,
+        "rewards": compare_rewards(before, after),
+        "only_rewards": eval_rewards(before or {}),
         "headlines": [each for each in comparisons if not each.after.kind],
         "only": [score for score in eval_scores(before or {}) if score.total],
         "results_figure": _results_figure(comparisons, folder),
@@ -107,7 +112,14 @@ def _judge(run: Run) -> dict[str, Any]:
     """The accuracy of the pictures' judge, and its interval when the count is known."""
     accuracy, total = (run.environment.get(f"judge_{name}") for name in ("accuracy", "total"))
     interval = wilson_interval(accuracy * total, total) if accuracy is not None and total else None
-    return {"judge": accuracy, "judge_total": total, "judge_interval": interval}
+    # Pictures of the user's own have no judge of ours.
+    judged = any("gold" in key or "strict" in key for row in run.evals for key in row)
+    return {
+        "judge": accuracy,
+        "judge_total": total,
+        "judge_interval": interval,
+        "judged": judged or not run.evals,
+    }
 
 
 def _side_by_side(runs: Sequence[Run]) -> dict[str, Any]:
@@ -115,8 +127,12 @@ def _side_by_side(runs: Sequence[Run]) -> dict[str, Any]:
         {c.after.name: c for c in compare_scores(*run.before_after()) if not c.after.kind}
         for run in runs
     ]
-    names = list(dict.fromkeys(name for each in scores for name in each))
-    return {"runs": list(zip(runs, scores, strict=True)), "run_scores": names}
+    heads = {
+        name: f"{charts.task_name(each.after.task)}: {each.title}"
+        for run_scores in scores
+        for name, each in run_scores.items()
+    }
+    return {"runs": list(zip(runs, scores, strict=True)), "run_scores": heads}
 
 
 def _results_figure(comparisons: Sequence[Comparison], folder: Path) -> dict[str, str] | None:

@@ -1,12 +1,16 @@
-"""Intervals for the rates a run reports: Wilson for one rate, Newcombe for a difference of two.
+"""Intervals for what a run reports: Wilson for a rate, Newcombe for a difference of two, and the
+normal one for a mean reward, which has no bounds.
 
-Both stay inside what is possible ([0, 1], [-1, 1]) and keep their coverage near 0 % and 100 %,
-where the textbook "plus or minus two standard errors" collapses to a width of zero.
+The first two stay inside what is possible ([0, 1], [-1, 1]) and keep their coverage near 0 % and
+100 %, where the textbook "plus or minus two standard errors" collapses to a width of zero.
 """
 
 from __future__ import annotations
 
-from math import hypot, sqrt
+from collections import defaultdict
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass
+from math import fsum, hypot, nan, sqrt
 from typing import NamedTuple
 
 Z_95 = 1.959963984540054  # 97.5 % quantile of the standard normal: two-sided 95 %
@@ -24,13 +28,13 @@ class Interval(NamedTuple):
 
 
 class Change(NamedTuple):
-    """The difference of two rates, after - before.
+    """The difference of two rates or means, after - before.
 
     Attributes:
-        difference: after - before, in [-1, 1].
-        interval: its 95 % interval (Newcombe).
-        apart: the two rates' own 95 % intervals do not overlap, which asks for more than `interval`
-            leaving out zero.
+        difference: after - before; of rates in [-1, 1].
+        interval: its 95 % interval.
+        apart: the two values' own 95 % intervals do not overlap, which asks for more than that
+            `interval` leaves out zero.
     """
 
     difference: float
@@ -96,3 +100,60 @@ def compare_rates(
         difference + hypot(high.high - rate_after, rate_before - low.low),
     )
     return Change(difference, interval, apart=not low.overlaps(high))
+
+
+@dataclass(frozen=True)
+class Mean:
+    """A mean of graded scores.
+
+    Attributes:
+        value: the mean.
+        error: its standard error, NaN where fewer than two prompts tell of it.
+        count: how many scores it is of.
+    """
+
+    value: float
+    error: float
+    count: int
+
+    def interval(self, *, z: float = Z_95) -> Interval:
+        """value +- z standard errors; fair from some thirty prompts on."""
+        return Interval(self.value - z * self.error, self.value + z * self.error)
+
+
+def clustered_mean(scores: Sequence[float], clusters: Sequence[Hashable]) -> Mean:
+    """The mean of scores, the error of which takes what shares a prompt as one draw.
+
+    error² = G / (G - 1) sum over the G clusters of (sum in it of (score - mean))² / n², which is
+    s²/n where every score has a cluster of its own.
+
+    Args:
+        scores: n finite numbers, n >= 1.
+        clusters: [n], equal for scores that are not independent.
+
+    Raises:
+        ValueError: no score, or another number of clusters.
+    """
+    if not scores or len(scores) != len(clusters):
+        raise ValueError(
+            f"clustered_mean: {len(scores)} scores of {len(clusters)} clusters, expected as many "
+            "and one at least"
+        )
+    mean = fsum(scores) / len(scores)
+    deviations: defaultdict[Hashable, list[float]] = defaultdict(list)
+    for score, cluster in zip(scores, clusters, strict=True):
+        deviations[cluster].append(score - mean)
+    groups = len(deviations)
+    if groups < 2:
+        return Mean(mean, nan, len(scores))
+    square = fsum(fsum(parts) ** 2 for parts in deviations.values()) * groups / (groups - 1)
+    return Mean(mean, sqrt(square) / len(scores), len(scores))
+
+
+def compare_means(before: Mean, after: Mean, *, z: float = Z_95) -> Change:
+    """after - before, taken as independent; wider, as a rule, than by pairs of the same prompt."""
+    difference = after.value - before.value
+    reach = z * hypot(before.error, after.error)
+    interval = Interval(difference - reach, difference + reach)
+    apart = not before.interval(z=z).overlaps(after.interval(z=z))
+    return Change(difference, interval, apart)

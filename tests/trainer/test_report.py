@@ -14,10 +14,11 @@ from PIL import Image
 from trainer.synthetic_run import eval_row, grpo_row, make_run
 
 from lvrpo.trainer import charts
-from lvrpo.trainer.figures import LIGHT, colours_of, duration, smooth
+from lvrpo.trainer.figures import DARK, LIGHT, Theme, colours_of, duration, smooth
 from lvrpo.trainer.findings import collect_alarms, compare_scores
-from lvrpo.trainer.records import GalleryItem, RunWriter, save_gallery
+from lvrpo.trainer.records import GalleryItem, RunWriter, reward_row, save_gallery
 from lvrpo.trainer.report import write_report
+from lvrpo.trainer.statistics import clustered_mean
 
 
 class Page(HTMLParser):
@@ -151,7 +152,6 @@ def test_a_run_that_just_began_has_a_page(tmp_path: Path) -> None:
         "No evaluation was recorded",
         "No gallery was saved",
         "No stage was timed",
-        "its own accuracy was not recorded",
         "The config is missing",
         "no environment.json",
     ):
@@ -292,3 +292,61 @@ def test_a_quantity_has_one_colour_and_no_two_share_one() -> None:
 )
 def test_durations_read_well(seconds: float, text: str) -> None:
     assert duration(seconds) == text
+
+
+def luminance(colour: str) -> float:
+    """Relative luminance by WCAG 2."""
+    parts = [int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)]
+    linear = [c / 12.92 if c <= 0.03928 else ((c + 0.055) / 1.055) ** 2.4 for c in parts]
+    return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+
+@pytest.mark.parametrize("theme", [LIGHT, DARK], ids=lambda theme: theme.name)
+def test_every_name_written_in_a_colour_can_be_read(theme: Theme) -> None:
+    for colour in (*theme.lines, theme.ink, theme.muted):
+        low, high = sorted((luminance(colour), luminance(theme.surface)))
+        assert (high + 0.05) / (low + 0.05) >= 4.5, colour
+
+
+def test_the_learning_rate_is_what_was_set_and_not_a_mean_of_it() -> None:
+    rows = [{"step": s, "lr": 1e-4 * (1 - s / 100), "grad_norm": s % 7} for s in range(1, 100)]
+    chart = charts._optimiser_chart(rows)
+    axes = chart.draw(LIGHT).axes
+    rate = next(each for each in axes if each.get_title() == "Learning rate")
+    (label,) = (text.get_text() for text in rate.texts)
+    assert label == "rate  1e\N{MINUS SIGN}6"
+
+
+def test_steps_without_a_signal_have_no_share() -> None:
+    shares = [(0.75, 0.25), (0.0, 0.0), (0.25, 0.75), (0.0, 0.0), (0.0, 0.0)]
+    rows = [
+        {"step": step, "share/generate/a": a, "share/generate/b": b}
+        for step, (a, b) in enumerate(shares * 6, 1)
+    ]
+    chart = charts._share_chart(rows)
+    assert "a: 75% at first, 25% at last" in chart.alt
+    texts = [text.get_text() for text in chart.draw(LIGHT).axes[0].texts]
+    assert sum(int(re.search(r"(\d+)%", text)[1]) for text in texts) == 100
+
+
+def test_rewards_of_the_users_own_have_a_before_and_an_after(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    name = "mine/my_rewards.py:colour"
+    with RunWriter(tmp_path / "own", tensorboard=False) as writer:
+        for step, label, lift in ((0, "warm start", 0.0), (3, "after", 0.5)):
+            mean = clustered_mean((lift + rng.normal(size=400)).tolist(), range(400))
+            row = {"step": step, "label": label, **reward_row("generate", name, mean)}
+            writer.write_eval(row)
+    text = Page(write_report(tmp_path / "own")).text
+    assert "my_rewards.py:colour" in text
+    assert "Better: the intervals before and after are apart." in text
+    assert "No evaluation was recorded" not in text
+    assert "Judge of the pictures" not in text
+
+
+def test_the_page_for_a_keyboard_and_for_words(page: Page) -> None:
+    scrollers = re.findall(r'<div class="scroll"([^>]*)>', page.source)
+    assert scrollers
+    assert all('tabindex="0"' in each and 'role="region"' in each for each in scrollers)
+    assert "Generation: whole request right" in page.text
+    assert "<details open" not in page.source
