@@ -7,7 +7,6 @@ finished and saved.
 from __future__ import annotations
 
 import contextlib
-import json
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -94,7 +93,7 @@ def evaluate(
     with one_line_errors():
         found = evaluate_run(run, items=items, seed=seed, data=data)
         _notes(found.notes)
-        typer.echo(json.dumps(found.scores(), indent=1) if as_json else "\n".join(found.lines()))
+        typer.echo(found.to_json() if as_json else "\n".join(found.lines()))
 
 
 @app.command(

@@ -1,8 +1,9 @@
-"""Held-out measurement: sampled answers on test digits, drawings of prompts never trained on."""
+"""Held-out measurement: rules and rewards on one sample for each prompt that was not trained on."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 from itertools import islice
 from typing import Any
 
@@ -13,9 +14,11 @@ from lvrpo.models.flow import FlowSchedule
 from lvrpo.models.policy import Policy
 from lvrpo.rewards.samples import FinishReason, Samples
 from lvrpo.trainer.config import RolloutSection
-from lvrpo.trainer.records import GalleryItem
+from lvrpo.trainer.experience import score_samples
+from lvrpo.trainer.records import GalleryItem, reward_row
 from lvrpo.trainer.rollout import sample_answers, sample_pictures
-from lvrpo.trainer.task import Task
+from lvrpo.trainer.statistics import clustered_mean
+from lvrpo.trainer.task import Task, used_rewards
 
 #: Prompts evaluated at once; bounds the memory, changes no number.
 CHUNK = 256
@@ -29,9 +32,11 @@ def evaluate(
     rollout: RolloutSection,
     schedule: FlowSchedule,
     *,
+    reference: Policy | None,
     items: int,
     gallery_items: int,
     seed: int,
+    progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> tuple[dict[str, Any], list[GalleryItem]]:
     """One sampled answer or drawing for each of `items` held-out prompts per task.
 
@@ -40,16 +45,24 @@ def evaluate(
         task: gives the prompts and judges the samples.
         rollout: sampling parameters.
         schedule: of the denoising.
+        reference: the policy that rewards are computed with, see `Task.rewards`; None to leave the
+            rewards out.
         items: prompts per task.
         gallery_items: how many of them, in all, are returned as pictures.
         seed: of the samples.
+        progress: told how many prompts are sampled, and of how many.
 
     Returns:
-        Counts keyed as a row of evals.jsonl, and the gallery.
+        Counts and means of rewards, keyed as a row of evals.jsonl, and the gallery.
+
+    Raises:
+        RewardError: as in training.
     """
     row: dict[str, Any] = {}
     gallery: list[GalleryItem] = []
     questions = task.evaluation_examples("understand", items)
+    prompts = task.evaluation_examples("generate", items)
+    total = len(questions) + len(prompts)
     if questions:
         texts: list[str] = []
         reasons: list[FinishReason] = []
@@ -65,24 +78,61 @@ def evaluate(
             )
             texts += answers.texts
             reasons += answers.finish_reasons
+            progress(len(texts), total)
         samples = Samples.of_texts(questions, texts, reasons)
-        row |= task.count(samples)
+        row |= task.count(samples) | _reward_means(task, samples, reference)
         row["truncated/understand"] = float(samples.truncated.float().mean())
         gallery += _gallery(task, samples, seed, gallery_items // 2)
-    prompts = task.evaluation_examples("generate", items)
     if prompts:
-        images = [
-            sample_pictures(policy, chunk, 1, schedule, seed=seed, step=EVALUATION_STEP).images
-            for chunk in _chunks(prompts)
-        ]
+        images = []
+        for chunk in _chunks(prompts):
+            drawn = sample_pictures(policy, chunk, 1, schedule, seed=seed, step=EVALUATION_STEP)
+            images.append(drawn.images)
+            progress(len(questions) + CHUNK * (len(images) - 1) + len(chunk), total)
         samples = Samples.of_images(prompts, torch.cat(images))
-        row |= task.count(samples)
+        row |= task.count(samples) | _reward_means(task, samples, reference)
         gallery += _gallery(task, samples, seed, gallery_items - gallery_items // 2)
     return row, gallery
 
 
 def _chunks(examples: Sequence[Example]) -> list[Sequence[Example]]:
     return [examples[i : i + CHUNK] for i in range(0, len(examples), CHUNK)]
+
+
+def _reward_means(task: Task, samples: Samples, reference: Policy | None) -> dict[str, Any]:
+    """The mean of every configured reward, over the samples that it has a score for."""
+    modality, config = samples.examples[0].task, task.config
+    names = used_rewards(config).get(modality, {})
+    if reference is None or not names:
+        return {}
+    # No larger batches than in training: a reward's time limit is for those.
+    size = config.rollout.group_size * getattr(config.rollout, f"{modality}_prompts")
+    tables = [
+        score_samples(
+            task.rewards(reference)[modality],
+            samples.take(range(start, min(start + size, len(samples)))),
+            modality,
+            config.rewards,
+        )[0]
+        for start in range(0, len(samples), size)
+    ]
+    clusters = [_asked(example) for example in samples.examples]
+    row: dict[str, Any] = {}
+    for name, column in zip(names, torch.cat(tables).T.tolist(), strict=True):
+        pairs = zip(column, clusters, strict=True)
+        known = [(score, cluster) for score, cluster in pairs if not math.isnan(score)]
+        if known:
+            scores, prompts = zip(*known, strict=True)
+            row |= reward_row(modality, name, clustered_mean(scores, prompts))
+    return row
+
+
+def _asked(example: Example) -> str:
+    """Equal for two prompts that ask for the same: their samples are not independent."""
+    if example.task == "generate" and example.rule is None:
+        return example.prompt
+    assert example.identity is not None
+    return example.identity.digest
 
 
 def _gallery(task: Task, samples: Samples, seed: int, count: int) -> list[GalleryItem]:

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import difflib
 import itertools
+import json
+import math
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,14 +17,20 @@ import numpy as np
 
 from lvrpo.data.example import TASKS, Example
 from lvrpo.data.jsonl import DataError, load_picture
+from lvrpo.models.policy import Policy
 from lvrpo.models.tokenizer import words_of
+from lvrpo.rewards.combine import RewardError
+from lvrpo.trainer.checkpoint import load_newest
 from lvrpo.trainer.evaluate import evaluate
-from lvrpo.trainer.records import Row, eval_scores
+from lvrpo.trainer.progress import ProgressView
+from lvrpo.trainer.records import Row, eval_rewards, eval_scores
 from lvrpo.trainer.rollout import sample_answers, sample_pictures
 from lvrpo.trainer.run import load_policy
 from lvrpo.trainer.run_directory import RunDirectoryError
 from lvrpo.trainer.schedule import flow_schedule
+from lvrpo.trainer.state import load_weights
 from lvrpo.trainer.statistics import wilson_interval
+from lvrpo.trainer.task import Task
 
 #: First words that tell a question, and a request to draw, in English.
 _QUESTIONS = frozenset(
@@ -44,15 +53,37 @@ class Evaluation:
     notes: list[str]
 
     def lines(self) -> list[str]:
-        """One line per score, with its 95 % interval."""
-        return [
+        """One line per score and reward, with its 95 % interval."""
+        rates = [
             f"{name:<32} {each['rate']:6.1%}  [{each['low']:.1%}, {each['high']:.1%}]  "
             f"of {each['total']}"
             for name, each in self.scores().items()
         ]
+        means = [
+            f"{name:<32} {each['mean']:6.4g}  [{each['low']:.4g}, {each['high']:.4g}]  "
+            f"of {each['count']}"
+            for name, each in self.rewards().items()
+        ]
+        return rates + means
+
+    def to_json(self) -> str:
+        """Scores and rewards; an interval that too few prompts tell of is null."""
+        found = {"scores": self.scores(), "rewards": self.rewards()}
+        for reward in found["rewards"].values():
+            reward |= {key: None for key in ("low", "high") if math.isnan(reward[key])}
+        return json.dumps(found, indent=1, allow_nan=False)
+
+    def rewards(self) -> dict[str, dict[str, Any]]:
+        """{"reward/<task>/<name>": mean, low and high of its 95 % interval, count}."""
+        found = {}
+        for (task, name), mean in eval_rewards(self.row).items():
+            low, high = mean.interval()
+            values = {"mean": mean.value, "low": low, "high": high, "count": mean.count}
+            found[f"reward/{task}/{name}"] = values
+        return found
 
     def scores(self) -> dict[str, dict[str, Any]]:
-        """{name: rate, low and high of its 95 % interval, total}, ready for JSON."""
+        """{"<task>/<measure>": rate, low and high of its 95 % interval, total}."""
         found = {}
         for score in eval_scores(self.row):
             low, high = wilson_interval(score.successes, score.total)
@@ -84,19 +115,42 @@ def evaluate_run(directory: Path, *, items: int, seed: int, data: Path | None) -
             for text in (example.prompt, example.answer or "")
         ]
         notes = _foreign_note(task.tokenizer.words, texts, data)
-    row, _ = evaluate(
-        policy,
-        task,
-        config.rollout,
-        flow_schedule(config.rollout),
-        items=items,
-        gallery_items=0,
-        seed=seed,
-    )
-    if not list(eval_scores(row)):
-        where = data or config.data.eval_source
-        raise DataError(f"{where}: nothing to judge, no example has an answer or a rule")
+    reference = _reference(directory, task, notes)
+    with ProgressView(0) as view:
+        row, _ = evaluate(
+            policy,
+            task,
+            config.rollout,
+            flow_schedule(config.rollout),
+            reference=reference,
+            items=items,
+            gallery_items=0,
+            seed=seed,
+            progress=partial(view.evaluation, ""),
+        )
+    if not eval_scores(row) and not eval_rewards(row):
+        where = data or config.data.eval_source or "the held-out data"
+        raise DataError(
+            f"{where}: nothing to judge, no example has an answer, a rule or a reward of this run's"
+        )
     return Evaluation(row, notes)
+
+
+def _reference(directory: Path, task: Task, notes: list[str]) -> Policy | None:
+    """The policy that rewards are computed with; None, and a note, where that cannot be."""
+    saved = load_newest(directory / "reference")
+    if saved is None:
+        notes.append("the warm start goes on: rewards are not measured yet")
+        return None
+    model = task.new_model()
+    load_weights(model, saved, "")
+    reference = task.policy(model.requires_grad_(False))
+    try:
+        task.rewards(reference)
+    except RewardError as error:
+        notes.append(f"rewards are not measured: {error}")
+        return None
+    return reference
 
 
 def _foreign_note(known: Iterable[str], texts: Sequence[str], data: Path) -> list[str]:

@@ -12,11 +12,13 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
 from lvrpo.models.flow import FlowSchedule
+from lvrpo.models.policy import Policy
 from lvrpo.trainer.checkpoint import load_newest, save_checkpoint
 from lvrpo.trainer.config import TrainConfig
 from lvrpo.trainer.evaluate import evaluate
@@ -47,6 +49,7 @@ class Listener:
 
     progress: Callable[[Progress], None] = lambda progress: None
     message: Callable[[str], None] = lambda message: None
+    evaluation: Callable[[str, int, int], None] = lambda label, done, total: None
 
 
 @dataclass
@@ -123,7 +126,7 @@ def _grpo(run: Run) -> None:
     reference = _reference(run)
     schedule = flow_schedule(config.rollout)
     objective = Objective.from_config(config)
-    _evaluate_once(run, WARM_START, config.warm_start.steps, reference, schedule)
+    _evaluate_once(run, WARM_START, config.warm_start.steps, reference, reference, schedule)
     while state.step < run.total and not run.interrupted():
         started = time.perf_counter()
         step = state.step + 1
@@ -139,7 +142,7 @@ def _grpo(run: Run) -> None:
         metrics["time/total"] = time.perf_counter() - started
         _finish_step(run, "grpo", metrics)
     if not run.interrupted():
-        _evaluate_once(run, AFTER, run.total, run.task.policy(state.average), schedule)
+        _evaluate_once(run, AFTER, run.total, run.task.policy(state.average), reference, schedule)
 
 
 def _finish_step(run: Run, phase: str, metrics: dict[str, Any]) -> None:
@@ -158,7 +161,7 @@ def _finish_step(run: Run, phase: str, metrics: dict[str, Any]) -> None:
     run.listener.progress(Progress(state.step, run.total, phase, metrics))
 
 
-def _reference(run: Run) -> Any:
+def _reference(run: Run) -> Policy:
     """The policy of the end of the warm start: the KL's reference, and the frozen answerer.
 
     It is kept in a folder of its own, because the checkpoints of the warm start are deleted.
@@ -177,18 +180,22 @@ def _reference(run: Run) -> Any:
     return run.task.policy(model.requires_grad_(False))
 
 
-def _evaluate_once(run: Run, label: str, step: int, policy: Any, schedule: FlowSchedule) -> None:
+def _evaluate_once(
+    run: Run, label: str, step: int, policy: Policy, reference: Policy, schedule: FlowSchedule
+) -> None:
     if any(row.get("label") == label for row in read_evals(run.directory)):
         return
-    run.listener.message(f"evaluating on held-out digits and prompts: {label}")
+    run.listener.message(f"evaluating on held-out prompts: {label}")
     row, gallery = evaluate(
         policy,
         run.task,
         run.config.rollout,
         schedule,
+        reference=reference,
         items=run.config.run.eval_items,
         gallery_items=run.config.run.gallery_items,
         seed=run.config.run.seed,
+        progress=partial(run.listener.evaluation, label),
     )
     save_gallery(run.directory, label, gallery)
     run.log.write_eval({"step": step, "label": label, **row})

@@ -99,13 +99,16 @@ class ProgressView:
             last - first,
             at=f"{step.step}/{step.total}",
             values=shown_values(step.metrics),
+            closing=True,
         )
 
     def evaluation(self, label: str, done: int, total: int) -> None:
         """Show how many of the held-out prompts have been answered or drawn."""
-        self._show("evaluating", done, total, at=f"{done}/{total}", values=label)
+        self._show("evaluating", done, total, at=f"{done}/{total}", values=label, closing=False)
 
-    def _show(self, phase: str, done: int, total: int, *, at: str, values: str) -> None:
+    def _show(
+        self, phase: str, done: int, total: int, *, at: str, values: str, closing: bool
+    ) -> None:
         if self._shown is None or self._shown[0] != phase:
             # A task of its own for each phase: the time left is reckoned at its own speed.
             if self._shown is not None:
@@ -117,12 +120,12 @@ class ProgressView:
         task = self._shown[1]
         self.bar.update(task, completed=done, at=at, values=values)
         now = self._clock()
-        if self.bar.disable and (now - self._spoke > _QUIET or done == total):
+        if self.bar.disable and (now - self._spoke > _QUIET or (done == total and closing)):
             self._spoke = now
             left = self.bar.tasks[0].time_remaining
             self.message(
                 f"{phase} {at}  {_time(now - self._began)} elapsed, "
-                f"{'?' if left is None else _time(left)} left  {values}"
+                f"{'?' if left is None else _time(left)} left  {values}".rstrip()
             )
 
 

@@ -97,7 +97,9 @@ def run_training(run: OpenRun) -> bool:
             write_environment(run.directory, seed=config.run.seed, **task.facts())
         for line in task.notes():
             view.message(line)
-        return train(config, task, run.directory, Listener(view.progress, view.message))
+        return train(
+            config, task, run.directory, Listener(view.progress, view.message, view.evaluation)
+        )
 
 
 def load_policy(directory: Path) -> tuple[TrainConfig, Task, Policy]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -147,13 +148,16 @@ def test_eval_says_that_a_file_is_of_other_things(trained, tmp_path):
 
 def test_eval_as_json(trained):
     lines = command("eval", trained, "--items", 16).stdout.splitlines()
-    result = command("eval", trained, "--items", 16, "--json")
-    scores = json.loads(result.stdout)
-    assert [line.split()[0] for line in lines] == list(scores)
-    for line, score in zip(lines, scores.values(), strict=True):
+    found = json.loads(command("eval", trained, "--items", 16, "--json").stdout)
+    assert [line.split()[0] for line in lines] == [*found["scores"], *found["rewards"]]
+    for line, score in zip(lines, found["scores"].values(), strict=False):
         assert f"{score['rate']:.1%}  [{score['low']:.1%}, {score['high']:.1%}]" in line
         assert 0 <= score["low"] <= score["rate"] <= score["high"] <= 1
         assert line.endswith(f"of {score['total']}")
+    assert set(found["rewards"]) == {"reward/understand/r_ins", "reward/generate/r_ins"}
+    # r_ins of an answer is whether it is right.
+    mean = found["rewards"]["reward/understand/r_ins"]["mean"]
+    assert mean == pytest.approx(found["scores"]["understand/correct"]["rate"])
 
 
 def test_a_page_elsewhere_leaves_the_run_alone(trained, tmp_path):
@@ -166,3 +170,12 @@ def test_a_page_elsewhere_leaves_the_run_alone(trained, tmp_path):
     assert before == {path: path.stat().st_mtime_ns for path in trained.rglob("*")}
     assert "expected a name with an ending" in refused("report", trained, "-o", tmp_path / "page")
     assert str(tmp_path / "no") in refused("report", trained, "-o", tmp_path / "no" / "page.html")
+
+
+def test_an_evaluation_in_the_warm_start_has_no_rewards_and_says_so(trained, tmp_path):
+    run = Path(shutil.copytree(trained, tmp_path / "run"))
+    shutil.rmtree(run / "reference")
+    result = command("eval", run, "--items", 8)
+    assert result.exit_code == 0, result.output
+    assert "rewards are not measured yet" in result.stderr
+    assert "reward/" not in result.stdout

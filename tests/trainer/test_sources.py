@@ -19,7 +19,7 @@ from lvrpo.models.tokenizer import Tokenizer
 from lvrpo.trainer import charts
 from lvrpo.trainer.config import ConfigError, DataSection
 from lvrpo.trainer.preflight import check_config
-from lvrpo.trainer.records import load_gallery, read_evals, read_metrics
+from lvrpo.trainer.records import eval_rewards, load_gallery, read_evals, read_metrics
 from lvrpo.trainer.sources import JsonlSource, Source, common_words
 from lvrpo.trainer.task import load_or_fit_task
 
@@ -61,12 +61,57 @@ def test_drawings_without_a_rule_are_neither_right_nor_wrong(own):
     assert "draw a dark square number 0 of test" in page
 
 
+def test_drawings_without_a_rule_are_scored_by_the_users_reward_before_and_after(own):
+    name = f"{own}/reward.py:brightness"
+    before, after = (eval_rewards(row) for row in read_evals(own / "run"))
+    for means in (before, after):
+        assert set(means) == {("understand", "r_ins"), ("generate", name)}
+        assert means["generate", name].count == 3
+        assert 0 <= means["generate", name].value <= 1
+    # The gallery holds the last evaluation's drawings, at 8 bits: one of the three is here.
+    pictures = [item for item in load_gallery(own / "run")["after"] if item.task == "generate"]
+    assert len(pictures) == 1
+    page = (own / "run" / "report.html").read_text()
+    assert "reward.py:brightness" in page
+    assert "Rewards, mean over the held-out samples" in page
+    result = command("eval", own / "run")
+    line = next(line for line in result.stdout.splitlines() if name in line)
+    assert f" {after['generate', name].value:.4g} " in line
+    assert line.endswith("of 3")
+
+
+def test_drawings_alone_have_a_result(tmp_path):
+    """No question, no rule: the user's reward is all that can tell."""
+    overrides = write_own_data(tmp_path)
+    for name in ("train.jsonl", "test.jsonl"):
+        rows = (tmp_path / name).read_text().splitlines(keepends=True)
+        (tmp_path / name).write_text("".join(row for row in rows if "answer" not in row))
+    config = [*OVERRIDES, *overrides, "rollout.understand_prompts=0", "run.gallery_items=6"]
+    result = command("train", tmp_path / "run", *settings(config))
+    assert result.exit_code == 0, result.output
+    assert "digits" not in result.stderr
+    _, after = read_evals(tmp_path / "run")
+    ((key, mean),) = eval_rewards(after).items()
+    assert key[0] == "generate"
+    # By hand: how light the three drawings are, against what their prompts ask for.
+    scores = [
+        1 - abs(("light" in item.prompt) - float(item.image.mean()))
+        for item in load_gallery(tmp_path / "run")["after"]
+    ]
+    assert len(scores) == mean.count == 3
+    assert mean.value == pytest.approx(np.mean(scores), abs=1 / 255)
+    assert mean.error == pytest.approx(np.std(scores, ddof=1) / np.sqrt(3), abs=1 / 255)
+    page = (tmp_path / "run" / "report.html").read_text()
+    assert "cannot say whether the model got better" not in page
+    shown = command("eval", tmp_path / "run").stdout
+    assert shown.startswith("reward/generate/")
+
+
 def test_eval_on_another_file(own, tmp_path):
     result = command("eval", own / "run", "--data", own / "test.jsonl")
     assert result.exit_code == 0, result.output
     assert result.stdout.startswith("understand/correct ")
-    assert result.stdout.rstrip().endswith("of 3")
-    assert "generate" not in result.stdout  # no rule, nothing to count
+    assert "generate/strict" not in result.stdout  # no rule, nothing to count
     # A file with a rule, relative to its own folder.
     rule = {"kind": "layout", "rows": 2, "cols": 2, "digits": [3, None, None, None]}
     row = {"task": "generate", "prompt": "draw 3 at top-left", "rule": rule}
