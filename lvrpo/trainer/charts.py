@@ -15,17 +15,9 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from lvrpo.trainer.figures import (
-    WIDTH,
-    Chart,
-    Line,
-    Panel,
-    Theme,
-    colours_of,
-    duration,
-    line_chart,
-)
-from lvrpo.trainer.records import Row, Score, eval_scores
+from lvrpo.trainer.figures import WIDTH, Chart, Line, Panel, Theme, colours_of, duration, line_chart
+from lvrpo.trainer.records import Row
+from lvrpo.trainer.scores import Score, eval_scores
 from lvrpo.trainer.statistics import wilson_interval
 
 TASKS = {"understand": "Understanding", "generate": "Generation"}

@@ -15,8 +15,9 @@ from lvrpo.models.policy import Policy
 from lvrpo.rewards.samples import FinishReason, Samples
 from lvrpo.trainer.config import RolloutSection
 from lvrpo.trainer.experience import score_samples
-from lvrpo.trainer.records import GalleryItem, reward_row
+from lvrpo.trainer.records import GalleryItem
 from lvrpo.trainer.rollout import sample_answers, sample_pictures
+from lvrpo.trainer.scores import reward_row
 from lvrpo.trainer.statistics import clustered_mean
 from lvrpo.trainer.task import Task, used_rewards
 

@@ -16,13 +16,11 @@ from lvrpo.trainer.records import (
     METRICS,
     GalleryItem,
     Row,
-    Score,
-    eval_rewards,
-    eval_scores,
     load_gallery,
     read_evals,
     read_metrics,
 )
+from lvrpo.trainer.scores import Score, eval_rewards, eval_scores
 from lvrpo.trainer.statistics import Change, Mean, compare_means, compare_rates
 
 if sys.version_info >= (3, 11):

@@ -23,11 +23,12 @@ from lvrpo.rewards.combine import RewardError
 from lvrpo.trainer.checkpoint import load_newest
 from lvrpo.trainer.evaluate import evaluate
 from lvrpo.trainer.progress import ProgressView
-from lvrpo.trainer.records import Row, eval_rewards, eval_scores
+from lvrpo.trainer.records import Row
 from lvrpo.trainer.rollout import sample_answers, sample_pictures
 from lvrpo.trainer.run import load_policy
 from lvrpo.trainer.run_directory import RunDirectoryError
 from lvrpo.trainer.schedule import flow_schedule
+from lvrpo.trainer.scores import eval_rewards, eval_scores
 from lvrpo.trainer.state import load_weights
 from lvrpo.trainer.statistics import wilson_interval
 from lvrpo.trainer.task import Task

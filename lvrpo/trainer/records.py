@@ -26,7 +26,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from lvrpo.trainer.statistics import Mean
+from lvrpo.trainer.scores import eval_rewards, eval_scores
 
 Row = dict[str, Any]
 PHASES = ("warm_start", "grpo")
@@ -147,70 +147,6 @@ def read_metrics(run_dir: str | Path) -> list[Row]:
 def read_evals(run_dir: str | Path) -> list[Row]:
     """Every complete row of evals.jsonl in order; as `read_metrics`."""
     return [row for _, row in _read_lines(Path(run_dir) / EVALS)]
-
-
-@dataclass(frozen=True)
-class Score:
-    """One rate of an evaluation row.
-
-    Attributes:
-        task: "understand", "generate", or a task of the user's.
-        kind: the kind of prompt, "" for all of them.
-        measure: "correct", "strict", "gold", "partial", ...
-        successes: right ones, or the sum of graded scores.
-        total: how many were tried.
-    """
-
-    task: str
-    kind: str
-    measure: str
-    successes: float
-    total: int
-
-    @property
-    def name(self) -> str:
-        """The key of the row it came from."""
-        return "/".join(part for part in (self.task, self.kind, self.measure) if part)
-
-
-def eval_scores(row: Mapping[str, Any]) -> list[Score]:
-    """The rates of an evaluation row: whatever stands beside a "<task>[/<kind>]/total".
-
-    An integer is a count; a float is a mean, as "partial" is.
-    """
-    scores = []
-    for key, value in row.items():
-        prefix, _, measure = key.rpartition("/")
-        total = row.get(f"{prefix}/total")
-        if measure == "total" or not isinstance(total, int) or isinstance(value, (bool, str)):
-            continue
-        task, _, kind = prefix.partition("/")
-        successes = value if isinstance(value, int) else value * total
-        if math.isfinite(successes) and 0 <= successes <= total:
-            scores.append(Score(task, kind, measure, successes, total))
-    return scores
-
-
-def reward_row(task: str, name: str, mean: Mean) -> Row:
-    """The keys of an evaluation row that hold the mean of one reward."""
-    key = f"{task}/{name}"
-    return {
-        f"reward/{key}": mean.value,
-        f"reward_error/{key}": mean.error,
-        f"reward_count/{key}": mean.count,
-    }
-
-
-def eval_rewards(row: Mapping[str, Any]) -> dict[tuple[str, str], Mean]:
-    """{(task, name): mean} of the rewards of an evaluation row, the inverse of `reward_row`."""
-    found = {}
-    for key, value in row.items():
-        head, _, rest = key.partition("/")
-        task, _, name = rest.partition("/")  # which may be a path
-        count = row.get(f"reward_count/{rest}")
-        if head == "reward" and isinstance(count, int) and count and math.isfinite(value):
-            found[task, name] = Mean(value, row.get(f"reward_error/{rest}", math.nan), count)
-    return found
 
 
 @dataclass(frozen=True)

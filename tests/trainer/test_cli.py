@@ -72,7 +72,7 @@ def test_eval_prints_rates_with_intervals(trained):
     assert results[0].stdout == results[1].stdout
     assert "generate/strict" in results[0].stdout
     for line in results[0].stdout.splitlines():
-        assert "%  [" in line
+        assert "%  [" in line or line.startswith("reward/")
         assert "]  of " in line
 
 

@@ -18,14 +18,12 @@ from lvrpo.trainer.environment import environment, read_environment, write_envir
 from lvrpo.trainer.records import (
     GalleryItem,
     RunWriter,
-    eval_rewards,
-    eval_scores,
     load_gallery,
     read_evals,
     read_metrics,
-    reward_row,
     save_gallery,
 )
+from lvrpo.trainer.scores import eval_rewards, eval_scores, reward_row
 from lvrpo.trainer.statistics import (
     Interval,
     clustered_mean,

@@ -16,8 +16,9 @@ from trainer.synthetic_run import eval_row, grpo_row, make_run
 from lvrpo.trainer import charts
 from lvrpo.trainer.figures import DARK, LIGHT, Theme, colours_of, duration, smooth
 from lvrpo.trainer.findings import collect_alarms, compare_scores
-from lvrpo.trainer.records import GalleryItem, RunWriter, reward_row, save_gallery
+from lvrpo.trainer.records import GalleryItem, RunWriter, save_gallery
 from lvrpo.trainer.report import write_report
+from lvrpo.trainer.scores import reward_row
 from lvrpo.trainer.statistics import clustered_mean
 
 

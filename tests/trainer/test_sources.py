@@ -19,7 +19,8 @@ from lvrpo.models.tokenizer import Tokenizer
 from lvrpo.trainer import charts
 from lvrpo.trainer.config import ConfigError, DataSection
 from lvrpo.trainer.preflight import check_config
-from lvrpo.trainer.records import eval_rewards, load_gallery, read_evals, read_metrics
+from lvrpo.trainer.records import load_gallery, read_evals, read_metrics
+from lvrpo.trainer.scores import eval_rewards
 from lvrpo.trainer.sources import JsonlSource, Source, common_words
 from lvrpo.trainer.task import load_or_fit_task
 
