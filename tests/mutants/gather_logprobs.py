@@ -90,3 +90,29 @@ MUTANTS: dict[str, Callable[..., Any]] = {
     "sum of squares of e instead of p": squares_relative_to_the_largest,
     "gradient of a shared row from its first token only": shared_row_counts_once,
 }
+
+
+def multiplied_by_0(
+    logits: Tensor, token_ids: Tensor, row_index: Any = None, **options: Any
+) -> Any:
+    """The formula taken of every row, those that no token uses too."""
+    log_p = logits.float().log_softmax(dim=1)
+    ignored = token_ids == -100
+    logprobs = log_p.gather(1, token_ids.masked_fill(ignored, 0)[:, None])[:, 0]
+    entropy = -(log_p.exp() * log_p).sum(dim=1)
+    squares = log_p.detach().exp().square().sum(dim=1)
+    return logprobs * ~ignored, entropy, squares
+
+
+def masked_afterwards(logits: Tensor, token_ids: Tensor, **options: Any) -> Any:
+    """Masked, but only where the gradient has been a NaN already."""
+    logprobs, entropy, squares = multiplied_by_0(logits, token_ids)
+    ignored = token_ids == -100
+    return (*(x.masked_fill(ignored, 0.0) for x in (logprobs, entropy, squares)),)
+
+
+#: What is wrong only with a row that no token uses.
+UNGUARDED: dict[str, Callable[..., Any]] = {
+    "rows that no token uses are multiplied by 0": multiplied_by_0,
+    "rows that no token uses are masked in the forward alone": masked_afterwards,
+}

@@ -82,3 +82,32 @@ MUTANTS: dict[str, Callable[..., Any]] = {
         lambda inputs: {"row_index": inputs["row_index"] % CUT}
     ),
 }
+
+
+def multiplied_by_0(
+    hidden: Tensor, weight: Tensor, bias: Tensor, token_ids: Tensor, **options: Any
+) -> Any:
+    """A row that no token uses gets a gradient of exactly 0, which its NaN survives in dweight."""
+    logits = hidden @ weight.T + bias
+    seen = torch.where((token_ids != -100)[:, None], logits, 0.0)
+    return gather_logprobs(seen, token_ids, **options)
+
+
+def logits_of_every_row(
+    hidden: Tensor, weight: Tensor, bias: Tensor, token_ids: Tensor, **options: Any
+) -> Any:
+    """Its log-probs are not used, but the softmax is taken of them."""
+    log_p = (hidden @ weight.T + bias).log_softmax(dim=1)
+    ignored = token_ids == -100
+    logprobs = log_p.gather(1, token_ids.masked_fill(ignored, 0)[:, None])[:, 0]
+    entropy = -(log_p.exp() * log_p).sum(dim=1)
+    squares = log_p.detach().exp().square().sum(dim=1)
+    return logprobs.masked_fill(ignored, 0.0), entropy, squares
+
+
+#: What is wrong only with a row that no token uses, and what it holds.
+UNGUARDED: dict[str, tuple[Callable[..., Any], float]] = {
+    "hidden states of NaN times a gradient of 0": (multiplied_by_0, torch.nan),
+    "softmax of a row of NaN": (logits_of_every_row, torch.nan),
+    "softmax of a row that overflows": (logits_of_every_row, 1e38),
+}
