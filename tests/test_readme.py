@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import itertools
 import re
 import shlex
 import subprocess
@@ -79,6 +80,35 @@ def test_our_own_commands_take_these_options():
         assert result.returncode == 0, f"lvrpo {subcommand}: {result.stderr}"
         missing = {flag for flag in flags if not re.search(rf"{flag}\b", result.stdout)}
         assert not missing, f"lvrpo {subcommand} has no {missing}"
+
+
+def configurations() -> list[tuple[str, str]]:
+    """Every toml block, by page."""
+    return [(name_of(page), text) for page in PAGES for text in blocks(page, "toml")]
+
+
+@pytest.mark.parametrize(("page", "text"), configurations(), ids=lambda value: value[:24])
+def test_toml_blocks_are_configurations(page, text, tmp_path):
+    """Known keys and values in their bounds; what needs no file of the reader's would start."""
+    config = pytest.importorskip("lvrpo.trainer.config", reason="the trainer's extra is missing")
+    from lvrpo.trainer.preflight import check_config
+
+    (tmp_path / "page.toml").write_text(text, encoding="utf-8")
+    loaded = config.load_config(tmp_path / "page.toml")
+    if loaded.data.source == "scenes":
+        check_config(loaded)
+
+
+def test_settings_on_a_command_line_are_configurations():
+    config = pytest.importorskip("lvrpo.trainer.config", reason="the trainer's extra is missing")
+    tested = 0
+    for program, *arguments in commands():
+        if Path(program).name == "lvrpo":
+            values = itertools.pairwise(arguments)
+            overrides = [value for flag, value in values if flag in ("--set", "-s")]
+            config.load_config(overrides=overrides)
+            tested += len(overrides)
+    assert tested
 
 
 @pytest.mark.parametrize("page", PAGES, ids=name_of)

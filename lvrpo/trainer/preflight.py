@@ -20,7 +20,7 @@ from lvrpo.trainer.bounds import CHOICES
 from lvrpo.trainer.config import ConfigError, TrainConfig
 from lvrpo.trainer.probe import probe_rewards
 from lvrpo.trainer.schedule import flow_schedule
-from lvrpo.trainer.sources import Source
+from lvrpo.trainer.sources import JsonlSource, Source
 from lvrpo.trainer.task import Task, check_rewards
 from lvrpo.trainer.update import Objective
 
@@ -111,6 +111,8 @@ def _source_with_prompts(config: TrainConfig) -> Source:
             f"warm_start.steps is {config.warm_start.steps}, but the training data has no answer "
             "and no target to imitate"
         )
+    if isinstance(source, JsonlSource):
+        source.check_pictures()
     return source
 
 

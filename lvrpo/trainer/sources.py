@@ -142,6 +142,19 @@ class JsonlSource(Source):
         file = self.files["train"]
         return [file[positions[i]] for chosen in picks for i in chosen.tolist()]
 
+    def check_pictures(self) -> None:
+        """See that there is a picture to fit the latents on: a target, or that of a question.
+
+        Raises:
+            ConfigError: there is none.
+        """
+        file = self.files["train"]
+        if not any("target" in row or "image" in row for row in file.rows):
+            raise ConfigError(
+                f"data.source is {str(file.path)!r}, which has no picture to fit the latents on: "
+                "expected a 'target' with some drawing prompts, or some questions with an 'image'"
+            )
+
     def notes(self) -> list[str]:
         """What part of the held-out drawing prompts are prompts of the training, word for word."""
         train, test = (

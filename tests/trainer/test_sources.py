@@ -266,6 +266,34 @@ def test_nothing_to_imitate(tmp_path):
         check_config(tiny_config(*overrides, "rollout.understand_prompts=0"))
 
 
+def without_targets(folder: Path, *, questions: bool) -> list[str]:
+    """Own data whose drawing prompts of the training are prompts alone."""
+    overrides = write_own_data(folder)
+    rows = [json.loads(row) for row in (folder / "train.jsonl").read_text().splitlines()]
+    kept = [row for row in rows if questions or row["task"] == "generate"]
+    for row in kept:
+        row.pop("target", None)
+    (folder / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in kept))
+    return overrides
+
+
+def test_prompts_alone_can_be_drawn_beside_questions(tmp_path):
+    overrides = without_targets(tmp_path, questions=True)
+    result = command("train", tmp_path / "run", *settings([*OVERRIDES, *overrides]))
+    assert result.exit_code == 0, result.output
+    assert any("reward/generate/" in key for key in read_metrics(tmp_path / "run")[-1])
+
+
+def test_without_any_picture_the_data_is_named_before_the_run_exists(tmp_path):
+    overrides = without_targets(tmp_path, questions=False)
+    alone = ["rollout.understand_prompts=0", "warm_start.steps=0"]
+    result = command("train", tmp_path / "run", *settings([*OVERRIDES, *overrides, *alone]))
+    assert result.exit_code == 2
+    assert "data.source is " in result.stderr
+    assert "expected a 'target' with some drawing prompts" in result.stderr
+    assert not (tmp_path / "run").exists()
+
+
 def test_pictures_larger_than_the_default_grid(tmp_path):
     config = tiny_config(
         *write_own_data(tmp_path), "data.height=96", "data.width=64", "model.latent_patch=4"
