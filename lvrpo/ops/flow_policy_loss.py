@@ -136,11 +136,11 @@ def flow_policy_loss(
     velocity_old: Tensor,
     noise: Tensor,
     coeffs: StepCoefficients,
-    advantages: Tensor | Sequence[float],
+    advantages: Tensor | Sequence[int | float],
     *,
     velocity_ref: Tensor | None = None,
-    mask: Tensor | Sequence[float] | None = None,
-    policy_weights: Tensor | Sequence[float] | None = None,
+    mask: Tensor | Sequence[bool] | None = None,
+    policy_weights: Tensor | Sequence[int | float] | None = None,
     denominator: Tensor | float | None = None,
     params: FlowLossParams = _DEFAULT,
     backend: str | None = None,
@@ -188,6 +188,9 @@ def flow_policy_loss(
     _checks.refuse_keywords(OP, unexpected)
     check_latents(OP, velocity, velocity_old=velocity_old, noise=noise, velocity_ref=velocity_ref)
     masked = None if mask is None else per_sample(OP, "mask", mask, velocity)
+    weights = policy_weights
+    if weights is not None:
+        weights = _checks.as_saved(per_sample(OP, "policy_weights", weights, velocity))
     inputs = FlowInputs(
         velocity,
         velocity_old,
@@ -196,9 +199,7 @@ def flow_policy_loss(
         per_sample(OP, "advantages", advantages, velocity),
         velocity_ref,
         None if masked is None else _checks.as_mask(OP, "mask", masked),
-        None
-        if policy_weights is None
-        else per_sample(OP, "policy_weights", policy_weights, velocity),
+        weights,
         as_denominator(OP, denominator),
     )
     if params.beta > 0 and velocity_ref is None:

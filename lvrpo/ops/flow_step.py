@@ -92,7 +92,8 @@ def flow_step(
     _check(velocity, x_t, coeffs, noise)
     chosen = _backend.resolve(OP, (velocity, x_t, noise, coeffs.std), backend)
     if chosen == "torch":
-        return reference_flow_step(velocity, x_t, coeffs, noise)
+        kept = StepCoefficients(*map(_checks.as_saved, coeffs._tensors()))
+        return reference_flow_step(velocity, x_t, kept, _checks.as_saved(noise))
     dtype = widen(velocity).dtype
     data = (noise, coeffs.c_x, coeffs.c_v, coeffs.std)
     return _FlowStep.apply(  # type: ignore[no-untyped-call,no-any-return]

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from lvrpo.reference._precision import number
+
 #: The default: e^20 = 4.9e8 is past any clip range, and finite in every dtype of a loss.
 LOG_RATIO_LIMIT = 20.0
 
@@ -14,4 +16,7 @@ def saturate(log_ratio: Tensor, limit: float | None) -> Tensor:
     Take exponentials of the result, never of `log_ratio`: where it is cut, autograd passes back
     0 times e^limit, which is 0, and not 0 times infinity.
     """
-    return log_ratio if limit is None else log_ratio.clamp(-limit, limit)
+    if limit is None:
+        return log_ratio
+    bound = number(limit, log_ratio)
+    return log_ratio.clamp(-bound, bound)

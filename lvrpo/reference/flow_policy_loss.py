@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from lvrpo.reference._log_ratio import saturate
-from lvrpo.reference._precision import widen
+from lvrpo.reference._precision import number, widen
 from lvrpo.reference.flow_step import per_sample
 
 if TYPE_CHECKING:
@@ -59,7 +59,8 @@ def flow_policy_loss(
     weights = torch.ones_like(a) if policy_weights is None else policy_weights.detach().to(a)
     pushes = active & (weights > 0) & (weights < torch.inf) & a.isfinite()
     if params.adv_clip is not None:
-        a = a.clamp(-params.adv_clip, params.adv_clip)
+        most = number(params.adv_clip, a)
+        a = a.clamp(-most, most)
     v, z = kept(v), kept(noise.detach())
 
     dv = v - kept(velocity_old.detach())
@@ -80,9 +81,9 @@ def flow_policy_loss(
     if params.variant == "dppo":
         diverged = kl_old >= params.tau
         low, high = diverged & (a < 0) & (ratio < 1), diverged & (a > 0) & (ratio > 1)
-        at_low = at_high = 0.0
+        at_low = at_high = number(0.0, v)
     else:
-        at_low, at_high = 1 - params.clip_low, 1 + params.clip_high
+        at_low, at_high = (number(1 + x, v) for x in (-params.clip_low, params.clip_high))
         low, high = (a < 0) & (ratio < at_low), (a > 0) & (ratio > at_high)
     # Where the gradient is cut no exponential is taken: infinity times 0 would be its gradient.
     free = torch.where(pushes & ~low & ~high & (a != 0), exponent, 0.0).exp()

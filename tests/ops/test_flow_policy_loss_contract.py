@@ -256,6 +256,57 @@ def test_bad_input(backend, change, message):
         flow_policy_loss(**arguments | change)
 
 
+FORMS = {
+    "bool": lambda x: x.bool(),
+    "int64": lambda x: x.long(),
+    "int32": lambda x: x.int(),
+    "uint8": lambda x: x.to(torch.uint8),
+    "fp64": lambda x: x.double(),
+    "bf16": lambda x: x.bfloat16(),
+    "list": lambda x: x.tolist(),
+    "list of int": lambda x: x.long().tolist(),
+    "[N, 1]": lambda x: x[:, None],
+    "strided": lambda x: torch.stack([x, x], dim=1)[:, 1],
+}
+
+
+@pytest.mark.parametrize("form", FORMS.values(), ids=FORMS.keys())
+@pytest.mark.parametrize("name", ["mask", "policy_weights", "advantages"])
+def test_numbers_per_sample_in_any_form(backend, form, name):
+    ones = torch.tensor([1.0, 0.0, 1.0, 1.0])
+    inputs = make_inputs((4, 6), torch.float32) | {"denominator": None, "mask": None}
+    inputs |= {"policy_weights": None}
+    results = []
+    for value in (ones.bool() if name == "mask" else ones, form(ones)):
+        velocity = inputs["velocity"].clone().requires_grad_()
+        arguments = inputs | {"velocity": velocity, name: value}
+        loss, metrics = flow_policy_loss(**arguments, backend=backend)
+        (gradient,) = torch.autograd.grad(loss, velocity)
+        results.append([loss, gradient, metrics.sums])
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+@pytest.mark.parametrize(
+    "denominator",
+    [
+        5,
+        torch.tensor(5),
+        torch.tensor(5, dtype=torch.int32),
+        torch.tensor([5.0]),
+        torch.tensor(5.0, dtype=torch.float64),
+    ],
+    ids=str,
+)
+def test_denominator_in_any_form(backend, denominator):
+    inputs = make_inputs((4, 6), torch.float32)
+    results = [
+        flow_policy_loss(**inputs | {"denominator": given}, backend=backend).loss
+        for given in (5.0, denominator)
+    ]
+    assert torch.equal(*results)
+    assert results[0].shape == ()
+
+
 @pytest.mark.parametrize("name", ["sample_weights", "token_weights", "weight"])
 def test_keywords_that_are_gone(name):
     message = "mask says what counts.*policy_weights multiply" if name != "weight" else "'weight'"

@@ -102,6 +102,18 @@ def test_deterministic_step(backend):
     assert torch.equal(inputs["velocity"].grad[0], inputs["coeffs"].dt[0].expand(12))
 
 
+@pytest.mark.parametrize("junk", [math.nan, math.inf, 1e38])
+def test_noise_is_not_read_where_nobody_wants_the_gradient_of_the_logprob(backend, junk):
+    inputs = make_inputs((4, 12), torch.float32, window=None)
+    inputs["noise"][2] = junk
+    inputs["velocity"].requires_grad_()
+    x_next, _ = flow_step(**inputs, backend=backend)
+    x_next[[0, 1, 3]].sum().backward()
+    expected = inputs["coeffs"].c_v[:, None].expand(4, 12).clone()
+    expected[2] = 0
+    assert torch.equal(inputs["velocity"].grad, expected)
+
+
 def test_no_gradient_to_noise(backend):
     inputs = make_inputs((3, 12), torch.float32, window=None)
     inputs["noise"].requires_grad_()
