@@ -116,9 +116,7 @@ class FlowInputs:
             )
 
 
-def per_sample(
-    op: str, name: str, value: Tensor | Sequence[int | float], velocity: Tensor
-) -> Tensor:
+def per_sample(op: str, name: str, value: Tensor | Sequence[float], velocity: Tensor) -> Tensor:
     """One number per sample, from a list or a tensor [N] or [N, 1], as [N]."""
     tensor = _checks.as_tensor(op, name, value, velocity.device)
     if tensor.shape == (velocity.shape[0], 1):

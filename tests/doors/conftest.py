@@ -25,7 +25,6 @@ PENDING: dict[str, str] = {
     r"test_attention_does_what_sdpa_does\[.*\]": "autocast does not lower its factors",
     r"test_data_may_be_inference_tensors\[cpp-(logits|linear)_grpo_loss\]": "saved as they are",
     r"test_data_may_be_inference_tensors\[torch-grpo_loss\]": "saved as they are",
-    r"test_data_may_be_inference_tensors\[torch-flow_(step|policy_loss)\]": "saved as they are",
     r"test_a_frozen_part_may_be_an_inference_tensor\[\w+-packed_attention\]": "saved as they are",
 }
 

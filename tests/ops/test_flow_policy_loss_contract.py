@@ -12,6 +12,7 @@ import pytest
 import torch
 from flow_inputs import as_tuple, make_inputs, params_of
 from torch import Tensor
+from torch._dynamo.testing import CompileCounterWithBackend
 
 from lvrpo.models.flow import FlowSchedule
 from lvrpo.ops import _checks
@@ -254,6 +255,26 @@ def test_bad_input(backend, change, message):
     }
     with pytest.raises(ValueError, match=message):
         flow_policy_loss(**arguments | change)
+
+
+def test_no_number_is_a_constant_of_a_graph(backend):
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend("aot_eager")
+    inputs = make_inputs((4, 6), torch.float32)
+    op = as_tuple(flow_policy_loss, backend=backend)
+    compiled = torch.compile(op, fullgraph=True, backend=counter)
+    for x in (0.5, 0.625, 0.75, 0.875):
+        params = FlowLossParams(
+            clip_low=x / 4,
+            clip_high=x / 3,
+            adv_clip=x,
+            log_ratio_scale=x,
+            log_ratio_limit=x,
+            beta=x,
+        )
+        given = inputs | {"denominator": 3 + x, "params": params}
+        assert all(torch.equal(a, b) for a, b in zip(compiled(**given), op(**given), strict=True))
+    assert counter.frame_count <= 2
 
 
 FORMS = {
