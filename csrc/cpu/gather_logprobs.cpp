@@ -5,6 +5,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <limits>
 #include <optional>
 #include <tuple>
 #include <utility>
@@ -212,6 +213,12 @@ Hits<acc> find_hits(const Targets& targets, const scalar_t* x, int64_t rows, int
   return hits;
 }
 
+// Whether an lse has fewer than 11 bits after the point left, which a probability would lose too.
+template <typename acc>
+bool lost_digits(acc lse) {
+  return std::isfinite(lse) && std::abs(lse) * std::numeric_limits<acc>::epsilon() > acc(0x1p-11);
+}
+
 // The gradient may take the place of the logits, element for element; any other overlap would overwrite a logit that
 // is still to be read.
 void check_memory(const Tensor& dlogits, const Tensor& logits) {
@@ -267,6 +274,16 @@ void gather_logprobs_bwd(Tensor dlogits, Tensor dlogprobs, optional<Tensor> dent
     const acc* dentropy_ptr = dentropy ? dentropy->const_data_ptr<acc>() : nullptr;
     const Hits<acc> hits = find_hits(targets, x, rows, stride, dlogprobs.const_data_ptr<acc>(), scale);
 
+    // Before the gradient may overwrite the logits.
+    std::vector<acc> log_sum(lse_ptr, lse_ptr + rows), shift(rows, acc(0));
+    for (int64_t row = 0; row < rows; ++row) {
+      if (!lost_digits(log_sum[row])) continue;
+      const int64_t low = columns.low(row);
+      const auto sums = softmax_sums(PLAIN_SUM, x + row * stride + low, columns.high(row) - low, scale);
+      shift[row] = sums.reference;
+      log_sum[row] = std::log(sums.e);
+    }
+
     LVRPO_DISPATCH_FLOATING(dlogits.scalar_type(), grad_t, [&] {
       grad_t* dx = dlogits.mutable_data_ptr<grad_t>();
       for_each_chunk(rows, vocab, [&](int64_t row, int64_t chunk) {
@@ -275,8 +292,8 @@ void gather_logprobs_bwd(Tensor dlogits, Tensor dlogprobs, optional<Tensor> dent
         grad_t* out = dx + row * out_stride;
         std::fill(out + begin, out + low, grad_t(0));
         std::fill(out + high, out + end, grad_t(0));
-        const RowGradient<acc> gradient{lse_ptr[row], dentropy ? entropy_ptr[row] : acc(0), hits.dlogprob[row],
-                                        dentropy ? dentropy_ptr[row] : acc(0)};
+        const RowGradient<acc> gradient{log_sum[row], dentropy ? entropy_ptr[row] : acc(0), hits.dlogprob[row],
+                                        dentropy ? dentropy_ptr[row] : acc(0), shift[row]};
         if (gradient.dentropy == acc(0) && hits.first[row] == hits.first[row + 1]) {
           std::fill(out + low, out + high, grad_t(0));
           return;
@@ -286,7 +303,7 @@ void gather_logprobs_bwd(Tensor dlogits, Tensor dlogprobs, optional<Tensor> dent
         auto hit = std::lower_bound(hits.list.begin() + hits.first[row], hits.list.begin() + hits.first[row + 1], low,
                                     [](const Hit<acc>& a, int64_t id) { return a.id < id; });
         for (; hit != hits.list.begin() + hits.first[row + 1] && hit->id < high; ++hit)
-          store(out + hit->id, gradient(hit->y, hit->dlogprob, scale) * scale.cap_slope(hit->y));
+          store(out + hit->id, gradient(hit->y - gradient.shift, hit->dlogprob, scale) * scale.cap_slope(hit->y));
       });
     });
   });

@@ -158,8 +158,9 @@ SoftmaxSums<acc> softmax_sums(Sums which, const scalar_t* x, int64_t n, const Lo
 template <typename acc>
 struct RowGradient {
   acc lse, entropy, dlogprob, dentropy;
+  acc shift = 0;  // lse is that of y - shift: not 0 where the lse of y is so large that it lost its digits
 
-  // d loss / d x of a column that holds `hits` of the upstream gradient as a target.
+  // d loss / d x of a column that holds `hits` of the upstream gradient as a target, by y - shift.
   LVRPO_INLINE acc operator()(acc y, acc hits, const LogitScale<acc>& scale) const {
     // Where p is 0 its logarithm stays finite.
     const acc log_p = at_least(scale.lowest, y * scale.inv_temperature - lse);
@@ -176,8 +177,11 @@ LVRPO_MULTIVERSION void block_gradient(const scalar_t* x, acc* dx, int64_t n, Lo
 #pragma omp simd
     for (int64_t i = 0; i < n; ++i) {
       const acc tanh = tanh_fast(load(x + i) * scale.inv_softcap);
-      dx[i] = row(scale.softcap * tanh, acc(0), scale) * ((acc(1) - tanh) * (acc(1) + tanh));
+      dx[i] = row(scale.softcap * tanh - row.shift, acc(0), scale) * ((acc(1) - tanh) * (acc(1) + tanh));
     }
+  } else if (row.shift != acc(0)) {
+#pragma omp simd
+    for (int64_t i = 0; i < n; ++i) dx[i] = row(load(x + i) - row.shift, acc(0), scale);
   } else {
 #pragma omp simd
     for (int64_t i = 0; i < n; ++i) dx[i] = row(load(x + i), acc(0), scale);

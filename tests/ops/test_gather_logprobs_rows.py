@@ -185,7 +185,9 @@ def test_a_used_row_at_the_ends_of_a_dtype_gives_finite_numbers(vocab, softcap, 
         gold, plain = (deleted(inputs, keep, given, d) for d in (torch.float64, dtype))
         assert all(x.isfinite().all() for x in ours)
         if dtype == torch.float32:  # gold has no more digits than fp64
-            for a, b, c in zip(ours[:3], gold, plain, strict=False):
+            # Triton's gradient knows the log-sum-exp alone: as exact as the largest logit.
+            found = ours[:3] if backend == "triton" else ours
+            for a, b, c in zip(found, gold, plain, strict=False):
                 check_against_plain(a, b, c, scale=b.abs() + 100.0)
 
 
