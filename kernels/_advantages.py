@@ -39,13 +39,19 @@ def sample_of(walk, step):
 
 @triton.jit
 def load_rewards(rewards_ptr, sample, inside, rewards, BLOCK_K: tl.constexpr):
-    """Values, 0 where a reward does not apply, and 1 where it does."""
+    """Values, 0 where a reward does not apply (or nobody could refuse an infinity), else 1."""
     k = tl.arange(0, BLOCK_K)[None, :]
     mask = inside[:, None] & (k < rewards)
     where = sample[:, None] * rewards + k
     x = tl.load(rewards_ptr + where, mask=mask, other=float("nan")).to(tl.float64)
-    applies = x == x
+    applies = tl.abs(x) < float("inf")
     return tl.where(applies, x, 0.0), applies.to(tl.float64)
+
+
+@triton.jit
+def scored_of(counted):
+    """[BLOCK_G], 1 where any reward applies to the sample."""
+    return tl.max(counted, axis=1)
 
 
 @triton.jit
@@ -202,11 +208,13 @@ def sum_statistics(
     varies,
     BLOCK_K: tl.constexpr,
 ):
-    """Of the weighted sum of deviations [BLOCK_G]: squares, whether it varies; best and runner-up.
+    """Of the weighted sum of deviations: count, squares, whether it varies; best and runner-up.
 
-    The lead of the best is what it exceeds the runner-up by, 0 where that is rounding.
+    All [BLOCK_G]. The lead of the best is what it exceeds the runner-up by, 0 where that is
+    rounding.
     """
     BLOCK_G: tl.constexpr = walk[0].shape[0]
+    count = tl.zeros([BLOCK_G], tl.float64)
     squares = tl.zeros([BLOCK_G], tl.float64)
     largest = tl.zeros([BLOCK_G], tl.float64)
     magnitude = tl.zeros([BLOCK_G], tl.float64)
@@ -216,16 +224,94 @@ def sum_statistics(
         sample, inside = sample_of(walk, step)
         r, counted = load_rewards(rewards_ptr, sample, inside, rewards, BLOCK_K)
         total = tl.sum(weight * deviation_of(r, counted, mean, varies), axis=1)
+        scored = scored_of(counted)
+        count += scored
         squares += total * total
         largest = tl.maximum(largest, tl.abs(total))
         magnitude = tl.maximum(magnitude, tl.sum(tl.abs(weight * r), axis=1))
-        ranked = tl.where(inside, total, float("-inf"))
+        ranked = tl.where(scored > 0, total, float("-inf"))
         second = tl.maximum(second, tl.minimum(best, ranked))
         best = tl.maximum(best, ranked)
     second = tl.where(second == float("-inf"), best, second)
     leads = best - second > ROUNDING * magnitude
     lead = tl.where(leads, (best - second) / tl.where(best > 0, best, 1.0), 0.0)
-    return squares, largest > ROUNDING * magnitude, lead, 0.5 * (best + second)
+    return count, squares, largest > ROUNDING * magnitude, lead, 0.5 * (best + second)
+
+
+@triton.jit
+def own_of(deviation, weight, DECOUPLED: tl.constexpr):
+    """The sample's number in the column that is divided by one spread, in every lane of it."""
+    own = deviation
+    if not DECOUPLED:
+        own = tl.sum(weight * deviation, axis=1)[:, None] + deviation * 0.0
+    return own
+
+
+@triton.jit
+def farthest_sample(
+    rewards_ptr,
+    walk,
+    rewards,
+    weight,
+    mean,
+    varies,
+    DECOUPLED: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """Step of the sample that is farthest from the group's mean, and the squares of its others.
+
+    They are those about their own mean, 0 where the others agree.
+    """
+    zeros = tl.zeros([walk[0].shape[0], BLOCK_K], tl.float64)
+    far = tl.full([walk[0].shape[0], BLOCK_K], -1, tl.int32)
+    largest = zeros - 1.0
+    for step in range(walk[2]):
+        sample, inside = sample_of(walk, step)
+        r, counted = load_rewards(rewards_ptr, sample, inside, rewards, BLOCK_K)
+        own = tl.abs(own_of(deviation_of(r, counted, mean, varies), weight, DECOUPLED))
+        farther = (own > largest) & inside[:, None]
+        far = tl.where(farther, step, far)
+        largest = tl.where(farther, own, largest)
+    count, total = zeros, zeros
+    for step in range(walk[2]):
+        r, present, _ = present_without(
+            rewards_ptr, walk, step, far, rewards, mean, DECOUPLED, BLOCK_K
+        )
+        count += present
+        total += present * r
+    centre = total / tl.maximum(count, 1.0)
+    squares, largest, magnitude = zeros, zeros, zeros
+    for step in range(walk[2]):
+        r, present, size = present_without(
+            rewards_ptr, walk, step, far, rewards, mean, DECOUPLED, BLOCK_K
+        )
+        apart = own_of(deviation_of(r, present, centre, varies), weight, DECOUPLED)
+        squares += apart * apart
+        largest = tl.maximum(largest, tl.abs(apart))
+        size = present * own_of(size, tl.abs(weight), DECOUPLED)
+        magnitude = tl.maximum(magnitude, size)
+    return far, tl.where(largest > ROUNDING * magnitude, squares, 0.0)
+
+
+@triton.jit
+def present_without(
+    rewards_ptr,
+    walk,
+    step,
+    far,
+    rewards,
+    mean,
+    DECOUPLED: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """Rewards of a step, a missing one as its group's mean; 1 where it is not of `far`; sizes."""
+    sample, inside = sample_of(walk, step)
+    r, counted = load_rewards(rewards_ptr, sample, inside, rewards, BLOCK_K)
+    filled = tl.where(counted > 0, r, mean)
+    present = counted
+    if not DECOUPLED:
+        present = scored_of(counted)[:, None] + counted * 0.0
+    return filled, tl.where(far == step, 0.0, present), tl.abs(r)
 
 
 @triton.jit
@@ -267,10 +353,10 @@ def group_statistics(
         column = squares, count
         column_varies = varies
     else:
-        sum_squares, sum_varies, lead, middle = sum_statistics(
+        sum_count, sum_squares, sum_varies, lead, middle = sum_statistics(
             rewards_ptr, walk, rewards, weight, mean, varies, BLOCK_K
         )
-        column = sum_squares[:, None], walk[1].to(tl.float64)[:, None]
+        column = sum_squares[:, None], sum_count[:, None]
         column_varies = sum_varies[:, None]
         best = lead, middle
     factor = tl.broadcast_to(weight, [walk[0].shape[0], BLOCK_K])
@@ -283,11 +369,17 @@ def group_statistics(
     elif SCALE != "leave_one_out":
         factor /= divisor[None, :]
     offset /= tl.maximum(length, 1.0)
-    return (count, mean, squares, varies), (mean, offset, factor, varies, column, best)
+    farthest = walk[1], walk[1]
+    if SCALE == "leave_one_out":
+        farthest = farthest_sample(
+            rewards_ptr, walk, rewards, weight, mean, varies, DECOUPLED, BLOCK_K
+        )
+    return (count, mean, squares, varies), (mean, offset, factor, varies, column, best, farthest)
 
 
 @triton.jit
 def part_of(
+    step,
     r,
     counted,
     weight,
@@ -298,7 +390,7 @@ def part_of(
     SCALE: tl.constexpr,
 ):
     """What every reward contributes to the advantage, before whitening: a tile."""
-    mean, offset, factor, varies, column, best = known
+    mean, offset, factor, varies, column, best, farthest = known
     deviation = counted * (r - mean)
     above = deviation
     if BASELINE == "length":
@@ -314,10 +406,14 @@ def part_of(
         lead, middle = best
         part = tl.where(own > middle[:, None], lead[:, None] * part, 0.0)
     if SCALE == "leave_one_out":
+        # A sample that is not the farthest owns at most 3/4 of the squares, and what it leaves of
+        # them has all digits; the farthest may own all but rounding.
         squares, n = column[0], column[1]
-        rest = squares - own * own * (n / tl.maximum(n - 1.0, 1.0))
-        divisor = std_divisor(tl.maximum(rest, 0.0), n - 1.0, scalars)
-        part = part / tl.where(rest > ROUNDING * squares, divisor, 1.0)
+        far, squares_of_others = farthest
+        left = squares - own * own * (n / tl.maximum(n - 1.0, 1.0))
+        left = tl.maximum(tl.where(far == step, squares_of_others, left), 0.0)
+        divisor = std_divisor(left, n - 1.0, scalars)
+        part = part / tl.where((left > 0) & (n > 2), divisor, 1.0)
     return part
 
 

@@ -31,6 +31,7 @@ from lvrpo.kernels._advantages import (
     reduce_row,
     reduce_whitening,
     sample_of,
+    scored_of,
     store_statistics,
 )
 from lvrpo.kernels._launch import LaunchConfig, cdiv, launch
@@ -82,7 +83,7 @@ def _batch_kernel(
                 magnitude = tl.sum(tl.abs(weight) * magnitude, axis=1)[:, None]
                 # The sum stands in every lane, so that a consumer need not know what it reads.
                 x = tl.sum(weight * x, axis=1)[:, None] * lanes
-                counted = inside[:, None].to(tl.float64) * lanes
+                counted = scored_of(counted)[:, None] * lanes
             if NONZERO:
                 x = (tl.abs(x) > ROUNDING * magnitude).to(tl.float64)
             n, mean, squares = merge(n, mean, squares, counted, x, 0.0)
@@ -143,13 +144,14 @@ def _measure_kernel(
         for step in range(walk[2]):
             sample, inside = sample_of(walk, step)
             r, counted = load_rewards(rewards_ptr, sample, inside, rewards, BLOCK_K)
-            part = part_of(r, counted, weight, known, scalars, DECOUPLED, BASELINE, SCALE)
-            t = inside.to(tl.float64)
+            part = part_of(step, r, counted, weight, known, scalars, DECOUPLED, BASELINE, SCALE)
+            t = scored_of(counted)
+            scored = t > 0
             if BY_TOKEN:
-                t = load_tokens(lengths_ptr, sample, inside)
+                t *= load_tokens(lengths_ptr, sample, inside)
             value = tl.sum(part, axis=1)
-            low = tl.minimum(low, tl.where(inside, value, float("inf")))
-            high = tl.maximum(high, tl.where(inside, value, float("-inf")))
+            low = tl.minimum(low, tl.where(scored, value, float("inf")))
+            high = tl.maximum(high, tl.where(scored, value, float("-inf")))
             if CENTRED:
                 squares += t * value * value
                 tokens += t
@@ -235,11 +237,11 @@ def _write_kernel(
         for step in range(walk[2]):
             sample, inside = sample_of(walk, step)
             r, counted = load_rewards(rewards_ptr, sample, inside, rewards, BLOCK_K)
-            part = part_of(r, counted, weight, known, scalars, DECOUPLED, BASELINE, SCALE)
+            part = part_of(step, r, counted, weight, known, scalars, DECOUPLED, BASELINE, SCALE)
             mask = inside[:, None] & (k < rewards)[None, :]
             if measured_ptr is not None:
                 part = (part - shift[None, :]) * unit
-                part = tl.where(mask, part, 0.0)
+                part = tl.where(mask & (scored_of(counted) > 0)[:, None], part, 0.0)
             value = tl.sum(part, axis=1)
             clipped = tl.minimum(tl.maximum(value, -clip), clip)
             part = part * tl.where(clipped == value, 1.0, clipped / value)[:, None]
@@ -296,11 +298,10 @@ def normalize_advantages(
     scale,
     whiten,
     ddof,
-    eps,
-    std_floor,
-    clip,
+    numbers,
 ):
     """Launcher; contract in `lvrpo.ops.normalize_advantages`."""
+    eps, std_floor, clip = numbers.tolist()
     baseline, scale = get_args(Baseline)[baseline], get_args(Scale)[scale]
     whiten = get_args(Whiten)[whiten]
     batch, count = rewards.shape

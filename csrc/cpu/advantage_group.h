@@ -35,7 +35,8 @@ struct Estimator {
 
 // A contiguous range of samples, and what is divided by one spread in it: all of it or nothing.
 struct Column {
-  double squares = 0, largest = 0, magnitude = 0, count = 0;
+  double squares = 0, largest = 0, magnitude = 0, count = 0, mean = 0;
+  double mean_of_others = 0;  // without the farthest sample, see below
   void add(double deviation, double size) {
     squares += deviation * deviation;
     largest = std::max(largest, std::abs(deviation));
@@ -51,6 +52,7 @@ struct Group {
   const double* weights;
   int64_t size;
   const double *value, *counted;
+  const bool* scored;  // [size], whether any reward applies
   const int64_t* lengths;
   double* part;  // [size, K]
 };
@@ -62,9 +64,9 @@ inline Column centre(const Group& g, int64_t k, double& constant, double& seen) 
   Column column;
   double sum = 0;
   for (int64_t b = 0; b < g.size; ++b) column.count += g.counted[b * stride + k], sum += g.value[b * stride + k];
-  const double mean = sum / std::max(column.count, 1.0);
+  column.mean = sum / std::max(column.count, 1.0);
   for (int64_t b = 0; b < g.size; ++b) {
-    g.part[b * stride + k] = g.counted[b * stride + k] * (g.value[b * stride + k] - mean);
+    g.part[b * stride + k] = g.counted[b * stride + k] * (g.value[b * stride + k] - column.mean);
     column.add(g.part[b * stride + k], std::abs(g.value[b * stride + k]));
   }
   seen += column.count > 0;
@@ -76,9 +78,9 @@ inline Column centre(const Group& g, int64_t k, double& constant, double& seen) 
 
 inline Column centre_sum(const Group& g, double* total) {
   Column column;
-  column.count = static_cast<double>(g.size);
   for (int64_t b = 0; b < g.size; ++b) {
     double magnitude = 0;
+    column.count += g.scored[b];
     total[b] = 0;
     for (int64_t k = 0; k < g.rewards; ++k) {
       total[b] += g.weights[k] * g.part[b * g.rewards + k];
@@ -106,31 +108,79 @@ inline void subtract_baseline(const Group& g, int64_t k) {
 
 // Only the best sample keeps its part, and of that what the runner-up does not have as well.
 inline void keep_lead(const Group& g, const Column& column, const double* total) {
-  if (g.size == 0) return;
-  const int64_t best = std::max_element(total, total + g.size) - total;
-  double second = g.size > 1 ? -std::numeric_limits<double>::infinity() : total[best];
+  constexpr double NOBODY = -std::numeric_limits<double>::infinity();
+  int64_t best = -1;
   for (int64_t b = 0; b < g.size; ++b)
-    if (b != best) second = std::max(second, total[b]);
-  const double lead = total[best] - second;
+    if (g.scored[b] && (best < 0 || total[b] > total[best])) best = b;
+  if (best < 0) return;  // nobody is scored, and every part is 0
+  double second = NOBODY;
+  for (int64_t b = 0; b < g.size; ++b)
+    if (g.scored[b] && b != best) second = std::max(second, total[b]);
+  const double lead = second == NOBODY ? 0.0 : total[best] - second;
   const double kept = lead > ROUNDING * column.magnitude && total[best] > 0 ? lead / total[best] : 0.0;
   for (int64_t b = 0; b < g.size; ++b)
     for (int64_t k = 0; k < g.rewards; ++k) g.part[b * g.rewards + k] *= b == best ? kept : 0.0;
 }
 
-// Divides by the spread of the other samples' `own`; where they agree there is none, and the deviation stays.
-inline double others_divisor(const Estimator& estimator, const Column& column, double own) {
-  const double rest = column.squares - own * own * column.count / std::max(column.count - 1.0, 1.0);
-  return rest > ROUNDING * column.squares ? estimator.divisor(estimator.std(rest, column.count - 1.0)) : 1.0;
+// Squares, about their own mean, of the others of the sample that is farthest from the group's mean.
+struct Farthest {
+  int64_t sample = -1;
+  double squares_of_others = 0;  // 0 where these agree
+};
+
+// For the column made of rewards [first, last); own [size] are its deviations.
+inline Farthest farthest(const Group& g, Column* columns, int64_t first, int64_t last, const double* own) {
+  const int64_t rewards = g.rewards;
+  const bool decoupled = g.estimator.decoupled;
+  Farthest far;
+  for (int64_t b = 0; b < g.size; ++b)
+    if (far.sample < 0 || std::abs(own[b]) > std::abs(own[far.sample])) far.sample = b;
+  const auto takes_part = [&](int64_t b) {
+    return b != far.sample && (decoupled ? g.counted[b * rewards + first] > 0 : g.scored[b]);
+  };
+  const auto filled = [&](int64_t b, int64_t k) {
+    return g.counted[b * rewards + k] > 0 ? g.value[b * rewards + k] : columns[k].mean;
+  };
+  for (int64_t k = first; k < last; ++k) {
+    double sum = 0, count = 0;
+    for (int64_t b = 0; b < g.size; ++b)
+      if (takes_part(b)) sum += filled(b, k), count += 1;
+    columns[k].mean_of_others = sum / std::max(count, 1.0);
+  }
+  Column others;
+  for (int64_t b = 0; b < g.size; ++b) {
+    if (!takes_part(b)) continue;
+    double apart = 0, size = 0;
+    for (int64_t k = first; k < last; ++k) {
+      const double weight = decoupled ? 1.0 : g.weights[k];
+      if (columns[k].varies()) apart += weight * (filled(b, k) - columns[k].mean_of_others);
+      size += std::abs(weight) * std::abs(g.value[b * rewards + k]);
+    }
+    others.add(apart, size);
+  }
+  if (others.varies()) far.squares_of_others = others.squares;
+  return far;
 }
 
-inline void scale_part(const Group& g, int64_t k, double count, const Column& column, const double* own, int64_t own_stride,
-                double spread) {
+// Divides by the spread of the other samples; where they agree there is none, and the deviation stays. A sample that
+// is not the farthest owns at most 3/4 of the squares, and what it leaves of them has all digits; the farthest may own
+// all but rounding.
+inline double others_divisor(const Estimator& estimator, const Column& column, const Farthest& far, int64_t b,
+                             double own) {
+  if (column.count <= 2) return 1.0;
+  const double left =
+      b == far.sample ? far.squares_of_others : column.squares - own * own * column.count / (column.count - 1.0);
+  return left > 0 ? estimator.divisor(estimator.std(left, column.count - 1.0)) : 1.0;
+}
+
+inline void scale_part(const Group& g, int64_t k, double count, const Column& column, const Farthest& far,
+                       const double* own, double spread) {
   const Estimator& estimator = g.estimator;
   double factor = column.varies() || estimator.baseline == NO_BASELINE ? g.weights[k] : 0.0;
   if (estimator.baseline == LEAVE_ONE_OUT) factor *= count / std::max(count - 1.0, 1.0);
   if (estimator.scale == OTHERS) {
     for (int64_t b = 0; b < g.size; ++b)
-      g.part[b * g.rewards + k] *= factor / others_divisor(estimator, column, own[b * own_stride]);
+      g.part[b * g.rewards + k] *= factor / others_divisor(estimator, column, far, b, own[b]);
     return;
   }
   const double std = estimator.scale == GROUP ? estimator.std(column.squares, column.count) : spread;
@@ -139,23 +189,29 @@ inline void scale_part(const Group& g, int64_t k, double count, const Column& co
 }
 
 // Fills g.part; counts groups by reward: sums[k] those in which it is constant, sums[K + k] those it applies to.
-inline void group_parts(const Group& g, const std::vector<double>& spread, double* total, Column* columns, double* sums) {
+inline void group_parts(const Group& g, const std::vector<double>& spread, double* total, Column* columns,
+                        double* sums) {
   const int64_t rewards = g.rewards;
   for (int64_t k = 0; k < rewards; ++k) columns[k] = centre(g, k, sums[k], sums[rewards + k]);
+  const bool of_others = g.estimator.scale == OTHERS;
   if (g.estimator.decoupled) {
     for (int64_t k = 0; k < rewards; ++k) {
-      if (g.estimator.scale == OTHERS)  // the divisor needs the deviation from the mean, which the baseline overwrites
+      Farthest far;
+      if (of_others) {  // the divisor needs the deviation from the mean, which the baseline overwrites
         for (int64_t b = 0; b < g.size; ++b) total[b] = g.part[b * rewards + k];
+        far = farthest(g, columns, k, k + 1, total);
+      }
       subtract_baseline(g, k);
-      scale_part(g, k, columns[k].count, columns[k], total, 1, spread[k]);
+      scale_part(g, k, columns[k].count, columns[k], far, total, spread[k]);
     }
     return;
   }
   const Column sum = centre_sum(g, total);
+  const Farthest far = of_others ? farthest(g, columns, 0, rewards, total) : Farthest{};
   if (g.estimator.baseline == SECOND_BEST) keep_lead(g, sum, total);
   for (int64_t k = 0; k < rewards; ++k) {
     subtract_baseline(g, k);
-    scale_part(g, k, columns[k].count, sum, total, 1, spread[0]);
+    scale_part(g, k, columns[k].count, sum, far, total, spread[0]);
   }
 }
 

@@ -25,13 +25,14 @@ constexpr int64_t CHUNK = 256;
 using Doubles = std::unique_ptr<double[]>;
 using Load = void (*)(const void* x, int64_t begin, int64_t end, double* value, double* counted);
 
-// Rewards [begin, end) as numbers; one that does not apply holds 0 and counts 0.
+// Rewards [begin, end) as numbers; one that does not apply, or is infinite where nobody could refuse it, holds 0 and
+// counts 0.
 template <typename scalar_t>
 void load(const void* x, int64_t begin, int64_t end, double* value, double* counted) {
   const scalar_t* from = static_cast<const scalar_t*>(x) + begin;
   for (int64_t i = 0; i < end - begin; ++i) {
     const double number = static_cast<double>(from[i]);
-    const bool applies = number == number;
+    const bool applies = std::abs(number) <= std::numeric_limits<double>::max();
     value[i] = applies ? number : 0.0;
     counted[i] = applies ? 1.0 : 0.0;
   }
@@ -44,6 +45,7 @@ struct Input {
   const int64_t* start;
   const double* weights;
   const int64_t* lengths;  // null unless the estimator counts tokens
+  bool* scored;            // [B], whether any reward applies; written by moments
 
   int64_t chunks() const { return (groups + CHUNK - 1) / CHUNK; }
 };
@@ -86,22 +88,28 @@ std::vector<double> sum_over_chunks(const Input& in, int64_t width, const Body& 
   return total;
 }
 
-// Of every reward, over the samples it applies to.
+// Of every reward, over the samples it applies to; and how many samples have any.
 struct Moments {
   std::vector<double> count, mean, std;
+  double scored;
 };
 
 Moments moments(const Input& in, const Estimator& estimator) {
   const int64_t rewards = in.rewards;
-  const std::vector<double> sums = sum_over_chunks(in, 2 * rewards, [&](const Chunk& chunk, double* sum) {
-    for (int64_t b = 0; b < chunk.samples(); ++b)
+  const std::vector<double> sums = sum_over_chunks(in, 2 * rewards + 1, [&](const Chunk& chunk, double* sum) {
+    for (int64_t b = 0; b < chunk.samples(); ++b) {
+      double any = 0;
       for (int64_t k = 0; k < rewards; ++k) {
+        any = std::max(any, chunk.counted[b * rewards + k]);
         sum[k] += chunk.counted[b * rewards + k];
         sum[rewards + k] += chunk.value[b * rewards + k];
       }
+      in.scored[chunk.begin + b] = any > 0;
+      sum[2 * rewards] += any;
+    }
   });
   Moments m{std::vector<double>(sums.begin(), sums.begin() + rewards), std::vector<double>(rewards, NOT_A_NUMBER),
-            std::vector<double>(rewards, NOT_A_NUMBER)};
+            std::vector<double>(rewards, NOT_A_NUMBER), sums[2 * rewards]};
   for (int64_t k = 0; k < rewards; ++k)
     if (m.count[k] > 0) m.mean[k] = sums[rewards + k] / m.count[k];
   const std::vector<double> squares = sum_over_chunks(in, rewards, [&](const Chunk& chunk, double* sum) {
@@ -127,7 +135,6 @@ double weighted_sum(const Input& in, const double* value, const double* counted,
 // What a group is divided by where that is the same for the whole batch: one number per reward, or one for their sum.
 std::vector<double> batch_spread(const Input& in, const Estimator& estimator, const Moments& m) {
   const int64_t rewards = in.rewards;
-  const double batch = static_cast<double>(in.batch);
   if (estimator.scale == NONZERO) {
     const int64_t columns = estimator.decoupled ? rewards : 1;
     std::vector<double> fraction = sum_over_chunks(in, columns, [&](const Chunk& chunk, double* sum) {
@@ -141,7 +148,7 @@ std::vector<double> batch_spread(const Input& in, const Estimator& estimator, co
         if (!estimator.decoupled) sum[0] += std::abs(weighted_sum(in, value, counted, nullptr)) > ROUNDING * size;
       }
     });
-    for (int64_t k = 0; k < columns; ++k) fraction[k] /= estimator.decoupled ? m.count[k] : batch;
+    for (int64_t k = 0; k < columns; ++k) fraction[k] /= estimator.decoupled ? m.count[k] : m.scored;
     return fraction;
   }
   if (estimator.scale != BATCH) return std::vector<double>(rewards, 1.0);
@@ -159,15 +166,16 @@ std::vector<double> batch_spread(const Input& in, const Estimator& estimator, co
         missing[k] = count > 0 ? all / count : m.count[k] > 0 ? m.mean[k] : 0.0;
       }
       for (int64_t b = from; b < to; ++b)
-        *sum += total[chunk.begin + b] = weighted_sum(in, chunk.value.get() + b * rewards,
-                                                      chunk.counted.get() + b * rewards, missing.data());
+        if (in.scored[chunk.begin + b])
+          *sum += total[chunk.begin + b] = weighted_sum(in, chunk.value.get() + b * rewards,
+                                                        chunk.counted.get() + b * rewards, missing.data());
     }
   });
   const std::vector<double> squares = sum_over_chunks(in, 1, [&](const Chunk& chunk, double* sum) {
     for (int64_t b = chunk.begin; b < chunk.end; ++b)
-      *sum += (total[b] - sums[0] / batch) * (total[b] - sums[0] / batch);
+      if (in.scored[b]) *sum += (total[b] - sums[0] / m.scored) * (total[b] - sums[0] / m.scored);
   });
-  return {estimator.std(squares[0], batch)};
+  return {estimator.std(squares[0], m.scored)};
 }
 
 // part [B, K] of a chunk's samples, from its first one on; see group_parts for sums.
@@ -187,6 +195,7 @@ void chunk_parts(const Input& in, const Estimator& estimator, const std::vector<
                       in.start[p + 1] - in.start[p],
                       chunk.value.get() + row * rewards,
                       chunk.counted.get() + row * rewards,
+                      in.scored + in.start[p],
                       lengths,
                       part + row * rewards};
     group_parts(group, spread, total.get(), columns.data(), sums);
@@ -201,6 +210,7 @@ struct Whitening {
 };
 
 double tokens_of(const Input& in, const Estimator& estimator, int64_t b) {
+  if (!in.scored[b]) return 0.0;
   return estimator.whiten == PER_TOKEN ? static_cast<double>(in.lengths[b]) : 1.0;
 }
 
@@ -211,7 +221,7 @@ Whitening whitening(const Input& in, const Estimator& estimator, const double* p
   const auto value_of = [&](int64_t b) {
     double value = 0;
     for (int64_t k = 0; k < rewards; ++k) value += part[b * rewards + k] - w.mean[k];
-    return value;
+    return in.scored[b] ? value : 0.0;
   };
   const auto samples = [&](const auto& body) {  // body(chunk index, sample, sums)
     return sum_over_chunks(in, rewards + 2, [&](int64_t c, int64_t begin, int64_t end, double* sums) {
@@ -255,8 +265,9 @@ void finish(const Input& in, const Estimator& estimator, const Whitening& w, int
   const int64_t rewards = in.rewards;
   for (int64_t b = begin; b < end; ++b, part += rewards) {
     double value = 0;
+    const bool zero = w.zero || !in.scored[b];
     for (int64_t k = 0; k < rewards; ++k) {
-      part[k] = w.zero ? 0.0 : (part[k] - w.mean[k]) / w.divisor;
+      part[k] = zero ? 0.0 : (part[k] - w.mean[k]) / w.divisor;
       value += part[k];
     }
     const double clipped = std::clamp(value, -estimator.clip, estimator.clip);
@@ -322,15 +333,20 @@ void check(const Tensor& rewards, const Tensor& offsets, const Tensor& weights, 
 using Result = std::tuple<Tensor, Tensor, Tensor, Tensor>;
 
 Result normalize_advantages(Tensor rewards, Tensor offsets, Tensor weights, std::optional<Tensor> lengths,
-                            bool decoupled, int64_t baseline, int64_t scale, int64_t whiten, int64_t ddof, double eps,
-                            double std_floor, double clip) {
-  const Estimator estimator{decoupled, baseline, scale, whiten, ddof, eps, std_floor, clip};
+                            bool decoupled, int64_t baseline, int64_t scale, int64_t whiten, int64_t ddof,
+                            Tensor numbers) {
+  numbers = torch::stable::contiguous(numbers);
+  check_dtype(numbers, ScalarType::Double, "numbers");
+  check_size(numbers, 0, 3, "numbers");
+  const double* number = numbers.const_data_ptr<double>();
+  const Estimator estimator{decoupled, baseline, scale, whiten, ddof, number[0], number[1], number[2]};
   rewards = torch::stable::contiguous(rewards);
   offsets = torch::stable::contiguous(offsets);
   weights = torch::stable::contiguous(weights);
   if (lengths.has_value()) lengths = torch::stable::contiguous(*lengths);
   check(rewards, offsets, weights, lengths, estimator);
   const int64_t batch = rewards.size(0), count = rewards.size(1);
+  const std::unique_ptr<bool[]> scored = std::make_unique_for_overwrite<bool[]>(batch);
   Input in{batch,
            count,
            offsets.size(0) - 1,
@@ -338,7 +354,8 @@ Result normalize_advantages(Tensor rewards, Tensor offsets, Tensor weights, std:
            nullptr,
            offsets.const_data_ptr<int64_t>(),
            weights.const_data_ptr<double>(),
-           lengths.has_value() ? lengths->const_data_ptr<int64_t>() : nullptr};
+           lengths.has_value() ? lengths->const_data_ptr<int64_t>() : nullptr,
+           scored.get()};
   LVRPO_DISPATCH_FLOATING(rewards.scalar_type(), scalar_t, [&] {
     in.x = rewards.const_data_ptr<scalar_t>();
     in.load = &load<scalar_t>;

@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Sequence
-from typing import get_args
+from typing import Any, get_args
 
 import torch
 from torch import Tensor
@@ -21,6 +21,7 @@ from lvrpo.ops._advantage_params import (
     Scale,
     Whiten,
 )
+from lvrpo.ops._numbers import numbers
 from lvrpo.reference.normalize_advantages import normalize_advantages as reference_advantages
 
 __all__ = [
@@ -33,11 +34,14 @@ __all__ = [
 
 OP = "normalize_advantages"
 _DEFAULT = AdvantageParams()
+_CPU = torch.device("cpu")
 
 
 @dataclasses.dataclass(frozen=True)
 class AdvantageStats:
     """What each of the K rewards did; [K] tensors, NaN for a reward that applied to no sample.
+
+    A sample that no reward scored counts in none of them but `applicable`.
 
     Attributes:
         share: part of the advantages' variance that comes from the reward: the covariance of its
@@ -47,7 +51,7 @@ class AdvantageStats:
         constant_groups: fraction of the groups it applied to in which it did not vary.
         mean: of the raw reward over the samples it applied to.
         std: likewise.
-        applicable: fraction of the samples it applied to; never NaN unless the batch is empty.
+        applicable: fraction of all samples it applied to; never NaN unless the batch is empty.
         all_zero: bool scalar, every advantage is zero and the batch teaches nothing.
     """
 
@@ -75,11 +79,11 @@ class Advantages:
 
 
 def normalize_advantages(
-    rewards: Tensor,
-    groups: Tensor | int,
+    rewards: Tensor | Sequence[Any],
+    groups: Tensor | Sequence[int] | int,
     *,
     weights: Tensor | Sequence[float] | None = None,
-    lengths: Tensor | None = None,
+    lengths: Tensor | Sequence[int] | None = None,
     params: AdvantageParams = _DEFAULT,
     backend: str | None = None,
 ) -> Advantages:
@@ -92,12 +96,15 @@ def normalize_advantages(
     order of groups, or of samples inside a group, beyond fp64 rounding.
 
     Args:
-        rewards: [B] or [B, K], any floating dtype. NaN: this reward does not apply to this sample;
-            it is left out of the reward's statistics and contributes 0, as the group's mean would.
-            Treated as data: no gradient flows to it.
-        groups: [P + 1] int64 offsets of the groups in the batch, or an int G for equal groups.
+        rewards: [B] or [B, K], any real dtype, or a list. NaN (None in a list): this reward does
+            not apply to this sample; it is left out of the reward's statistics and contributes 0,
+            as the group's mean would. A sample to which no reward applies gets advantage 0 and
+            counts nowhere: not in its group, nor in the batch, nor in whitening. Treated as data:
+            no gradient flows to it.
+        groups: [P + 1] offsets of the groups in the batch, any integers, or an int G for equal
+            groups.
         weights: K factors of the rewards; None means 1.
-        lengths: [B] int64, tokens of each sample, for the estimators that count tokens
+        lengths: [B] tokens of each sample, any integers, for the estimators that count tokens
             (`params.needs_lengths`); the others ignore it.
         params: the estimator.
         backend: "cpp", "triton", "torch", or None for the first that can run.
@@ -107,20 +114,16 @@ def normalize_advantages(
 
     Raises:
         ValueError: shapes or dtypes do not match, G does not divide B, the estimator counts tokens
-            and has no lengths; on a CPU also when a reward is infinite, a sample has no reward that
-            applies, or offsets, weights or lengths are unusable.
+            and has no lengths; on a CPU also when a reward is infinite, or offsets, weights or
+            lengths are unusable. Where values are not read, an infinite reward does not apply, a
+            weight that is not finite is 0, and so is a negative length.
     """
-    _checks.check_floating(OP, "rewards", rewards)
-    if rewards.dim() not in (1, 2):
-        raise ValueError(f"{OP}: rewards has shape {tuple(rewards.shape)}, expected [B] or [B, K]")
-    table = rewards.detach() if rewards.dim() == 2 else rewards.detach()[:, None]
+    table, exact = _as_table(rewards, groups, weights, lengths)
     offsets = _as_offsets(groups, table)
     factors = _as_weights(weights, table)
-    lengths = _check_lengths(lengths, table, params)
-    _checks.check_same_device(OP, rewards=table, groups=offsets, weights=factors, lengths=lengths)
-    if _checks.check_values(table):
-        _check_rewards(table, rewards.dim())
-    tensors = (table, offsets, factors, lengths)
+    tokens = _as_lengths(lengths, table, params)
+    _checks.check_same_device(OP, rewards=table, groups=offsets, weights=factors, lengths=tokens)
+    tensors = (table, offsets, factors, tokens)
     chosen = _backend.resolve(OP, tensors, backend)
     if chosen == "torch":
         values, per_reward, *stats = reference_advantages(*tensors, params=params)
@@ -132,11 +135,12 @@ def normalize_advantages(
             get_args(Scale).index(params.scale),
             get_args(Whiten).index(params.whiten),
             params.ddof,
-            float(params.eps),
-            float(params.std_floor),
-            math.inf if params.clip is None else float(params.clip),
+            numbers(params.eps, params.std_floor, math.inf if params.clip is None else params.clip),
         )
         stats = [*columns.unbind(), all_zero]
+    if exact:
+        values, per_reward = values.float(), per_reward.float()
+        stats = [*(x.float() for x in stats[:-1]), stats[-1]]
     return Advantages(values, per_reward, AdvantageStats(*stats))
 
 
@@ -151,9 +155,7 @@ def _fake(
     scale: int,
     whiten: int,
     ddof: int,
-    eps: float,
-    std_floor: float,
-    clip: float,
+    numbers: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     dtype = torch.float64 if rewards.dtype == torch.float64 else torch.float32
     batch, count = rewards.shape
@@ -162,11 +164,27 @@ def _fake(
     return values, per_reward, stats, rewards.new_empty((), dtype=torch.bool)
 
 
-def _as_offsets(groups: Tensor | int, rewards: Tensor) -> Tensor:
+def _as_table(rewards: Any, *others: Any) -> tuple[Tensor, bool]:
+    """[B, K], and whether it holds integers: as fp64, which keeps them apart, for fp32 results."""
+    devices = [x.device for x in others if isinstance(x, Tensor)]
+    rewards = _checks.as_tensor(OP, "rewards", rewards, devices[0] if devices else _CPU)
+    if rewards.is_complex():
+        raise ValueError(f"{OP}: rewards is {rewards.dtype}, expected a real dtype")
+    if rewards.dim() not in (1, 2):
+        raise ValueError(f"{OP}: rewards has shape {tuple(rewards.shape)}, expected [B] or [B, K]")
+    # A cheap pass first: where every reward is a finite number, so is their sum.
+    if _checks.check_values(rewards) and not bool(rewards.sum().isfinite()):
+        expected = "a finite number, or NaN where the reward does not apply"
+        _checks.refuse_first(OP, "rewards", rewards, rewards.isinf(), expected)
+    exact = not rewards.is_floating_point()
+    table = rewards.double() if exact else rewards.detach()
+    return (table if table.dim() == 2 else table[:, None]), exact
+
+
+def _as_offsets(groups: Tensor | Sequence[int] | int, rewards: Tensor) -> Tensor:
     batch = rewards.shape[0]
-    if isinstance(groups, Tensor):
-        _checks.check_offsets(OP, "groups", groups, batch)
-        return groups
+    if isinstance(groups, (Tensor, Sequence)):
+        return _checks.as_offsets(OP, "groups", groups, batch, rewards.device)
     if groups < 1 or batch % groups != 0:
         raise ValueError(f"{OP}: groups is {groups}, expected a size >= 1 that divides B = {batch}")
     return torch.arange(0, batch + 1, groups, device=rewards.device)
@@ -177,16 +195,18 @@ def _as_weights(weights: Tensor | Sequence[float] | None, rewards: Tensor) -> Te
     if weights is None:
         return rewards.new_ones(count, dtype=torch.float64)
     if not isinstance(weights, Tensor):
-        weights = torch.tensor(list(weights), dtype=torch.float64)
-        weights = weights.to(rewards.device, non_blocking=True)
+        weights = numbers(*weights).to(rewards.device, non_blocking=True)
     _checks.check_shape(OP, "weights", weights, (count,))
-    if _checks.check_values(weights) and not bool(weights.isfinite().all()):
-        raise ValueError(f"{OP}: weights is {weights.tolist()}, expected finite numbers")
-    return weights.detach().double()
+    factors = weights.detach().double()
+    if not _checks.check_values(weights):
+        return factors.nan_to_num(0.0, 0.0, 0.0)
+    if not bool(factors.isfinite().all()):
+        raise ValueError(f"{OP}: weights is {factors.tolist()}, expected finite numbers")
+    return factors
 
 
-def _check_lengths(
-    lengths: Tensor | None, rewards: Tensor, params: AdvantageParams
+def _as_lengths(
+    lengths: Tensor | Sequence[int] | None, rewards: Tensor, params: AdvantageParams
 ) -> Tensor | None:
     if not params.needs_lengths:
         return None
@@ -196,29 +216,10 @@ def _check_lengths(
             f"{OP}: lengths is None, expected [B] numbers of tokens for {field} "
             f"{getattr(params, field)!r}"
         )
-    _checks.check_shape(OP, "lengths", lengths, (rewards.shape[0],))
-    _checks.check_integer(OP, "lengths", lengths)
-    if _checks.check_values(lengths) and bool((lengths < 0).any()):
-        sample = int((lengths < 0).nonzero()[0])
-        raise ValueError(f"{OP}: lengths[{sample}] is {int(lengths[sample])}, expected >= 0")
-    return lengths
-
-
-def _check_rewards(rewards: Tensor, dim: int) -> None:
-    if bool(rewards.sum().isfinite()):  # one cheap pass where every reward is a finite number
-        return
-    infinite = rewards.isinf()
-    if bool(infinite.any()):
-        sample, reward = infinite.nonzero()[0].tolist()
-        at = f"{sample}, {reward}" if dim == 2 else f"{sample}"
-        raise ValueError(
-            f"{OP}: rewards[{at}] is {float(rewards[sample, reward])} (sample {sample}, reward "
-            f"{reward}), expected a finite number, or NaN where the reward does not apply"
-        )
-    nowhere = rewards.isnan().all(dim=1)
-    if bool(nowhere.any()):
-        sample = int(nowhere.nonzero()[0])
-        raise ValueError(
-            f"{OP}: rewards[{sample}] is {rewards[sample].tolist()}: no reward applies to sample "
-            f"{sample}, expected at least one number"
-        )
+    tokens = _checks.as_tensor(OP, "lengths", lengths, rewards.device)
+    _checks.check_shape(OP, "lengths", tokens, (rewards.shape[0],))
+    tokens = _checks.as_index(OP, "lengths", tokens)
+    if not _checks.check_values(tokens):
+        return tokens.clamp(min=0)
+    _checks.refuse_first(OP, "lengths", tokens, tokens < 0, ">= 0")
+    return tokens

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from lvrpo.ops._numbers import as_bound
+
 if TYPE_CHECKING:
     from lvrpo.ops._advantage_params import AdvantageParams
 
@@ -17,7 +19,7 @@ ROUNDING = 2.0**-40
 
 
 def normalize_advantages(
-    rewards: Tensor,  # [B, K], NaN where a reward does not apply
+    rewards: Tensor,  # [B, K], NaN (or infinite) where a reward does not apply
     offsets: Tensor,  # [P + 1]
     weights: Tensor,  # [K] fp64
     lengths: Tensor | None = None,  # [B], tokens of a sample
@@ -26,7 +28,8 @@ def normalize_advantages(
 ) -> tuple[Tensor, ...]:
     """See `lvrpo.normalize_advantages`; values, per_reward, then the fields of its stats."""
     groups = _Groups(offsets, len(rewards))
-    applies = ~rewards.isnan()
+    applies = rewards.isfinite()
+    scored = applies.any(dim=1, keepdim=True)
     r = rewards.detach().double().masked_fill(~applies, 0.0)
     counted = applies.double()
     count = groups.sum(counted)
@@ -40,7 +43,7 @@ def normalize_advantages(
     else:
         size = (r.abs() @ weights.abs())[:, None]
         column = groups.without_rounding((deviation @ weights)[:, None], size)
-        column_counted = torch.ones_like(column)
+        column_counted = scored.double()
     column_count = groups.sum(column_counted)
 
     def std(squares: Tensor, n: Tensor) -> Tensor:
@@ -50,8 +53,11 @@ def normalize_advantages(
     if params.scale == "group":
         spread = std(squares, column_count)
     elif params.scale == "leave_one_out":
-        own = column.square() * column_count / (column_count - 1).clamp(min=1)
-        others = (squares - own).where(squares - own > ROUNDING * squares, 0.0)
+        present = torch.where(applies, r, mean) * (groups.max(deviation) > 0)
+        combine = (
+            torch.eye(len(weights)).to(r) if params.combine == "decoupled" else weights[:, None]
+        )
+        others = _squares_of_others(groups, column, column_counted, present, combine, size)
         spread = std(others, column_count - 1)
     elif params.scale == "batch":
         batch_mean = (r.sum(0) / counted.sum(0)).nan_to_num()
@@ -64,10 +70,9 @@ def normalize_advantages(
         spread = (raw.abs() > ROUNDING * size).double().sum(0) / column_counted.sum(0)
     divisor = torch.ones_like(column)
     if params.scale != "none":
-        divisor = (spread + params.eps).clamp(min=params.std_floor)
+        divisor = _floored(spread, params)
     if params.scale == "leave_one_out":
         divisor = torch.where(spread > 0, divisor, 1.0)
-    divisor = torch.where(divisor > 0, divisor, 1.0)
 
     above = deviation
     if params.baseline == "leave_one_out":
@@ -77,16 +82,17 @@ def normalize_advantages(
         tokens = lengths.double()[:, None] * counted
         above = counted * (deviation - groups.sum(tokens * deviation) / groups.sum(tokens).clamp(1))
     elif params.baseline == "second_best":
-        above = deviation * groups.lead(column, size)
+        above = deviation * groups.lead(column.masked_fill(~scored, -math.inf), size)
     elif params.baseline == "none":
         above = r
     varies = (groups.max(column) > 0) | (params.baseline == "none")
     per_reward = torch.where(varies, weights * above / divisor, 0.0)
 
-    per_reward = _whiten(per_reward, lengths, params)
+    per_reward = _whiten(per_reward, scored, lengths, params)
     values = per_reward.sum(1)
     if params.clip is not None:
-        clipped = values.clamp(-params.clip, params.clip)
+        bound = as_bound(params.clip, values)
+        clipped = values.clamp(-bound, bound)
         per_reward = per_reward * torch.where(values == 0, 1.0, clipped / values)[:, None]
         values = clipped
 
@@ -102,24 +108,56 @@ def normalize_advantages(
     return (*(x.to(dtype) for x in (values, per_reward, *stats)), (values == 0).all())
 
 
-def _whiten(per_reward: Tensor, lengths: Tensor | None, params: AdvantageParams) -> Tensor:
-    """Divided by the standard deviation of its row sums over the batch, after their mean."""
+def _squares_of_others(
+    groups: _Groups,
+    column: Tensor,  # [B, J], deviations from the group's mean
+    counted: Tensor,  # [B, J], 1 for the samples that have one
+    rewards: Tensor,  # [B, K], those that vary
+    combine: Tensor,  # [K, J], from rewards to columns
+    size: Tensor,  # [B, J]
+) -> Tensor:
+    """Sum of squares of the group's other samples about their own mean, [B, J].
+
+    A sample that is not the farthest from the mean owns at most 3/4 of the squares; what it leaves
+    of them has all digits. The farthest may own all but rounding: its others are centred without
+    it.
+    """
+    count = groups.sum(counted)
+    own = column.square() * count / (count - 1).clamp(min=1)
+    farthest = groups.first(column.abs() == groups.max(column))
+    rest = counted * ~farthest
+    centre = groups.sum(rest * rewards) / groups.sum(rest).clamp(min=1)
+    apart = groups.without_rounding((rest * (rewards - centre)) @ combine, rest * size)
+    without_farthest = groups.sum(apart.square())
+    left = torch.where(farthest, without_farthest, groups.sum(column.square()) - own)
+    return torch.where(count > 2, left, 0.0)
+
+
+def _whiten(
+    per_reward: Tensor, scored: Tensor, lengths: Tensor | None, params: AdvantageParams
+) -> Tensor:
+    """Divided by the standard deviation of its row sums over scored samples, after their mean."""
     if params.whiten == "none":
         return per_reward
     values = per_reward.sum(1)
-    tokens = torch.ones_like(values)
+    tokens = scored[:, 0].double()
     if params.whiten == "token":
         assert lengths is not None
-        tokens = lengths.double()
+        tokens = tokens * lengths
     if not sums_to_zero(params):
         before = _largest(values)
-        per_reward = per_reward - (tokens @ per_reward) / tokens.sum().clamp(min=1)
+        per_reward = scored * (per_reward - (tokens @ per_reward) / tokens.sum().clamp(min=1))
         values = per_reward.sum(1)
         varies = _largest(values) > ROUNDING * before
         values, per_reward = values * varies, per_reward * varies
     std = (tokens * values.square()).sum() / (tokens.sum() - params.ddof).clamp(min=1)
-    divisor = (std.sqrt() + params.eps).clamp(min=params.std_floor)
-    return per_reward / torch.where(divisor > 0, divisor, 1.0)
+    return per_reward / _floored(std.sqrt(), params)
+
+
+def _floored(spread: Tensor, params: AdvantageParams) -> Tensor:
+    """What a spread makes of a divisor: never 0."""
+    divisor = (spread + params.eps).clamp(min=as_bound(params.std_floor, spread))
+    return torch.where(divisor > 0, divisor, 1.0)
 
 
 def sums_to_zero(params: AdvantageParams) -> bool:
@@ -152,6 +190,12 @@ class _Groups:
     def sum(self, x: Tensor) -> Tensor:
         """The sum over the sample's group."""
         return x.new_zeros(self.count, x.shape[1]).index_add(0, self.index, x)[self.index]
+
+    def first(self, x: Tensor) -> Tensor:
+        """Whether the sample is the first of its group for which `x` holds."""
+        place = -torch.arange(len(x), device=x.device, dtype=torch.float64)[:, None]
+        place = torch.where(x, place, -math.inf)
+        return x & (place == self.largest(place))
 
     def largest(self, x: Tensor) -> Tensor:
         """The maximum over the sample's group."""

@@ -14,6 +14,7 @@ from lvrpo.ops._advantage_params import (
     Scale,
     Whiten,
 )
+from lvrpo.ops._numbers import numbers
 
 
 def call(groups, samples, rewards, dtype, params) -> None:
@@ -28,9 +29,7 @@ def call(groups, samples, rewards, dtype, params) -> None:
         get_args(Scale).index(params.scale),
         get_args(Whiten).index(params.whiten),
         params.ddof,
-        params.eps,
-        params.std_floor,
-        float("inf") if params.clip is None else params.clip,
+        numbers(params.eps, params.std_floor, float("inf") if params.clip is None else params.clip),
     )
 
 

@@ -5,10 +5,12 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor
 
+from lvrpo.reference import normalize_advantages as module
 from lvrpo.reference.normalize_advantages import normalize_advantages as reference
 
 Mutant = Callable[..., tuple[Tensor, ...]]
@@ -45,6 +47,25 @@ def with_output(index: int, change: Callable[..., Tensor]) -> Mutant:
     return mutant
 
 
+def with_squares_of_others(squares_of_others: Callable[..., Tensor]) -> Mutant:
+    def mutant(rewards, groups, weights, lengths, params):
+        with mock.patch.object(module, "_squares_of_others", squares_of_others):
+            return reference(rewards, groups, weights, lengths, params=params)
+
+    return mutant
+
+
+def total_minus_own(groups, column, counted, *_):
+    count, squares = groups.sum(counted), groups.sum(column.square())
+    left = squares - column.square() * count / (count - 1).clamp(min=1)
+    return left.where(left > module.ROUNDING * squares, 0.0)
+
+
+def unscored_as_mean(r: Tensor, offsets: Tensor, weights: Tensor) -> tuple[Tensor, ...]:
+    """A sample that no reward scored counts as if it had the mean of the batch."""
+    return r.where(~r.isnan().all(1, keepdim=True), r.nanmean(0)), offsets, weights
+
+
 def variance_share(outputs: list[Tensor]) -> Tensor:
     variance = outputs[1].square().sum(0)
     return variance / variance.sum()
@@ -74,6 +95,7 @@ MUTANTS: dict[str, Mutant] = {
     "weights ignored": with_arguments(lambda r, o, w: (r, o, torch.ones_like(w))),
     "weights of the neighbour": with_arguments(lambda r, o, w: (r, o, w.roll(1))),
     "a missing reward is zero": with_arguments(lambda r, o, w: (r.nan_to_num(nan=0.0), o, w)),
+    "a sample without rewards counts": with_arguments(unscored_as_mean),
     "parts before weights": with_output(1, lambda out: out[1].flip(1)),
     "share of variance, not covariance": with_output(2, variance_share),
     "constant groups miscounted": with_output(3, lambda out: 1 - out[3]),
@@ -86,6 +108,16 @@ LENGTH_MUTANTS: dict[str, Mutant] = {
     "lengths of the neighbour": with_lengths(lambda lengths: lengths.roll(1)),
     "plain baseline": with_params(baseline="mean"),
     "whitened by samples": with_params(whiten="sequence"),
+}
+#: For a spread of the sample's others.
+OTHERS_MUTANTS: dict[str, Mutant] = {
+    "what its own squares leave of the total": with_squares_of_others(total_minus_own),
+    "its own square is in": with_squares_of_others(
+        lambda groups, column, *_: groups.sum(column.square())
+    ),
+    "the others do not agree": with_squares_of_others(
+        lambda groups, column, *_: groups.sum(column.square()).clamp(min=1e-20)
+    ),
 }
 #: For the best sample alone.
 BEST_MUTANTS: dict[str, Mutant] = {

@@ -169,7 +169,9 @@ FORMULAS: dict[str, Formula] = {
 }
 
 
-def batch(rewards: int, gaps: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def batch(
+    rewards: int, gaps: bool, unscored: bool = False
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Ragged groups: one empty, one of a single sample, one constant, one that a reward misses."""
     sizes = [5, 1, 0, 8, 4, 3, 2]
     r = torch.rand(sum(sizes), rewards, dtype=torch.float64)
@@ -181,16 +183,22 @@ def batch(rewards: int, gaps: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         r[1::4, 0] = NAN
         r[18:21, 1] = NAN
         r[18:21, 0] = torch.rand(3, dtype=torch.float64)
+    if unscored:
+        r[[2, 7, 12, 13]] = NAN  # the eighth is one of those that are zero
+        r[21:23] = NAN  # a whole group
     weights = torch.tensor([1.0, 0.5, 2.0][:rewards], dtype=torch.float64)
     return r, torch.tensor([0, *sizes]).cumsum(0), weights, torch.randint(1, 40, (len(r),))
 
 
 @pytest.mark.parametrize("name", FORMULAS)
 @pytest.mark.parametrize(
-    ("rewards", "gaps"), [(1, False), (3, False), (3, True)], ids=["one", "several", "with gaps"]
+    ("rewards", "gaps", "unscored"),
+    [(1, False, False), (3, False, False), (3, True, False), (1, False, True), (3, True, True)],
+    ids=["one", "several", "with gaps", "one, or none at all", "with gaps, or none at all"],
 )
-def test_is_the_published_formula(backend, name, rewards, gaps):
-    r, groups, weights, lengths = batch(rewards, gaps)
+def test_is_the_published_formula(backend, name, rewards, gaps, unscored):
+    """Of the samples that any reward scored; the others' advantage is 0."""
+    r, groups, weights, lengths = batch(rewards, gaps, unscored)
     ours = normalize_advantages(
         r,
         groups,
@@ -200,9 +208,16 @@ def test_is_the_published_formula(backend, name, rewards, gaps):
         backend=backend,
     )
     bounds = groups.tolist()
-    pieces = [(r[a:b].cpu(), lengths[a:b].cpu()) for a, b in itertools.pairwise(bounds)]
-    expected = torch.cat(FORMULAS[name](pieces, weights.cpu()))
+    scored = ~r.isnan().all(1)
+    pieces = [
+        (r[a:b][scored[a:b]].cpu(), lengths[a:b][scored[a:b]].cpu())
+        for a, b in itertools.pairwise(bounds)
+    ]
+    expected = torch.zeros(len(r), dtype=torch.float64, device="cpu")
+    expected[scored.cpu()] = torch.cat(FORMULAS[name](pieces, weights.cpu()))
     torch.testing.assert_close(ours.values.cpu(), expected)
+    assert (ours.values[~scored] == 0).all()
+    assert (ours.per_reward[~scored] == 0).all()
     torch.testing.assert_close(ours.per_reward.sum(1), ours.values)
 
 
