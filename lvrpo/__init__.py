@@ -39,6 +39,7 @@ from lvrpo.sampler_correction import (
     off_policy_sequence_mask,
     sampler_weights,
     top_entropy_mask,
+    top_entropy_threshold,
 )
 
 __version__ = "0.1.0"
@@ -78,4 +79,5 @@ __all__ = [
     "sampler_weights",
     "target_index",
     "top_entropy_mask",
+    "top_entropy_threshold",
 ]

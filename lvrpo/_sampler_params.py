@@ -68,7 +68,9 @@ class SamplerCorrectionParams:
         outside: what happens to a ratio outside the bounds: "truncate" moves it to the bound,
             "zero" drops the token.
         reject: further conditions; a token stays if all of them keep it.
-        normalize: divide the weights by their mean over the tokens that no rejection dropped.
+        normalize: divide the bounded weights by their mean over this call, before any rejection:
+            over the active tokens, or over the sequences where `weight` is one number for each.
+            Weights with a mean below 1e-8 stay as they are.
     """
 
     weight: Weight = "token"
@@ -119,19 +121,25 @@ SAMPLER_CORRECTION_PRESETS: dict[str, dict[str, Any]] = {
 
 @dataclasses.dataclass(frozen=True)
 class SamplerCorrectionStats:
-    """Detached scalars over the active tokens; 0 when there are none.
+    """Detached scalars, finite; 0 when there are no tokens to take them over.
+
+    `gap` to `ratio_max` are over the active tokens that the sampler scored, the others over all
+    active ones.
 
     Attributes:
         gap: mean |o - u|, nats.
         gap_max: largest |o - u|.
-        kl: KL divergence of the trainer's policy from the sampler's, estimated by the mean of k3.
-        ratio_mean: mean of the ratio of `params.weight` before any bound ("none": the token's).
+        kl: KL divergence of the trainer's policy from the sampler's, estimated by the mean of k3,
+            in which o - u above 20 counts as 20.
+        ratio_mean: mean of the ratio of `params.weight` before any bound but e^20 ("none": the
+            token's).
         ratio_min: its minimum.
         ratio_max: its maximum.
         truncated: fraction of tokens whose ratio was moved to a bound.
         dropped: fraction of tokens that ended with weight 0.
         effective_sample_size: (sum of weights)^2 / (sum of squares), over the number of tokens.
         active_tokens: tokens that the mask lets in.
+        compared_tokens: those of them that have a log-prob of the sampler.
     """
 
     gap: Tensor
@@ -144,13 +152,14 @@ class SamplerCorrectionStats:
     dropped: Tensor
     effective_sample_size: Tensor
     active_tokens: Tensor
+    compared_tokens: Tensor
 
 
 class SamplerCorrection(NamedTuple):
     """Result of `sampler_weights`.
 
     Attributes:
-        weights: [T] factors >= 0, 0 where the token is masked or dropped.
+        weights: factors >= 0 in the shape of the tokens, 0 where one is masked or dropped.
         stats: detached scalars.
     """
 

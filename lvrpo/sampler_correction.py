@@ -1,17 +1,27 @@
-"""Factors per token against the mismatch of sampler and trainer, for `token_weights` of grpo_loss.
+"""Factors per token against the mismatch of sampler and trainer, for `policy_weights` of a loss.
 
 An inference engine and the trainer give one token different log-probs even at equal weights. With u
 the sampler's and o the trainer's log-prob of a sampled token, exp(o - u) is the importance ratio
 that corrects it. Choosing among the published corrections: docs/sampler-correction.md.
+
+T packed tokens of B sequences, or [B, C] padded ones, whose sequences are the rows.
 """
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
+from lvrpo._sampler_inputs import (
+    Numbers,
+    Sequences,
+    advantage_of_token,
+    entropy_inputs,
+    token_inputs,
+)
 from lvrpo._sampler_params import (
     SAMPLER_CORRECTION_PRESETS,
     Rejection,
@@ -20,6 +30,8 @@ from lvrpo._sampler_params import (
     SamplerCorrectionStats,
 )
 from lvrpo.ops import _checks
+from lvrpo.ops._numbers import as_bound
+from lvrpo.reference._log_ratio import LOG_RATIO_LIMIT
 from lvrpo.reference._precision import widen
 
 __all__ = [
@@ -31,193 +43,218 @@ __all__ = [
     "off_policy_sequence_mask",
     "sampler_weights",
     "top_entropy_mask",
+    "top_entropy_threshold",
 ]
 
 _DEFAULT = SamplerCorrectionParams()
+#: Weights whose mean is below this are not normalised: there would be nothing but noise in them.
+SMALLEST_MEAN = 1e-8
 
 
 def sampler_weights(
-    old_logprobs: Tensor,
-    sampler_logprobs: Tensor,
-    cu_seqlens: Tensor,
+    old_logprobs: Numbers,
+    sampler_logprobs: Numbers,
+    cu_seqlens: Tensor | Sequence[int] | None = None,
     *,
-    mask: Tensor | None = None,
+    mask: Numbers | None = None,
     params: SamplerCorrectionParams = _DEFAULT,
 ) -> SamplerCorrection:
     """Importance weights exp(old - sampler), bounded, with tokens and sequences rejected.
 
-    No gradient flows through it. A bound is inclusive: a ratio that equals it stays as it is.
+    No gradient flows through it. A bound is inclusive: a ratio that equals it stays as it is. A
+    log-ratio above 20 is decided upon as it is, and counts as 20 in weights and statistics, which
+    are finite therefore.
 
     Args:
-        old_logprobs: [T] log-probs of the sampled tokens by the trainer's forward, nats, before the
-            update. Both must be normalised over the same support: a sampler that reports log-probs
-            after top-k or top-p is off by the log of the kept mass at every token.
-        sampler_logprobs: [T] the same as the sampler reported them; NaN where it reported none,
-            which counts as no mismatch.
-        cu_seqlens: [B + 1] int64 offsets of the sequences; a sequence may be empty.
-        mask: [T] bool, the tokens that are trained on; the others may hold anything. None: all.
+        old_logprobs: [T] or [B, C] log-probs of the sampled tokens by the trainer's forward, nats,
+            before the update. Both must be normalised over the same support: a sampler that reports
+            log-probs after top-k or top-p is off by the log of the kept mass at every token.
+        sampler_logprobs: the same, in the same shape, as the sampler reported them; NaN (None in a
+            list) where it reported none, which is no mismatch.
+        cu_seqlens: [B + 1] offsets of packed sequences, any integers; a sequence may be empty. None
+            for padded tokens.
+        mask: in the shape of the tokens, of any dtype: what is above 0 is trained on; the other
+            tokens may hold anything. None: all.
         params: the correction.
 
     Returns:
-        SamplerCorrection in fp32 (fp64 from fp64 `old_logprobs`).
+        SamplerCorrection in fp32 (fp64 from fp64 `old_logprobs`): factors for `policy_weights` of a
+        loss, whose `mask` is the one given here.
 
     Raises:
         ValueError: shapes, dtypes or devices do not match; on a CPU also when offsets do not fit or
-            a log-prob of an active token is infinite, or NaN in `old_logprobs`.
+            a log-prob of an active token is infinite, or NaN in `old_logprobs`. Where values are
+            not read, such a token is taken as masked.
     """
     op = "sampler_weights"
-    tokens = {"old_logprobs": old_logprobs, "sampler_logprobs": sampler_logprobs}
-    active = _check(op, tokens, mask, cu_seqlens)
-    sequences = _Sequences(cu_seqlens, active)
-    old = widen(old_logprobs.detach())
-    gap = _gap(old, sampler_logprobs, active)
+    given = {"old_logprobs": old_logprobs, "sampler_logprobs": sampler_logprobs}
+    layout, (old, sampler), active = token_inputs(op, given, cu_seqlens, mask)
+    sequences = Sequences(layout, active)
+    old = widen(old)
+    compared = active & ~sampler.isnan()
+    gap = _gap(old, sampler, compared)
 
-    ratio = gap.exp()
-    if params.weight in ("seq_sum", "seq_mean"):
-        ratio = sequences.at_level(gap, params.weight).exp().to(old.dtype)
-    inside = (ratio >= params.low) & (ratio <= params.high)
+    by_sequence = params.weight in ("seq_sum", "seq_mean")
+    level = sequences.at_level(gap, params.weight) if by_sequence else gap
+    # What is decided may overflow, and is on the right side of every bound then.
+    inside = _is_within(level.exp().to(old.dtype), params.low, params.high)
+    ratio = level.clamp(max=LOG_RATIO_LIMIT).exp().to(old.dtype)
     kept = active
     for rejection in params.reject:
         kept = kept & _keeps(rejection, gap, sequences)
 
+    truncated = torch.zeros_like(kept)
     if params.weight == "none":
-        weights = kept.to(old.dtype)
-        truncated = torch.zeros_like(kept)
+        bounded = torch.ones_like(ratio)
     elif params.outside == "truncate":
-        weights = torch.where(kept, ratio.clamp(params.low, params.high), 0.0)
+        bounded = ratio.clamp(as_bound(params.low, ratio), as_bound(params.high, ratio))
         truncated = kept & ~inside
     else:
-        weights = torch.where(kept & inside, ratio, 0.0)
-        truncated = torch.zeros_like(kept)
+        bounded = torch.where(inside, ratio, 0.0)
     if params.normalize:
-        total = weights.double().sum()
-        scale = torch.where(total > 0, kept.sum() / total, 1.0)
-        weights = weights * scale.to(weights.dtype)
-    return SamplerCorrection(weights, _stats(gap, ratio, weights, truncated, active))
+        mean = sequences.mean_weight(torch.where(active, bounded, 0.0), by_sequence)
+        bounded = bounded * torch.where(mean > SMALLEST_MEAN, 1 / mean, 1.0).to(bounded.dtype)
+    weights = torch.where(kept, bounded, 0.0)
+    stats = _stats(gap, ratio, weights, truncated, active, compared)
+    return SamplerCorrection(layout.restore(weights), stats)
 
 
 def off_policy_sequence_mask(
-    logprobs: Tensor,
-    sampler_logprobs: Tensor,
-    advantages: Tensor,
-    cu_seqlens: Tensor,
+    logprobs: Numbers,
+    sampler_logprobs: Numbers,
+    advantages: Numbers,
+    cu_seqlens: Tensor | Sequence[int] | None = None,
     *,
     threshold: float,
-    mask: Tensor | None = None,
+    mask: Numbers | None = None,
 ) -> Tensor:
-    """1 for every token, but 0 for sequences with A < 0 that the policy has moved away from (OPSM).
+    """1 for every token, but 0 where A < 0 in sequences that the policy has moved away from (OPSM).
 
-    A sequence is dropped where its advantage is negative and the mean of sampler - logprobs over
-    its active tokens is above `threshold`.
+    A token is dropped where its advantage is negative and the mean of sampler - logprobs over the
+    active tokens of its sequence is above `threshold`; with one advantage per sequence, whole
+    sequences are.
 
     Args:
-        logprobs: [T] log-probs under the policy that is being updated, nats.
-        sampler_logprobs: [T] the same as the sampler reported them, or NaN where it did not.
-        advantages: [B] per sequence.
-        cu_seqlens: [B + 1] int64 offsets of the sequences.
+        logprobs: [T] or [B, C] log-probs under the policy that is being updated, nats.
+        sampler_logprobs: the same as the sampler reported them, or NaN where it did not.
+        advantages: [B] or [B, 1] per sequence, or in the shape of the tokens.
+        cu_seqlens: [B + 1] offsets of packed sequences, any integers. None for padded tokens.
         threshold: nats per token, >= 0.
-        mask: [T] bool, the tokens that are trained on; the others may hold anything. None: all.
+        mask: in the shape of the tokens, of any dtype: what is above 0 is trained on; the other
+            tokens may hold anything. None: all.
 
     Returns:
-        [T] zeros and ones in fp32 (fp64 from fp64 `logprobs`), 0 also where `mask` is False.
+        Zeros and ones in the shape of the tokens and fp32 (fp64 from fp64 `logprobs`), 0 also where
+        `mask` is: factors for `policy_weights` of a loss.
 
     Raises:
-        ValueError: as `sampler_weights`, or the threshold is negative or NaN.
+        ValueError: as `sampler_weights`; the threshold is negative or NaN; advantages [n] may be
+            [B] as well as [T]; on a CPU also when one of them is not finite. Where values are not
+            read, such an advantage drops what it is for.
     """
     op = "off_policy_sequence_mask"
     if not threshold >= 0:
         raise ValueError(f"{op}: threshold is {threshold}, expected >= 0")
-    tokens = {"logprobs": logprobs, "sampler_logprobs": sampler_logprobs}
-    active = _check(op, tokens, mask, cu_seqlens)
-    _checks.check_shape(op, "advantages", advantages, (cu_seqlens.shape[0] - 1,))
-    _checks.check_floating(op, "advantages", advantages)
-    _checks.check_same_device(op, logprobs=logprobs, advantages=advantages)
-    if _checks.check_values(advantages):
-        _refuse_first(op, "advantages", advantages, ~advantages.isfinite(), "a finite number")
-    new = widen(logprobs.detach())
-    drift = -_gap(new, sampler_logprobs, active)
-    sequences = _Sequences(cu_seqlens, active)
-    far = sequences.mean(drift) > threshold
-    dropped = sequences.to_tokens((advantages.detach() < 0) & far)
-    return (active & ~dropped).to(new.dtype)
+    given = {"logprobs": logprobs, "sampler_logprobs": sampler_logprobs}
+    layout, (new, sampler), active = token_inputs(op, given, cu_seqlens, mask)
+    sequences = Sequences(layout, active)
+    advantage = advantage_of_token(layout, sequences, advantages, new)
+    if _checks.check_values(advantage):
+        bad = layout.restore(active & ~advantage.isfinite())
+        expected = "finite numbers where the mask lets the token in"
+        _checks.refuse_first(op, "advantages, by token", layout.restore(advantage), bad, expected)
+    new = widen(new)
+    drift = -_gap(new, sampler, active & ~sampler.isnan())
+    far = sequences.to_tokens(sequences.mean(drift) > threshold)
+    kept = active & advantage.isfinite() & ~((advantage < 0) & far)
+    return layout.restore(kept.to(new.dtype))
 
 
-def top_entropy_mask(entropy: Tensor, *, fraction: float, mask: Tensor | None = None) -> Tensor:
-    """1 for the `fraction` of the active tokens with the largest entropy, 0 for the others.
+def top_entropy_threshold(
+    entropy: Numbers, *, fraction: float, mask: Numbers | None = None
+) -> Tensor:
+    """The entropy that the `fraction` of the active tokens with the largest ones has at least.
 
-    A token stays where its entropy is at least the (1 - fraction) quantile of the active tokens,
-    linearly interpolated. The quantile is that of this call.
+    It is the (1 - fraction) quantile of the active tokens of this call, linearly interpolated. Take
+    it once of a whole batch, and `top_entropy_mask` of its parts chooses the tokens that it would
+    of the whole.
 
     Args:
-        entropy: [T], nats.
-        fraction: of the active tokens, in (0, 1].
-        mask: [T] bool, the tokens that are trained on; the others may hold anything. None: all.
+        entropy: of any shape, nats.
+        fraction: of the active tokens, in [0, 1]; at 0 it is the largest entropy.
+        mask: in the shape of `entropy`, of any dtype: what is above 0 is trained on; the other
+            tokens may hold anything. None: all.
 
     Returns:
-        [T] zeros and ones in fp32 (fp64 from fp64 `entropy`), 0 also where `mask` is False.
+        Scalar in fp32 (fp64 from fp64 `entropy`); infinite without active tokens.
 
     Raises:
-        ValueError: shapes or dtypes do not match or the fraction is outside (0, 1]; on a CPU also
-            when an active token's entropy is not finite.
+        ValueError: shapes or dtypes do not match or the fraction is outside [0, 1]; on a CPU also
+            when an active token's entropy is not finite. Where values are not read, such a token
+            is taken as masked.
+    """
+    op = "top_entropy_threshold"
+    values, active = entropy_inputs(op, entropy, mask)
+    return _quantile(op, values, active, fraction)
+
+
+def top_entropy_mask(
+    entropy: Numbers,
+    *,
+    fraction: float | None = None,
+    threshold: Tensor | float | None = None,
+    mask: Numbers | None = None,
+) -> Tensor:
+    """1 for the active tokens with the largest entropy, 0 for the others.
+
+    A token stays where its entropy is at least the threshold: the one given, or the
+    `top_entropy_threshold` of this call.
+
+    Args:
+        entropy: of any shape, nats.
+        fraction: of the active tokens, in [0, 1]; this or `threshold`.
+        threshold: nats, a number or a scalar tensor.
+        mask: in the shape of `entropy`, of any dtype: what is above 0 is trained on; the other
+            tokens may hold anything. None: all.
+
+    Returns:
+        Zeros and ones in the shape of `entropy` and fp32 (fp64 from fp64 `entropy`), 0 also where
+        `mask` is: factors for `policy_weights` of a loss.
+
+    Raises:
+        ValueError: as `top_entropy_threshold`; both or neither of `fraction` and `threshold` are
+            given, or the threshold is NaN or not one number.
     """
     op = "top_entropy_mask"
-    if not 0 < fraction <= 1:
-        raise ValueError(f"{op}: fraction is {fraction}, expected in (0, 1]")
-    active = _check(op, {"entropy": entropy}, mask)
-    values = torch.where(active, widen(entropy.detach()), torch.inf)
-    if values.numel() == 0:
-        return values
-    # torch.quantile has a size limit and would need the active tokens gathered, which waits for the
-    # device.
-    ascending = values.sort().values
-    last = (active.sum(dim=0, keepdim=True) - 1).clamp(min=0)
-    rank = (1.0 - fraction) * last.double()
-    below = ascending.gather(0, rank.floor().long())
-    above = ascending.gather(0, torch.minimum(rank.ceil().long(), last))
-    threshold = torch.lerp(below, above, rank.frac().to(values.dtype))
+    values, active = entropy_inputs(op, entropy, mask)
+    if (fraction is None) == (threshold is None):
+        raise ValueError(
+            f"{op}: fraction is {fraction} and threshold is {threshold}, expected one of them"
+        )
+    if isinstance(threshold, Tensor):
+        if threshold.numel() != 1:
+            shape = tuple(threshold.shape)
+            raise ValueError(f"{op}: threshold has shape {shape}, expected one number")
+        threshold = threshold.detach().reshape(())
+    elif threshold is None:
+        assert fraction is not None
+        threshold = _quantile(op, values, active, fraction)
+    elif threshold != threshold:
+        raise ValueError(f"{op}: threshold is {threshold}, expected a number")
     return (active & (values >= threshold)).to(values.dtype)
 
 
-class _Sequences:
-    """Sums over the active tokens of packed sequences, in fp64 and in the order of the tokens."""
-
-    def __init__(self, cu_seqlens: Tensor, active: Tensor) -> None:
-        tokens = active.shape[0]
-        # Offsets that do not fit are refused on a CPU; where nobody reads them they stay in range.
-        self.offsets = cu_seqlens.clamp(0, tokens)
-        position = torch.arange(tokens, device=active.device)
-        sequence = torch.searchsorted(self.offsets, position, right=True) - 1
-        self.sequence = sequence.clamp(0, max(cu_seqlens.shape[0] - 2, 0))
-        self.count = self.sum(active)
-
-    def sum(self, x: Tensor) -> Tensor:
-        """[T] -> [B]; 0 for an empty sequence."""
-        # Unlike index_add on a GPU, the same bits every time.
-        return torch.segment_reduce(x.double(), "sum", offsets=self.offsets, unsafe=True)
-
-    def mean(self, x: Tensor) -> Tensor:
-        """[T] -> [B]; 0 for a sequence without active tokens."""
-        return self.sum(x) / self.count.clamp(min=1)
-
-    def to_tokens(self, x: Tensor) -> Tensor:
-        """[B] -> [T]."""
-        return x[self.sequence]
-
-    def at_level(self, x: Tensor, level: str) -> Tensor:
-        """[T] -> [T]: every token's own, or what its sequence has."""
-        if level == "token":
-            return x
-        return self.to_tokens(self.sum(x) if level == "seq_sum" else self.mean(x))
-
-
-def _gap(logprobs: Tensor, sampler_logprobs: Tensor, active: Tensor) -> Tensor:
+def _gap(logprobs: Tensor, sampler_logprobs: Tensor, compared: Tensor) -> Tensor:
     """logprobs - sampler_logprobs, 0 where there is nothing to compare."""
-    # Masking comes first: a masked token may hold anything, and 0 * NaN is NaN.
-    compared = active & ~sampler_logprobs.isnan()
-    return torch.where(compared, logprobs - sampler_logprobs.detach().to(logprobs.dtype), 0.0)
+    # Not multiplied: a masked token may hold anything, and 0 * NaN is NaN.
+    return torch.where(compared, logprobs - sampler_logprobs.to(logprobs.dtype), 0.0)
 
 
-def _keeps(rejection: Rejection, gap: Tensor, sequences: _Sequences) -> Tensor:
+def _is_within(x: Tensor, low: float, high: float) -> Tensor:
+    return (x >= low) & (x <= high)
+
+
+def _keeps(rejection: Rejection, gap: Tensor, sequences: Sequences) -> Tensor:
     level = "token" if rejection.level == "seq_any" else rejection.level
     if rejection.statistic == "ratio":
         statistic = sequences.at_level(gap, level).exp()
@@ -226,71 +263,62 @@ def _keeps(rejection: Rejection, gap: Tensor, sequences: _Sequences) -> Tensor:
     else:
         # expm1, because e^d - 1 in fp32 keeps nothing of a small d's square.
         statistic = sequences.at_level(torch.expm1(gap) - gap, level)
-    inside = (statistic >= rejection.low) & (statistic <= rejection.high)
+    inside = _is_within(statistic, rejection.low, rejection.high)
     if rejection.level == "seq_any":
         return sequences.to_tokens(sequences.sum(~inside) == 0)
     return inside
 
 
 def _stats(
-    gap: Tensor, ratio: Tensor, weights: Tensor, truncated: Tensor, active: Tensor
+    gap: Tensor,
+    ratio: Tensor,
+    weights: Tensor,
+    truncated: Tensor,
+    active: Tensor,
+    compared: Tensor,
 ) -> SamplerCorrectionStats:
-    count = active.sum()
-    none = count == 0
-
-    def mean(x: Tensor) -> Tensor:
-        return torch.where(active, x.double(), 0.0).sum() / count.clamp(min=1)
+    def mean(x: Tensor, among: Tensor) -> Tensor:
+        return torch.where(among, x.double(), 0.0).sum() / among.sum().clamp(min=1)
 
     def largest(x: Tensor) -> Tensor:
-        seen = torch.where(active, x, -torch.inf)
-        return torch.cat([seen, seen.new_full((1,), -torch.inf)]).amax()
+        seen = torch.where(compared, x, -torch.inf)
+        found = torch.cat([seen, seen.new_full((1,), -torch.inf)]).amax()
+        return torch.where(compared.any(), found, 0.0)
 
-    spread = mean(weights.double().square())
+    limited = gap.clamp(max=LOG_RATIO_LIMIT)
+    spread = mean(weights.double().square(), active)
     scalars = SamplerCorrectionStats(
-        gap=mean(gap.abs()),
+        gap=mean(gap.abs(), compared),
         gap_max=largest(gap.abs()),
-        kl=mean(torch.expm1(gap) - gap),
-        ratio_mean=mean(ratio),
+        kl=mean(torch.expm1(limited) - limited, compared),
+        ratio_mean=mean(ratio, compared),
         ratio_min=-largest(-ratio),
         ratio_max=largest(ratio),
-        truncated=mean(truncated),
-        dropped=mean(weights == 0),
-        effective_sample_size=torch.where(spread > 0, mean(weights) ** 2 / spread, 0.0),
-        active_tokens=count,
+        truncated=mean(truncated, active),
+        dropped=mean(weights == 0, active),
+        effective_sample_size=torch.where(spread > 0, mean(weights, active) ** 2 / spread, 0.0),
+        active_tokens=active.sum(),
+        compared_tokens=compared.sum(),
     )
     fields = {
-        field.name: torch.where(none, 0.0, getattr(scalars, field.name)).to(gap.dtype)
+        field.name: getattr(scalars, field.name).to(gap.dtype)
         for field in dataclasses.fields(scalars)
     }
     return SamplerCorrectionStats(**fields)
 
 
-def _check(
-    op: str, tokens: dict[str, Tensor], mask: Tensor | None, cu_seqlens: Tensor | None = None
-) -> Tensor:
-    """Refuses what does not fit; the active tokens as bool [T]."""
-    first = next(iter(tokens.values()))
-    for name, tensor in tokens.items():
-        _checks.check_shape(op, name, tensor, ("T",) if tensor is first else (first.shape[0],))
-        _checks.check_floating(op, name, tensor)
-    if mask is None:
-        active = torch.ones_like(first, dtype=torch.bool)
-    else:
-        _checks.check_shape(op, "mask", mask, (first.shape[0],))
-        if mask.dtype != torch.bool:
-            raise ValueError(f"{op}: mask is {mask.dtype}, expected torch.bool")
-        active = mask
-    _checks.check_same_device(op, **tokens, mask=mask, cu_seqlens=cu_seqlens)
-    if cu_seqlens is not None:
-        _checks.check_offsets(op, "cu_seqlens", cu_seqlens, first.shape[0])
-    if _checks.check_values(first):
-        for name, tensor in tokens.items():
-            bad = tensor.isinf() if name == "sampler_logprobs" else ~tensor.isfinite()
-            _refuse_first(op, name, tensor, active & bad, "a finite number where the mask is True")
-    return active
-
-
-def _refuse_first(op: str, name: str, values: Tensor, bad: Tensor, expected: str) -> None:
-    if bool(bad.any()):
-        at = int(bad.nonzero()[0])
-        raise ValueError(f"{op}: {name}[{at}] is {float(values[at])}, expected {expected}")
+def _quantile(op: str, values: Tensor, active: Tensor, fraction: float) -> Tensor:
+    """The (1 - fraction) quantile of the active values."""
+    if not 0 <= fraction <= 1:
+        raise ValueError(f"{op}: fraction is {fraction}, expected in [0, 1]")
+    values, active = torch.where(active, values, torch.inf).reshape(-1), active.reshape(-1)
+    if values.numel() == 0:
+        return values.new_full((), torch.inf)
+    # torch.quantile has a size limit and would need the active tokens gathered, which waits for the
+    # device.
+    ascending = values.sort().values
+    last = (active.sum(dim=0, keepdim=True) - 1).clamp(min=0)
+    rank = (1.0 - fraction) * last.double()
+    below = ascending.gather(0, rank.floor().long())
+    above = ascending.gather(0, torch.minimum(rank.ceil().long(), last))
+    return torch.lerp(below, above, rank.frac().to(values.dtype)).reshape(())

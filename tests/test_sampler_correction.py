@@ -25,6 +25,9 @@ PARAMS = {
     "sequence_mask": SamplerCorrectionParams.preset("sequence_mask", high=1.5),
     "geometric mean": SamplerCorrectionParams(weight="seq_mean", low=0.9, high=1.1),
     "token, normalised": SamplerCorrectionParams(normalize=True),
+    "token, normalised before a rejection": SamplerCorrectionParams(
+        normalize=True, reject=(Rejection("k2", "seq_any", high=0.2),)
+    ),
     "sequence mask, normalised": SamplerCorrectionParams(
         weight="seq_sum", high=1.5, outside="zero", normalize=True
     ),
@@ -69,9 +72,17 @@ def keeps(rejection, gaps):
     return [all(stays)] * len(stays) if rejection.level == "seq_any" else stays
 
 
+def bound(ratio, params):
+    if params.weight == "none":
+        return 1.0
+    if params.outside == "truncate":
+        return min(max(ratio, params.low), params.high)
+    return ratio if params.low <= ratio <= params.high else 0.0
+
+
 def expected_weights(inputs, params):
     old, sampler = inputs["old_logprobs"].double(), inputs["sampler_logprobs"].double()
-    weights, kept = [0.0] * len(old), []
+    weights, means, sequences = [0.0] * len(old), [], []
     for begin, end in zip(inputs["cu_seqlens"][:-1], inputs["cu_seqlens"][1:], strict=True):
         tokens = [t for t in range(int(begin), int(end)) if inputs["mask"][t]]
         gaps = [float(old[t] - sampler[t]) for t in tokens]
@@ -84,20 +95,15 @@ def expected_weights(inputs, params):
             "seq_mean": [sum(gaps) / len(gaps)] * len(gaps),
         }[params.weight]
         stays = [all(v) for v in zip(*(keeps(r, gaps) for r in params.reject), strict=True)]
-        for t, d, stay in zip(tokens, own, stays or [True] * len(gaps), strict=True):
-            if not stay:
-                continue
-            kept.append(t)
-            ratio = math.exp(d)
-            if params.weight == "none":
-                weights[t] = 1.0
-            elif params.outside == "truncate":
-                weights[t] = min(max(ratio, params.low), params.high)
-            else:
-                weights[t] = ratio if params.low <= ratio <= params.high else 0.0
-    if params.normalize and sum(weights) > 0:
-        mean = sum(weights) / len(kept)
-        weights = [w / mean for w in weights]
+        bounded = [bound(math.exp(d), params) for d in own]
+        means += bounded
+        sequences.append(sum(bounded) / len(bounded))
+        for t, weight, stay in zip(tokens, bounded, stays or [True] * len(gaps), strict=True):
+            weights[t] = weight if stay else 0.0
+    if params.weight in ("seq_sum", "seq_mean"):
+        means = sequences
+    if params.normalize and means and sum(means) / len(means) > 1e-8:
+        weights = [w * len(means) / sum(means) for w in weights]
     return torch.tensor(weights, dtype=torch.float64)
 
 
@@ -228,6 +234,7 @@ def test_statistics():
         "dropped": rejected.double().mean(),
         "effective_sample_size": active.sum() ** 2 / active.square().sum() / len(active),
         "active_tokens": torch.tensor(float(len(active)), dtype=torch.float64),
+        "compared_tokens": torch.tensor(float(len(active)), dtype=torch.float64),
     }
     assert expected.keys() == {field.name for field in dataclasses.fields(stats)}
     assert 0 < expected["truncated"] < 1
@@ -265,7 +272,7 @@ def test_off_policy_sequences():
     assert keep.tolist() == [0.0] * 4 + [1.0] * 4 + [1.0, 0.0, 1.0, 1.0] + [0.0] * 2
 
 
-@pytest.mark.parametrize("fraction", [0.2, 0.25, 0.5, 0.999, 1.0])
+@pytest.mark.parametrize("fraction", [0.0, 0.2, 0.25, 0.5, 0.999, 1.0])
 @pytest.mark.parametrize("tokens", [1, 2, 20, 77])
 def test_top_entropy_is_a_quantile_of_the_active_tokens(tokens, fraction):
     entropy = torch.rand(tokens, dtype=torch.float64)
@@ -363,9 +370,12 @@ def test_bad_names():
 
 BAD_INPUTS = {
     r"sampler_logprobs has shape \(3,\), expected \[18\]": {"sampler_logprobs": torch.zeros(3)},
-    r"old_logprobs has shape \(6, 3\)": {"old_logprobs": torch.zeros(6, 3)},
+    r"old_logprobs has shape \(6, 3\), a sequence a row": {"old_logprobs": torch.zeros(6, 3)},
+    r"old_logprobs has shape \(6, 3, 1\)": {"old_logprobs": torch.zeros(6, 3, 1)},
+    "cu_seqlens is None": {"cu_seqlens": None},
     "old_logprobs is torch.int64": {"old_logprobs": torch.zeros(18, dtype=torch.int64)},
-    "mask is torch.float32, expected torch.bool": {"mask": torch.ones(18)},
+    r"mask\[0\] is -1.0, expected 0, or": {"mask": -torch.ones(18)},
+    r"mask has shape \(17,\), expected \[18\]": {"mask": torch.ones(17)},
     "cu_seqlens ends at 17, expected 18": {"cu_seqlens": torch.tensor([0, 17])},
     "cu_seqlens decreases from 9 to 8": {"cu_seqlens": torch.tensor([0, 9, 8, 18])},
     r"old_logprobs\[0\] is nan": {"old_logprobs": torch.full((18,), NAN)},
@@ -385,13 +395,23 @@ def test_bad_inputs_of_the_masks():
     inputs = make_inputs([2, 1])
     both = (inputs["old_logprobs"], inputs["sampler_logprobs"])
     opsm, offsets = lvrpo.off_policy_sequence_mask, inputs["cu_seqlens"]
-    with pytest.raises(ValueError, match=r"advantages has shape \(3,\), expected \[2\]"):
-        opsm(*both, torch.zeros(3), offsets, threshold=0.1)
-    with pytest.raises(ValueError, match=r"advantages\[1\] is nan, expected a finite number"):
+    with pytest.raises(
+        ValueError, match=r"advantages has shape \(4,\), expected \[2\] or \[2, 1\]"
+    ):
+        opsm(*both, torch.zeros(4), offsets, threshold=0.1)
+    with pytest.raises(ValueError, match=r"advantages, by token\[2\] is nan, expected finite"):
         opsm(*both, torch.tensor([0.0, NAN]), offsets, threshold=0.1)
     with pytest.raises(ValueError, match="threshold is -1"):
         opsm(*both, torch.zeros(2), offsets, threshold=-1)
-    with pytest.raises(ValueError, match="fraction is 0, expected in"):
-        lvrpo.top_entropy_mask(torch.zeros(3), fraction=0)
+    with pytest.raises(ValueError, match=r"fraction is 1\.5, expected in"):
+        lvrpo.top_entropy_mask(torch.zeros(3), fraction=1.5)
+    with pytest.raises(ValueError, match=r"fraction is 0\.5 and threshold is 1\.0, expected one"):
+        lvrpo.top_entropy_mask(torch.zeros(3), fraction=0.5, threshold=1.0)
+    with pytest.raises(ValueError, match="fraction is None and threshold is None"):
+        lvrpo.top_entropy_mask(torch.zeros(3))
+    with pytest.raises(ValueError, match="threshold is nan"):
+        lvrpo.top_entropy_mask(torch.zeros(3), threshold=NAN)
+    with pytest.raises(ValueError, match=r"threshold has shape \(2,\), expected one number"):
+        lvrpo.top_entropy_mask(torch.zeros(3), threshold=torch.zeros(2))
     with pytest.raises(ValueError, match=r"entropy\[0\] is inf"):
         lvrpo.top_entropy_mask(torch.full((3,), INF), fraction=0.5)
