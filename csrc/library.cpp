@@ -44,11 +44,11 @@ STABLE_TORCH_LIBRARY(lvrpo, m) {
       "Tensor q_lo, Tensor q_hi, Tensor rows, Tensor spans, Tensor runs, Tensor? query_tiles, Tensor? key_work, "
       "Tensor? key_parts, float scale, float softcap) "
       "-> (Tensor dq, Tensor dk, Tensor dv)");
-  // baseline, scale and whiten count through the choices of lvrpo/ops/_advantage_params.py; numbers are eps, std_floor
-  // and clip, which may be infinite. stats [5, K] are share, constant_groups, mean, std, applicable.
+  // baseline, scale and whiten count through the choices of lvrpo/ops/_advantage_params.py; numbers are ddof, eps,
+  // std_floor and clip, which may be infinite. stats [5, K] are share, constant_groups, mean, std, applicable.
   m.def(
       "normalize_advantages(Tensor rewards, Tensor offsets, Tensor weights, Tensor? lengths, bool decoupled, "
-      "int baseline, int scale, int whiten, int ddof, Tensor numbers) "
+      "int baseline, int scale, int whiten, Tensor numbers) "
       "-> (Tensor values, Tensor per_reward, Tensor stats, Tensor all_zero)");
   // The ints count through the choices of lvrpo/ops/_policy_loss.py, whose scalars_of makes this list; own_* are numbers
   // of the surrogate where the advantage is positive and where it is not; an absent bound is infinity; denominator = 0

@@ -297,11 +297,10 @@ def normalize_advantages(
     baseline,
     scale,
     whiten,
-    ddof,
     numbers,
 ):
     """Launcher; contract in `lvrpo.ops.normalize_advantages`."""
-    eps, std_floor, clip = numbers.tolist()
+    ddof, eps, std_floor, clip = numbers.tolist()
     baseline, scale = get_args(Baseline)[baseline], get_args(Scale)[scale]
     whiten = get_args(Whiten)[whiten]
     batch, count = rewards.shape
@@ -326,7 +325,7 @@ def normalize_advantages(
     estimator = inputs | {
         "lengths_ptr": None if lengths is None else lengths.contiguous(),
         "spread_ptr": _spread(inputs, config, decoupled, scale),
-        "ddof": float(ddof),
+        "ddof": ddof,
         "eps": eps,
         "std_floor": std_floor,
         "DECOUPLED": decoupled,
@@ -362,7 +361,7 @@ def normalize_advantages(
         clip=clip,
         **estimator,
     )
-    return values, per_reward, *_stats(partial, values, batch, count, float(ddof))
+    return values, per_reward, *_stats(partial, values, batch, count, ddof)
 
 
 def _spread(inputs, config, decoupled, scale):

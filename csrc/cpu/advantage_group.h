@@ -19,10 +19,10 @@ enum Whiten { AS_IS, PER_SEQUENCE, PER_TOKEN };
 
 struct Estimator {
   bool decoupled;
-  int64_t baseline, scale, whiten, ddof;
-  double eps, std_floor, clip;
+  int64_t baseline, scale, whiten;
+  double ddof, eps, std_floor, clip;
 
-  double freedom(double n) const { return std::max(n - static_cast<double>(ddof), 1.0); }
+  double freedom(double n) const { return std::max(n - ddof, 1.0); }
   double std(double squares, double n) const { return std::sqrt(squares / freedom(n)); }
   double divisor(double std) const {
     const double sum = std::max(std + eps, std_floor);

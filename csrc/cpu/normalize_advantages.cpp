@@ -333,13 +333,12 @@ void check(const Tensor& rewards, const Tensor& offsets, const Tensor& weights, 
 using Result = std::tuple<Tensor, Tensor, Tensor, Tensor>;
 
 Result normalize_advantages(Tensor rewards, Tensor offsets, Tensor weights, std::optional<Tensor> lengths,
-                            bool decoupled, int64_t baseline, int64_t scale, int64_t whiten, int64_t ddof,
-                            Tensor numbers) {
+                            bool decoupled, int64_t baseline, int64_t scale, int64_t whiten, Tensor numbers) {
   numbers = torch::stable::contiguous(numbers);
   check_dtype(numbers, ScalarType::Double, "numbers");
-  check_size(numbers, 0, 3, "numbers");
+  check_size(numbers, 0, 4, "numbers");
   const double* number = numbers.const_data_ptr<double>();
-  const Estimator estimator{decoupled, baseline, scale, whiten, ddof, number[0], number[1], number[2]};
+  const Estimator estimator{decoupled, baseline, scale, whiten, number[0], number[1], number[2], number[3]};
   rewards = torch::stable::contiguous(rewards);
   offsets = torch::stable::contiguous(offsets);
   weights = torch::stable::contiguous(weights);

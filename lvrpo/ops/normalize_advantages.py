@@ -134,8 +134,12 @@ def normalize_advantages(
             get_args(Baseline).index(params.baseline),
             get_args(Scale).index(params.scale),
             get_args(Whiten).index(params.whiten),
-            params.ddof,
-            numbers(params.eps, params.std_floor, math.inf if params.clip is None else params.clip),
+            numbers(
+                params.ddof,
+                params.eps,
+                params.std_floor,
+                math.inf if params.clip is None else params.clip,
+            ),
         )
         stats = [*columns.unbind(), all_zero]
     if exact:
@@ -154,7 +158,6 @@ def _fake(
     baseline: int,
     scale: int,
     whiten: int,
-    ddof: int,
     numbers: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     dtype = torch.float64 if rewards.dtype == torch.float64 else torch.float32

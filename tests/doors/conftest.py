@@ -12,9 +12,6 @@ PENDING: dict[str, str] = {
     r"test_two_graphs_serve_all_values\[cpp-(logits|linear)_grpo_loss-(?!length)\w+\]": (
         "constants of the graph"
     ),
-    r"test_two_graphs_serve_all_values\[\w+-normalize_advantages-numbers\]": (
-        "constants of the graph"
-    ),
     r"test_two_graphs_serve_all_values\[\w+-packed_attention-scores\]": "constants of the graph",
     r"test_gradients_are_the_same_bits\[cpp-packed_attention-non_reentrant-(fp32|autocast)\]": (
         "its backward reads what it saved more than once"

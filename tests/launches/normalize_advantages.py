@@ -28,8 +28,12 @@ def call(groups, samples, rewards, dtype, params) -> None:
         get_args(Baseline).index(params.baseline),
         get_args(Scale).index(params.scale),
         get_args(Whiten).index(params.whiten),
-        params.ddof,
-        numbers(params.eps, params.std_floor, float("inf") if params.clip is None else params.clip),
+        numbers(
+            params.ddof,
+            params.eps,
+            params.std_floor,
+            float("inf") if params.clip is None else params.clip,
+        ),
     )
 
 

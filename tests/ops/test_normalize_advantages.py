@@ -268,7 +268,7 @@ def op_arguments() -> tuple[Tensor, ...]:
 
 
 def test_opcheck():
-    scalars = (True, 2, 0, 2, 1, torch.tensor([1e-4, 0.01, math.inf], dtype=torch.float64))
+    scalars = (True, 2, 0, 2, torch.tensor([1, 1e-4, 0.01, math.inf], dtype=torch.float64))
     op = torch.ops.lvrpo.normalize_advantages.default
     torch.library.opcheck(op, (*op_arguments(), *scalars))
     rewards, offsets, weights, _ = op_arguments()
@@ -290,8 +290,8 @@ def test_the_op_refuses_a_choice_that_does_not_exist(scalars, message):
     baseline, scale, whiten, clip = scalars
     with pytest.raises(RuntimeError, match=message):
         torch.ops.lvrpo.normalize_advantages(
-            *(rewards, offsets, weights, None, True, baseline, scale, whiten, 1),
-            torch.tensor([1e-4, 0.01, clip], dtype=torch.float64),
+            *(rewards, offsets, weights, None, True, baseline, scale, whiten),
+            torch.tensor([1, 1e-4, 0.01, clip], dtype=torch.float64),
         )
 
 
