@@ -1,12 +1,14 @@
 """The `lvrpo` command: train, eval, sample, report, info.
 
-Wrong input ends with one line on standard error and exit code 2; Ctrl-C with 130 after the step is
-finished and saved.
+Wrong input ends with one line on standard error and exit code 2, any other error with one line and
+1 (`--debug` shows the traceback), and a signal with 128 plus its number: 130 after Ctrl-C, 143
+after SIGTERM. The last finished step is saved in every case.
 """
 
 from __future__ import annotations
 
 import contextlib
+import signal
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -26,7 +28,6 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
-    help="Align a model that reads and draws by group relative policy optimization (LVRPO).",
 )
 
 ConfigFile = Annotated[
@@ -37,14 +38,37 @@ Overrides = Annotated[
     list[str] | None,
     typer.Option("--set", "-s", metavar="SECTION.KEY=VALUE", help="One key; may be repeated."),
 ]
+Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
+
+
+def print_version(wanted: bool) -> None:
+    """Print the version and end."""
+    if wanted:
+        from lvrpo import __version__
+
+        typer.echo(f"lvrpo {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def lvrpo(
+    version: Annotated[
+        bool,
+        typer.Option("--version", callback=print_version, is_eager=True, help="Print the version."),
+    ] = False,
+) -> None:
+    """Align a model that reads and draws by group relative policy optimization (LVRPO)."""
 
 
 @app.command(
     epilog="Examples:  lvrpo train runs/digits  |  lvrpo train runs/short --steps 40 --seed 1  |  "
-    "lvrpo train runs/control --shuffle-rewards  |  lvrpo train runs/mine --config mine.toml"
+    "lvrpo train runs/control --from runs/digits --shuffle-rewards  |  "
+    "lvrpo train runs/mine --config mine.toml"
 )
 def train(
-    run: Annotated[Path, typer.Argument(help="Run directory; an unfinished run goes on.")],
+    run: Annotated[
+        Path | None, typer.Argument(help="Run directory; a run that is there goes on.")
+    ] = None,
     config: ConfigFile = None,
     set_: Overrides = None,
     steps: Annotated[int | None, typer.Option(help="Policy updates (run.steps).")] = None,
@@ -52,29 +76,67 @@ def train(
     shuffle_rewards: Annotated[
         bool, typer.Option("--shuffle-rewards", help="Control: permute rewards within each group.")
     ] = False,
+    from_: Annotated[
+        Path | None,
+        typer.Option("--from", metavar="RUN", help="Begin after the warm start of another run."),
+    ] = None,
+    resume_at: Annotated[
+        int | None,
+        typer.Option(metavar="STEP", help="Go on from an earlier checkpoint; later ones go."),
+    ] = None,
+    accept_changes: Annotated[
+        bool,
+        typer.Option(
+            "--accept-changes", help="Go on though data or reward code has changed; is recorded."
+        ),
+    ] = False,
     report: Annotated[bool, typer.Option(help="Write the report at the end.")] = True,
     print_config: Annotated[
         bool, typer.Option("--print-config", help="Print the resolved configuration and stop.")
     ] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Check everything, say what would run, and stop.")
+    ] = False,
+    debug: Debug = False,
 ) -> None:
     """Warm start, then LVRPO, then a report. An existing run goes on where it stopped."""
-    from lvrpo.trainer.run import open_run, run_training
-
     overrides = list(set_ or [])
     overrides += [] if steps is None else [f"run.steps={steps}"]
     overrides += [] if seed is None else [f"run.seed={seed}"]
     overrides += ["run.shuffle_rewards=true"] if shuffle_rewards else []
-    with one_line_errors():
+    with one_line_errors(debug):
+        from lvrpo.trainer.run import describe_run, open_run, run_training
+        from lvrpo.trainer.signals import Stopped
+
         if print_config:
             from lvrpo.trainer.config import load_config, to_toml
 
             typer.echo(to_toml(load_config(config, overrides)), nl=False)
             return
-        with open_run(run, config, overrides) as opened:
-            finished = run_training(opened)
-        if not finished:
-            typer.echo(f"stopped after a finished step; go on with: lvrpo train {run}", err=True)
-            raise typer.Exit(130)
+        if run is None:
+            fail("train needs a run directory: lvrpo train RUN")
+        opening = open_run(
+            run,
+            config,
+            overrides,
+            origin=from_,
+            accept_changes=accept_changes,
+            resume_at=resume_at,
+            dry=dry_run,
+        )
+        try:
+            with opening as opened:
+                if dry_run:
+                    for line in describe_run(opened):
+                        typer.echo(line)
+                    return
+                run_training(opened)
+        except KeyboardInterrupt as stop:
+            signum = stop.signum if isinstance(stop, Stopped) else signal.SIGINT
+            name = signal.Signals(signum).name
+            with contextlib.suppress(OSError):  # of a terminal that is gone
+                typer.echo(f"stopped by {name}; go on with: lvrpo train {run}", err=True)
+            raise typer.Exit(128 + signum) from None
         if report:
             _write_report(run, [])
 
@@ -86,11 +148,12 @@ def evaluate(
     seed: Annotated[int, typer.Option(help="Seed of the samples.")] = 0,
     data: Annotated[Path | None, typer.Option(help="JSONL file instead of the test split.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    debug: Debug = False,
 ) -> None:
     """Score the newest checkpoint on held-out prompts, with 95 % intervals."""
     from lvrpo.trainer.inference import evaluate_run
 
-    with one_line_errors():
+    with one_line_errors(debug):
         found = evaluate_run(run, items=items, seed=seed, data=data)
         _notes(found.notes)
         typer.echo(found.to_json() if as_json else "\n".join(found.lines()))
@@ -110,12 +173,13 @@ def sample(
         Path | None,
         typer.Option("--output", "-o", help="New file of the drawing; else drawing.png, -2, ..."),
     ] = None,
+    debug: Debug = False,
 ) -> None:
     """Draw a prompt, or answer a question about an image file."""
     from lvrpo.trainer.inference import answer_question, draw_prompt
 
     said: Sequence[object]
-    with one_line_errors():
+    with one_line_errors(debug):
         if image is None:
             said, notes = draw_prompt(run, prompt, count=count, seed=seed, output=output)
         else:
@@ -134,9 +198,10 @@ def report(
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="The page; else RUN/report.html.")
     ] = None,
+    debug: Debug = False,
 ) -> None:
     """Write report.html, and its figures into a folder beside it."""
-    with one_line_errors():
+    with one_line_errors(debug):
         _write_report(run, compare or [], output)
 
 
@@ -160,26 +225,29 @@ def _notes(lines: Sequence[str]) -> None:
 
 
 @contextlib.contextmanager
-def one_line_errors() -> Iterator[None]:
-    """Turn an error that the user can mend into one line and exit code 2."""
+def one_line_errors(debug: bool) -> Iterator[None]:
+    """Turn an error into one line: exit code 2 for what the user can mend, 1 for all else."""
     try:
         yield
-    except typer.Exit:
+    except (typer.Exit, ModuleNotFoundError):  # the latter is for lvrpo/__main__.py to explain
         raise
     except Exception as error:
+        if debug:
+            raise
         from lvrpo.trainer.errors import USER_ERRORS
 
-        if not isinstance(error, USER_ERRORS):
-            raise
         if isinstance(error, OSError) and error.filename and error.strerror:
             fail(f"{error.filename}: {error.strerror}")
-        fail(str(error))
+        if isinstance(error, USER_ERRORS):
+            fail(str(error))
+        said = str(error).strip().partition("\n")[0]
+        fail(f"{type(error).__name__}: {said} (--debug shows where)", code=1)
 
 
-def fail(message: str) -> NoReturn:
-    """Print one line and end with exit code 2."""
+def fail(message: str, code: int = 2) -> NoReturn:
+    """Print one line and end."""
     typer.echo(f"lvrpo: {' '.join(message.split())}", err=True)
-    raise typer.Exit(2)
+    raise typer.Exit(code)
 
 
 def main() -> None:

@@ -19,9 +19,9 @@ from typing import Any
 
 from torch import Tensor
 
-from lvrpo.trainer.records import write_atomically
+from lvrpo.trainer.lines import write_atomically
 
-FORMAT = "lvrpo-checkpoint-1"
+FORMAT = "lvrpo-checkpoint-2"
 _TENSORS, _STATE = "tensors.safetensors", "state.json"
 
 
@@ -37,6 +37,26 @@ class Checkpoint:
     step: int
     tensors: dict[str, Tensor]
     state: dict[str, Any]
+    fingerprint: str  # of the whole: of state.json, which holds that of the tensors
+
+    def require(self, made_with: Mapping[str, str]) -> None:
+        """See that it was made with what the run has now, by the fingerprints in its state.
+
+        Raises:
+            CheckpointError: it was not; the message names the first that differs.
+        """
+        for name, expected in made_with.items():
+            found = self.state.get(name)
+            if found != expected:
+                what = _MADE_WITH.get(name, f"another {name}")
+                raise CheckpointError(
+                    f"{self.path} is foreign: it was made with {what} ({found}, this run has "
+                    f"{expected}); put this run's own back, or start a new run"
+                )
+
+
+#: What a fingerprint in a checkpoint's state is of.
+_MADE_WITH = {"fingerprint": "another configuration", "task": "another task/ folder"}
 
 
 def save_checkpoint(
@@ -83,7 +103,7 @@ def _delete(path: Path) -> None:
 
 def checkpoints(folder: Path) -> list[Path]:
     """Complete checkpoints, oldest first."""
-    return sorted(path for path in folder.glob("step-*") if path.is_dir())
+    return sorted(path for path in folder.glob("step-" + 8 * "[0-9]") if path.is_dir())
 
 
 def load_checkpoint(path: Path) -> Checkpoint:
@@ -96,7 +116,8 @@ def load_checkpoint(path: Path) -> Checkpoint:
     from safetensors.torch import load_file
 
     try:
-        state = json.loads((path / _STATE).read_text(encoding="utf-8"))
+        text = (path / _STATE).read_bytes()
+        state = json.loads(text)
     except OSError as error:
         reason = f"{error.strerror}: {_STATE}"
         raise CheckpointError(f"{path} is not a checkpoint: {reason}") from error
@@ -105,24 +126,54 @@ def load_checkpoint(path: Path) -> Checkpoint:
     if not isinstance(state, dict) or state.get("format") != FORMAT:
         found = state.get("format") if isinstance(state, dict) else type(state).__name__
         raise CheckpointError(f"{path} is foreign: its format is {found!r}, expected {FORMAT!r}")
+    step = state.get("step")
+    if not isinstance(step, int) or isinstance(step, bool) or step < 0:
+        raise CheckpointError(f"{path} is corrupt: the step in {_STATE} is {step!r}")
     try:
         digest = sha256(path / _TENSORS)
         expected = str(state.get("sha256"))
         if digest != expected:
             raise CheckpointError(
                 f"{path} is corrupt: the checksum of {_TENSORS} is {digest[:12]}..., expected "
-                f"{expected[:12]}...; delete the folder to resume from an earlier one"
+                f"{expected[:12]}..."
             )
         tensors = load_file(path / _TENSORS)
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"{path} is corrupt: {_TENSORS}: {error}") from error
-    return Checkpoint(path, int(state["step"]), tensors, state)
+    return Checkpoint(path, step, tensors, state, hashlib.sha256(text).hexdigest()[:16])
 
 
 def load_newest(folder: Path) -> Checkpoint | None:
-    """The newest checkpoint of a run, or None when there is none yet."""
+    """The newest checkpoint of a run, or None when there is none yet.
+
+    Raises:
+        CheckpointError: see `load_checkpoint`; the message names the one before it.
+    """
     found = checkpoints(folder)
-    return load_checkpoint(found[-1]) if found else None
+    if not found:
+        return None
+    try:
+        return load_checkpoint(found[-1])
+    except CheckpointError as error:
+        if len(found) == 1:
+            raise
+        step = step_of(found[-2])
+        raise CheckpointError(
+            f"{error}; `lvrpo train {folder.parent} --resume-at {step}` deletes it and goes on "
+            f"after step {step}"
+        ) from error
+
+
+def step_of(path: Path) -> int:
+    """The step in a checkpoint's name."""
+    return int(path.name.removeprefix("step-"))
+
+
+def delete_after(folder: Path, step: int) -> None:
+    """Delete the checkpoints of later steps, the newest first."""
+    for path in reversed(checkpoints(folder)):
+        if step_of(path) > step:
+            _delete(path)
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:

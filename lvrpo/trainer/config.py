@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import os
 import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -206,6 +207,15 @@ def load_config(path: Path | None = None, overrides: Iterable[str] = ()) -> Trai
     Raises:
         ConfigError: the file cannot be read, or a key is unknown or of the wrong type.
     """
+    return from_table(read_table(path, overrides))
+
+
+def read_table(path: Path | None = None, overrides: Iterable[str] = ()) -> dict[str, Any]:
+    """The keys that a TOML file and overrides name, unchecked; see `load_config`.
+
+    Files are named relative to the TOML file, in overrides relative to the working directory; they
+    are made absolute here.
+    """
     table: dict[str, Any] = {}
     if path is not None:
         try:
@@ -214,16 +224,42 @@ def load_config(path: Path | None = None, overrides: Iterable[str] = ()) -> Trai
             raise ConfigError(f"{path}: {error.strerror}") from error
         except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
             raise ConfigError(f"{path}: not TOML: {error}") from error
+        _make_absolute(table, path.parent)
+    named: dict[str, dict[str, Any]] = {}
     for override in overrides:
         key, equals, text = override.partition("=")
         section, dot, name = key.strip().partition(".")
         if not equals or not dot:
             raise ConfigError(f"{override!r} is not of the form section.key=value")
-        table.setdefault(section, {})
-        if not isinstance(table[section], dict):
-            raise ConfigError(f"{section} is not a section")
-        table[section][name] = _parse_value(text.strip())
-    return from_table(table)
+        named.setdefault(section, {})[name] = _parse_value(text.strip())
+    _make_absolute(named, Path())
+    return overlay(table, named)
+
+
+def overlay(table: Mapping[str, Any], named: Mapping[str, Any]) -> dict[str, Any]:
+    """`table` with the keys of `named` in place of its own."""
+    result = dict(table)
+    for section, values in named.items():
+        ours = table.get(section, {})
+        if isinstance(ours, Mapping):  # what is no section is refused by `from_table`
+            result[section] = {**ours, **values} if isinstance(values, Mapping) else values
+    return result
+
+
+def _make_absolute(table: dict[str, Any], folder: Path) -> None:
+    def absolute(name: Any) -> Any:
+        return os.path.abspath(folder / name) if isinstance(name, str) else name
+
+    data, rewards = table.get("data"), table.get("rewards")
+    for key in ("source", "eval_source"):
+        if isinstance(data, dict) and data.get(key, "") not in ("", "scenes"):
+            data[key] = absolute(data[key])
+    for task in ("understand", "generate"):
+        if isinstance(rewards, dict) and isinstance(rewards.get(task), dict):
+            rewards[task] = {
+                absolute(name) if ".py:" in name else name: weight
+                for name, weight in rewards[task].items()
+            }
 
 
 def _parse_value(text: str) -> Any:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from lvrpo import __version__, info
-from lvrpo.trainer.records import write_atomically
+from lvrpo.trainer.lines import write_atomically
 
 ENVIRONMENT = "environment.json"
 PACKAGES = ("torch", "numpy", "scikit-learn", "triton")

@@ -15,11 +15,13 @@ from lvrpo.models.policy import Policy
 from lvrpo.rewards.samples import FinishReason, Samples
 from lvrpo.trainer.config import RolloutSection
 from lvrpo.trainer.experience import score_samples
+from lvrpo.trainer.inputs import reward_label
 from lvrpo.trainer.records import GalleryItem
+from lvrpo.trainer.rewards import used_rewards
 from lvrpo.trainer.rollout import sample_answers, sample_pictures
 from lvrpo.trainer.scores import reward_row
 from lvrpo.trainer.statistics import clustered_mean
-from lvrpo.trainer.task import Task, used_rewards
+from lvrpo.trainer.task import Task
 
 #: Prompts evaluated at once; bounds the memory, changes no number.
 CHUNK = 256
@@ -119,7 +121,7 @@ def _reward_means(task: Task, samples: Samples, reference: Policy | None) -> dic
     ]
     clusters = [_asked(example) for example in samples.examples]
     row: dict[str, Any] = {}
-    for name, column in zip(names, torch.cat(tables).T.tolist(), strict=True):
+    for name, column in zip(map(reward_label, names), torch.cat(tables).T.tolist(), strict=True):
         pairs = zip(column, clusters, strict=True)
         known = [(score, cluster) for score, cluster in pairs if not math.isnan(score)]
         if known:

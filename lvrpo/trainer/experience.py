@@ -18,6 +18,7 @@ from lvrpo.ops.normalize_advantages import AdvantageParams, normalize_advantages
 from lvrpo.rewards.combine import Reward, RewardError, score
 from lvrpo.rewards.samples import Samples
 from lvrpo.trainer.config import RewardSection, TrainConfig
+from lvrpo.trainer.inputs import reward_label
 from lvrpo.trainer.rollout import sample_answers, sample_pictures
 from lvrpo.trainer.task import Task
 from lvrpo.trainer.update import Experience
@@ -119,7 +120,8 @@ def score_samples(
     metrics: dict[str, Any] = {"alarm": []}
     columns = []
     tolerant = section.on_error == "no_signal"
-    for name, reward in zip(getattr(section, modality), rewards, strict=True):
+    labels = map(reward_label, getattr(section, modality))
+    for name, reward in zip(labels, rewards, strict=True):
         failures: list[RewardError] = []
         column = score(
             [reward],
@@ -164,7 +166,7 @@ def _advantages(
     )
     stats = result.stats
     metrics: dict[str, Any] = {"alarm": []}
-    for k, name in enumerate(weights):
+    for k, name in enumerate(map(reward_label, weights)):
         metrics[f"reward/{modality}/{name}"] = float(stats.mean[k])
         metrics[f"share/{modality}/{name}"] = float(stats.share[k])
         metrics[f"constant_groups/{modality}/{name}"] = float(stats.constant_groups[k])

@@ -282,7 +282,7 @@ def answer_question(
     config, task, policy = load_policy(directory)
     notes = prompt_notes(task.tokenizer.words, question, about_a_picture=True)
     try:
-        pixels = load_picture(image, task.source.picture_shape)
+        pixels = load_picture(image, task.vocabulary.picture_shape)
     except Exception as error:  # Pillow raises a different class for every broken format
         raise DataError(f"{image}: cannot be read: {error}") from error
     example = Example("understand", "command line", question, image=pixels, answer="")

@@ -19,9 +19,10 @@ from lvrpo.ops.normalize_advantages import AdvantageParams
 from lvrpo.trainer.bounds import CHOICES
 from lvrpo.trainer.config import ConfigError, TrainConfig
 from lvrpo.trainer.probe import probe_rewards
+from lvrpo.trainer.rewards import check_rewards
 from lvrpo.trainer.schedule import flow_schedule
 from lvrpo.trainer.sources import JsonlSource, Source
-from lvrpo.trainer.task import Task, check_rewards
+from lvrpo.trainer.task import Task
 from lvrpo.trainer.update import Objective
 
 

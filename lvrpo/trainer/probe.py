@@ -19,8 +19,10 @@ from lvrpo.rewards.dual_encoder import DualEncoder
 from lvrpo.rewards.samples import FinishReason, Samples
 from lvrpo.trainer.config import TrainConfig
 from lvrpo.trainer.experience import score_samples
+from lvrpo.trainer.inputs import reward_label
+from lvrpo.trainer.rewards import used_rewards
 from lvrpo.trainer.sources import SceneSource, Source
-from lvrpo.trainer.task import Task, used_rewards
+from lvrpo.trainer.task import Task
 
 #: Training prompts of each task.
 PROMPTS = 4
@@ -87,7 +89,8 @@ def _drawings(examples: list[Example], source: Source) -> Samples:
 def _nothing_to_say(task: TaskName, names: list[str], examples: list[Example]) -> str:
     first = examples[0]
     needs = "; r_ins and r_kn need drawings with a 'rule'" if task == "generate" else ""
+    labels = ", ".join(map(reward_label, names))
     return (
-        f"rewards.{task}: no reward ({', '.join(names)}) has a score for any of {len(examples)} "
-        f"training prompts, {first.uid!r} ({first.prompt!r}) for one{needs}"
+        f"rewards.{task}: no reward ({labels}) has a score for any of {len(examples)} training "
+        f"prompts, {first.uid!r} ({first.prompt!r}) for one{needs}"
     )

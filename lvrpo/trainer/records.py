@@ -2,6 +2,7 @@
 
     metrics.jsonl      one flat JSON object per step; keys are joined by slashes
     evals.jsonl        one flat JSON object per evaluation on held-out data
+    changes.jsonl      one object per key that was changed, or input accepted, on the way
     gallery/           the same prompts and seeds at several times: <label>.json and its PNGs
     tensorboard/       the same scalars for TensorBoard, one run per phase
 
@@ -11,14 +12,12 @@ the keys under "time/": everything measured by a clock belongs there. Keys: docs
 
 from __future__ import annotations
 
-import errno
 import io
 import json
 import math
-import os
 import re
 import shutil
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import TracebackType
@@ -26,13 +25,15 @@ from typing import Any, Literal
 
 import numpy as np
 
+from lvrpo.trainer.lines import Row as Row
+from lvrpo.trainer.lines import append_row, flush_to_disk, keep_rows, read_rows, write_atomically
 from lvrpo.trainer.scores import eval_rewards, eval_scores
 
-Row = dict[str, Any]
 PHASES = ("warm_start", "grpo")
 
 METRICS = "metrics.jsonl"
 EVALS = "evals.jsonl"
+CHANGES = "changes.jsonl"
 GALLERY = "gallery"
 TENSORBOARD = "tensorboard"
 
@@ -63,6 +64,7 @@ class RunWriter:
     ) -> None:
         self.run_dir = Path(run_dir)
         self.run_dir.mkdir(parents=True, exist_ok=True)
+        self.notes: list[str] = []  # what was mended
         self._purge: dict[str, int] = {}
         self._scalars: dict[str, Any] = {}
         self._tensorboard = tensorboard
@@ -75,7 +77,9 @@ class RunWriter:
             return
         last = _position({"step": resume_from, "phase": phase})
         for name in (METRICS, EVALS):
-            _keep_rows(self.run_dir / name, lambda row: _position(row) <= last)
+            dropped = keep_rows(self.run_dir / name, lambda row: _position(row) <= last)
+            if dropped:
+                self.notes.append(f"dropped {dropped} bytes of a damaged last line of {name}")
         self._purge[phase] = resume_from + 1
         for later in PHASES[PHASES.index(phase) + 1 :]:
             shutil.rmtree(self.run_dir / TENSORBOARD / later, ignore_errors=True)
@@ -86,7 +90,7 @@ class RunWriter:
         0-d tensors and arrays become numbers; NaN and infinities become null, read back as NaN.
         """
         plain = _plain_row(row)
-        _append(self.run_dir / METRICS, plain)
+        append_row(self.run_dir / METRICS, plain)
         self._add_scalars(plain, {k: v for k, v in plain.items() if k != "step"})
 
     def write_eval(self, row: Mapping[str, Any]) -> None:
@@ -97,11 +101,16 @@ class RunWriter:
         """
         plain = _plain_row(row)
         path, name = self.run_dir / EVALS, (plain["step"], plain.get("label"))
-        _keep_rows(path, lambda old: (old["step"], old.get("label")) != name)
-        _append(path, plain)
+        keep_rows(path, lambda old: (old["step"], old.get("label")) != name)
+        append_row(path, plain)
         rates = {f"eval/{s.name}": s.successes / s.total for s in eval_scores(plain) if s.total}
         means = {f"eval/reward/{t}/{name}": m.value for (t, name), m in eval_rewards(plain).items()}
         self._add_scalars(plain, rates | means)
+
+    def flush(self) -> None:
+        """Wait until every row would survive a power failure, as a checkpoint does."""
+        for name in (METRICS, EVALS):
+            flush_to_disk(self.run_dir / name)
 
     def close(self) -> None:
         """Flush TensorBoard's events; the JSON lines are on disk already."""
@@ -141,12 +150,26 @@ def read_metrics(run_dir: str | Path) -> list[Row]:
     Raises:
         ValueError: a line that is not a JSON object with a step, by file and line number.
     """
-    return [row for _, row in _read_lines(Path(run_dir) / METRICS)]
+    return [row for _, row in read_rows(Path(run_dir) / METRICS)]
 
 
 def read_evals(run_dir: str | Path) -> list[Row]:
     """Every complete row of evals.jsonl in order; as `read_metrics`."""
-    return [row for _, row in _read_lines(Path(run_dir) / EVALS)]
+    return [row for _, row in read_rows(Path(run_dir) / EVALS)]
+
+
+def read_changes(run_dir: str | Path) -> list[Row]:
+    """Every change of a run in order: "step", "key", "old", "new", and "lr" where it matters."""
+    return [row for _, row in read_rows(Path(run_dir) / CHANGES)]
+
+
+def write_changes(run_dir: str | Path, changes: Iterable[Row]) -> None:
+    """Append to changes.jsonl."""
+    path = Path(run_dir) / CHANGES
+    keep_rows(path, lambda row: True)
+    for change in changes:
+        append_row(path, change)
+    flush_to_disk(path)
 
 
 @dataclass(frozen=True)
@@ -249,54 +272,3 @@ def _plain(key: str, value: Any) -> Any:
     if value is None or isinstance(value, (bool, int, str)):
         return value
     raise ValueError(f"{key} of a log row is a {type(value).__name__}, expected a scalar")
-
-
-def _append(path: Path, row: Row) -> None:
-    """Add one line in a single write, or nothing at all."""
-    line = json.dumps(row, allow_nan=False).encode() + b"\n"
-    with path.open("ab", buffering=0) as file:
-        end = file.seek(0, os.SEEK_END)
-        if file.write(line) != len(line):
-            file.truncate(end)
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
-
-
-def _read_lines(path: Path) -> list[tuple[bytes, Row]]:
-    """(line, row) pairs. What follows the last newline was never finished and is left out."""
-    if not path.exists():
-        return []
-    lines = path.read_bytes().split(b"\n")[:-1]
-    pairs = []
-    for number, line in enumerate(lines, 1):
-        try:
-            row = json.loads(line)
-        except ValueError:
-            row = None
-        if not isinstance(row, dict) or not isinstance(row.get("step"), int):
-            raise ValueError(f"{path}, line {number}: not a JSON object with an int step")
-        pairs.append((line, {k: math.nan if v is None else v for k, v in row.items()}))
-    return pairs
-
-
-def _keep_rows(path: Path, keep: Callable[[Row], bool]) -> None:
-    """Leave the rows for which `keep` holds, byte for byte, and no unfinished line."""
-    if path.exists():
-        kept = b"".join(line + b"\n" for line, row in _read_lines(path) if keep(row))
-        if len(kept) != path.stat().st_size:
-            write_atomically(path, kept)
-
-
-def write_atomically(path: Path, data: bytes) -> None:
-    """Replace a file so that at every moment the old or the new one is there, never a part."""
-    partial = path.with_name(f".{path.name}.partial")
-    try:
-        with partial.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-    except OSError as error:
-        error.filename = str(path)  # a failed write does not say where
-        raise
-    finally:
-        partial.unlink(missing_ok=True)

@@ -24,7 +24,8 @@ from lvrpo.trainer.findings import (
     load_run,
     pair_gallery,
 )
-from lvrpo.trainer.records import PHASES, to_png, write_atomically
+from lvrpo.trainer.lines import write_atomically
+from lvrpo.trainer.records import PHASES, to_png
 from lvrpo.trainer.scores import eval_rewards, eval_scores
 from lvrpo.trainer.statistics import wilson_interval
 

@@ -1,4 +1,4 @@
-"""The denoising schedule of a run, and how far rounding alone moves its log-ratios."""
+"""The schedules of a run: the learning rate, and the denoising with its rounding error."""
 
 from __future__ import annotations
 
@@ -7,6 +7,29 @@ import torch
 from lvrpo.models.flow import FlowSchedule, noise_floor
 from lvrpo.trainer.config import RolloutSection, TrainConfig
 from lvrpo.trainer.update import Objective
+
+
+def learning_rate(config: TrainConfig, done: int, bridge: tuple[int, float] | None = None) -> float:
+    """The rate of the policy update after `done` finished ones.
+
+    It climbs over `optimizer.warmup_steps` and falls linearly to `final_lr_fraction` of
+    `optimizer.lr` at `run.steps`. Where the schedule of a run was changed, the new one holds at
+    once if it is lower; if it is higher, it is reached from the rate before over `warmup_steps`.
+
+    Args:
+        config: in force.
+        done: policy updates.
+        bridge: `done` at the last change of the schedule, and the rate before it.
+    """
+    section = config.optimizer
+    progress = done / max(1, config.run.steps)
+    decayed = 1 - (1 - section.final_lr_fraction) * progress
+    lr = section.lr * min(1.0, (done + 1) / max(1, section.warmup_steps)) * decayed
+    if bridge is not None:
+        at, before = bridge
+        share = min(1.0, max(1, done - at + 1) / max(1, section.warmup_steps))
+        lr = min(lr, before + (lr - before) * share)
+    return lr
 
 
 def flow_schedule(rollout: RolloutSection) -> FlowSchedule:

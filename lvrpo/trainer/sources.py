@@ -5,7 +5,6 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Sequence
-from pathlib import Path
 
 from lvrpo import random
 from lvrpo.data.digits import Split
@@ -173,31 +172,6 @@ class JsonlSource(Source):
     def answer_range(self, tokenizer: Tokenizer) -> tuple[int, int]:
         """Words and bytes."""
         return tokenizer.text_token_range
-
-
-class EvaluationFile(Source):
-    """Another source, evaluated on a JSONL file."""
-
-    def __init__(self, source: Source, path: Path) -> None:
-        self.source = source
-        self.words, self.picture_shape = source.words, source.picture_shape
-        self.test = JsonlExamples(path, source.picture_shape)
-
-    def examples(self, split: Split, task: Task, count: int, seed: int) -> list[Example]:
-        """See `Source`."""
-        if split == "test":
-            return take(self.test, task, count)
-        return self.source.examples(split, task, count, seed)
-
-    def labelled(
-        self, task: Task, count: int, noise: float, seed: int, copies: int = 1
-    ) -> list[list[Example]]:
-        """See `Source`."""
-        return self.source.labelled(task, count, noise, seed, copies)
-
-    def answer_range(self, tokenizer: Tokenizer) -> tuple[int, int]:
-        """See `Source`."""
-        return self.source.answer_range(tokenizer)
 
 
 _TEXTS = ("prompt", "answer")

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import copy
-import hashlib
-import json
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from lvrpo.models.unified import UnifiedModel
+from lvrpo.trainer.changes import Bridge, fingerprint
 from lvrpo.trainer.checkpoint import Checkpoint, CheckpointError
 from lvrpo.trainer.config import TrainConfig
 from lvrpo.trainer.rollout import DivergedError
+from lvrpo.trainer.schedule import learning_rate
 from lvrpo.trainer.task import Task
 
 _MOMENTS = ("step", "exp_avg", "exp_avg_sq")
@@ -28,17 +28,21 @@ class TrainState:
     average: UnifiedModel  # of the warm start; in the policy phase it is the weights themselves
     optimizer: torch.optim.AdamW
     step: int
-    fingerprint: str  # of everything that decides the weights, to refuse another run's checkpoint
+    bridge: Bridge  # from a schedule of the learning rate that was changed
+    made_with: dict[str, str]  # fingerprints of what decides the weights, see `Checkpoint.require`
+    mid_step: bool = False  # the weights are no longer, or not yet, those of a finished step
+    kept: dict[str, Tensor] | None = None  # of the last finished step, see `keep`
 
     @classmethod
-    def initial(cls, config: TrainConfig, task: Task) -> TrainState:
+    def initial(cls, config: TrainConfig, task: Task, bridge: Bridge = None) -> TrainState:
         """Freshly initialised weights, drawn from the run's seed."""
         model = task.new_model()
         average = copy.deepcopy(model).requires_grad_(False)
         optimizer = torch.optim.AdamW(
             model.parameters(), lr=config.warm_start.lr, betas=(0.9, 0.98), weight_decay=0.01
         )
-        return cls(model, average, optimizer, 0, fingerprint(config))
+        made_with = {"fingerprint": fingerprint(config), "task": task.fingerprint}
+        return cls(model, average, optimizer, 0, bridge, made_with)
 
     def supervised_step(self, config: TrainConfig) -> dict[str, float]:
         """Clip, step and average; returns the gradient's norm and the learning rate.
@@ -52,7 +56,7 @@ class TrainState:
         lr = section.lr * warmup * (0.02 + 0.98 * (1 + math.cos(math.pi * done)) / 2)
         # The average must forget the first steps even in a short run.
         decay = min(section.ema, (1 + self.step) / (10 + self.step))
-        return self._step(lr, config.optimizer.grad_clip, decay)
+        return self._step("warm_start.lr", lr, config.optimizer.grad_clip, decay)
 
     def begin_policy_phase(self, config: TrainConfig) -> None:
         """Start the policy from the average of the warm start, with a new optimizer."""
@@ -66,22 +70,19 @@ class TrainState:
 
     def policy_step(self, config: TrainConfig) -> dict[str, float]:
         """As `supervised_step`, for a policy gradient."""
-        section = config.optimizer
-        done = self.step - config.warm_start.steps
-        progress = done / max(1, config.run.steps)
-        decayed = 1 - (1 - section.final_lr_fraction) * progress
-        lr = section.lr * min(1.0, (done + 1) / max(1, section.warmup_steps)) * decayed
-        return self._step(lr, section.grad_clip, decay=0.0)
+        lr = learning_rate(config, self.step - config.warm_start.steps, self.bridge)
+        return self._step("optimizer.lr", lr, config.optimizer.grad_clip, decay=0.0)
 
-    def _step(self, lr: float, grad_clip: float, decay: float) -> dict[str, float]:
+    def _step(self, key: str, lr: float, grad_clip: float, decay: float) -> dict[str, float]:
         norm = float(nn.utils.clip_grad_norm_(self.model.parameters(), grad_clip or math.inf))
         if not math.isfinite(norm):
             raise DivergedError(
-                f"step {self.step + 1}: the norm of the gradient is {norm}; a lower learning rate "
-                f"(now {lr:.2g}) may help; the checkpoints before it are kept"
+                f"step {self.step + 1}: the norm of the gradient is {norm}; a lower {key} (here "
+                f"{lr:.2g}) may help; the checkpoints before it are kept"
             )
         for group in self.optimizer.param_groups:
             group["lr"] = lr
+        self.mid_step = True
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         with torch.no_grad():
@@ -89,6 +90,28 @@ class TrainState:
             weights: list[Tensor] = list(self.model.parameters())
             torch._foreach_lerp_(averages, weights, 1 - decay)
         return {"grad_norm": norm, "lr": lr}
+
+    def finish(self) -> None:
+        """Count a step whose weights are in place."""
+        self.step += 1
+        self.mid_step, self.kept = False, None
+
+    def keep(self) -> None:
+        """Copy the last finished step, before a step that updates the weights several times."""
+        if not self.mid_step:
+            self.kept = {name: tensor.clone() for name, tensor in self.tensors().items()}
+
+    def finished_tensors(self) -> dict[str, Tensor]:
+        """As `tensors`, of the last finished step.
+
+        Raises:
+            CheckpointError: an update was cut off in its middle, and there is no copy.
+        """
+        if not self.mid_step:
+            return self.tensors()
+        if self.kept is None:
+            raise CheckpointError(f"the update of step {self.step + 1} was cut off in its middle")
+        return self.kept
 
     def tensors(self) -> dict[str, Tensor]:
         """Everything a checkpoint needs, by name."""
@@ -103,14 +126,9 @@ class TrainState:
         """Go on from a checkpoint of this run.
 
         Raises:
-            CheckpointError: it belongs to a run with another configuration.
+            CheckpointError: it was made with another configuration or another `task/` folder.
         """
-        found = checkpoint.state.get("fingerprint")
-        if found != self.fingerprint:
-            raise CheckpointError(
-                f"{checkpoint.path} is foreign: it was written by a run of another configuration "
-                f"({found}, this one is {self.fingerprint})"
-            )
+        checkpoint.require(self.made_with)
         if checkpoint.step > config.warm_start.steps:
             self.begin_policy_phase(config)
         load_weights(self.model, checkpoint, "model.")
@@ -140,11 +158,3 @@ def load_weights(model: UnifiedModel, checkpoint: Checkpoint, prefix: str) -> No
     except RuntimeError as error:
         reason = str(error).splitlines()[1].strip() if "\n" in str(error) else str(error)
         raise CheckpointError(f"{checkpoint.path} is of another model: {reason}") from error
-
-
-def fingerprint(config: TrainConfig) -> str:
-    """A short hash of every key that changes the weights."""
-    table = asdict(config)
-    for key in ("checkpoint_every", "keep_checkpoints", "eval_items", "gallery_items"):
-        del table["run"][key]
-    return hashlib.sha256(json.dumps(table, sort_keys=True).encode()).hexdigest()[:16]

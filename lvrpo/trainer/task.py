@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import functools
+import dataclasses
 import math
 from collections.abc import Mapping
 from functools import partial
@@ -15,52 +15,67 @@ from torch import Tensor
 
 from lvrpo import random
 from lvrpo.data.digits import digit_pools
-from lvrpo.data.example import TASKS, Example
+from lvrpo.data.example import Example
 from lvrpo.data.example import Task as TaskName
+from lvrpo.data.jsonl import JsonlExamples
 from lvrpo.models.answering import answer_probability
 from lvrpo.models.latents import LinearAutoencoder
 from lvrpo.models.policy import Policy
 from lvrpo.models.tokenizer import Tokenizer
 from lvrpo.models.unified import UnifiedConfig, UnifiedModel
-from lvrpo.rewards.combine import Reward, load_reward
+from lvrpo.rewards.combine import Reward
 from lvrpo.rewards.dual_encoder import DualEncoder, train_dual_encoder
 from lvrpo.rewards.judge import digit_judge, gold_reader, reader_accuracy
 from lvrpo.rewards.knowledge import KnowledgeReward
 from lvrpo.rewards.rules import RuleChecks, RuleReward, check_samples
 from lvrpo.rewards.samples import Samples
 from lvrpo.rewards.semantic import SemanticReward
-from lvrpo.trainer.checkpoint import load_newest, save_checkpoint
+from lvrpo.trainer.changes import fingerprint
+from lvrpo.trainer.checkpoint import Checkpoint, load_checkpoint, load_newest, save_checkpoint
 from lvrpo.trainer.config import ConfigError, TrainConfig
+from lvrpo.trainer.rewards import own_reward, used_rewards
 from lvrpo.trainer.schedule import noise_floor_note
-from lvrpo.trainer.sources import EvaluationFile, JsonlSource, SceneSource, Source
-
-#: Rewards that come with lvrpo; any other name is imported as "module:function".
-BUILT_IN = ("r_ins", "r_sem", "r_kn")
+from lvrpo.trainer.sources import JsonlSource, SceneSource, Source, take
+from lvrpo.trainer.vocabulary import Vocabulary, pictures_to_fit
 
 
 class Task:
     """Everything of a run that is fixed before its first step.
 
-    The autoencoder and the semantic reward's encoder are fitted on training data once and kept in
-    the run directory, so a resumed run and a later `lvrpo sample` use the same ones.
+    Vocabulary, autoencoder and r_sem's encoder are made from training data once and kept in the run
+    directory, so that nothing depends on what becomes of the data. Without a `source` the data is
+    read when a prompt is asked for; without a `vocabulary` it is that of the source. `fingerprint`
+    is of the saved parts, so that checkpoints made with others can be told.
     """
 
     def __init__(
         self,
         config: TrainConfig,
-        source: Source,
+        source: Source | None,
         autoencoder: LinearAutoencoder,
         encoder: DualEncoder | None,
+        vocabulary: Vocabulary | None = None,
+        fingerprint: str = "",
     ) -> None:
-        self.config, self.source = config, source
-        self.tokenizer = Tokenizer(source.words)
+        self.config, self._source = config, source
+        self.vocabulary = vocabulary or Vocabulary.of(self.source)
+        self.tokenizer = Tokenizer(self.vocabulary.words)
         self.autoencoder, self.encoder = autoencoder, encoder
+        self.fingerprint = fingerprint
+        self._evaluation_file: JsonlExamples | None = None
         self._rewards: dict[TaskName, list[Reward]] | None = None
+
+    @property
+    def source(self) -> Source:
+        """Where the prompts come from; reads the data files if nobody has."""
+        if self._source is None:
+            self._source = Source.from_config(self.config.data)
+        return self._source
 
     def model_config(self) -> UnifiedConfig:
         """The model's shape: the configuration's sizes, the data's channels and vocabulary."""
         section = self.config.model
-        channels, *sides = self.source.picture_shape
+        channels, *sides = self.vocabulary.picture_shape
         patch = min(section.image_patch, section.latent_patch)
         return UnifiedConfig(
             vocab_size=len(self.tokenizer),
@@ -85,14 +100,14 @@ class Task:
 
     def policy(self, model: UnifiedModel) -> Policy:
         """A model with the frozen parts around it."""
-        _, height, width = self.source.picture_shape
+        _, height, width = self.vocabulary.picture_shape
         patch = self.config.model.latent_patch
         return Policy(
             model=model,
             tokenizer=self.tokenizer,
             autoencoder=self.autoencoder,
             latent_grid=(height // patch, width // patch),
-            answer_range=self.source.answer_range(self.tokenizer),
+            answer_range=self.vocabulary.answer_range,
             backend=self.config.run.backend or None,
         )
 
@@ -120,6 +135,8 @@ class Task:
 
     def evaluation_examples(self, task: TaskName, count: int) -> list[Example]:
         """Held-out prompts: the same for every seed, before and after."""
+        if self._evaluation_file is not None:
+            return take(self._evaluation_file, task, count)
         return self.source.examples("test", task, count, 0)
 
     def _seed(self, *ids: int | str) -> int:
@@ -142,13 +159,14 @@ class Task:
             pool: Any = self.config.rewards.semantic_pool
             return SemanticReward(self.encoder, pool=pool)
         if name == "r_kn":
-            learned = self.config.data.questions if isinstance(self.source, SceneSource) else None
+            scenes = self.config.data.source == "scenes"
+            learned = self.config.data.questions if scenes else None
             return KnowledgeReward(partial(answer_probability, reference), kinds=learned)
         return own_reward(name)
 
     def facts(self) -> dict[str, Any]:
         """What every result is reported with: how good the judge itself is."""
-        if not isinstance(self.source, SceneSource):
+        if self.config.data.source != "scenes":
             return {}
         return {
             "judge_accuracy": reader_accuracy(digit_judge()),
@@ -191,8 +209,8 @@ class Task:
         ]
 
     def use_evaluation_file(self, path: Path) -> None:
-        """Evaluate on a JSONL file instead of the test split."""
-        self.source = EvaluationFile(self.source, path)
+        """Evaluate on a JSONL file instead of the test split; no other data is read."""
+        self._evaluation_file = JsonlExamples(path, self.vocabulary.picture_shape)
 
     def is_right(self, samples: Samples) -> Tensor:
         """[B] 1 where everything is right, 0 where not, NaN where no rule tells."""
@@ -247,87 +265,63 @@ def _mean(values: Tensor) -> float:
     return float(values.nanmean())
 
 
-#: A user's file is executed once, however often its function is named.
-own_reward = functools.cache(load_reward)
-
-
-def used_rewards(config: TrainConfig) -> dict[TaskName, dict[str, float]]:
-    """Rewards with their weights, of the tasks that have prompts in a step."""
-    return {
-        task: getattr(config.rewards, task)
-        for task in TASKS
-        if getattr(config.rollout, f"{task}_prompts")
-    }
-
-
-def check_rewards(config: TrainConfig, source: Source) -> None:
-    """See that every reward exists and applies to the data.
-
-    Raises:
-        ConfigError: an unknown name, or r_sem without digit scenes.
-        RewardError: a reward of the user's cannot be imported.
-    """
-    for name in chain.from_iterable(used_rewards(config).values()):
-        if ":" in name:
-            own_reward(name)
-        elif name not in BUILT_IN:
-            raise ConfigError(
-                f"rewards: unknown reward {name!r}; expected one of {', '.join(BUILT_IN)} or "
-                "'module:function'"
-            )
-        elif name == "r_sem" and not isinstance(source, SceneSource):
-            raise ConfigError(
-                "rewards: r_sem comes with an encoder of digit scenes; with data.source = "
-                f"{config.data.source!r} set rewards.generate to r_ins where drawings have rules, "
-                "or to a reward of your own ('module:function')"
-            )
-
-
 def load_or_fit_task(config: TrainConfig, run_dir: Path, source: Source | None = None) -> Task:
-    """The task of a run; its fitted parts are read from, or written to, `run_dir/task`.
+    """The task of a run: read from `run_dir/task`, or made from the training data and kept there.
 
     Args:
         config: of the run.
         run_dir: its directory.
         source: of the prompts, when the caller has it already.
+
+    Raises:
+        CheckpointError: `task/` is damaged, or of a run of another configuration.
     """
-    source = source or Source.from_config(config.data)
-    section = config.model
-    wants_encoder = "r_sem" in chain.from_iterable(used_rewards(config).values())
-    encoder: DualEncoder | None = None
     saved = load_newest(run_dir / "task")
     if saved is not None:
-        autoencoder = LinearAutoencoder(
-            *source.picture_shape, patch=section.latent_patch, dim=section.latent_dim
-        )
-        autoencoder.load_state_dict(_with_prefix(saved.tensors, "autoencoder."))
-        if saved.state["words"]:
-            encoder = DualEncoder(saved.state["words"], *source.picture_shape)
-            encoder.load_state_dict(_with_prefix(saved.tensors, "encoder."))
-            encoder.eval().requires_grad_(False)
-        return Task(config, source, autoencoder, encoder)
-
+        return _saved_task(config, saved, source)
+    source = source or Source.from_config(config.data)
+    section = config.model
     autoencoder = LinearAutoencoder.fit(
-        _pictures_to_fit(source), section.latent_patch, section.latent_dim
+        pictures_to_fit(source), section.latent_patch, section.latent_dim
     )
     tensors = {f"autoencoder.{name}": t for name, t in autoencoder.state_dict().items()}
-    if wants_encoder and isinstance(source, SceneSource):
+    encoder: DualEncoder | None = None
+    if _wants_encoder(config) and isinstance(source, SceneSource):
         encoder = train_dual_encoder(source.config, seed=config.run.seed)
         tensors |= {f"encoder.{name}": t for name, t in encoder.state_dict().items()}
-    words = list(encoder.words) if encoder is not None else []
-    save_checkpoint(run_dir / "task", 0, tensors, {"words": words}, keep=1)
-    return Task(config, source, autoencoder, encoder)
+    vocabulary = Vocabulary.of(source)
+    state = {
+        "fingerprint": fingerprint(config),
+        "vocabulary": dataclasses.asdict(vocabulary),
+        "encoder_words": list(encoder.words) if encoder is not None else [],
+    }
+    path = save_checkpoint(run_dir / "task", 0, tensors, state, keep=1)
+    return Task(config, source, autoencoder, encoder, vocabulary, load_checkpoint(path).fingerprint)
 
 
-def _pictures_to_fit(source: Source) -> Tensor:
-    """[N, C, H, W] target pictures; where there is none, the pictures that are asked about."""
-    pictures = [example.target for (example,) in source.labelled("generate", 1024, 0.0, 0)]
-    if not any(picture is not None for picture in pictures):
-        pictures = [example.image for (example,) in source.labelled("understand", 1024, 0.0, 0)]
-    found = [torch.from_numpy(picture) for picture in pictures if picture is not None]
-    if not found:
-        raise ConfigError("data: the training file has no picture to fit the latents on")
-    return torch.stack(found)
+def _saved_task(config: TrainConfig, saved: Checkpoint, source: Source | None) -> Task:
+    saved.require({"fingerprint": fingerprint(config)})
+    vocabulary = Vocabulary.from_json(saved.state["vocabulary"])
+    section = config.model
+    autoencoder = LinearAutoencoder(
+        *vocabulary.picture_shape, patch=section.latent_patch, dim=section.latent_dim
+    )
+    autoencoder.load_state_dict(_with_prefix(saved.tensors, "autoencoder."))
+    encoder: DualEncoder | None = None
+    if saved.state["encoder_words"]:
+        encoder = DualEncoder(saved.state["encoder_words"], *vocabulary.picture_shape)
+        encoder.load_state_dict(_with_prefix(saved.tensors, "encoder."))
+        encoder.eval().requires_grad_(False)
+    elif _wants_encoder(config):
+        raise ConfigError(
+            f"{saved.path} has no encoder of r_sem, which its run did not use; leave r_sem out of "
+            "rewards.generate, or start a new run"
+        )
+    return Task(config, source, autoencoder, encoder, vocabulary, saved.fingerprint)
+
+
+def _wants_encoder(config: TrainConfig) -> bool:
+    return "r_sem" in chain.from_iterable(used_rewards(config).values())
 
 
 def _with_prefix(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:

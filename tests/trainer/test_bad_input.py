@@ -80,7 +80,7 @@ BAD_SETTINGS = {
     "rewards.strict_weight=2": "rewards.strict_weight is 2.0",
     "rewards.generate={}": "rewards.generate is {}, expected a reward",
     "rewards.generate={r_new=1.0}": "rewards: unknown reward 'r_new'; expected one of r_ins",
-    "rewards.generate={'absent.py:f'=1.0}": "reward 'absent.py:f': FileNotFoundError",
+    "rewards.generate={'absent.py:f'=1.0}": "absent.py:f': FileNotFoundError",
     "rewards.generate={'json:absent'=1.0}": "json has no attribute 'absent'",
     "optimizer.lr=nan": "optimizer.lr is nan, expected a number",
     "optimizer.final_lr_fraction=-1": "optimizer.final_lr_fraction is -1.0",
@@ -114,7 +114,7 @@ def test_bad_config_file(tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize("setting", ["rollout.group_size=4", "run.eval_items=16"])
+@pytest.mark.parametrize("setting", ["rollout.group_size=4", "model.mlp=8", "run.seed=3"])
 def test_other_settings_than_the_run_was_started_with(run, setting):
     before = contents(run)
     message = refused("train", run, *settings([*OVERRIDES, setting]))

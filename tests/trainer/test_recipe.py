@@ -45,8 +45,8 @@ def folder(tmp_path, monkeypatch) -> Path:
 
 
 def typed(page: str, start: str) -> list[str]:
-    """The arguments of a command of a page."""
-    return shlex.split(block(page, "bash", start))[1:]
+    """The arguments of the command that a block of a page starts with."""
+    return shlex.split(block(page, "bash", start).splitlines()[0], comments=True)[1:]
 
 
 def test_own_data_with_own_rewards(folder):

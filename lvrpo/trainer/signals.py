@@ -1,0 +1,94 @@
+"""Signals that end a run: none is lost, and none hits the middle of an update or of a record."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+from collections.abc import Iterator
+from types import FrameType, TracebackType
+from typing import Any
+
+#: Ctrl-C; what schedulers and containers send before they kill; a terminal that was closed.
+ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+
+class Stopped(KeyboardInterrupt):
+    """A signal ended the run.
+
+    Args:
+        signum: of the signal.
+    """
+
+    def __init__(self, signum: int) -> None:
+        super().__init__(f"stopped by {signal.Signals(signum).name}")
+        self.signum = signum
+
+
+class Signals:
+    """Raises `Stopped` in the main thread; a context manager, outside of which all is as before.
+
+    The first Ctrl-C waits for the end of a step, if one is being made; a second one does not, and
+    neither does any other signal. Signals that were ignored (`nohup`) stay so.
+    """
+
+    def __init__(self) -> None:
+        self._received: int | None = None
+        self._in_step = False
+        self._held = 0
+        self._waiting = False  # for the end of what is held
+        self._previous: dict[int, Any] = {}
+
+    def __enter__(self) -> Signals:
+        with contextlib.suppress(ValueError):  # not the main thread: signals are not ours
+            for signum in ENDING:
+                if signal.getsignal(signum) is not signal.SIG_IGN:
+                    self._previous[signum] = signal.signal(signum, self._handle)
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        at: TracebackType | None,
+    ) -> None:
+        for signum, handler in self._previous.items():
+            signal.signal(signum, handler)
+
+    @contextlib.contextmanager
+    def step(self) -> Iterator[None]:
+        """A step, at whose end the first Ctrl-C is obeyed."""
+        self._in_step = True
+        try:
+            yield
+        finally:
+            self._in_step = False
+        if self._received is not None:
+            raise Stopped(self._received)
+
+    @contextlib.contextmanager
+    def held(self) -> Iterator[None]:
+        """What must not be torn apart; short, because every signal waits for its end."""
+        self._held += 1
+        try:
+            yield
+        finally:
+            self._held -= 1
+        if self._waiting and self._received is not None:
+            raise Stopped(self._received)
+
+    def ignore(self) -> None:
+        """From here on the run is ending anyway."""
+        self._held += 1
+
+    def _handle(self, signum: int, frame: FrameType | None) -> None:
+        patient = signum == signal.SIGINT and self._in_step and self._received is None
+        self._received = signum
+        if patient:
+            # Not by way of `sys.stderr`, whose lock the interrupted code may hold.
+            with contextlib.suppress(OSError):
+                os.write(2, b"\nstopping after this step; once more to stop now\n")
+        elif self._held:
+            self._waiting = True
+        else:
+            raise Stopped(signum)
