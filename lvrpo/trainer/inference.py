@@ -20,6 +20,7 @@ from lvrpo.data.jsonl import DataError, load_picture
 from lvrpo.models.policy import Policy
 from lvrpo.models.tokenizer import words_of
 from lvrpo.rewards.combine import RewardError
+from lvrpo.trainer.changes import fingerprint
 from lvrpo.trainer.checkpoint import load_newest
 from lvrpo.trainer.evaluate import evaluate
 from lvrpo.trainer.progress import ProgressView
@@ -143,6 +144,7 @@ def _reference(directory: Path, task: Task, notes: list[str]) -> Policy | None:
     if saved is None:
         notes.append("the warm start goes on: rewards are not measured yet")
         return None
+    saved.require({"fingerprint": fingerprint(task.config), "task": task.fingerprint})
     model = task.new_model()
     load_weights(model, saved, "")
     reference = task.policy(model.requires_grad_(False))
