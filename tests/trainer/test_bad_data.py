@@ -113,4 +113,6 @@ def test_eval_with_nothing_to_judge(trained, tmp_path):
     path = tmp_path / "mine.jsonl"
     path.write_text('{"task": "generate", "prompt": "draw a boat"}')
     message = refused("eval", trained, "--data", path)
-    assert message == f"{path}: nothing to judge, no example has an answer or a rule"
+    assert message.startswith(
+        f"{path}: nothing to judge, no example has an answer, a rule or a rew"
+    )

@@ -317,7 +317,7 @@ BAD_REWARDS = {
     "infinite": "reward 'infinite' is infinite for sample 7 (a drawing) of prompt 'train/generate",
     "short": "reward 'short' returned shape (1,) for 8 samples, expected one number each, at",
     "one_number": "returned float 0.5, expected one number per sample (8), at",
-    "texts_only": "rewards.generate: no reward ({folder}/mine.py:texts_only) has a score for any",
+    "texts_only": "rewards.generate: no reward (mine.py:texts_only) has a score for any",
     "below": "mine.py:23 (from {json}:",
     "leaves": "reward 'leaves' raised SystemExit: 0",
 }
@@ -338,7 +338,7 @@ def test_a_reward_function_that_fails_is_met_before_the_start(tmp_path, name, me
 
 def test_a_reward_function_that_fails_in_a_step(tmp_path):
     overrides = own_reward_overrides(tmp_path, "later")
-    message = "reward 'later' raised RuntimeError: the service is down, first prompt 'train/gen"
+    message = "reward 'later' raised RuntimeError: the service is down, first prompt 'test/gen"
     run = tmp_path / "run"
     assert message in refused("train", run, *overrides, after_start=True)
     # What was reached before it is there, and the second attempt says the same.
@@ -361,7 +361,7 @@ def test_a_reward_function_that_hangs_ends_the_run_and_the_process(tmp_path, nam
     )
     assert ended.returncode == 2, ended.stderr
     last = ended.stderr.splitlines()[-1]
-    assert f"reward '{name}' took longer than 1 s (rewards.timeout), first prompt 'train/" in last
+    assert f"reward '{name}' took longer than 1 s (rewards.timeout), first prompt 'test/" in last
     assert "mine.py:" in last
     assert load_newest(run / "checkpoints").step == 3
 
@@ -381,7 +381,7 @@ def test_a_reward_function_that_fails_is_no_signal_if_asked(tmp_path):
     result = command("train", tmp_path / "run", *overrides, *both)
     assert result.exit_code == 0, result.output
     rows = [row for row in read_metrics(tmp_path / "run") if row["phase"] == "grpo"]
-    shares = [row[f"failed/generate/{name}"] for row in rows]
+    shares = [row["failed/generate/mine.py:picky"] for row in rows]
     assert len(shares) == 8
     assert 0 < max(shares) <= 1
     assert set(shares) <= {0.0, 0.5, 1.0}
