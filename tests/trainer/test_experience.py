@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import math
+import threading
 
 import pytest
 import torch
-from trainer.tiny import OVERRIDES, tiny_config
+from trainer.tiny import OVERRIDES, run_tiny, tiny_config
 
+from lvrpo.models.tokenizer import EOS
 from lvrpo.rewards.combine import FunctionReward, RewardError
 from lvrpo.trainer import experience
 from lvrpo.trainer.config import load_config
 from lvrpo.trainer.experience import gather_experience, shuffle_within_groups
+from lvrpo.trainer.loop import Listener
+from lvrpo.trainer.records import read_evals, read_metrics
 from lvrpo.trainer.rollout import Answers
 from lvrpo.trainer.schedule import flow_schedule
 from lvrpo.trainer.task import Task, load_or_fit_task
@@ -110,6 +114,10 @@ def test_an_alarm_when_nothing_can_be_learned(task):
     assert metrics["constant_groups/generate"] == 1
 
 
+#: (reward - mean) / (standard deviation + 1e-4), of the group alone.
+PAPER = "rewards.advantage=paper"
+
+
 def failing_for(groups):
     """A reward that fails wherever it sees a drawing of one of these groups of three."""
     order: list[str] = []
@@ -124,9 +132,54 @@ def failing_for(groups):
     return score
 
 
+@pytest.mark.parametrize("groups", [(), (0,), (1,), (0, 1)])
+@pytest.mark.parametrize("most", [0.0, 0.49, 0.5, 1.0])
+def test_a_failing_reward_is_no_signal_up_to_a_bound(task, groups, most):
+    """It costs the groups it fails for; the other keeps the advantages of three scores in a row."""
+    settings = [PAPER, "rewards.on_error=no_signal", f"rewards.max_failures={most}"]
+    share = len(groups) / 2
+    score = failing_for(groups)
+    if share > most:
+        with pytest.raises(RewardError, match=rf"ConnectionError: no answer .*{share:.0%} of the"):
+            gather(task, *settings, score=score)
+        return
+    found, metrics = gather(task, *settings, score=score)
+    assert metrics["failed/generate/r_ins"] == metrics["unscored/generate"] == share
+    assert metrics["failed/understand/r_ins"] == 0
+    alarms = [alarm for alarm in metrics["alarm"] if "reward 'r_ins' raised" in alarm]
+    assert len(alarms) == (1 if groups else 0)  # once, whatever it failed on
+    step = 1 / (1 + 1e-4)  # of 0, 1, 2 with a standard deviation of 1
+    for group, advantages in enumerate(found.picture_advantages.split(3)):
+        expected = [0.0] * 3 if group in groups else [-step, 0.0, step]
+        torch.testing.assert_close(advantages, torch.tensor(expected))
+
+
 def test_by_default_a_failing_reward_ends_the_run(task):
     with pytest.raises(RewardError, match="reward 'r_ins' raised ConnectionError: no answer"):
         gather(task, score=failing_for({0}))
+
+
+def test_a_late_reward_is_no_signal(task):
+    release = threading.Event()
+    settings = ["rewards.on_error=no_signal", "rewards.timeout=0.1"]
+    try:
+        with pytest.raises(RewardError, match=r"took longer than 0.1 s .* 100% of the samples"):
+            gather(task, *settings, score=lambda samples: release.wait())
+        _, metrics = gather(
+            task, *settings, "rewards.max_failures=1", score=lambda samples: release.wait()
+        )
+        assert metrics["failed/generate/r_ins"] == 1
+    finally:
+        release.set()
+
+
+def test_a_sample_without_a_score_has_no_advantage_and_is_not_counted(task):
+    """Its group's others have those of a group without it."""
+    found, metrics = gather(task, PAPER, score=lambda samples: [1.0, None, 2.0, None, None, None])
+    deviation = math.sqrt(0.5) + 1e-4
+    expected = torch.tensor([-0.5 / deviation, 0, 0.5 / deviation, 0, 0, 0])
+    torch.testing.assert_close(found.picture_advantages, expected)
+    assert metrics["unscored/generate"] == pytest.approx(4 / 6)
 
 
 ONE_TOKEN = "rollout.max_answer_tokens=1"
@@ -163,6 +216,50 @@ def test_with_one_token_only_an_empty_answer_ends(task):
     assert metrics["truncated/understand"] == pytest.approx(sum(cut) / len(cut))
     assert sum(cut) > len(cut) / 2
     assert metrics["reward/understand/r_ins"] == 0
+
+
+def test_masked_answers_are_left_out_of_the_update(task, monkeypatch):
+    """Advantages and tokens are those of the groups without them; a group may be empty."""
+    lengths = [[2, 4, 3], [4, 4, 4]]  # 4 is cut
+    scores = [1.0, 9.0, 3.0, 1.0, 2.0, 3.0]
+
+    def sample(policy, examples, group_size, **_):
+        ids = [[*range(300, 299 + n), 299 + n if n == 4 else EOS] for g in lengths for n in g]
+        logprobs = torch.arange(float(sum(map(len, ids))))
+        return Answers(list(examples), 3, ids, [f"text {i}" for i in range(6)], logprobs)
+
+    monkeypatch.setattr(experience, "sample_answers", sample)
+    mask = [PAPER, "rewards.truncated=mask", "rollout.generate_prompts=0"]
+    found, metrics = gather(task, *mask, texts=lambda samples: scores)
+    answers = found.answers
+    assert answers.texts == ["text 0", "text 2"]
+    ((_, tokens),) = answers.groups()
+    assert tokens == answers.token_ids == [[300, EOS], [300, 301, EOS]]
+    assert answers.logprobs.tolist() == [0, 1, 6, 7, 8]
+    deviation = math.sqrt(2) + 1e-4
+    torch.testing.assert_close(
+        found.answer_advantages, torch.tensor([-1 / deviation, 1 / deviation])
+    )
+    assert metrics["truncated/understand"] == metrics["unscored/understand"] == pytest.approx(4 / 6)
+
+    lengths[0] = [4, 4, 4]
+    found, metrics = gather(task, *mask, texts=lambda samples: scores)
+    assert found.answers.groups() == found.answers.texts == []
+
+
+def test_a_run_whose_every_answer_is_masked_goes_on(tmp_path):
+    """There is nothing to learn from, which is said, and nothing breaks."""
+    alone = ["rollout.generate_prompts=0", "rewards.truncated=mask", ONE_TOKEN]
+    heard = []
+    said = Listener(progress=lambda step: heard.extend(step.metrics.get("alarm", ())))
+    assert run_tiny(tmp_path / "run", *alone, listener=said)
+    rows = [row for row in read_metrics(tmp_path / "run") if row["phase"] == "grpo"]
+    assert all(row["truncated/understand"] > 0.5 for row in rows)
+    assert all(row["unscored/understand"] == row["truncated/understand"] for row in rows)
+    assert "every understand advantage is zero: this step teaches nothing" in heard
+    before, after = read_evals(tmp_path / "run")
+    assert before["truncated/understand"] > 0.5
+    assert before["understand/correct"] == after["understand/correct"] == 0
 
 
 def test_shuffled_rewards_are_the_same_scores_in_other_places(task):
