@@ -263,7 +263,7 @@ def farthest_sample(
     They are those about their own mean, 0 where the others agree.
     """
     zeros = tl.zeros([walk[0].shape[0], BLOCK_K], tl.float64)
-    far = tl.full([walk[0].shape[0], BLOCK_K], -1, tl.int32)
+    far = tl.full([walk[0].shape[0], BLOCK_K], -1, tl.int64)
     largest = zeros - 1.0
     for step in range(walk[2]):
         sample, inside = sample_of(walk, step)
