@@ -50,16 +50,14 @@ STABLE_TORCH_LIBRARY(lvrpo, m) {
       "normalize_advantages(Tensor rewards, Tensor offsets, Tensor weights, Tensor? lengths, bool decoupled, "
       "int baseline, int scale, int whiten, Tensor numbers) "
       "-> (Tensor values, Tensor per_reward, Tensor stats, Tensor all_zero)");
-  // The ints count through the choices of lvrpo/ops/_policy_loss.py, whose scalars_of makes this list; own_* are numbers
-  // of the surrogate where the advantage is positive and where it is not; an absent bound is infinity; denominator = 0
-  // means the op's own count. dlogprobs and dentropy are the derivatives of the loss: its backward only scales them.
+  // The ints count through the choices of lvrpo/ops/_policy_loss.py, whose choices_of and numbers_of make the lists of
+  // ints and numbers. mask is bool; advantages are [T] or [B], as advantage_per_token says. statistics are the sums
+  // and then the extremes of its LossMetrics, fp64. dlogprobs and dentropy are the derivatives of the loss: its backward only scales them.
   m.def(
       "grpo_loss_fwd(Tensor logprobs, Tensor? old_logprobs, Tensor advantages, Tensor cu_seqlens, "
-      "Tensor? ref_logprobs, Tensor? entropy, Tensor? token_weights, int ratio, int surrogate, float clip_low, "
-      "float clip_high, float ratio_cap, float own_pos_0, float own_pos_1, float own_neg_0, float own_neg_1, "
-      "float beta, int kl, int kl_factor, int kl_gradient, float kl_log_ratio_limit, float kl_limit, "
-      "float entropy_coef, int aggregation, float max_length, bool count_empty, float denominator) "
-      "-> (Tensor loss, Tensor metrics, Tensor dlogprobs, Tensor dentropy)");
+      "Tensor? ref_logprobs, Tensor? entropy, Tensor? mask, Tensor? policy_weights, Tensor numbers, "
+      "bool advantage_per_token, int ratio, int surrogate, int kl, int kl_factor, int kl_gradient, int aggregation, "
+      "bool count_empty) -> (Tensor loss, Tensor statistics, Tensor dlogprobs, Tensor dentropy)");
 }
 
 namespace {

@@ -10,6 +10,8 @@ import math
 import triton
 import triton.language as tl
 
+from lvrpo.kernels._log_ratio import is_saturated, saturate
+
 # In the order of the choices in lvrpo/ops/_policy_loss.py.
 RATIO_NONE = tl.constexpr(0)
 RATIO_SEQ_MEAN = tl.constexpr(2)
@@ -29,10 +31,18 @@ FACTOR_NONE = tl.constexpr(0)
 FACTOR_RATIO = tl.constexpr(1)
 GRADIENT_K2 = tl.constexpr(1)
 
-# Where the published code stops log-ratios, and the log of VESPO's smallest ratio of a sequence.
+# Where statistics stop log-ratios, and so do the losses that are published so; the log of VESPO's
+# smallest ratio of a sequence.
 LOG_RATIO_LIMIT = tl.constexpr(20.0)
 RATIO_LIMIT = tl.constexpr(math.exp(20.0))
+K3_SEEN = tl.constexpr(math.exp(20.0) - 21.0)
 LOG_GAMMA_FLOOR = tl.constexpr(math.log(1e-8))
+
+
+@triton.jit
+def is_finite(x):
+    """False for NaN and for what is infinite."""
+    return x - x == 0
 
 
 @triton.jit
@@ -81,10 +91,9 @@ def clip_term(ratio, advantage, clip_low, clip_high, cap):
 
 
 @triton.jit
-def score_term(logp, ratio, advantage, clip_low, clip_high, cap):
-    """-A log pi; the bounds are reported for information."""
-    _, _, is_low, is_high, is_cap = clip_term(ratio, advantage, clip_low, clip_high, cap)
-    return -advantage * logp, -advantage, is_low, is_high, is_cap
+def score_term(logp, advantage):
+    """-A log pi, which nothing holds."""
+    return -advantage * logp, -advantage, _never(logp), _never(logp), _never(logp)
 
 
 @triton.jit
@@ -158,61 +167,86 @@ def trust_region_term(
 def surrogate_term(token, bounds, RATIO: tl.constexpr, SURROGATE: tl.constexpr):
     """The term that a loss is made of.
 
-    `token` is (logp, log_ratio, ratio at its level, weight of the sequence, advantage); `bounds`
-    (clip_low, clip_high, ratio_cap, gate_pos, gate_neg), all in the dtype of the token.
+    `token` is (logp, log_ratio, ratio at its level, weight of the sequence, advantage, whether the
+    log of that ratio is past its limit, where a ratio that is differentiated, and not a constant
+    weight of the log-prob, has no slope); `bounds` (clip_low, clip_high, ratio_cap, gate_pos,
+    gate_neg), all in the dtype of the token. Both the value and the slope of an advantage of 0 are
+    0, whatever the ratio.
     """
-    logp, log_ratio, ratio, of_weight, advantage = token
+    logp, log_ratio, ratio, of_weight, advantage, past = token
     clip_low, clip_high, cap, own_pos, own_neg = bounds
     if RATIO == RATIO_NONE:
-        term = score_term(logp, ratio, advantage, clip_low, clip_high, cap)
+        value, slope, low, high, is_cap = score_term(logp, advantage)
     elif SURROGATE == CLIP:
-        term = clip_term(ratio, advantage, clip_low, clip_high, cap)
+        value, slope, low, high, is_cap = clip_term(ratio, advantage, clip_low, clip_high, cap)
+        slope = tl.where(past, 0.0, slope)
     elif SURROGATE == DETACHED:
-        term = detached_term(logp, ratio, advantage, clip_low, clip_high)
+        value, slope, low, high, is_cap = detached_term(logp, ratio, advantage, clip_low, clip_high)
     elif SURROGATE == SIGMOID:
-        term = sigmoid_term(ratio, advantage, own_pos, own_neg)
+        value, slope, low, high, is_cap = sigmoid_term(ratio, advantage, own_pos, own_neg)
+        slope = tl.where(past, 0.0, slope)
     elif SURROGATE == GAMMA:
-        term = gamma_term(logp, of_weight, advantage)
+        value, slope, low, high, is_cap = gamma_term(logp, of_weight, advantage)
     elif SURROGATE == LOG_CLIP:
-        term = log_clip_term(log_ratio, of_weight, advantage, clip_low, clip_high)
+        value, slope, low, high, is_cap = log_clip_term(
+            log_ratio, of_weight, advantage, clip_low, clip_high
+        )
+        slope = tl.where(past, 0.0, slope)
     else:
-        term = trust_region_term(
+        value, slope, low, high, is_cap = trust_region_term(
             logp, log_ratio, ratio, advantage, clip_low, clip_high, cap, SURROGATE
         )
-    return term
+    return (
+        tl.where(advantage != 0, value, 0.0),
+        tl.where(advantage != 0, slope, 0.0),
+        low,
+        high,
+        is_cap,
+    )
 
 
 @triton.jit
 def kl_term(
     d,
     log_ratio,
+    ratio_limit,
     log_ratio_limit,
     limit,
     KL: tl.constexpr,
     KL_FACTOR: tl.constexpr,
     KL_GRADIENT: tl.constexpr,
 ):
-    """The KL estimator at d = ref - logp; what the loss sums; and that one's derivative by logp."""
+    """The KL estimator at d = ref - logp, times its factor: as statistics have it; as the loss sums
+    it; and the derivative of the latter by logp. `ratio_limit` is that of exponentials.
+    """
     x = clamp(d, -log_ratio_limit, log_ratio_limit)
+    flat = tl.abs(d) > log_ratio_limit
     if KL == K1:
         value, slope = -x, tl.full(x.shape, 1.0, x.dtype)
     elif KL == K2:
         value, slope = 0.5 * x * x, -x
     elif KL == K3:
+        # Above alone: a log-ratio far below 0 is no danger to an exponential.
+        flat |= x > ratio_limit
+        x = tl.where(x > ratio_limit, ratio_limit, x)
         value = exp_excess(x)
         slope = -(value + x)
     else:
         value = tl.abs(x)
         slope = tl.where(x < 0, 1.0, tl.where(x > 0, -1.0, 0.0)).to(x.dtype)
-    flat = (tl.abs(d) > log_ratio_limit) | (tl.abs(value) > limit)
+    flat |= tl.abs(value) > limit
     value = clamp(value, -limit, limit)
     slope = tl.where(flat, 0.0, slope)
     if KL_GRADIENT == GRADIENT_K2:
         slope = -d
+    seen = value
+    if KL == K3:
+        seen = tl.where(value > K3_SEEN, K3_SEEN, value)
     term = value
     if KL_FACTOR != FACTOR_NONE:
-        ratio = tl.exp(log_ratio)
+        ratio = tl.exp(saturate(log_ratio, ratio_limit))
         term, slope = ratio * value, ratio * slope
+        seen = tl.where(ratio > RATIO_LIMIT, RATIO_LIMIT, ratio) * seen
         if KL_FACTOR == FACTOR_RATIO:
-            slope += term
-    return value, term, slope
+            slope += tl.where(is_saturated(log_ratio, ratio_limit), 0.0, term)
+    return seen, term, slope

@@ -10,24 +10,28 @@ import triton
 import triton.language as tl
 
 from lvrpo.kernels._launch import LaunchConfig, cdiv, launch
+from lvrpo.kernels._log_ratio import is_saturated, saturate
 from lvrpo.kernels._policy_loss import (
     GAMMA,
     LOG_CLIP,
     LOG_GAMMA_FLOOR,
     LOG_RATIO_LIMIT,
+    RATIO_LIMIT,
     RATIO_SEQ_MEAN,
     RATIO_SEQ_MEAN_TOKEN,
     RATIO_SEQ_SUM,
     clamp,
+    exp_excess,
     gamma_weight,
+    is_finite,
     kl_term,
     ratio_limits,
     surrogate_term,
 )
 from lvrpo.kernels._primitives import as_scalar
 
-METRICS = 11
-SUMS = 11  # what a part of a sequence leaves behind: see _store_sums and _store_statistics
+STATISTICS = 18  # sums and extremes of LossMetrics
+SUMS = 12  # what a part of a sequence leaves behind: see _store_sums and _store_statistics
 TOKEN_MEAN = tl.constexpr(0)
 SEQ_MEAN_TOKEN_MEAN = tl.constexpr(1)
 SEQ_MEAN_TOKEN_SUM_NORM = tl.constexpr(3)
@@ -44,39 +48,56 @@ TERMS = {
         {"BLOCK_T": 256, "COUNT_SPLITS": COUNT_SPLITS}, num_warps=8, num_stages=1
     ),
 }
-REDUCE = LaunchConfig({"BLOCK_P": 128, "ROWS": 16}, num_warps=8, num_stages=1)
+REDUCE = LaunchConfig({"BLOCK_P": 128, "ROWS": 16, "BLOCK_S": 256}, num_warps=8, num_stages=1)
 # Blocks of tokens that a program of average length walks.
 BLOCKS_PER_PROGRAM = 4
 MAX_SPLITS = 64
 
 
 @triton.jit
-def _load_tokens(logp_ptr, old_ptr, weight_ptr, t, inside):
-    """Log-prob, log-ratio and weight, 0 where a token is masked: it may hold anything."""
+def _load_tokens(logp_ptr, old_ptr, t, inside):
+    """Log-prob and log-ratio, as they are."""
     logp = tl.load(logp_ptr + t, mask=inside, other=0.0)
-    if weight_ptr is None:
-        weight = inside.to(logp.dtype)
-    else:
-        weight = tl.load(weight_ptr + t, mask=inside, other=0.0)
-    # On policy the log-ratio is 0, or NaN where the log-prob is not finite.
-    log_ratio = logp - logp
+    log_ratio = tl.zeros_like(logp)
     if old_ptr is not None:
         log_ratio = logp - tl.load(old_ptr + t, mask=inside, other=0.0)
-    active = weight != 0
-    return tl.where(active, logp, 0.0), tl.where(active, log_ratio, 0.0), weight, active
+    return logp, log_ratio
+
+
+@triton.jit
+def _active(
+    logp, log_ratio, advantage, ref_ptr, entropy_ptr, mask_ptr, policy_weight_ptr, t, inside
+):
+    """Which tokens the mask lets in; and which of them, with inputs that are finite, count."""
+    asked = inside
+    if mask_ptr is not None:
+        asked &= tl.load(mask_ptr + t, mask=inside, other=0) != 0
+    active = asked & is_finite(logp) & is_finite(log_ratio) & is_finite(advantage)
+    if ref_ptr is not None:
+        active &= is_finite(tl.load(ref_ptr + t, mask=inside, other=0.0))
+    if entropy_ptr is not None:
+        active &= is_finite(tl.load(entropy_ptr + t, mask=inside, other=0.0))
+    if policy_weight_ptr is not None:
+        weight = tl.load(policy_weight_ptr + t, mask=inside, other=0.0)
+        active &= is_finite(weight) & (weight >= 0)
+    return asked, active
 
 
 @triton.jit
 def _count_kernel(
     logp_ptr,  # [T]
     old_ptr,  # [T] or None
-    weight_ptr,  # [T] or None
-    advantage_ptr,  # [B], read with HAS_LIMITS
+    advantage_ptr,  # [B], or [T] with PER_TOKEN
     cu_seqlens_ptr,  # [B + 1]
-    counts_ptr,  # [2 + B] zeros: active tokens, sequences that have some, active tokens of each
+    ref_ptr,  # [T] or None
+    entropy_ptr,  # [T] or None
+    mask_ptr,  # [T] bool or None
+    policy_weight_ptr,  # [T] or None
+    counts_ptr,  # [3 + B] zeros: active, dropped tokens; sequences with active ones; theirs of each
     sums_ptr,  # [B * SPLITS, 2] zeros: log-ratios between their limits, and weights; or None
     clip_low: tl.float64,
     clip_high: tl.float64,
+    PER_TOKEN: tl.constexpr,
     SURROGATE: tl.constexpr,
     HAS_LIMITS: tl.constexpr,
     SPLITS: tl.constexpr,
@@ -88,28 +109,46 @@ def _count_kernel(
     begin = tl.load(cu_seqlens_ptr + sequence) + part % SPLITS * BLOCK_T
     end = tl.load(cu_seqlens_ptr + sequence + 1)
     if begin < end:
+        advantage = tl.zeros([BLOCK_T], acc_dtype)
+        if not PER_TOKEN:
+            advantage += tl.load(advantage_ptr + sequence)
         if HAS_LIMITS:
             low, high = ratio_limits(
-                tl.load(advantage_ptr + sequence),
+                advantage,
                 as_scalar(clip_low, acc_dtype),
                 as_scalar(clip_high, acc_dtype),
                 SURROGATE,
             )
         count = tl.zeros([BLOCK_T], tl.int64)
+        dropped = tl.zeros([BLOCK_T], tl.int64)
         log_ratios = tl.zeros([BLOCK_T], acc_dtype)
         weights = tl.zeros([BLOCK_T], acc_dtype)
         for first in range(begin, end, SPLITS * BLOCK_T):
             t = first + tl.arange(0, BLOCK_T)
-            _, log_ratio, weight, active = _load_tokens(logp_ptr, old_ptr, weight_ptr, t, t < end)
+            inside = t < end
+            logp, log_ratio = _load_tokens(logp_ptr, old_ptr, t, inside)
+            if PER_TOKEN:
+                advantage = tl.load(advantage_ptr + t, mask=inside, other=0.0)
+            asked, active = _active(
+                *(logp, log_ratio, advantage, ref_ptr, entropy_ptr, mask_ptr, policy_weight_ptr),
+                t,
+                inside,
+            )
             count += active.to(tl.int64)
+            dropped += (asked & (active == 0)).to(tl.int64)
             if HAS_LIMITS:
                 log_ratio = clamp(log_ratio, low, high)
-            log_ratios += log_ratio
-            weights += weight
+            log_ratios += tl.where(active, log_ratio, 0.0)
+            if policy_weight_ptr is None:
+                weights += active.to(acc_dtype)
+            else:
+                weight = tl.load(policy_weight_ptr + t, mask=inside, other=0.0)
+                weights += tl.where(active, weight, 0.0)
         found = tl.sum(count, axis=0)
-        before = tl.atomic_add(counts_ptr + 2 + sequence, found)
+        before = tl.atomic_add(counts_ptr + 3 + sequence, found)
         tl.atomic_add(counts_ptr, found)
-        tl.atomic_add(counts_ptr + 1, ((before == 0) & (found > 0)).to(tl.int64))
+        tl.atomic_add(counts_ptr + 1, tl.sum(dropped, axis=0))
+        tl.atomic_add(counts_ptr + 2, ((before == 0) & (found > 0)).to(tl.int64))
         if sums_ptr is not None:
             tl.store(sums_ptr + 2 * part, tl.sum(log_ratios, axis=0))
             tl.store(sums_ptr + 2 * part + 1, tl.sum(weights, axis=0))
@@ -126,8 +165,9 @@ def _factor_of(
     COUNT_EMPTY: tl.constexpr,
 ):
     """What multiplies the sum over the tokens of a sequence with `tokens` active ones."""
-    outer = denominator
-    if denominator <= 0:
+    # A denominator of 0 is that of a step with nothing to divide.
+    outer = tl.where(denominator == 0, float("inf"), denominator)
+    if denominator < 0:
         if AGGREGATION == TOKEN_SUM:
             outer = tl.full([], 1.0, tl.float64)
         elif AGGREGATION == TOKEN_MEAN:
@@ -135,7 +175,7 @@ def _factor_of(
         elif COUNT_EMPTY:
             outer = tl.maximum(sequences, 1).to(tl.float64)
         else:
-            outer = tl.maximum(tl.load(counts_ptr + 1), 1).to(tl.float64)
+            outer = tl.maximum(tl.load(counts_ptr + 2), 1).to(tl.float64)
     if AGGREGATION == SEQ_MEAN_TOKEN_MEAN:
         outer *= tl.maximum(tokens, 1.0)
     elif AGGREGATION == SEQ_MEAN_TOKEN_SUM_NORM:
@@ -150,11 +190,14 @@ def _ratio_of(
     tokens,
     advantage,
     own,
+    ratio_limit,
     RATIO: tl.constexpr,
     SURROGATE: tl.constexpr,
     COUNT_SPLITS: tl.constexpr,
 ):
-    """A sequence's ratio, what its tokens are weighed by, and what shares its slope among them."""
+    """A sequence's ratio, what its tokens are weighed by, what shares its slope among them, and
+    whether the log of the ratio is past its limit.
+    """
     part = (sequence * COUNT_SPLITS + tl.arange(0, COUNT_SPLITS)) * 2
     log_ratio = tl.sum(tl.load(sums_ptr + part).to(tl.float64), axis=0)
     share = tl.sum(tl.load(sums_ptr + part + 1).to(tl.float64), axis=0)
@@ -166,11 +209,11 @@ def _ratio_of(
         log_ratio = clamp(log_ratio, LOG_GAMMA_FLOOR, LOG_RATIO_LIMIT)
         k = tl.where(advantage > 0, own[0], own[2])
         rate = tl.where(advantage > 0, own[1], own[3])
-        of_weight = gamma_weight(log_ratio, k, rate).to(acc_dtype)
-    ratio = tl.exp(log_ratio.to(acc_dtype))
+        of_weight = gamma_weight(saturate(log_ratio, ratio_limit), k, rate).to(acc_dtype)
+    ratio = tl.exp(saturate(log_ratio, ratio_limit).to(acc_dtype))
     if SURROGATE != GAMMA:
         of_weight = ratio
-    return ratio, of_weight, share.to(acc_dtype)
+    return ratio, of_weight, share.to(acc_dtype), is_saturated(log_ratio, ratio_limit)
 
 
 @triton.jit
@@ -197,7 +240,7 @@ def _store_sums(partial_ptr, factor, policy, kl_term, entropy, kl, beta, entropy
 
 @triton.jit
 def _store_statistics(partial_ptr, lows, highs, caps, total, squares, smallest, largest):
-    """Rows 4 to 10: what each bound holds; sum, squares, minus minimum, maximum of the ratios."""
+    """Rows 4 to 10: what each bound holds; sum, squares, maximum of minus and of the ratios."""
     parts, part = tl.num_programs(0), tl.program_id(0)
     tl.store(partial_ptr + 4 * parts + part, tl.sum(lows, axis=0))
     tl.store(partial_ptr + 5 * parts + part, tl.sum(highs, axis=0))
@@ -216,8 +259,9 @@ def _terms_kernel(
     cu_seqlens_ptr,  # [B + 1]
     ref_ptr,  # [T] or None
     entropy_ptr,  # [T] or None
-    weight_ptr,  # [T] or None
-    counts_ptr,  # [2 + B], see _count_kernel
+    mask_ptr,  # [T] bool or None
+    policy_weight_ptr,  # [T] or None
+    counts_ptr,  # [3 + B], see _count_kernel
     sums_ptr,  # [B * COUNT_SPLITS, 2], or None without a ratio of the sequence
     partial_ptr,  # [SUMS, B * splits]
     dlogp_ptr,  # [T]
@@ -227,10 +271,11 @@ def _terms_kernel(
     clip_low: tl.float64,
     clip_high: tl.float64,
     ratio_cap: tl.float64,
-    own_pos_0: tl.float64,
-    own_pos_1: tl.float64,
-    own_neg_0: tl.float64,
-    own_neg_1: tl.float64,
+    log_ratio_limit: tl.float64,
+    shape_pos_0: tl.float64,
+    shape_pos_1: tl.float64,
+    shape_neg_0: tl.float64,
+    shape_neg_1: tl.float64,
     beta: tl.float64,
     kl_log_ratio_limit: tl.float64,
     kl_limit: tl.float64,
@@ -257,61 +302,81 @@ def _terms_kernel(
     sequence = tl.program_id(0).to(tl.int64) // splits
     begin = tl.load(cu_seqlens_ptr + sequence)
     end = tl.load(cu_seqlens_ptr + sequence + 1)
-    tokens = tl.load(counts_ptr + 2 + sequence).to(tl.float64)
+    tokens = tl.load(counts_ptr + 3 + sequence).to(tl.float64)
     factor = _factor_of(
         counts_ptr, tokens, sequences, max_length, denominator, AGGREGATION, COUNT_EMPTY
     )
     zero = tl.zeros([BLOCK_T], acc_dtype)
     advantage = zero if PER_TOKEN else zero + tl.load(advantage_ptr + sequence)
-    ratio, of_weight, share = zero, zero, zero
+    ratio, of_weight, share, past = zero, zero, zero, zero > 0
     if OF_SEQUENCE:
-        own = own_pos_0, own_pos_1, own_neg_0, own_neg_1
-        ratio, of_weight, share = _ratio_of(
-            sums_ptr, sequence, tokens, advantage, own, RATIO, SURROGATE, COUNT_SPLITS
+        own = shape_pos_0, shape_pos_1, shape_neg_0, shape_neg_1
+        ratio, of_weight, share, is_past = _ratio_of(
+            *(sums_ptr, sequence, tokens, advantage, own, log_ratio_limit),
+            *(RATIO, SURROGATE, COUNT_SPLITS),
         )
         ratio += zero
+        past = zero + is_past.to(acc_dtype) > 0
     policy, kl_sum, kl_terms, entropy, total, squares = zero, zero, zero, zero, zero, zero
-    smallest, largest = zero + float("inf"), zero - float("inf")
+    kl_old, smallest, largest = zero, zero + float("inf"), zero - float("inf")
     lows = tl.zeros([BLOCK_T], tl.int32)
     highs, caps = lows, lows
-    bounds = five_scalars((clip_low, clip_high, ratio_cap, own_pos_0, own_neg_0), acc_dtype)
-    kl_form = five_scalars((kl_log_ratio_limit, kl_limit, beta, 0.0, 0.0), acc_dtype)
+    bounds = five_scalars((clip_low, clip_high, ratio_cap, shape_pos_0, shape_neg_0), acc_dtype)
+    kl_form = five_scalars((log_ratio_limit, kl_log_ratio_limit, kl_limit, beta, 0.0), acc_dtype)
+    limit = kl_form[0]
+    # Statistics have a limit whether or not the loss has one.
+    limit_seen = tl.where(limit < LOG_RATIO_LIMIT, limit, LOG_RATIO_LIMIT).to(acc_dtype)
     split = tl.program_id(0) % splits
     for first in range(begin + split * BLOCK_T, end, splits.to(tl.int64) * BLOCK_T):
         t = first + tl.arange(0, BLOCK_T)
         inside = t < end
-        logp, log_ratio, weight, active = _load_tokens(logp_ptr, old_ptr, weight_ptr, t, inside)
+        logp, log_ratio = _load_tokens(logp_ptr, old_ptr, t, inside)
         if PER_TOKEN:
             advantage = tl.load(advantage_ptr + t, mask=inside, other=0.0)
-        if OWN_RATIO:
-            ratio = tl.exp(log_ratio)
-        value, slope, low, high, cap = surrogate_term(
-            (logp, log_ratio, ratio, of_weight, advantage),
-            bounds,
-            RATIO,
-            SURROGATE,
+        _, active = _active(
+            *(logp, log_ratio, advantage, ref_ptr, entropy_ptr, mask_ptr, policy_weight_ptr),
+            t,
+            inside,
         )
-        policy += tl.where(active, weight * value, 0.0)
-        slope *= share if SHARES_SLOPE else weight
-        if SURROGATE == LOG_CLIP:
-            slope = tl.where(low | high, 0.0, slope)
+        logp, log_ratio = tl.where(active, logp, 0.0), tl.where(active, log_ratio, 0.0)
+        weight = zero + 1.0
+        if policy_weight_ptr is not None:
+            weight = tl.load(policy_weight_ptr + t, mask=active, other=0.0)
+        if OWN_RATIO:
+            ratio = tl.exp(saturate(log_ratio, limit))
+        if not OF_SEQUENCE:
+            past = is_saturated(log_ratio, limit)
+        value, slope, low, high, cap = surrogate_term(
+            (logp, log_ratio, ratio, of_weight, advantage, past), bounds, RATIO, SURROGATE
+        )
+        pulls = active & (weight != 0)
+        policy += tl.where(pulls, weight * value, 0.0)
+        if SHARES_SLOPE:
+            slope *= share
+            if SURROGATE == LOG_CLIP:
+                slope = tl.where(low | high, 0.0, slope)
+        else:
+            slope = tl.where(pulls, weight * slope, 0.0)
         lows += (active & low).to(tl.int32)
         highs += (active & high).to(tl.int32)
         caps += (active & cap).to(tl.int32)
-        seen = tl.where(active, ratio, 0.0)
-        total += seen
-        squares += seen * seen
-        smallest = tl.minimum(smallest, tl.where(active, ratio, float("inf")))
-        largest = tl.maximum(largest, tl.where(active, ratio, float("-inf")))
+        seen = tl.where(ratio > RATIO_LIMIT, RATIO_LIMIT, ratio)
+        total += tl.where(active, seen, 0.0)
+        squares += tl.where(active, seen * seen, 0.0)
+        smallest = tl.minimum(smallest, tl.where(active, seen, float("inf")))
+        largest = tl.maximum(largest, tl.where(active, seen, float("-inf")))
+        if old_ptr is not None:
+            kl_old += exp_excess(saturate(log_ratio, limit_seen))
         if ref_ptr is not None:
             d = tl.where(active, tl.load(ref_ptr + t, mask=inside, other=0.0) - logp, 0.0)
             value, term, kl_slope = kl_term(
-                d, log_ratio, kl_form[0], kl_form[1], KL, KL_FACTOR, KL_GRADIENT
+                *(d, log_ratio, limit, kl_form[1], kl_form[2]),
+                *(KL, KL_FACTOR, KL_GRADIENT),
             )
             kl_sum += value
             kl_terms += term
             # Without a coefficient the reference is for the metric alone, and may overflow.
-            slope += tl.where(beta != 0, kl_form[2] * kl_slope, 0.0)
+            slope += tl.where(beta != 0, kl_form[3] * kl_slope, 0.0)
         if entropy_ptr is not None:
             entropy += tl.where(active, tl.load(entropy_ptr + t, mask=inside, other=0.0), 0.0)
             dentropy = tl.where(active, (-entropy_coef * factor).to(acc_dtype), 0.0)
@@ -320,18 +385,36 @@ def _terms_kernel(
         tl.store(dlogp_ptr + t, dlogp, mask=inside)
     _store_sums(partial_ptr, factor, policy, kl_terms, entropy, kl_sum, beta, entropy_coef)
     _store_statistics(partial_ptr, lows, highs, caps, total, squares, smallest, largest)
+    parts, part = tl.num_programs(0), tl.program_id(0)
+    tl.store(partial_ptr + 11 * parts + part, tl.sum(kl_old, axis=0))
 
 
-@triton.jit(do_not_specialize=["parts"])
+@triton.jit
+def _of_parts(partial_ptr, row, parts, at, inside):
+    """A row of the parts, at some of them."""
+    return tl.load(partial_ptr + row * parts.to(tl.int64) + at, mask=inside, other=0.0)
+
+
+@triton.jit
+def _sum_of(x, row, wanted):
+    """The number of a row."""
+    return tl.sum(tl.where(row == wanted, x, 0.0), axis=0)
+
+
+@triton.jit(do_not_specialize=["parts", "sequences", "splits"])
 def _reduce_kernel(
-    partial_ptr,  # [SUMS, parts]
-    counts_ptr,  # [2 + B]
+    partial_ptr,  # [SUMS, parts], parts = sequences * splits
+    counts_ptr,  # [3 + B]
     loss_ptr,  # []
-    metrics_ptr,  # [METRICS], in the order of the fields of LossMetrics
+    statistics_ptr,  # [STATISTICS] fp64: sums, then extremes of LossMetrics
     parts,
+    sequences,
+    splits,
+    ONE_RATIO: tl.constexpr,
     SUMS: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK_P: tl.constexpr,
+    BLOCK_S: tl.constexpr,
 ):
     row = tl.arange(0, ROWS)
     sums = tl.zeros([ROWS, BLOCK_P], tl.float64)
@@ -344,30 +427,78 @@ def _reduce_kernel(
         largest = tl.maximum(largest, tl.where(inside, x, float("-inf")))
     total = tl.sum(sums, axis=1)
     extreme = tl.max(largest, axis=1)
-    active = tl.load(counts_ptr).to(tl.float64)
-    n = tl.maximum(active, 1.0)
+
+    # What one sequence has: shares of what its bounds hold, its mean KL, the one ratio it may have.
+    none = tl.zeros([BLOCK_S], tl.float64)
+    most_low, most_high, most_kl = none - float("inf"), none - float("inf"), none - float("inf")
+    held_low, held_high, held_cap, ratios, squares = none, none, none, none, none
+    for first in range(0, sequences, BLOCK_S):
+        sequence = first + tl.arange(0, BLOCK_S).to(tl.int64)
+        inside = sequence < sequences
+        n = tl.load(counts_ptr + 3 + sequence, mask=inside, other=0).to(tl.float64)
+        some = n > 0
+        low, high, cap, kl_old, ratio = none, none, none, none, none
+        for split in range(splits):
+            at = sequence * splits + split
+            low += _of_parts(partial_ptr, 4, parts, at, inside)
+            high += _of_parts(partial_ptr, 5, parts, at, inside)
+            cap += _of_parts(partial_ptr, 6, parts, at, inside)
+            kl_old += _of_parts(partial_ptr, 11, parts, at, inside)
+            if ONE_RATIO:
+                ratio = tl.maximum(ratio, _of_parts(partial_ptr, 10, parts, at, inside))
+        if ONE_RATIO:
+            low, high, cap = tl.minimum(low, 1.0), tl.minimum(high, 1.0), tl.minimum(cap, 1.0)
+            held_low += tl.where(some, low, 0.0)
+            held_high += tl.where(some, high, 0.0)
+            held_cap += tl.where(some, cap, 0.0)
+            ratios += tl.where(some, ratio, 0.0)
+            squares += tl.where(some, ratio * ratio, 0.0)
+        count = tl.maximum(n, 1.0)
+        of_ratios = none + 1.0 if ONE_RATIO else count
+        most_low = tl.maximum(most_low, tl.where(some, -low / of_ratios, float("-inf")))
+        most_high = tl.maximum(most_high, tl.where(some, high / of_ratios, float("-inf")))
+        most_kl = tl.maximum(most_kl, tl.where(some, kl_old / count, float("-inf")))
+
     tl.store(loss_ptr + row, total, mask=row == 0)
-    # The policy's part of the loss; means of KL, entropy and what the three bounds hold.
-    mean = tl.where(row == 1, total, total / n)
-    tl.store(metrics_ptr + row - 1, mean, mask=(row >= 1) & (row <= 6))
-    # The smallest ratio came with its sign changed.
-    extreme = tl.where(active > 0, tl.where(row == 9, -extreme, extreme), 1.0)
-    tl.store(metrics_ptr + row - 3, extreme, mask=(row == 9) | (row == 10))
-    ratio = tl.sum(tl.where(row == 7, total, 0.0), axis=0)
-    squares = tl.sum(tl.where(row == 8, total, 0.0), axis=0)
-    tl.store(metrics_ptr + 8, tl.where(active > 0, ratio / n, 1.0))
-    size = ratio * ratio / tl.where(active > 0, squares * n, 1.0)
-    tl.store(metrics_ptr + 9, tl.where(active > 0, size, 1.0))
-    tl.store(metrics_ptr + 10, active)
+    # The policy's part of the loss, KL, entropy, what the bounds hold, ratios and their squares.
+    tl.store(statistics_ptr + row - 1, total, mask=(row >= 1) & (row <= 8))
+    if ONE_RATIO:
+        tl.debug_barrier()
+        tl.store(statistics_ptr + 3, tl.sum(held_low, axis=0))
+        tl.store(statistics_ptr + 4, tl.sum(held_high, axis=0))
+        tl.store(statistics_ptr + 5, tl.sum(held_cap, axis=0))
+        tl.store(statistics_ptr + 6, tl.sum(ratios, axis=0))
+        tl.store(statistics_ptr + 7, tl.sum(squares, axis=0))
+    active, with_some = tl.load(counts_ptr), tl.load(counts_ptr + 2)
+    tl.store(statistics_ptr + 8, (with_some if ONE_RATIO else active).to(tl.float64))
+    tl.store(statistics_ptr + 9, _sum_of(total, row, 11))
+    tl.store(statistics_ptr + 10, active.to(tl.float64))
+    tl.store(statistics_ptr + 11, with_some.to(tl.float64))
+    tl.store(statistics_ptr + 12, tl.load(counts_ptr + 1).to(tl.float64))
+    tl.store(statistics_ptr + 4 + row, extreme, mask=(row == 9) | (row == 10))
+    tl.store(statistics_ptr + 15, tl.max(most_low, axis=0))
+    tl.store(statistics_ptr + 16, tl.max(most_high, axis=0))
+    tl.store(statistics_ptr + 17, tl.max(most_kl, axis=0))
 
 
-#: The scalars of the op in the order of its schema, by the names that the kernels have for them.
-SCALARS = (
-    *("RATIO", "SURROGATE", "clip_low", "clip_high", "ratio_cap"),
-    *("own_pos_0", "own_pos_1", "own_neg_0", "own_neg_1"),
-    *("beta", "KL", "KL_FACTOR", "KL_GRADIENT", "kl_log_ratio_limit", "kl_limit"),
-    *("entropy_coef", "AGGREGATION", "max_length", "COUNT_EMPTY", "denominator"),
+#: The numbers of the op, in their order, by the names that the kernels have for them.
+NUMBERS = (
+    *("clip_low", "clip_high", "ratio_cap", "log_ratio_limit"),
+    *("shape_pos_0", "shape_pos_1", "shape_neg_0", "shape_neg_1"),
+    *("beta", "kl_log_ratio_limit", "kl_limit", "entropy_coef"),
+    *("max_length", "denominator"),
 )
+#: Likewise its choices.
+CHOICES = (
+    *("PER_TOKEN", "RATIO", "SURROGATE", "KL", "KL_FACTOR", "KL_GRADIENT"),
+    *("AGGREGATION", "COUNT_EMPTY"),
+)
+
+
+def by_name(numbers, choices):
+    """The numbers and choices of the op as arguments of kernels; a read of the host's memory."""
+    named = dict(zip(NUMBERS, numbers.tolist(), strict=True))
+    return named | dict(zip(CHOICES, choices, strict=True))
 
 
 def grpo_loss_fwd(
@@ -377,56 +508,60 @@ def grpo_loss_fwd(
     cu_seqlens,
     ref_logprobs,
     entropy,
-    token_weights,
-    *scalars,
+    mask,
+    policy_weights,
+    numbers,
+    *choices,
 ):
     """Launcher; contract in `lvrpo.ops.grpo_loss`."""
-    by_name = dict(zip(SCALARS, scalars, strict=True))
+    named = by_name(numbers, choices)
     tokens, sequences = logprobs.shape[0], cu_seqlens.shape[0] - 1
     doubles = {"dtype": torch.float64, "device": logprobs.device}
-    counts = torch.zeros(2 + sequences, dtype=torch.int64, device=logprobs.device)
+    counts = torch.zeros(3 + sequences, dtype=torch.int64, device=logprobs.device)
     sums = None
-    if by_name["RATIO"] >= RATIO_SEQ_MEAN.value:
+    if named["RATIO"] >= RATIO_SEQ_MEAN.value:
         sums = torch.zeros(sequences * COUNT_SPLITS, 2, **doubles)
     config = TERMS[logprobs.dtype]
     splits = cdiv(tokens, max(1, sequences) * config.blocks["BLOCK_T"] * BLOCKS_PER_PROGRAM)
     splits = min(max(1, splits), MAX_SPLITS)
     partial = torch.empty(SUMS, sequences * splits, **doubles)
-    loss, metrics = logprobs.new_empty(()), logprobs.new_empty(METRICS)
+    loss, statistics = logprobs.new_empty(()), torch.empty(STATISTICS, **doubles)
     dlogprobs = torch.empty_like(logprobs, memory_format=torch.contiguous_format)
     dentropy = logprobs.new_empty(0 if entropy is None else tokens)
     shared = {
         "logp_ptr": logprobs.contiguous(),
         "old_ptr": _contiguous(old_logprobs),
-        "weight_ptr": _contiguous(token_weights),
         "advantage_ptr": advantages.contiguous(),
         "cu_seqlens_ptr": cu_seqlens.contiguous(),
+        "ref_ptr": _contiguous(ref_logprobs),
+        "entropy_ptr": _contiguous(entropy),
+        "mask_ptr": _contiguous(mask),
+        "policy_weight_ptr": _contiguous(policy_weights),
         "counts_ptr": counts,
         "sums_ptr": sums,
     }
+    of_count = ("clip_low", "clip_high", "PER_TOKEN", "SURROGATE")
     launch(
         _count_kernel,
         (sequences * COUNT_SPLITS,),
         COUNT,
         **shared,
-        **{name: by_name[name] for name in ("clip_low", "clip_high", "SURROGATE")},
-        HAS_LIMITS=by_name["SURROGATE"] in (GAMMA.value, LOG_CLIP.value),
+        **{name: named[name] for name in of_count},
+        HAS_LIMITS=named["SURROGATE"] in (GAMMA.value, LOG_CLIP.value),
     )
     launch(
         _terms_kernel,
         (sequences * splits,),
         config,
         **shared,
-        **by_name,
-        ref_ptr=_contiguous(ref_logprobs),
-        entropy_ptr=_contiguous(entropy),
+        **named,
         partial_ptr=partial,
         dlogp_ptr=dlogprobs,
         dentropy_ptr=dentropy,
         sequences=sequences,
         splits=splits,
-        PER_TOKEN=advantages.shape[0] != sequences,
     )
+    of_sequence = named["RATIO"] in (RATIO_SEQ_MEAN.value, RATIO_SEQ_SUM.value)
     launch(
         _reduce_kernel,
         (1,),
@@ -434,11 +569,14 @@ def grpo_loss_fwd(
         partial_ptr=partial,
         counts_ptr=counts,
         loss_ptr=loss,
-        metrics_ptr=metrics,
+        statistics_ptr=statistics,
         parts=partial.shape[1],
+        sequences=sequences,
+        splits=splits,
+        ONE_RATIO=of_sequence and named["SURROGATE"] != LOG_CLIP.value,
         SUMS=SUMS,
     )
-    return loss, metrics, dlogprobs, dentropy
+    return loss, statistics, dlogprobs, dentropy
 
 
 def _contiguous(tensor):

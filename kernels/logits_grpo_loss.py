@@ -10,10 +10,11 @@ import triton
 import triton.language as tl
 
 from lvrpo.kernels._launch import LaunchConfig, launch
-from lvrpo.kernels._policy_loss import kl_term, surrogate_term
+from lvrpo.kernels._log_ratio import is_saturated, saturate
+from lvrpo.kernels._policy_loss import CLIP, RATIO_NONE, is_finite, kl_term, surrogate_term
 from lvrpo.kernels._primitives import LN2, LOG2E, as_scalar, capped_logit
 from lvrpo.kernels.gather_logprobs import logit_gradient, row_statistics, token_logprob
-from lvrpo.kernels.grpo_loss import SCALARS, five_scalars, grpo_loss_fwd
+from lvrpo.kernels.grpo_loss import CHOICES, NUMBERS, by_name, five_scalars, grpo_loss_fwd
 
 # By the dtype that is computed in. A thread of 32 warps may have 64 registers; with more than 32 no
 # second program fits an SM, and two loads of 16 bytes are on their way at a time.
@@ -39,7 +40,7 @@ def _slope_of(
     old_ptr,  # at the token, or None
     advantage,
     ref_ptr,  # at the token, or None
-    weight,
+    policy_weight_ptr,  # at the token, or None
     bounds,
     kl_form,
     RATIO: tl.constexpr,
@@ -49,20 +50,23 @@ def _slope_of(
     KL_GRADIENT: tl.constexpr,
 ):
     """The derivative of an active token's term by its log-prob, before the aggregation."""
-    # On policy the log-ratio is 0, or NaN where the log-prob is not finite.
-    log_ratio = logp - logp
+    limit, kl_log_ratio_limit, kl_limit, beta, _ = five_scalars(kl_form, logp.dtype)
+    log_ratio = tl.zeros_like(logp)
     if old_ptr is not None:
         log_ratio = logp - tl.load(old_ptr)
-    ratio = tl.exp(log_ratio)
+    ratio = tl.exp(saturate(log_ratio, limit))
+    past = is_saturated(log_ratio, limit)
     own_bounds = five_scalars(bounds, logp.dtype)
     _, slope, _, _, _ = surrogate_term(
-        (logp, log_ratio, ratio, ratio, advantage), own_bounds, RATIO, SURROGATE
+        (logp, log_ratio, ratio, ratio, advantage, past), own_bounds, RATIO, SURROGATE
     )
-    slope *= weight
+    if policy_weight_ptr is not None:
+        weight = tl.load(policy_weight_ptr)
+        slope = tl.where(weight != 0, weight * slope, 0.0)
     if ref_ptr is not None:
-        log_ratio_limit, limit, beta, _, _ = five_scalars(kl_form, logp.dtype)
         _, _, kl_slope = kl_term(
-            tl.load(ref_ptr) - logp, log_ratio, log_ratio_limit, limit, KL, KL_FACTOR, KL_GRADIENT
+            *(tl.load(ref_ptr) - logp, log_ratio, limit, kl_log_ratio_limit, kl_limit),
+            *(KL, KL_FACTOR, KL_GRADIENT),
         )
         # Without a coefficient the reference is for the metric alone, and may overflow.
         slope += tl.where(beta != 0, beta * kl_slope, 0.0)
@@ -126,7 +130,8 @@ def _row_loss_kernel(
     old_ptr,  # [R] or None
     advantage_ptr,  # [R]
     ref_ptr,  # [R] or None
-    weight_ptr,  # [R]
+    mask_ptr,  # [R] bool
+    policy_weight_ptr,  # [R] or None
     factor_ptr,  # [R], what the aggregation multiplies a token's term by
     logprobs_ptr,  # [R]
     lse_ptr,  # [R], nats
@@ -139,8 +144,9 @@ def _row_loss_kernel(
     clip_low: tl.float64,
     clip_high: tl.float64,
     ratio_cap: tl.float64,
-    own_pos_0: tl.float64,
-    own_neg_0: tl.float64,
+    log_ratio_limit: tl.float64,
+    shape_pos_0: tl.float64,
+    shape_neg_0: tl.float64,
     beta: tl.float64,
     kl_log_ratio_limit: tl.float64,
     kl_limit: tl.float64,
@@ -162,9 +168,8 @@ def _row_loss_kernel(
     inv_temp = as_scalar(inv_temperature, acc_dtype)
     cap = as_scalar(softcap, acc_dtype)
     token = tl.load(token_ids_ptr + row)
-    weight = tl.load(weight_ptr + row)
     # An id that nobody checked reads nothing: on a GPU values are checked on request only.
-    active = (weight != 0) & (token >= 0) & (token < vocab)
+    active = (tl.load(mask_ptr + row) != 0) & (token >= 0) & (token < vocab)
     low, high = 0, vocab
     if vocab_range_ptr is not None:
         low = tl.load(vocab_range_ptr + 2 * row)
@@ -198,15 +203,17 @@ def _row_loss_kernel(
         None if old_ptr is None else old_ptr + row,
         tl.load(advantage_ptr + row),
         None if ref_ptr is None else ref_ptr + row,
-        weight,
-        (clip_low, clip_high, ratio_cap, own_pos_0, own_neg_0),
-        (kl_log_ratio_limit, kl_limit, beta, 0.0, 0.0),
+        None if policy_weight_ptr is None else policy_weight_ptr + row,
+        (clip_low, clip_high, ratio_cap, shape_pos_0, shape_neg_0),
+        (log_ratio_limit, kl_log_ratio_limit, kl_limit, beta, 0.0),
         RATIO,
         SURROGATE,
         KL,
         KL_FACTOR,
         KL_GRADIENT,
     )
+    # A row without a finite log-sum-exp is refused where values are read, and has no gradient here.
+    active &= is_finite(logp) & is_finite(lse)
     slope = tl.where(active, factor * slope, 0.0)
     dentropy = tl.where(active, -as_scalar(entropy_coef, acc_dtype) * factor, 0.0)
     # In place, no warp may write before all have read.
@@ -239,7 +246,10 @@ def _row_loss_kernel(
 
 
 #: Of the loss alone, and not of the slope of a token.
-LOSS_ONLY = ("own_pos_1", "own_neg_1", "AGGREGATION", "max_length", "COUNT_EMPTY", "denominator")
+LOSS_ONLY = (
+    *("shape_pos_1", "shape_neg_1", "max_length", "denominator"),
+    *("PER_TOKEN", "AGGREGATION", "COUNT_EMPTY"),
+)
 
 
 def logits_grpo_loss_fwd(
@@ -251,30 +261,37 @@ def logits_grpo_loss_fwd(
     advantages,
     cu_seqlens,
     ref_logprobs,
-    token_weights,
-    temperature,
-    softcap,
-    *scalars,
+    mask,
+    policy_weights,
+    head_numbers,
+    loss_numbers,
+    has_softcap,
+    *choices,
 ):
     """Launcher; writes `dlogits`, which may be `logits` itself. Contract in `_logits_loss._fwd`."""
     if logits.stride(1) != 1:
         logits = logits.contiguous()
+    temperature, softcap, _ = head_numbers.tolist()
+    named = by_name(loss_numbers, choices)
     rows, vocab = logits.shape
-    by_name = dict(zip(SCALARS, scalars, strict=True))
-    logprobs, lse, entropy = (torch.empty_like(token_weights) for _ in range(3))
+    dtype = advantages.dtype
+    logprobs, lse, entropy = (logits.new_empty(rows, dtype=dtype) for _ in range(3))
+    of_tokens = _of_tokens(advantages, cu_seqlens, rows, named["PER_TOKEN"])
+    asked, mask = mask, _usable(mask, (old_logprobs, of_tokens, ref_logprobs), policy_weights)
     launch(
         _row_loss_kernel,
         (rows,),
-        (CAPPED_ROW_LOSS if softcap > 0 else ROW_LOSS)[token_weights.dtype],
+        (CAPPED_ROW_LOSS if has_softcap else ROW_LOSS)[dtype],
         dlogits_ptr=dlogits,
         logits_ptr=logits,
         token_ids_ptr=token_ids.contiguous(),
         vocab_range_ptr=None if vocab_range is None else vocab_range.contiguous(),
         old_ptr=None if old_logprobs is None else old_logprobs.contiguous(),
-        advantage_ptr=_of_tokens(advantages, cu_seqlens, rows),
+        advantage_ptr=of_tokens,
         ref_ptr=None if ref_logprobs is None else ref_logprobs.contiguous(),
-        weight_ptr=token_weights.contiguous(),
-        factor_ptr=_factors(token_weights, cu_seqlens, by_name),
+        mask_ptr=mask,
+        policy_weight_ptr=None if policy_weights is None else policy_weights.contiguous(),
+        factor_ptr=_factors(mask, dtype, cu_seqlens, loss_numbers, choices),
         logprobs_ptr=logprobs,
         lse_ptr=lse,
         entropy_ptr=entropy,
@@ -283,37 +300,52 @@ def logits_grpo_loss_fwd(
         stride_dlogits_row=dlogits.stride(0),
         inv_temperature=1.0 / temperature,
         softcap=softcap,
-        **{name: value for name, value in by_name.items() if name not in LOSS_ONLY},
-        ENTROPY_BONUS=by_name["entropy_coef"] != 0,
-        HAS_SOFTCAP=softcap > 0,
+        **{name: value for name, value in named.items() if name not in LOSS_ONLY},
+        ENTROPY_BONUS=named["entropy_coef"] != 0,
+        HAS_SOFTCAP=has_softcap,
     )
-    loss, metrics, _, _ = grpo_loss_fwd(
+    loss, statistics, _, _ = grpo_loss_fwd(
         logprobs,
         old_logprobs,
         advantages,
         cu_seqlens,
         ref_logprobs,
         entropy,
-        token_weights,
-        *scalars,
+        asked,
+        policy_weights,
+        loss_numbers,
+        *choices,
     )
-    return loss, metrics, logprobs, entropy, lse
+    return loss, statistics, logprobs, entropy, lse
 
 
-def _of_tokens(advantages, cu_seqlens, tokens):
+def _of_tokens(advantages, cu_seqlens, tokens, per_token):
     """[T] from [B] or [T]."""
-    if advantages.shape[0] != cu_seqlens.shape[0] - 1:
+    if per_token:
         return advantages.contiguous()
     position = torch.arange(tokens, device=cu_seqlens.device)
     return advantages[torch.searchsorted(cu_seqlens, position, right=True) - 1]
 
 
-def _factors(token_weights, cu_seqlens, by_name):
+def _usable(mask, data, policy_weights):
+    """[T] the mask without tokens whose data is not finite, which `grpo_loss_fwd` drops too."""
+    for tensor in (*data, policy_weights):
+        if tensor is not None:
+            mask = mask & tensor.isfinite()
+    return mask if policy_weights is None else mask & (policy_weights >= 0)
+
+
+def _factors(mask, dtype, cu_seqlens, loss_numbers, choices):
     """[T] the slopes of a plain sum of log-probs, aggregated as this loss is: its own factors."""
-    plain = {"RATIO": 0, "SURROGATE": 0, "beta": 0.0, "entropy_coef": 0.0}
-    zero, minus_one = torch.zeros_like(token_weights), -torch.ones_like(token_weights)
-    seen = (token_weights != 0).to(token_weights.dtype)
+    zero = torch.zeros(mask.shape, dtype=dtype, device=mask.device)
+    numbers = loss_numbers.clone()
+    numbers[[NUMBERS.index("beta"), NUMBERS.index("entropy_coef")]] = 0.0
+    plain = dict(zip(CHOICES, choices, strict=True)) | {
+        "PER_TOKEN": True,
+        "RATIO": RATIO_NONE.value,
+        "SURROGATE": CLIP.value,
+    }
     _, _, factors, _ = grpo_loss_fwd(
-        *(zero, None, minus_one, cu_seqlens, None, None, seen), *(by_name | plain).values()
+        *(zero, None, zero - 1.0, cu_seqlens, None, None, mask, None, numbers), *plain.values()
     )
     return factors

@@ -5,6 +5,7 @@
 #include <cstdint>
 #include <limits>
 
+#include "common/log_ratio.h"
 #include "common/simd.h"
 
 namespace lvrpo {
@@ -23,7 +24,16 @@ enum Aggregation {
   TOKEN_SUM
 };
 
-// Where the published code stops log-ratios, and VESPO's smallest ratio of a sequence.
+// The numbers of LossParams and the denominator, as numbers_of in lvrpo/ops/_policy_loss.py lists them.
+struct Numbers {
+  double clip_low, clip_high, ratio_cap, log_ratio_limit;
+  double shape_pos[2], shape_neg[2];
+  double beta, kl_log_ratio_limit, kl_limit, entropy_coef;
+  double max_length, denominator;  // denominator < 0: the op's own count
+};
+inline constexpr int64_t NUMBERS = sizeof(Numbers) / sizeof(double);
+
+// Where statistics stop log-ratios, and so do the losses that are published so; VESPO's smallest ratio of a sequence.
 inline constexpr double LOG_RATIO_LIMIT = 20.0, RATIO_LIMIT = 485165195.40979, GAMMA_FLOOR = 1e-8;
 
 template <typename acc>
@@ -38,9 +48,9 @@ LVRPO_INLINE float exp_ratio(float x) {
   return x > 88.0f ? std::numeric_limits<float>::infinity() : e;
 }
 
-// e^x - 1 - x without the cancellation that leaves nothing of x^2 / 2 in fp32.
-LVRPO_INLINE double exp_excess(double x) { return std::expm1(x) - x; }
-LVRPO_INLINE float exp_excess(float x) {
+// e^x - 1 - x without the cancellation that leaves nothing of x^2 / 2 in fp32; `e` is e^x.
+LVRPO_INLINE double exp_excess(double x, double) { return std::expm1(x) - x; }
+LVRPO_INLINE float exp_excess(float x, float e) {
   float p = 1.0f / 40320.0f;
   p = p * x + 1.0f / 5040.0f;
   p = p * x + 1.0f / 720.0f;
@@ -48,8 +58,12 @@ LVRPO_INLINE float exp_excess(float x) {
   p = p * x + 1.0f / 24.0f;
   p = p * x + 1.0f / 6.0f;
   p = p * x + 0.5f;
-  const float far = exp_ratio(x) - 1.0f - x;
+  const float far = e - 1.0f - x;
   return x > -0.5f && x < 0.5f ? p * x * x : far;
+}
+template <typename acc>
+LVRPO_INLINE acc exp_excess(acc x) {
+  return exp_excess(x, exp_ratio(x));
 }
 
 // log of a normal positive number: the Cephes polynomial on [sqrt(1/2), sqrt(2)).
@@ -81,7 +95,7 @@ template <typename acc>
 struct Policy {
   acc clip_low, clip_high;  // as given
   acc low, high, cap;       // bounds of the ratio
-  acc own_pos[2], own_neg[2];
+  acc shape_pos[2], shape_neg[2];
 };
 
 template <typename acc>
@@ -89,11 +103,12 @@ struct Token {
   acc logp, log_ratio;
   acc ratio;      // at the level that LossParams.ratio names
   acc of_weight;  // what a whole sequence is weighed by: see Gamma and LogClip
-  acc advantage;  // times the token's weight: every term is linear in it, for one sign of it
+  acc advantage;
 };
 
 // `slope` is d value / d log of the ratio at its level, or d value / d logp where the log-prob itself
-// is what the advantage multiplies. low, high, cap: which bound holds the token.
+// is what the advantage multiplies: THROUGH_RATIO says which, for a ratio past its limit has no derivative. low, high,
+// cap: which bound holds the token.
 template <typename acc>
 struct Term {
   acc value, slope;
@@ -101,6 +116,7 @@ struct Term {
 };
 
 struct ClipSurrogate {
+  static constexpr bool THROUGH_RATIO = true;
   template <typename acc>
   static LVRPO_INLINE Term<acc> term(const Policy<acc>& by, const Token<acc>& x) {
     const acc a = x.advantage, rho = x.ratio;
@@ -115,18 +131,17 @@ struct ClipSurrogate {
   }
 };
 
-// Ratio "none": the log-prob in place of the ratio; the bounds are reported for information.
+// Ratio "none": the log-prob in place of the ratio, which nothing holds.
 struct ScoreSurrogate {
+  static constexpr bool THROUGH_RATIO = false;
   template <typename acc>
-  static LVRPO_INLINE Term<acc> term(const Policy<acc>& by, const Token<acc>& x) {
-    Term<acc> t = ClipSurrogate::term(by, x);
-    t.value = -x.advantage * x.logp;
-    t.slope = -x.advantage;
-    return t;
+  static LVRPO_INLINE Term<acc> term(const Policy<acc>&, const Token<acc>& x) {
+    return {-x.advantage * x.logp, -x.advantage, false, false, false};
   }
 };
 
 struct DetachedSurrogate {
+  static constexpr bool THROUGH_RATIO = false;
   template <typename acc>
   static LVRPO_INLINE Term<acc> term(const Policy<acc>& by, const Token<acc>& x) {
     const acc slope = -x.advantage * clamp(x.ratio, by.low, by.high);
@@ -135,9 +150,10 @@ struct DetachedSurrogate {
 };
 
 struct SigmoidSurrogate {
+  static constexpr bool THROUGH_RATIO = true;
   template <typename acc>
   static LVRPO_INLINE Term<acc> term(const Policy<acc>& by, const Token<acc>& x) {
-    const acc tau = x.advantage > acc(0) ? by.own_pos[0] : by.own_neg[0];
+    const acc tau = x.advantage > acc(0) ? by.shape_pos[0] : by.shape_neg[0];
     // Past the limit the gate is open and flat; infinity would make 0 times infinity of its slope.
     const acc rho = x.ratio > acc(RATIO_LIMIT) ? acc(RATIO_LIMIT) : x.ratio;
     const acc at = tau * (rho - acc(1));
@@ -150,6 +166,7 @@ struct SigmoidSurrogate {
 
 // of_weight is gamma_weight of the sequence.
 struct GammaSurrogate {
+  static constexpr bool THROUGH_RATIO = false;
   template <typename acc>
   static LVRPO_INLINE Term<acc> term(const Policy<acc>&, const Token<acc>& x) {
     const acc slope = -x.advantage * x.of_weight;
@@ -159,6 +176,7 @@ struct GammaSurrogate {
 
 // of_weight is the sequence's ratio after the clip; `slope` is by its log.
 struct LogClipSurrogate {
+  static constexpr bool THROUGH_RATIO = true;
   template <typename acc>
   static LVRPO_INLINE Term<acc> term(const Policy<acc>& by, const Token<acc>& x) {
     const acc value = -x.advantage * x.of_weight, d = x.log_ratio;
@@ -175,6 +193,7 @@ LVRPO_INLINE Term<acc> trust_region_term(const Policy<acc>& by, const Token<acc>
 }
 
 struct TotalVariationSurrogate {
+  static constexpr bool THROUGH_RATIO = false;
   template <typename acc>
   static LVRPO_INLINE Term<acc> term(const Policy<acc>& by, const Token<acc>& x) {
     const acc change = exp_ratio(x.logp) - exp_ratio(x.logp - x.log_ratio);
@@ -184,6 +203,7 @@ struct TotalVariationSurrogate {
 };
 
 struct BinaryKLSurrogate {
+  static constexpr bool THROUGH_RATIO = false;
   template <typename acc>
   static LVRPO_INLINE Term<acc> term(const Policy<acc>& by, const Token<acc>& x) {
     const acc old = x.logp - x.log_ratio;
@@ -208,6 +228,7 @@ template <typename acc>
 struct KLForm {
   int64_t factor;
   bool gradient_of_k2;
+  acc ratio_limit;  // of exponentials
   acc log_ratio_limit, limit;
 
   // The estimator as it is.
@@ -217,9 +238,10 @@ struct KLForm {
   }
 };
 
-// The estimator's value and its derivative by the policy's log-prob, at d = ref - logp.
+// The estimator's value and its derivative by the policy's log-prob, at d = ref - logp. The exponential of k3 has a limit
+// above alone: a log-ratio far below 0 is no danger to it.
 template <int64_t kind, typename acc>
-LVRPO_INLINE void estimate_kl(acc d, acc& value, acc& slope) {
+LVRPO_INLINE void estimate_kl(acc d, acc ratio_limit, acc& value, acc& slope) {
   if constexpr (kind == K1) {
     value = -d;
     slope = acc(1);
@@ -227,8 +249,10 @@ LVRPO_INLINE void estimate_kl(acc d, acc& value, acc& slope) {
     value = d * d / acc(2);
     slope = -d;
   } else if constexpr (kind == K3) {
-    value = exp_excess(d);
-    slope = -(value + d);
+    const bool flat = d > ratio_limit;
+    const acc x = flat ? ratio_limit : d;
+    value = exp_excess(x);
+    slope = flat ? acc(0) : -(value + x);
   } else {
     value = d < acc(0) ? -d : d;
     slope = d < acc(0) ? acc(1) : d > acc(0) ? acc(-1) : acc(0);
@@ -239,10 +263,15 @@ LVRPO_INLINE void estimate_kl(acc d, acc& value, acc& slope) {
 template <int64_t kind, typename acc>
 LVRPO_INLINE void formed_kl(const KLForm<acc>& form, acc d, acc& value, acc& slope) {
   const acc far = form.log_ratio_limit, most = form.limit;
-  estimate_kl<kind>(clamp(d, -far, far), value, slope);
+  estimate_kl<kind>(clamp(d, -far, far), form.ratio_limit, value, slope);
   const bool flat = d > far || d < -far || value > most || value < -most;
   value = clamp(value, -most, most);
   slope = form.gradient_of_k2 ? -d : flat ? acc(0) : slope;
 }
+
+// The largest value that statistics have: that of k3 where they stop log-ratios.
+template <int64_t kind>
+inline constexpr double KL_SEEN = kind == K3 ? RATIO_LIMIT - 1.0 - LOG_RATIO_LIMIT
+                                             : std::numeric_limits<double>::infinity();
 
 }  // namespace lvrpo

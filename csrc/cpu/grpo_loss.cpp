@@ -19,12 +19,13 @@ using std::optional;
 
 // Tokens of one step: their ratios and slopes stay in L1 between the loops that share them.
 constexpr int64_t BLOCK_T = 512;
-constexpr int64_t METRICS = 11;
 
 template <typename acc>
 struct Tokens {
   const acc *logp, *old, *advantage, *ref, *entropy, *weight;  // all but logp and advantage may be null
+  const bool* mask;                                            // may be null
   bool advantage_per_token;
+  bool* active;  // written first: the mask, without tokens whose inputs are not finite
 };
 
 template <typename acc>
@@ -32,9 +33,11 @@ struct Loss {
   int64_t ratio, surrogate, kl;
   Policy<acc> policy;
   KLForm<acc> kl_form;
-  acc beta, entropy_coef;
+  acc log_ratio_limit, beta, entropy_coef;
 
   bool of_sequence() const { return ratio >= RATIO_SEQ_MEAN; }
+  // Whether the ratio of a sequence, and what holds it, is one number.
+  bool one_ratio() const { return (ratio == RATIO_SEQ_MEAN || ratio == RATIO_SEQ_SUM) && surrogate != LOG_CLIP; }
   // Whether a sequence's ratio is differentiated as the mean or sum that it is, not through the token's own log-prob.
   bool shares_slope() const { return (ratio == RATIO_SEQ_MEAN || ratio == RATIO_SEQ_SUM) && surrogate != GAMMA; }
 };
@@ -55,29 +58,31 @@ Limits limits_of(const Loss<acc>& loss, acc advantage) {
 
 // Sums over the active tokens of one sequence.
 struct Sums {
-  double tokens = 0, log_ratio = 0;
-  double policy = 0, kl_term = 0, kl = 0, entropy = 0;
+  double tokens = 0, dropped = 0, log_ratio = 0;
+  double policy = 0, kl_term = 0, kl = 0, entropy = 0, kl_old = 0;
   double ratio = 0, ratio_squared = 0;
   double low = 0, high = 0, cap = 0;
   double ratio_min = std::numeric_limits<double>::infinity(), ratio_max = -std::numeric_limits<double>::infinity();
 };
 
-// What all tokens of a sequence share: its ratio as the metrics see it, and what it is weighed by.
+// What all tokens of a sequence share: its ratio, what it is weighed by, and whether its log is past the limit.
 template <typename acc>
 struct OfSequence {
   acc ratio, weight;
+  bool saturated;
 };
 
 template <typename acc>
 OfSequence<acc> of_sequence(const Loss<acc>& loss, const Sums& sums, acc advantage) {
-  if (!loss.of_sequence()) return {acc(1), acc(1)};
+  if (!loss.of_sequence()) return {acc(1), acc(1), false};
   const double n = loss.ratio == RATIO_SEQ_SUM ? 1.0 : std::max(sums.tokens, 1.0);
   double log_ratio = sums.log_ratio / n;
   if (loss.surrogate == GAMMA) log_ratio = clamp(log_ratio, std::log(GAMMA_FLOOR), LOG_RATIO_LIMIT);
-  const acc ratio = exp_ratio(static_cast<acc>(log_ratio));
-  if (loss.surrogate != GAMMA) return {ratio, ratio};
-  const acc* own = advantage > acc(0) ? loss.policy.own_pos : loss.policy.own_neg;
-  return {ratio, static_cast<acc>(gamma_weight(log_ratio, own[0], own[1]))};
+  const double limit = static_cast<double>(loss.log_ratio_limit);
+  const acc ratio = exp_ratio(static_cast<acc>(saturate(log_ratio, limit)));
+  if (loss.surrogate != GAMMA) return {ratio, ratio, is_saturated(log_ratio, limit)};
+  const acc* shape = advantage > acc(0) ? loss.policy.shape_pos : loss.policy.shape_neg;
+  return {ratio, static_cast<acc>(gamma_weight(saturate(log_ratio, limit), shape[0], shape[1])), false};
 }
 
 // Tokens of a block, in L1.
@@ -87,12 +92,12 @@ struct Block {
   bool active[BLOCK_T];
 };
 
-// KL of a block: its slope is added to `slope`; `terms` is what the loss sums, `values` what the metric does. The form
+// KL of a block: its slope is added to `slope`; `terms` is what the loss sums, `values` what the statistics do. The form
 // that is the estimator alone has a loop of its own, because limits and factors take a quarter of the time of the other.
 template <int64_t kind, bool plain, typename acc>
 LVRPO_INLINE void kl_block(const Loss<acc>& loss, const acc* ref, Block<acc>& x, int64_t n, Sums& sums) {
   const KLForm<acc> form = loss.kl_form;
-  const acc beta = loss.beta;
+  const acc beta = loss.beta, most_seen = static_cast<acc>(KL_SEEN<kind>), rho_seen = static_cast<acc>(RATIO_LIMIT);
   const bool weighs = beta != acc(0);  // 0 times an overflow is NaN
   const bool times_ratio = !plain && form.factor != FACTOR_NONE;
   const bool through_ratio = !plain && form.factor == FACTOR_RATIO;
@@ -103,15 +108,17 @@ LVRPO_INLINE void kl_block(const Loss<acc>& loss, const acc* ref, Block<acc>& x,
     const acc difference = ref[i] - x.logp[i], d = on ? difference : acc(0);
     acc value, derivative;
     if constexpr (plain) {
-      estimate_kl<kind>(d, value, derivative);
+      estimate_kl<kind>(d, form.ratio_limit, value, derivative);
     } else {
       formed_kl<kind>(form, d, value, derivative);
     }
-    const acc rho = times_ratio ? exp_ratio(x.log_ratio[i]) : acc(1);
+    const acc rho = times_ratio ? exp_ratio(saturate(x.log_ratio[i], form.ratio_limit)) : acc(1);
+    const bool moves = through_ratio && !is_saturated(x.log_ratio[i], form.ratio_limit);
     const acc term = rho * value;
+    const acc seen = (rho > rho_seen ? rho_seen : rho) * (value > most_seen ? most_seen : value);
     terms += on ? static_cast<double>(term) : 0.0;
-    values += on ? static_cast<double>(value) : 0.0;
-    x.slope[i] += on && weighs ? beta * (rho * derivative + (through_ratio ? term : acc(0))) : acc(0);
+    values += on ? static_cast<double>(seen) : 0.0;
+    x.slope[i] += on && weighs ? beta * (rho * derivative + (moves ? term : acc(0))) : acc(0);
   }
   sums.kl_term += terms;
   sums.kl += values;
@@ -126,32 +133,75 @@ LVRPO_INLINE void kl_any(const Loss<acc>& loss, const acc* ref, Block<acc>& x, i
   kl_block<KL_ABS, plain>(loss, ref, x, n, sums);
 }
 
+// k3 of the old policy against the new one; `ratio` is the tokens' own, if they have it.
 template <typename acc>
-LVRPO_MULTIVERSION void count_sequence(const acc* logp, const acc* old, const acc* weight, int64_t n, Limits limits,
-                                       Sums& sums) {
-  double tokens = 0, log_ratio = 0;
-  if (weight) {
-#pragma omp simd reduction(+ : tokens)
-    for (int64_t i = 0; i < n; ++i) tokens += weight[i] != acc(0) ? 1.0 : 0.0;
-  }
-  if (old && weight) {
-#pragma omp simd reduction(+ : log_ratio)
+LVRPO_INLINE void kl_old_block(const Block<acc>& x, bool own_ratio, acc log_ratio_limit, int64_t n, Sums& sums) {
+  // Statistics have a limit whether or not the loss has one.
+  const acc most = static_cast<acc>(LOG_RATIO_LIMIT), limit = log_ratio_limit < most ? log_ratio_limit : most;
+  const bool reuse = own_ratio && log_ratio_limit <= most;
+  double total = 0;
+  if (reuse) {
+#pragma omp simd reduction(+ : total)
     for (int64_t i = 0; i < n; ++i) {
-      const double d = clamp(static_cast<double>(logp[i] - old[i]), limits.low, limits.high);
-      log_ratio += weight[i] != acc(0) ? d : 0.0;
+      const acc value = exp_excess(saturate(x.log_ratio[i], limit), x.ratio[i]);
+      total += x.active[i] ? static_cast<double>(value) : 0.0;
     }
-  } else if (old) {
-#pragma omp simd reduction(+ : log_ratio)
-    for (int64_t i = 0; i < n; ++i)
-      log_ratio += clamp(static_cast<double>(logp[i] - old[i]), limits.low, limits.high);
+  } else {
+#pragma omp simd reduction(+ : total)
+    for (int64_t i = 0; i < n; ++i) {
+      const acc value = exp_excess(saturate(x.log_ratio[i], limit));
+      total += x.active[i] ? static_cast<double>(value) : 0.0;
+    }
   }
-  sums.tokens = weight ? tokens : static_cast<double>(n);
+  sums.kl_old += total;
+}
+
+// Which tokens of a sequence are active, how many, and what their log-ratios add up to.
+template <typename acc>
+LVRPO_MULTIVERSION void count_sequence(const Tokens<acc>& in, int64_t index, int64_t begin, int64_t end,
+                                       bool sums_log_ratios, Limits limits, Sums& sums) {
+  // An absent input is stood in for by one that is there: a branch on it would end the vectors.
+  const acc *logp = in.logp, *old = in.old ? in.old : logp, *ref = in.ref ? in.ref : logp;
+  const acc *entropy = in.entropy ? in.entropy : logp, *weight = in.weight ? in.weight : logp;
+  const acc* advantage = in.advantage_per_token ? in.advantage : logp;
+  const bool weighted = in.weight != nullptr;
+  const acc shared = in.advantage_per_token || begin == end ? acc(0) : in.advantage[index];
+  bool* active = in.active;
+  if (in.mask) {
+    for (int64_t t = begin; t < end; ++t) active[t] = in.mask[t];
+  } else {
+    for (int64_t t = begin; t < end; ++t) active[t] = true;
+  }
+  double tokens = 0, asked = 0, log_ratio = 0;
+#pragma omp simd reduction(+ : tokens, asked)
+  for (int64_t t = begin; t < end; ++t) {
+    // x - x is 0 for what is finite, else NaN.
+    const acc zero = (logp[t] - logp[t]) + (old[t] - old[t]) + (ref[t] - ref[t]) + (entropy[t] - entropy[t]) +
+                     (weight[t] - weight[t]) + (advantage[t] - advantage[t]) + (shared - shared);
+    const bool asked_for = active[t];
+    const bool on = asked_for && zero == acc(0) && (!weighted || weight[t] >= acc(0));
+    active[t] = on;
+    asked += asked_for ? 1.0 : 0.0;
+    tokens += on ? 1.0 : 0.0;
+  }
+  if (sums_log_ratios && in.old) {
+#pragma omp simd reduction(+ : log_ratio)
+    for (int64_t t = begin; t < end; ++t) {
+      const double d = clamp(static_cast<double>(logp[t] - old[t]), limits.low, limits.high);
+      log_ratio += active[t] ? d : 0.0;
+    }
+  }
+  sums.tokens = tokens;
+  sums.dropped = asked - tokens;
   sums.log_ratio = log_ratio;
 }
 
-// Surrogate of a block: its value into sums, its derivative into `slope`.
+// Surrogate of a block: its value into sums, its derivative into `slope`. `past` says that the one ratio of the sequence
+// is past its limit, `limit` where that of a token is.
 template <typename Kind, typename acc>
-LVRPO_INLINE void surrogate_block(const Policy<acc> by, acc of_weight, Block<acc>& x, int64_t n, Sums& sums) {
+LVRPO_INLINE void surrogate_block(const Policy<acc> by, acc of_weight, bool past, acc limit, Block<acc>& x, int64_t n,
+                                  Sums& sums) {
+  const acc ratio_seen = static_cast<acc>(RATIO_LIMIT);
   double policy = 0, low = 0, high = 0, cap = 0, total = 0, squares = 0;
   acc smallest = std::numeric_limits<acc>::infinity(), largest = -std::numeric_limits<acc>::infinity();
 #pragma omp simd reduction(+ : policy, low, high, cap, total, squares) reduction(min : smallest) \
@@ -159,17 +209,19 @@ LVRPO_INLINE void surrogate_block(const Policy<acc> by, acc of_weight, Block<acc
   for (int64_t i = 0; i < n; ++i) {
     const Token<acc> token{x.logp[i], x.log_ratio[i], x.ratio[i], of_weight, x.advantage[i]};
     const Term<acc> term = Kind::term(by, token);
-    const bool on = x.active[i];
-    const double seen = on ? static_cast<double>(token.ratio) : 0.0;
-    policy += on ? static_cast<double>(term.value) : 0.0;
-    x.slope[i] = on ? term.slope : acc(0);
+    const bool on = x.active[i], pulls = on && x.weight[i] != acc(0) && x.advantage[i] != acc(0);
+    const bool flat = Kind::THROUGH_RATIO && (past || is_saturated(x.log_ratio[i], limit));
+    const acc ratio = token.ratio > ratio_seen ? ratio_seen : token.ratio;
+    const double seen = on ? static_cast<double>(ratio) : 0.0;
+    policy += pulls ? static_cast<double>(x.weight[i] * term.value) : 0.0;
+    x.slope[i] = pulls && !flat ? x.weight[i] * term.slope : acc(0);
     low += on && term.low ? 1.0 : 0.0;
     high += on && term.high ? 1.0 : 0.0;
     cap += on && term.cap ? 1.0 : 0.0;
     total += seen;
     squares += seen * seen;
-    smallest = on && token.ratio < smallest ? token.ratio : smallest;
-    largest = on && token.ratio > largest ? token.ratio : largest;
+    smallest = on && ratio < smallest ? ratio : smallest;
+    largest = on && ratio > largest ? ratio : largest;
   }
   sums.policy += policy, sums.low += low, sums.high += high, sums.cap += cap;
   sums.ratio += total, sums.ratio_squared += squares;
@@ -178,16 +230,21 @@ LVRPO_INLINE void surrogate_block(const Policy<acc> by, acc of_weight, Block<acc
 }
 
 template <typename acc>
-LVRPO_INLINE void surrogate_any(const Loss<acc>& loss, acc of_weight, Block<acc>& x, int64_t n, Sums& sums) {
+LVRPO_INLINE void surrogate_any(const Loss<acc>& loss, const OfSequence<acc>& whole, Block<acc>& x, int64_t n,
+                                Sums& sums) {
   const Policy<acc> by = loss.policy;
-  if (loss.ratio == RATIO_NONE) return surrogate_block<ScoreSurrogate>(by, of_weight, x, n, sums);
-  if (loss.surrogate == CLIP) return surrogate_block<ClipSurrogate>(by, of_weight, x, n, sums);
-  if (loss.surrogate == DETACHED) return surrogate_block<DetachedSurrogate>(by, of_weight, x, n, sums);
-  if (loss.surrogate == SIGMOID) return surrogate_block<SigmoidSurrogate>(by, of_weight, x, n, sums);
-  if (loss.surrogate == GAMMA) return surrogate_block<GammaSurrogate>(by, of_weight, x, n, sums);
-  if (loss.surrogate == LOG_CLIP) return surrogate_block<LogClipSurrogate>(by, of_weight, x, n, sums);
-  if (loss.surrogate == BINARY_KL) return surrogate_block<BinaryKLSurrogate>(by, of_weight, x, n, sums);
-  surrogate_block<TotalVariationSurrogate>(by, of_weight, x, n, sums);
+  const acc weight = whole.weight;
+  const bool past = whole.saturated;
+  // The limit of a token's own ratio, where that is what the advantage multiplies.
+  const acc limit = loss.of_sequence() ? std::numeric_limits<acc>::infinity() : loss.log_ratio_limit;
+  if (loss.ratio == RATIO_NONE) return surrogate_block<ScoreSurrogate>(by, weight, past, limit, x, n, sums);
+  if (loss.surrogate == CLIP) return surrogate_block<ClipSurrogate>(by, weight, past, limit, x, n, sums);
+  if (loss.surrogate == DETACHED) return surrogate_block<DetachedSurrogate>(by, weight, past, limit, x, n, sums);
+  if (loss.surrogate == SIGMOID) return surrogate_block<SigmoidSurrogate>(by, weight, past, limit, x, n, sums);
+  if (loss.surrogate == GAMMA) return surrogate_block<GammaSurrogate>(by, weight, past, limit, x, n, sums);
+  if (loss.surrogate == LOG_CLIP) return surrogate_block<LogClipSurrogate>(by, weight, past, limit, x, n, sums);
+  if (loss.surrogate == BINARY_KL) return surrogate_block<BinaryKLSurrogate>(by, weight, past, limit, x, n, sums);
+  surrogate_block<TotalVariationSurrogate>(by, weight, past, limit, x, n, sums);
 }
 
 // Every load is unconditional and selected afterwards: a branch on a random mask costs more than all the arithmetic.
@@ -204,14 +261,13 @@ LVRPO_INLINE void load_block(const Tokens<acc>& in, int64_t index, int64_t first
     for (int64_t i = 0; i < n; ++i) x.advantage[i] = in.advantage[index];
   }
   const acc* now = in.logp + first;
-  // On policy the log-ratio is 0, or NaN where the log-prob is not finite, so that the caller hears of it.
   const acc* old = in.old ? in.old + first : now;
+  const bool* active = in.active + first;
 #pragma omp simd
   for (int64_t i = 0; i < n; ++i) {
     const acc l = now[i], d = l - old[i];
-    const bool on = x.weight[i] != acc(0);
+    const bool on = active[i];
     x.active[i] = on;
-    x.advantage[i] *= x.weight[i];
     x.logp[i] = on ? l : acc(0);
     x.log_ratio[i] = on ? d : acc(0);
   }
@@ -223,13 +279,11 @@ LVRPO_INLINE void add_shared_slope(const Tokens<acc>& in, int64_t begin, int64_t
                                    acc* dlogp) {
   const acc low = static_cast<acc>(limits.low), high = static_cast<acc>(limits.high);
   const acc* old = in.old ? in.old : in.logp;
-  const acc* weight = in.weight ? in.weight : in.logp;
-  const bool weighted = in.weight != nullptr;
+  const bool* active = in.active;
 #pragma omp simd
   for (int64_t t = begin; t < end; ++t) {
     const acc d = in.logp[t] - old[t];
-    const bool on = !weighted || weight[t] != acc(0);
-    dlogp[t] += on && !(d < low || d > high) ? each : acc(0);
+    dlogp[t] += active[t] && !(d < low || d > high) ? each : acc(0);
   }
 }
 
@@ -240,6 +294,7 @@ LVRPO_MULTIVERSION void sequence_terms(const Tokens<acc>& in, const Loss<acc>& l
   Block<acc> x;
   const bool shares_slope = loss.shares_slope();
   const bool own_ratio = !loss.of_sequence() || loss.surrogate == LOG_CLIP;
+  const acc limit = loss.log_ratio_limit;
   const acc first_advantage = in.advantage_per_token || begin == end ? acc(0) : in.advantage[index];
   const OfSequence<acc> whole = of_sequence(loss, sums, first_advantage);
   double shared = 0;  // sum of the slopes by the log of the one ratio a sequence has
@@ -248,11 +303,12 @@ LVRPO_MULTIVERSION void sequence_terms(const Tokens<acc>& in, const Loss<acc>& l
     load_block(in, index, first, n, x);
     if (own_ratio) {
 #pragma omp simd
-      for (int64_t i = 0; i < n; ++i) x.ratio[i] = exp_ratio(x.log_ratio[i]);
+      for (int64_t i = 0; i < n; ++i) x.ratio[i] = exp_ratio(saturate(x.log_ratio[i], limit));
     } else {
       for (int64_t i = 0; i < n; ++i) x.ratio[i] = whole.ratio;
     }
-    surrogate_any(loss, whole.weight, x, n, sums);
+    surrogate_any(loss, whole, x, n, sums);
+    if (in.old) kl_old_block(x, own_ratio, limit, n, sums);
     if (shares_slope) {
       for (int64_t i = 0; i < n; ++i) shared += static_cast<double>(x.slope[i]), x.slope[i] = acc(0);
     }
@@ -275,19 +331,11 @@ LVRPO_MULTIVERSION void sequence_terms(const Tokens<acc>& in, const Loss<acc>& l
     const double n = loss.ratio == RATIO_SEQ_MEAN ? sums.tokens : 1.0;
     add_shared_slope(in, begin, end, limits_of(loss, first_advantage), static_cast<acc>(shared / n) * factor, dlogp);
   }
-}
-
-Sums merge(const std::vector<Sums>& parts) {
-  Sums all;
-  for (const Sums& part : parts) {
-    all.tokens += part.tokens;
-    all.kl += part.kl, all.entropy += part.entropy;
-    all.ratio += part.ratio, all.ratio_squared += part.ratio_squared;
-    all.low += part.low, all.high += part.high, all.cap += part.cap;
-    all.ratio_min = std::min(all.ratio_min, part.ratio_min);
-    all.ratio_max = std::max(all.ratio_max, part.ratio_max);
+  if (loss.one_ratio() && sums.tokens > 0) {  // which counts once, for all its tokens
+    const double ratio = sums.ratio_max;
+    sums.ratio = ratio, sums.ratio_squared = ratio * ratio;
+    sums.low = sums.low > 0, sums.high = sums.high > 0, sums.cap = sums.cap > 0;
   }
-  return all;
 }
 
 template <typename acc>
@@ -301,12 +349,13 @@ const acc* data_of(const optional<Tensor>& tensor, int64_t tokens, ScalarType dt
 // How tokens become a scalar.
 struct Aggregate {
   int64_t kind;
-  double max_length;
   bool count_empty;
-  double denominator;  // 0: the count of this call
+  double max_length;
+  double denominator;  // negative: the count of this call
 
+  // What multiplies the sum over all sequences; a denominator of 0 belongs to a call with nothing to divide.
   double outer(const std::vector<Sums>& sums) const {
-    if (denominator > 0) return denominator;
+    if (denominator >= 0) return denominator > 0 ? denominator : std::numeric_limits<double>::infinity();
     if (kind == TOKEN_SUM) return 1.0;
     double count = 0;
     for (const Sums& part : sums) count += kind == TOKEN_MEAN ? part.tokens : count_empty || part.tokens > 0 ? 1.0 : 0.0;
@@ -320,39 +369,40 @@ struct Aggregate {
   }
 };
 
-template <typename acc>
-void store(const Sums& all, double loss, double policy_loss, acc* loss_out, acc* metrics) {
-  const bool none = all.tokens == 0;
-  const double n = none ? 1.0 : all.tokens;
-  const double ess = all.ratio * all.ratio / (all.ratio_squared * n);
-  // In the order of the fields of LossMetrics.
-  const double fields[METRICS] = {policy_loss,
-                                  all.kl / n,
-                                  all.entropy / n,
-                                  all.low / n,
-                                  all.high / n,
-                                  all.cap / n,
-                                  none ? 1.0 : all.ratio_min,
-                                  none ? 1.0 : all.ratio_max,
-                                  none ? 1.0 : all.ratio / n,
-                                  none ? 1.0 : ess,
-                                  all.tokens};
-  *loss_out = static_cast<acc>(loss);
-  for (int64_t i = 0; i < METRICS; ++i) metrics[i] = static_cast<acc>(fields[i]);
-}
+// Sums and then extremes of LossMetrics in lvrpo/ops/_policy_loss.py, minima with their sign turned.
+struct Statistics {
+  double policy_loss = 0, kl = 0, entropy = 0;
+  double low = 0, high = 0, cap = 0;
+  double ratio = 0, ratio_squared = 0, ratios = 0;
+  double kl_old = 0, tokens = 0, sequences = 0, dropped = 0;
+  double minus_ratio = -std::numeric_limits<double>::infinity(), most_ratio = minus_ratio;
+  double minus_low = minus_ratio, most_high = minus_ratio, most_kl_old = minus_ratio;
+
+  void add(const Sums& of, bool one_ratio) {
+    dropped += of.dropped;
+    if (of.tokens == 0) return;
+    const double n = one_ratio ? 1.0 : of.tokens;
+    kl += of.kl, entropy += of.entropy, kl_old += of.kl_old;
+    low += of.low, high += of.high, cap += of.cap;
+    ratio += of.ratio, ratio_squared += of.ratio_squared, ratios += n;
+    tokens += of.tokens, sequences += 1;
+    minus_ratio = std::max(minus_ratio, -of.ratio_min), most_ratio = std::max(most_ratio, of.ratio_max);
+    minus_low = std::max(minus_low, -of.low / n), most_high = std::max(most_high, of.high / n);
+    most_kl_old = std::max(most_kl_old, of.kl_old / of.tokens);
+  }
+};
+constexpr int64_t STATISTICS = sizeof(Statistics) / sizeof(double);
 
 // Sequences are the unit of work and their sums are added in order: the bits do not depend on the thread count.
 template <typename acc>
 void run(const Tokens<acc>& in, const Loss<acc>& loss, const Aggregate& aggregate, double beta, double entropy_coef,
-         const int64_t* start, int64_t sequences, acc* loss_out, acc* metrics, acc* dlogp, acc* dentropy) {
+         const int64_t* start, int64_t sequences, acc* loss_out, Statistics* statistics, acc* dlogp, acc* dentropy) {
   const int64_t grain = std::max<int64_t>(1, 4096 * sequences / std::max<int64_t>(1, start[sequences]));
   std::vector<Sums> sums(sequences);
-  const acc* old = loss.of_sequence() ? in.old : nullptr;  // nobody else asks for the sum of the log-ratios
   torch::stable::parallel_for(0, sequences, grain, [&](int64_t begin, int64_t end) {
     for (int64_t b = begin; b < end; ++b) {
       const Limits limits = limits_of(loss, in.advantage_per_token ? acc(0) : in.advantage[b]);
-      count_sequence<acc>(in.logp + start[b], old ? old + start[b] : nullptr, in.weight ? in.weight + start[b] : nullptr,
-                          start[b + 1] - start[b], limits, sums[b]);
+      count_sequence<acc>(in, b, start[b], start[b + 1], loss.of_sequence(), limits, sums[b]);
     }
   });
   std::vector<double> factor(sequences);
@@ -362,21 +412,22 @@ void run(const Tokens<acc>& in, const Loss<acc>& loss, const Aggregate& aggregat
     for (int64_t b = begin; b < end; ++b)
       sequence_terms<acc>(in, loss, b, start[b], start[b + 1], static_cast<acc>(factor[b]), dlogp, dentropy, sums[b]);
   });
-  double policy = 0, total = 0;
+  double total = 0;
+  *statistics = Statistics{};
   for (int64_t b = 0; b < sequences; ++b) {
-    policy += factor[b] * sums[b].policy;
+    statistics->add(sums[b], loss.one_ratio());
+    statistics->policy_loss += factor[b] * sums[b].policy;
     const double kl_term = beta != 0 ? beta * sums[b].kl_term : 0;
     total += factor[b] * (sums[b].policy + kl_term - entropy_coef * sums[b].entropy);
   }
-  store(merge(sums), total, policy, loss_out, metrics);
+  *loss_out = static_cast<acc>(total);
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> grpo_loss_fwd(
     Tensor logprobs, optional<Tensor> old_logprobs, Tensor advantages, Tensor cu_seqlens, optional<Tensor> ref_logprobs,
-    optional<Tensor> entropy, optional<Tensor> token_weights, int64_t ratio, int64_t surrogate, double clip_low,
-    double clip_high, double ratio_cap, double own_pos_0, double own_pos_1, double own_neg_0, double own_neg_1,
-    double beta, int64_t kl, int64_t kl_factor, int64_t kl_gradient, double kl_log_ratio_limit, double kl_limit,
-    double entropy_coef, int64_t aggregation, double max_length, bool count_empty, double denominator) {
+    optional<Tensor> entropy, optional<Tensor> mask, optional<Tensor> policy_weights, Tensor numbers,
+    bool advantage_per_token, int64_t ratio, int64_t surrogate, int64_t kl, int64_t kl_factor, int64_t kl_gradient,
+    int64_t aggregation, bool count_empty) {
   LVRPO_CHECK(ratio >= RATIO_NONE && ratio <= RATIO_SEQ_SUM, "ratio is ", ratio);
   LVRPO_CHECK(surrogate >= CLIP && surrogate <= LOG_CLIP, "surrogate is ", surrogate);
   LVRPO_CHECK(kl >= K1 && kl <= KL_ABS, "kl is ", kl);
@@ -385,45 +436,57 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> grpo_loss_fwd(
   LVRPO_CHECK(aggregation >= TOKEN_MEAN && aggregation <= TOKEN_SUM, "aggregation is ", aggregation);
   LVRPO_CHECK(logprobs.dim() == 1 && advantages.dim() == 1 && cu_seqlens.dim() == 1 && cu_seqlens.size(0) >= 1,
               "logprobs, advantages and cu_seqlens must have one dimension");
-  for (optional<Tensor>* tensor : {&old_logprobs, &ref_logprobs, &entropy, &token_weights})
+  for (optional<Tensor>* tensor : {&old_logprobs, &ref_logprobs, &entropy, &mask, &policy_weights})
     if (*tensor) *tensor = torch::stable::contiguous(**tensor);
   logprobs = torch::stable::contiguous(logprobs);
   advantages = torch::stable::contiguous(advantages);
   cu_seqlens = torch::stable::contiguous(cu_seqlens);
+  numbers = torch::stable::contiguous(numbers);
   check_dtype(cu_seqlens, ScalarType::Long, "cu_seqlens");
+  check_dtype(numbers, ScalarType::Double, "numbers");
+  check_size(numbers, 0, NUMBERS, "numbers");
   const ScalarType dtype = logprobs.scalar_type();
   check_dtype(advantages, dtype, "advantages");
   const int64_t tokens = logprobs.size(0), sequences = cu_seqlens.size(0) - 1;
-  const bool per_token = advantages.size(0) != sequences;
-  LVRPO_CHECK(!per_token || advantages.size(0) == tokens, "advantages must be [B] or [T]");
-  LVRPO_CHECK(!per_token || (ratio != RATIO_SEQ_MEAN && ratio != RATIO_SEQ_SUM), "advantages must be [B]");
+  check_size(advantages, 0, advantage_per_token ? tokens : sequences, "advantages");
+  LVRPO_CHECK(!advantage_per_token || (ratio != RATIO_SEQ_MEAN && ratio != RATIO_SEQ_SUM), "advantages must be [B]");
   const int64_t* start = cu_seqlens.const_data_ptr<int64_t>();
   LVRPO_CHECK(start[0] == 0 && start[sequences] == tokens, "cu_seqlens must run from 0 to ", tokens);
   for (int64_t b = 0; b < sequences; ++b) LVRPO_CHECK(start[b] <= start[b + 1], "cu_seqlens must not decrease");
 
   Tensor loss_out = torch::stable::new_empty(logprobs, {});
-  Tensor metrics_out = torch::stable::new_empty(logprobs, {METRICS});
+  Tensor statistics_out = torch::stable::new_empty(logprobs, {STATISTICS}, ScalarType::Double);
   Tensor dlogprobs = torch::stable::new_empty(logprobs, {tokens});
   Tensor dentropy = torch::stable::new_empty(logprobs, {entropy ? tokens : 0});
+  Tensor active = torch::stable::new_empty(logprobs, {tokens}, ScalarType::Bool);
+  const Numbers by = *reinterpret_cast<const Numbers*>(numbers.const_data_ptr<double>());
   LVRPO_DISPATCH_ACC(dtype, acc, [&] {
     const Tokens<acc> in{logprobs.const_data_ptr<acc>(),
                          data_of<acc>(old_logprobs, tokens, dtype, "old_logprobs"),
                          advantages.const_data_ptr<acc>(),
                          data_of<acc>(ref_logprobs, tokens, dtype, "ref_logprobs"),
                          data_of<acc>(entropy, tokens, dtype, "entropy"),
-                         data_of<acc>(token_weights, tokens, dtype, "token_weights"),
-                         per_token};
+                         data_of<acc>(policy_weights, tokens, dtype, "policy_weights"),
+                         data_of<bool>(mask, tokens, ScalarType::Bool, "mask"),
+                         advantage_per_token,
+                         active.mutable_data_ptr<bool>()};
     const auto real = [](double x) { return static_cast<acc>(x); };
-    const Policy<acc> policy{real(clip_low),  real(clip_high), real(1.0 - clip_low),
-                             real(1.0 + clip_high), real(ratio_cap), {real(own_pos_0), real(own_pos_1)},
-                             {real(own_neg_0), real(own_neg_1)}};
-    const KLForm<acc> form{kl_factor, kl_gradient == GRADIENT_K2, real(kl_log_ratio_limit), real(kl_limit)};
-    const Loss<acc> loss{ratio, surrogate, kl, policy, form, real(beta), real(entropy_coef)};
-    run<acc>(in, loss, {aggregation, max_length, count_empty, denominator}, beta, entropy_coef, start, sequences,
-             loss_out.mutable_data_ptr<acc>(), metrics_out.mutable_data_ptr<acc>(), dlogprobs.mutable_data_ptr<acc>(),
+    const Policy<acc> policy{real(by.clip_low),
+                             real(by.clip_high),
+                             real(1.0 - by.clip_low),
+                             real(1.0 + by.clip_high),
+                             real(by.ratio_cap),
+                             {real(by.shape_pos[0]), real(by.shape_pos[1])},
+                             {real(by.shape_neg[0]), real(by.shape_neg[1])}};
+    const acc limit = real(by.log_ratio_limit);
+    const KLForm<acc> form{kl_factor, kl_gradient == GRADIENT_K2, limit, real(by.kl_log_ratio_limit), real(by.kl_limit)};
+    const Loss<acc> loss{ratio, surrogate, kl, policy, form, limit, real(by.beta), real(by.entropy_coef)};
+    run<acc>(in, loss, {aggregation, count_empty, by.max_length, by.denominator}, by.beta, by.entropy_coef, start,
+             sequences, loss_out.mutable_data_ptr<acc>(),
+             reinterpret_cast<Statistics*>(statistics_out.mutable_data_ptr<double>()), dlogprobs.mutable_data_ptr<acc>(),
              dentropy.mutable_data_ptr<acc>());
   });
-  return {loss_out, metrics_out, dlogprobs, dentropy};
+  return {loss_out, statistics_out, dlogprobs, dentropy};
 }
 
 }  // namespace

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import os
-from collections.abc import Mapping, Sequence
-from typing import Any, overload
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeVar, cast, overload
 
 import torch
 from torch import Tensor
+
+Function = TypeVar("Function", bound=Callable[..., Any])
 
 
 def check_values(tensor: Tensor) -> bool:
@@ -38,6 +41,29 @@ def _with_nan(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return [_with_nan(item) for item in value]
     return math.nan if value is None else value
+
+
+def replaced(**successors: str) -> Callable[[Function], Function]:
+    """Decorate a function whose keywords of these names are gone, to say what took their place."""
+
+    def decorate(function: Function) -> Function:
+        @functools.wraps(function)
+        def call(*args: Any, **kwargs: Any) -> Any:
+            for name, successor in successors.items():
+                if name in kwargs:
+                    raise TypeError(f"{function.__name__}: {name} is gone; give {successor}")
+            return function(*args, **kwargs)
+
+        return cast(Function, call)
+
+    return decorate
+
+
+#: What took the place of the weights that were also a mask.
+MASK_AND_WEIGHTS = (
+    "mask= (what counts in denominators, KL and metrics) and policy_weights= (what multiplies the "
+    "policy term alone)"
+)
 
 
 def as_index(op: str, name: str, tensor: Tensor) -> Tensor:

@@ -5,53 +5,85 @@ R rows, T tokens, B sequences.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.types import Number
 
 from lvrpo.ops import _checks
 from lvrpo.ops._linear_plan import Plan, Tokens
 from lvrpo.ops._linear_rows import HeadRows
+from lvrpo.ops._targets import any_of
 from lvrpo.ops.grpo_loss import loss_op
 
 
-def loss_of(
-    rows: HeadRows,
-    data: tuple[Tensor | None, ...],  # old_logprobs, advantages, cu_seqlens, ref_logprobs
-    token_weights: Tensor,
-    loss_scalars: Sequence[Number],
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Loss, metrics and slopes, true of the tokens whose log-probs are known."""
-    run = loss_op(rows.softmax.backend)
-    return run(rows.logprobs, *data, rows.entropy_of_tokens(), token_weights, *loss_scalars)
+@dataclasses.dataclass(frozen=True)
+class LossCall:
+    """What `lvrpo::grpo_loss_fwd` takes besides log-probs and entropies; the mask is there."""
 
+    old_logprobs: Tensor | None
+    advantages: Tensor
+    cu_seqlens: Tensor
+    ref_logprobs: Tensor | None
+    mask: Tensor
+    policy_weights: Tensor | None
+    numbers: Tensor
+    choices: Sequence[int]
 
-def reported(rows: HeadRows, token_weights: Tensor) -> tuple[Tensor, Tensor]:
-    """Log-probs and entropy [T], 0 for a token of weight 0."""
-    active = token_weights != 0
-    entropy = torch.where(active, rows.entropy_of_tokens(), 0.0)
-    return torch.where(active, rows.logprobs, 0.0), entropy
+    def __call__(self, rows: HeadRows) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Loss, statistics and slopes, true of the tokens whose log-probs are known."""
+        per_token, *choices, count_empty = self.choices
+        return loss_op(rows.softmax.backend)(
+            rows.logprobs,
+            self.old_logprobs,
+            self.advantages,
+            self.cu_seqlens,
+            self.ref_logprobs,
+            rows.entropy_of_tokens(),
+            self.mask,
+            self.policy_weights,
+            self.numbers,
+            bool(per_token),
+            *choices,
+            bool(count_empty),
+        )
+
+    def reported(self, rows: HeadRows) -> tuple[Tensor, Tensor]:
+        """Log-probs and entropy [T], 0 for a masked token."""
+        entropy = torch.where(self.mask, rows.entropy_of_tokens(), 0.0)
+        return torch.where(self.mask, rows.logprobs, 0.0), entropy
+
+    def tokens(self, row_index: Tensor | None, every_active: bool, per_sequence: bool) -> Tokens:
+        """Which tokens count, and which of them may have a gradient.
+
+        Args:
+            row_index: [T] or None.
+            every_active: whether every active token has one.
+            per_sequence: whether a token has one if another of its sequence does.
+        """
+        sequences = len(self.cu_seqlens) - 1
+        position = torch.arange(len(self.mask), device=self.mask.device)
+        sequence = torch.searchsorted(self.cu_seqlens, position, right=True) - 1
+        pulls = (self.advantages if self.choices[0] else self.advantages[sequence]) != 0
+        if self.policy_weights is not None:
+            pulls = pulls & (self.policy_weights != 0)
+        pulls = self.mask & (pulls | every_active)
+        if per_sequence:
+            pulls = self.mask & any_of(pulls, sequence, sequences)[sequence]
+        return Tokens(row_index, sequence, sequences, self.mask, pulls)
 
 
 def run(
-    rows: HeadRows,
-    plan: Plan,
-    data: tuple[Tensor | None, ...],
-    token_weights: Tensor,
-    loss_scalars: Sequence[Number],
-    entropy_bonus: bool,
+    rows: HeadRows, plan: Plan, loss_call: LossCall, entropy_bonus: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Loss, metrics as a vector, log-probs and entropy [T]; the gradients stay in the head.
+    """Loss, statistics, log-probs and entropy [T]; the gradients stay in the head.
 
     Args:
         rows: nothing known yet.
         plan: what to do.
-        data: old_logprobs, advantages, cu_seqlens, ref_logprobs.
-        token_weights: [T].
-        loss_scalars: of `lvrpo::grpo_loss_fwd`.
+        loss_call: the loss.
         entropy_bonus: whether the loss has a gradient by the entropy.
     """
     for chunk in plan.counted:
@@ -59,30 +91,13 @@ def run(
     for group in plan.groups:
         for chunk in group:
             logits = rows.forward(chunk)
-        _, _, dlogprobs, dentropy = loss_of(rows, data, token_weights, loss_scalars)
+        _, _, dlogprobs, dentropy = loss_call(rows)
         of_rows = rows.sum_over_rows(dentropy) if entropy_bonus else None
         # From the back: the last chunk's logits are still there.
         for chunk in reversed(group):
             rows.backward(chunk, dlogprobs, of_rows, logits if chunk == group[-1] else None)
-    loss, metrics, _, _ = loss_of(rows, data, token_weights, loss_scalars)
-    return loss, metrics, *reported(rows, token_weights)
-
-
-def tokens_of(
-    row_index: Tensor | None,
-    advantages: Tensor,  # [B] or [T]
-    cu_seqlens: Tensor,
-    token_weights: Tensor,
-    every_active: bool,
-) -> Tokens:
-    """Which tokens count, and which of them can pull at the weights."""
-    sequences = len(cu_seqlens) - 1
-    position = torch.arange(len(token_weights), device=cu_seqlens.device)
-    sequence = torch.searchsorted(cu_seqlens, position, right=True) - 1
-    active = token_weights != 0
-    of_token = advantages[sequence] if len(advantages) == sequences else advantages
-    pulls = active & ((of_token != 0) | every_active)
-    return Tokens(row_index, sequence, sequences, active, pulls)
+    loss, statistics, _, _ = loss_call(rows)
+    return loss, statistics, *loss_call.reported(rows)
 
 
 def keep(ctx: Any, inputs: tuple[Tensor | None, ...], gradients: list[Tensor]) -> None:

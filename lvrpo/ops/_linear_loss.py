@@ -5,70 +5,62 @@ R rows, H hidden width, V vocabulary, T tokens, B sequences.
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
-from torch.types import Number
 
 from lvrpo.ops import _fused_loss, _library
 from lvrpo.ops import _linear_inputs as _inputs
+from lvrpo.ops._fused_loss import LossCall
 from lvrpo.ops._linear_head import LinearHead, dtypes_of, fake_gradients
 from lvrpo.ops._linear_plan import plan_rows
 from lvrpo.ops._linear_rows import OUTSIDE, HeadRows, Softmax
+from lvrpo.ops._loss_inputs import LossInputs
 from lvrpo.ops._numbers import numbers
-from lvrpo.ops._policy_loss import LossMetrics, LossParams, scalars_of
+from lvrpo.ops._policy_loss import STATISTICS, choices_of, numbers_of
+from lvrpo.ops._targets import Targets
 
 
 def fused_loss(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    token_ids: Tensor,
-    row_index: Tensor | None,
-    *,
+    factors: tuple[Tensor, Tensor, Tensor | None],  # hidden, weight, bias
+    targets: Targets,
     vocab: _inputs.Slice,
-    old_logprobs: Tensor | None,
-    advantages: Tensor,
-    cu_seqlens: Tensor,
-    ref_logprobs: Tensor | None,
-    token_weights: Tensor,
-    denominator: float | None,
-    params: LossParams,
+    data: LossInputs,
+    *,
     temperature: float,
     softcap: float | None,
-    ignore_index: int,
     most: int,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Loss, metrics as a vector, log-probs and entropy [T], from arguments that were checked."""
-    heads = (hidden, weight, bias)
-    loss, metrics, logprobs, entropy, lse = _LinearGrpoLoss.apply(  # type: ignore[no-untyped-call]
-        *heads,
-        _inputs.token_columns(token_ids, vocab.low, ignore_index),
-        row_index,
+    """Loss, statistics, log-probs and entropy [T], from arguments that were checked."""
+    params, mask = data.params, data.mask
+    assert mask is not None
+    loss, statistics, logprobs, entropy, lse = _LinearGrpoLoss.apply(  # type: ignore[no-untyped-call]
+        *factors,
+        _inputs.token_columns(targets.token_ids, vocab.low, targets.ignore_index),
+        targets.row_index,
         vocab.ranges,
-        old_logprobs,
-        advantages,
-        cu_seqlens,
-        ref_logprobs,
-        token_weights,
-        [torch.is_grad_enabled() and x is not None and x.requires_grad for x in heads],
-        (vocab.low, vocab.high, float(temperature), float(softcap or 0.0), most),
+        *(data.old_logprobs, data.advantages, data.layout.offsets, data.ref_logprobs),
+        *(mask, data.policy_weights),
+        numbers(temperature, softcap or 0.0, OUTSIDE),
+        numbers_of(params, data.denominator),
+        [torch.is_grad_enabled() and x is not None and x.requires_grad for x in factors],
+        (vocab.low, vocab.high, most),
         (
-            scalars_of(params, denominator),
+            [int(data.per_token), *map(int, choices_of(params))],
             # On policy the ratio of a sequence is 1 before its log-probs are known.
-            params.sequence_level and old_logprobs is not None,
+            params.sequence_level and data.old_logprobs is not None,
+            params.sequence_level,
             params.beta != 0 or params.entropy_coef != 0,
             params.entropy_coef != 0,
             backend,
         ),
     )
     _inputs.refuse_rows("linear_grpo_loss", lse)
-    return loss, metrics, logprobs, entropy
+    return loss, statistics, logprobs, entropy
 
 
 class _LinearGrpoLoss(torch.autograd.Function):
@@ -85,19 +77,21 @@ class _LinearGrpoLoss(torch.autograd.Function):
         advantages: Tensor,
         cu_seqlens: Tensor,
         ref_logprobs: Tensor | None,
-        token_weights: Tensor,
+        mask: Tensor,
+        policy_weights: Tensor | None,
+        head_numbers: Tensor,
+        loss_numbers: Tensor,
         needs: list[bool],
         head: tuple[Any, ...],
         loss: tuple[Any, ...],
     ) -> tuple[Tensor, ...]:
         inputs = (
             *(hidden, weight, bias, token_ids, row_index, vocab_range),
-            *(old_logprobs, advantages, cu_seqlens, ref_logprobs, token_weights),
+            *(old_logprobs, advantages, cu_seqlens, ref_logprobs, mask, policy_weights),
+            *(head_numbers, loss_numbers),
         )
-        ctx.scalars = needs, *head, *loss
-        *results, dhidden, dweight, dbias = torch.ops.lvrpo.linear_grpo_loss_fwd(
-            *inputs, *ctx.scalars
-        )
+        ctx.how = needs, *head, *loss
+        *results, dhidden, dweight, dbias = torch.ops.lvrpo.linear_grpo_loss_fwd(*inputs, *ctx.how)
         ctx.dtype = hidden.dtype
         _fused_loss.keep(ctx, inputs, [dhidden, dweight, dbias])
         ctx.mark_non_differentiable(*results[1:])
@@ -109,10 +103,10 @@ class _LinearGrpoLoss(torch.autograd.Function):
         needs = ctx.needs_input_grad[:3]
         run = torch.ops.lvrpo.linear_grpo_loss_fwd
         scaled = _fused_loss.hand_over(
-            ctx, dloss, lambda: list(run(*ctx.saved_tensors, *ctx.scalars)[-3:])
+            ctx, dloss, lambda: list(run(*ctx.saved_tensors, *ctx.how)[-3:])
         )
         found = (g if wanted else None for g, wanted in zip(scaled, needs, strict=True))
-        return *found, *[None] * 11
+        return *found, *[None] * 14
 
 
 def _fwd_fake(
@@ -126,14 +120,17 @@ def _fwd_fake(
     advantages: Tensor,
     cu_seqlens: Tensor,
     ref_logprobs: Tensor | None,
-    token_weights: Tensor,
+    mask: Tensor,
+    policy_weights: Tensor | None,
+    head_numbers: Tensor,
+    loss_numbers: Tensor,
     needs: Sequence[bool],
     *_: Any,
 ) -> tuple[Tensor, ...]:
     like = hidden.new_empty(0, dtype=dtypes_of(hidden)[1])
     return (
         like.new_empty(()),
-        like.new_empty(len(dataclasses.fields(LossMetrics))),
+        like.new_empty(STATISTICS, dtype=torch.float64),
         like.new_empty(token_ids.shape),
         like.new_empty(token_ids.shape),
         like.new_empty(hidden.shape[0]),
@@ -153,30 +150,32 @@ def _fwd(
     advantages: Tensor,
     cu_seqlens: Tensor,
     ref_logprobs: Tensor | None,
-    token_weights: Tensor,
+    mask: Tensor,
+    policy_weights: Tensor | None,
+    head_numbers: Tensor,
+    loss_numbers: Tensor,
     needs: Sequence[bool],
     low: int,
     high: int,
-    temperature: float,
-    softcap: float,
     most: int,
-    loss_scalars: Sequence[Number],
+    choices: Sequence[int],
     whole_sequences: bool,
+    per_sequence: bool,
     every_active: bool,
     entropy_bonus: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    tokens = _fused_loss.tokens_of(row_index, advantages, cu_seqlens, token_weights, every_active)
+    loss_call = LossCall(
+        *(old_logprobs, advantages, cu_seqlens, ref_logprobs, mask, policy_weights),
+        *(loss_numbers, choices),
+    )
+    tokens = loss_call.tokens(row_index, every_active, per_sequence)
     plan = plan_rows(
         tokens, len(hidden), most, gradient=any(needs), whole_sequences=whole_sequences
     )
     head = LinearHead(hidden, weight, bias, (low, high), plan.chunks(), needs)
-    softmax = Softmax(numbers(temperature, softcap, OUTSIDE), backend)
+    softmax = Softmax(head_numbers, backend)
     rows = HeadRows(head, softmax, token_ids, row_index, vocab_range, plan.order)
-
-    data = old_logprobs, advantages, cu_seqlens, ref_logprobs
-    loss, metrics, logprobs, entropy = _fused_loss.run(
-        rows, plan, data, token_weights, loss_scalars, entropy_bonus
-    )
+    results = _fused_loss.run(rows, plan, loss_call, entropy_bonus)
     dhidden, dweight, dbias = head.finish()
-    return loss, metrics, logprobs, entropy, rows.lse, dhidden, dweight, dbias
+    return *results, rows.lse, dhidden, dweight, dbias

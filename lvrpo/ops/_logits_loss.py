@@ -5,7 +5,6 @@ R rows, V vocabulary, T tokens, B sequences.
 
 from __future__ import annotations
 
-import dataclasses
 import importlib
 from collections.abc import Sequence
 from typing import Any
@@ -13,14 +12,15 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
-from torch.types import Number
 
 from lvrpo.ops import _fused_loss, _library, _linear_inputs
+from lvrpo.ops._fused_loss import LossCall
 from lvrpo.ops._linear_head import Chunk, Rows
 from lvrpo.ops._linear_rows import OUTSIDE, HeadRows, Softmax
+from lvrpo.ops._loss_inputs import LossInputs
 from lvrpo.ops._numbers import numbers
-from lvrpo.ops._policy_loss import LossMetrics, LossParams, scalars_of
-from lvrpo.ops._targets import any_of
+from lvrpo.ops._policy_loss import STATISTICS, choices_of, numbers_of
+from lvrpo.ops._targets import Targets, any_of
 
 #: Bytes of logits that are read for nothing rather than call a kernel before them and one after.
 SKIPPED_BYTES = 1 << 20
@@ -36,46 +36,38 @@ def dtypes_of(logits: Tensor) -> tuple[torch.dtype, torch.dtype]:
 
 
 def fused_loss(
-    logits: Tensor,
-    token_ids: Tensor,
-    row_index: Tensor | None,
+    logits: Tensor,  # [R, V]
+    targets: Targets,
+    data: LossInputs,
     *,
-    vocab_range: Tensor | None,
-    old_logprobs: Tensor | None,
-    advantages: Tensor,
-    cu_seqlens: Tensor,
-    ref_logprobs: Tensor | None,
-    token_weights: Tensor,
-    denominator: float | None,
-    params: LossParams,
     temperature: float,
     softcap: float | None,
     inplace: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Loss, metrics as a vector, log-probs and entropy [T], from arguments that were checked."""
-    loss, metrics, logprobs, entropy, lse = _LogitsGrpoLoss.apply(  # type: ignore[no-untyped-call]
+    """Loss, statistics, log-probs and entropy [T], from arguments that were checked."""
+    params, mask = data.params, data.mask
+    assert mask is not None
+    loss, statistics, logprobs, entropy, lse = _LogitsGrpoLoss.apply(  # type: ignore[no-untyped-call]
         logits,
-        torch.where(token_weights == 0, OUTSIDE, token_ids),
-        row_index,
-        vocab_range,
-        old_logprobs,
-        advantages,
-        cu_seqlens,
-        ref_logprobs,
-        token_weights,
+        torch.where(mask, targets.token_ids, OUTSIDE),
+        *(targets.row_index, targets.ranges),
+        *(data.old_logprobs, data.advantages, data.layout.offsets, data.ref_logprobs),
+        *(mask, data.policy_weights),
+        numbers(temperature, softcap or 0.0, OUTSIDE),
+        numbers_of(params, data.denominator),
         torch.is_grad_enabled() and logits.requires_grad,
         inplace and not torch.compiler.is_compiling(),
         (
-            *(float(temperature), float(softcap or 0.0)),
-            scalars_of(params, denominator),
+            softcap is not None,
+            [int(data.per_token), *map(int, choices_of(params))],
             params.sequence_level,
             params.entropy_coef != 0,
             backend,
         ),
     )
     _linear_inputs.refuse_rows("logits_grpo_loss", lse, "logits")
-    return loss, metrics, logprobs, entropy
+    return loss, statistics, logprobs, entropy
 
 
 class _LogitsGrpoLoss(torch.autograd.Function):
@@ -90,18 +82,22 @@ class _LogitsGrpoLoss(torch.autograd.Function):
         advantages: Tensor,
         cu_seqlens: Tensor,
         ref_logprobs: Tensor | None,
-        token_weights: Tensor,
+        mask: Tensor,
+        policy_weights: Tensor | None,
+        head_numbers: Tensor,
+        loss_numbers: Tensor,
         needed: bool,
         inplace: bool,
-        scalars: tuple[Any, ...],
+        how: tuple[Any, ...],
     ) -> tuple[Tensor, ...]:
         inputs = (
             *(logits, token_ids, row_index, vocab_range),
-            *(old_logprobs, advantages, cu_seqlens, ref_logprobs, token_weights),
+            *(old_logprobs, advantages, cu_seqlens, ref_logprobs, mask, policy_weights),
+            *(head_numbers, loss_numbers),
         )
         dlogits = _gradient_of(logits, inplace) if needed else logits.new_empty(0, 0)
-        results = torch.ops.lvrpo.logits_grpo_loss_fwd(dlogits, *inputs, *scalars)
-        ctx.dtype, ctx.inplace, ctx.scalars = logits.dtype, inplace and needed, scalars
+        results = torch.ops.lvrpo.logits_grpo_loss_fwd(dlogits, *inputs, *how)
+        ctx.dtype, ctx.inplace, ctx.how = logits.dtype, inplace and needed, how
         if ctx.inplace:
             torch.autograd.graph.increment_version(logits)
         _fused_loss.keep(ctx, inputs, [dlogits])
@@ -122,10 +118,10 @@ class _LogitsGrpoLoss(torch.autograd.Function):
         def again() -> list[Tensor]:
             logits, *others = ctx.saved_tensors
             dlogits = _gradient_of(logits, inplace=False)
-            torch.ops.lvrpo.logits_grpo_loss_fwd(dlogits, logits, *others, *ctx.scalars)
+            torch.ops.lvrpo.logits_grpo_loss_fwd(dlogits, logits, *others, *ctx.how)
             return [dlogits]
 
-        return *_fused_loss.hand_over(ctx, dloss, again), *[None] * 11
+        return *_fused_loss.hand_over(ctx, dloss, again), *[None] * 14
 
 
 def _gradient_of(logits: Tensor, inplace: bool) -> Tensor:
@@ -141,7 +137,7 @@ def _fwd_fake(
     like = logits.new_empty(0, dtype=dtypes_of(logits)[0])
     return (
         like.new_empty(()),
-        like.new_empty(len(dataclasses.fields(LossMetrics))),
+        like.new_empty(STATISTICS, dtype=torch.float64),
         like.new_empty(token_ids.shape),
         like.new_empty(token_ids.shape),
         like.new_empty(logits.shape[0]),
@@ -159,43 +155,43 @@ def _fwd(
     advantages: Tensor,
     cu_seqlens: Tensor,
     ref_logprobs: Tensor | None,
-    token_weights: Tensor,
-    temperature: float,
-    softcap: float,
-    loss_scalars: Sequence[Number],
+    mask: Tensor,
+    policy_weights: Tensor | None,
+    head_numbers: Tensor,
+    loss_numbers: Tensor,
+    has_softcap: bool,
+    choices: Sequence[int],
     per_sequence: bool,
     entropy_bonus: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    data = old_logprobs, advantages, cu_seqlens, ref_logprobs
+    data = old_logprobs, advantages, cu_seqlens, ref_logprobs, mask, policy_weights
     gradient = dlogits.numel() > 0
     if backend == "triton" and gradient and row_index is None and not per_sequence:
         kernels = importlib.import_module("lvrpo.kernels.logits_grpo_loss")
         results: tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
         results = kernels.logits_grpo_loss_fwd(
-            *(dlogits, logits, token_ids, vocab_range, *data, token_weights),
-            *(temperature, softcap, *loss_scalars),
+            *(dlogits, logits, token_ids, vocab_range, *data),
+            *(head_numbers, loss_numbers, has_softcap, *choices),
         )
         return results
+    loss_call = LossCall(*data, loss_numbers, choices)
     head = GivenLogits(logits.detach(), dlogits)
-    softmax = Softmax(numbers(temperature, softcap, OUTSIDE), backend)
-    rows = HeadRows(head, softmax, token_ids, row_index, vocab_range)
-    seen = any_of(token_weights != 0, row_index, len(logits))
+    rows = HeadRows(head, Softmax(head_numbers, backend), token_ids, row_index, vocab_range)
+    seen = any_of(mask, row_index, len(logits))
     shortest = max(1, SKIPPED_BYTES // max(1, logits.shape[1] * logits.itemsize))
     # On a GPU nothing is read that is there.
     every = [(0, len(logits))] if len(logits) else []
     for run in every if logits.is_cuda else runs_of(seen.tolist(), shortest):
         rows.forward(run)
-    loss, metrics, dlogprobs, dentropy = _fused_loss.loss_of(
-        rows, data, token_weights, loss_scalars
-    )
+    loss, statistics, dlogprobs, dentropy = loss_call(rows)
     if gradient:
         # All rows at once: those of which nothing is asked are filled with zeros, and not read.
         of_rows = rows.sum_over_rows(dentropy) if entropy_bonus else None
         rows.backward((0, len(logits)), dlogprobs, of_rows)
     # Of a masked row that was read nothing is known.
     lse = torch.where(seen, rows.lse, 0.0)
-    return loss, metrics, *_fused_loss.reported(rows, token_weights), lse
+    return loss, statistics, *loss_call.reported(rows), lse
 
 
 class GivenLogits:

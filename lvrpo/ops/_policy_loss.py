@@ -6,7 +6,12 @@ import dataclasses
 import math
 from typing import Any, Literal, NamedTuple, get_args
 
+import torch
 from torch import Tensor
+
+from lvrpo.ops._metrics import Maximum, Mean, Metrics, Minimum, Total, as_scalar
+from lvrpo.ops._numbers import numbers
+from lvrpo.reference._log_ratio import LOG_RATIO_LIMIT
 
 Ratio = Literal["none", "token", "seq_mean", "seq_mean_token", "seq_sum"]
 Surrogate = Literal[
@@ -56,6 +61,11 @@ class LossParams:
         clip_high: likewise above 1 + clip_high where the advantage is positive.
         ratio_cap: a ratio above it gets no gradient where the advantage is negative (dual clip,
             two-sided clip); for a trust region the largest weight; None for no bound.
+        log_ratio_limit: log-ratios stop at plus or minus this inside every exponential, where their
+            gradient is 0: the log of the ratio at its level, that of `kl_factor`, and ref - logp of
+            k3 from above. e^20 is past every bound that a loss has, so that the default changes no
+            token that is trained on; None for no limit, with which a loss may overflow. "gamma" and
+            "sigmoid" have the limit 20 by definition.
         gate_pos: steepness of "sigmoid" where the advantage is positive.
         gate_neg: the same where it is not.
         gamma_pos: k and l of "gamma" where the advantage is positive.
@@ -82,6 +92,7 @@ class LossParams:
     clip_low: float = 0.2
     clip_high: float = 0.2
     ratio_cap: float | None = None
+    log_ratio_limit: float | None = LOG_RATIO_LIMIT
     gate_pos: float = 1.0
     gate_neg: float = 1.05
     gamma_pos: tuple[float, float] = (2.0, 3.0)
@@ -118,7 +129,7 @@ class LossParams:
             raise ValueError(f"LossParams: beta is {self.beta}, expected finite and >= 0")
         if not math.isfinite(self.entropy_coef):
             raise ValueError(f"LossParams: entropy_coef is {self.entropy_coef}, expected finite")
-        for name in ("kl_log_ratio_limit", "kl_limit"):
+        for name in ("log_ratio_limit", "kl_log_ratio_limit", "kl_limit"):
             limit = getattr(self, name)
             if limit is not None and not limit > 0:
                 raise ValueError(f"LossParams: {name} is {limit}, expected > 0, or None")
@@ -174,6 +185,11 @@ class LossParams:
     def sequence_level(self) -> bool:
         """Whether the gradient of a token depends on the log-probs of its whole sequence."""
         return self.ratio.startswith("seq_")
+
+    @property
+    def one_ratio_per_sequence(self) -> bool:
+        """Whether the tokens of a sequence share a ratio, and what clips it, as one."""
+        return self.needs_sequence_advantages and self.surrogate != "log_clip"
 
     @property
     def needs_sequence_advantages(self) -> bool:
@@ -237,70 +253,132 @@ LOSS_PRESETS: dict[str, dict[str, Any]] = {
 }
 
 
-def scalars_of(params: LossParams, denominator: float | None = None) -> tuple[int | float, ...]:
-    """What follows the tensors in a call of `lvrpo::grpo_loss_fwd`, in the order of its schema."""
-    own = {
-        "sigmoid": (params.gate_pos, 0.0, params.gate_neg, 0.0),
-        "gamma": (*params.gamma_pos, *params.gamma_neg),
-    }.get(params.surrogate, (0.0, 0.0, 0.0, 0.0))
+def choices_of(params: LossParams) -> tuple[int, ...]:
+    """The names among the parameters as numbers, in the order of `lvrpo::grpo_loss_fwd`."""
     return (
         get_args(Ratio).index(params.ratio),
         get_args(Surrogate).index(params.surrogate),
-        float(params.clip_low),
-        float(params.clip_high),
-        _or_infinity(params.ratio_cap),
-        *(float(x) for x in own),
-        float(params.beta),
         get_args(KL).index(params.kl),
         get_args(KLFactor).index(params.kl_factor),
         get_args(KLGradient).index(params.kl_gradient),
+        get_args(Aggregation).index(params.aggregation),
+        params.count_empty,
+    )
+
+
+#: What `numbers_of` holds, in this order; `Numbers` in csrc/common/policy_loss.h is the same list.
+NUMBERS = (
+    *("clip_low", "clip_high", "ratio_cap", "log_ratio_limit"),
+    *("shape_pos_0", "shape_pos_1", "shape_neg_0", "shape_neg_1"),
+    *("beta", "kl_log_ratio_limit", "kl_limit", "entropy_coef"),
+    *("max_length", "denominator"),
+)
+
+
+def numbers_of(params: LossParams, denominator: float | None = None) -> Tensor:
+    """The numbers among the parameters as fp64 on the host: an absent bound is infinite.
+
+    A `denominator` of None, for the op's own count, is -1.
+    """
+    shape: tuple[float, ...] = (0.0, 0.0, 0.0, 0.0)
+    if params.surrogate == "sigmoid":
+        shape = (params.gate_pos, 0.0, params.gate_neg, 0.0)
+    elif params.surrogate == "gamma":
+        shape = (*params.gamma_pos, *params.gamma_neg)
+    return numbers(
+        params.clip_low,
+        params.clip_high,
+        _or_infinity(params.ratio_cap),
+        _or_infinity(params.log_ratio_limit),
+        *shape,
+        params.beta,
         _or_infinity(params.kl_log_ratio_limit),
         _or_infinity(params.kl_limit),
-        float(params.entropy_coef),
-        get_args(Aggregation).index(params.aggregation),
-        float(params.max_length or 1),
-        params.count_empty,
-        float(denominator or 0.0),
+        params.entropy_coef,
+        params.max_length or 1,
+        -1.0 if denominator is None else denominator,
     )
 
 
 def _or_infinity(bound: float | None) -> float:
-    return math.inf if bound is None else float(bound)
+    return math.inf if bound is None else bound
 
 
-@dataclasses.dataclass(frozen=True)
-class LossMetrics:
-    """Detached scalars over the active tokens, in the dtype of the loss.
+class LossMetrics(Metrics):
+    """What a policy loss measured: detached fp32 scalars.
+
+    `merge` of micro-batches and `all_reduce` of ranks give those of one call over everything.
+    Ratios are those before any bound, with log-ratios within +-20, so that every metric is finite.
+    "Share of ratios" and means of ratios are over tokens, or over sequences with active tokens
+    where `params.ratio` is "seq_mean" or "seq_sum" (but for "log_clip"). With no active token every
+    metric is 0, but what is said of ratios is 1.
 
     Attributes:
-        policy_loss: the loss without its KL and entropy terms.
-        kl: mean of the KL estimator, without `beta`; 0 without reference log-probs.
+        policy_loss: the loss without its KL and entropy terms; merged, their sum, as losses with a
+            common denominator add up.
+        kl: mean of the KL estimator times its `kl_factor`, without `beta`; 0 without reference.
         entropy: mean entropy, nats; 0 without `entropy`.
-        clip_fraction_low: share of tokens held by the lower bound, or outside the trust region with
-            a negative advantage; 0 for surrogates without bounds ("sigmoid" and "gamma").
-        clip_fraction_high: share of tokens held by the upper bound, or outside the trust region
-            with a positive advantage; 0 likewise.
-        clip_fraction_cap: share of tokens held by `ratio_cap`.
-        ratio_min: smallest ratio before any bound, of tokens or of sequences as `ratio` says, of
-            tokens for "log_clip"; 1 when no token is active, like the next three.
+        clip_fraction_low: share of ratios held by the lower bound, or outside the trust region with
+            a negative advantage; 0 where nothing is bounded (ratio "none", "sigmoid", "gamma").
+        clip_fraction_high: share of ratios held by the upper bound, or outside the trust region
+            with a positive advantage.
+        clip_fraction_cap: share of ratios held by `ratio_cap`.
+        kl_old: approximate KL of the policy from the one that sampled: mean of e^d - 1 - d with
+            d = logp - old of a token.
+        active_tokens: number of tokens that the mask lets in.
+        active_sequences: number of sequences that have one.
+        dropped_tokens: number of tokens that the mask lets in and that are left out, because an
+            input of theirs is not finite or a weight negative. An error where values are read.
+        ratio_min: smallest ratio, of tokens for "log_clip".
         ratio_max: largest ratio.
-        ratio_mean: mean ratio.
-        effective_sample_size: (sum of ratios)^2 / (sum of squares), over the number of tokens: 1
-            on policy, 1 / tokens when one token carries all the weight.
-        active_tokens: number of tokens whose weight is not zero.
+        clip_fraction_low_min: smallest share of a sequence's ratios that the lower bound holds.
+        clip_fraction_high_max: largest share of a sequence's ratios that the upper bound holds.
+        kl_old_max: largest mean of `kl_old` over a sequence.
     """
 
-    policy_loss: Tensor
-    kl: Tensor
-    entropy: Tensor
-    clip_fraction_low: Tensor
-    clip_fraction_high: Tensor
-    clip_fraction_cap: Tensor
-    ratio_min: Tensor
-    ratio_max: Tensor
-    ratio_mean: Tensor
-    effective_sample_size: Tensor
-    active_tokens: Tensor
+    # The order is that of `Statistics` in csrc/cpu/grpo_loss.cpp and of the reference.
+    policy_loss = Total()
+    kl = Mean("active_tokens")
+    entropy = Mean("active_tokens")
+    clip_fraction_low = Mean("_ratios")
+    clip_fraction_high = Mean("_ratios")
+    clip_fraction_cap = Mean("_ratios")
+    _ratio = Total()
+    _ratio_squared = Total()
+    _ratios = Total()
+    kl_old = Mean("active_tokens")
+    active_tokens = Total()
+    active_sequences = Total()
+    dropped_tokens = Total()
+    ratio_min = Minimum(otherwise=1.0)
+    ratio_max = Maximum(otherwise=1.0)
+    clip_fraction_low_min = Minimum(otherwise=0.0)
+    clip_fraction_high_max = Maximum(otherwise=0.0)
+    kl_old_max = Maximum(otherwise=0.0)
+
+    @classmethod
+    def from_statistics(cls, statistics: Tensor) -> LossMetrics:
+        """From the vector that the op returns: sums, then extremes."""
+        return cls(statistics[: len(cls.SUMS)], statistics[len(cls.SUMS) :])
+
+    @property
+    def ratio_mean(self) -> Tensor:
+        """Mean ratio."""
+        ratios = self.sum_of("_ratios")
+        return as_scalar(torch.where(ratios == 0, 1.0, self.sum_of("_ratio") / ratios))
+
+    @property
+    def effective_sample_size(self) -> Tensor:
+        """(sum of ratios)^2 / (sum of squares), over their number.
+
+        1 on policy, 1 / number when one carries all the weight.
+        """
+        ratios, squares = self.sum_of("_ratios"), self.sum_of("_ratio_squared")
+        size = self.sum_of("_ratio").square() / (squares * ratios)
+        return as_scalar(torch.where(ratios == 0, 1.0, size))
+
+
+STATISTICS = len(LossMetrics.SUMS) + len(LossMetrics.EXTREMES)
 
 
 class PolicyLoss(NamedTuple):
@@ -321,8 +399,8 @@ class FusedPolicyLoss(NamedTuple):
     Attributes:
         loss: scalar to call backward on.
         metrics: detached scalars from the same pass.
-        logprobs: [T] detached log-probs of the tokens, nats; 0 for a token of weight 0.
-        entropy: [T] detached entropy where each token was sampled, nats; 0 for a token of weight 0.
+        logprobs: detached log-probs of the tokens in their shape, nats; 0 for a masked token.
+        entropy: detached entropy where each token was sampled, nats; 0 for a masked token.
     """
 
     loss: Tensor

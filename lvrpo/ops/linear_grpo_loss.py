@@ -6,39 +6,45 @@ docs/ops/linear_grpo_loss.md.
 
 from __future__ import annotations
 
-from typing import Any
+import dataclasses
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from lvrpo.ops import _backend, _checks, _fused_inputs, _targets
+from lvrpo.ops import _backend, _checks, _targets
 from lvrpo.ops import _linear_inputs as _inputs
 from lvrpo.ops._linear_head import dtypes_of
 from lvrpo.ops._linear_loss import fused_loss
+from lvrpo.ops._loss_inputs import Level, Numbers, loss_inputs
 from lvrpo.ops._policy_loss import FusedPolicyLoss, LossParams
+from lvrpo.ops._targets import Ids, VocabRange
 from lvrpo.reference.linear_grpo_loss import linear_grpo_loss as reference_linear_grpo_loss
 
 OP = "linear_grpo_loss"
 _DEFAULT = LossParams()
 
 
+@_checks.replaced(token_weights=_checks.MASK_AND_WEIGHTS)
 def linear_grpo_loss(
     hidden: Tensor,
     weight: Tensor,
-    token_ids: Tensor,
+    token_ids: Ids,
     old_logprobs: Tensor | None,
-    advantages: Tensor,
-    cu_seqlens: Tensor,
+    advantages: Numbers,
+    cu_seqlens: Tensor | Sequence[int] | None = None,
     *,
-    row_index: Tensor | None = None,
+    row_index: Ids | None = None,
     bias: Tensor | None = None,
+    mask: Numbers | None = None,
+    policy_weights: Numbers | None = None,
+    level: Level | None = None,
     ref_logprobs: Tensor | None = None,
-    token_weights: Tensor | None = None,
     denominator: float | Tensor | None = None,
     params: LossParams = _DEFAULT,
     temperature: float = 1.0,
     softcap: float | None = None,
-    vocab_range: Tensor | tuple[int, int] | None = None,
+    vocab_range: VocabRange = None,
     ignore_index: int = -100,
     memory_budget: int | None = None,
     backend: str | None = None,
@@ -49,7 +55,9 @@ def linear_grpo_loss(
     own row (or sequence) only, so the forward forms the gradient of each chunk of logits while they
     are there: none are kept and none computed twice. Rows whose gradient is zero whatever their
     logits (advantage 0, no KL, no entropy bonus) are projected for the metrics and no more; rows
-    without a token of nonzero weight are left out.
+    without an unmasked token are left out, and may hold anything. Under autocast as F.linear:
+    hidden, weight and bias go to its dtype (fp64 does not), sums stay fp32, gradients come back in
+    the dtypes that were given.
 
     The gradients wait, unscaled and in fp32, for the backward, which scales them by its upstream
     gradient and gives them away; a second backward computes them anew. On a GPU one small read
@@ -57,17 +65,22 @@ def linear_grpo_loss(
     chunks may end). While a CUDA graph is captured nothing is read and every row counts as such.
 
     Args:
-        hidden: [R, H] fp32, fp64, bf16 or fp16.
-        weight: [V, H] of the same dtype; may be shared with the embedding. Frozen
-            (`requires_grad=False`) it costs no gradient GEMM and no buffer, and so does `hidden`.
-        token_ids: [T] int64, packed sequences. A token of `ignore_index` has weight 0.
-        old_logprobs: [T] as `grpo_loss` takes them, like everything below up to `params`.
-        advantages: [B] or [T].
-        cu_seqlens: [B + 1] int64 offsets of the sequences in the tokens.
-        row_index: [T] int64, the row that predicts each token; None: token t belongs to row t.
-        bias: [V] of the same dtype.
-        ref_logprobs: [T].
-        token_weights: [T] factors >= 0, or a bool mask.
+        hidden: [R, H], or [B, C, H] for padded tokens; fp32, fp64, bf16 or fp16.
+        weight: [V, H] of the same dtype (of any, under autocast); may be shared with the embedding.
+            Frozen (`requires_grad=False`) it costs no gradient GEMM and no buffer, and so does
+            `hidden`.
+        token_ids: [T] packed or [B, C] padded, of any integer dtype. A token of `ignore_index` is
+            masked.
+        old_logprobs: as `grpo_loss` takes them, like everything below up to `params`.
+        advantages: [B] per sequence or in the shape of the tokens.
+        cu_seqlens: [B + 1] offsets of packed sequences in the tokens; None for padded ones.
+        row_index: the row (of the flattened ones) that predicts each token, in the shape of the
+            tokens; None: token t belongs to row t.
+        bias: [V] of the dtype of the weight.
+        mask: what counts in denominators, KL, entropy and metrics.
+        policy_weights: factors >= 0 of the policy term alone.
+        level: what the advantages are given for.
+        ref_logprobs: in the shape of the tokens.
         denominator: replaces the number that the outer mean divides by.
         params: the loss. The entropy that `entropy_coef` needs is computed here. A ratio per
             sequence costs a fourth GEMM where a sequence does not fit the budget.
@@ -85,42 +98,56 @@ def linear_grpo_loss(
     Raises:
         ValueError: as `linear_logprobs` and `grpo_loss`.
     """
-    hidden, weight, bias = _inputs.as_factors(OP, hidden, weight, bias)
-    vocab = _inputs.vocab_slice(OP, vocab_range, weight.shape[0])
-    ranges = vocab.ranges
-    if _checks.check_values(token_ids):  # elsewhere a pair would be copied to the device
-        ranges = _targets.as_row_ranges(vocab_range, hidden)
+    shaped = hidden
+    hidden, weight, bias = factors = _inputs.as_factors(OP, hidden, weight, bias)
+    pair = vocab_range if _targets.is_pair(vocab_range) else None
+    vocab = _inputs.vocab_slice(OP, pair, weight.shape[0])
     _targets.check_scale(OP, temperature, softcap)
-    rows, columns = hidden.shape[0], weight.shape[0]
-    _targets.check_targets(OP, rows, columns, token_ids, row_index, ranges, ignore_index)
+    targets = _targets.as_targets(
+        *(OP, "hidden", shaped, weight.shape[0]),
+        *(token_ids, row_index, vocab_range, ignore_index),
+    )
     most = _inputs.rows_at_once(OP, hidden, vocab.high - vocab.low, memory_budget)
-    data = _fused_inputs.loss_inputs(
+    data = loss_inputs(
         OP,
+        ("token_ids", targets.token_ids.reshape(targets.tokens)),
         dtypes_of(hidden)[1],
-        token_ids,
-        {"old_logprobs": old_logprobs, "ref_logprobs": ref_logprobs},
-        token_weights,
-        advantages,
-        cu_seqlens,
+        old_logprobs=old_logprobs,
+        advantages=advantages,
+        cu_seqlens=cu_seqlens,
+        mask=mask,
+        policy_weights=policy_weights,
+        level=level,
+        ref_logprobs=ref_logprobs,
+        entropy=None,
         denominator=denominator,
         params=params,
-        ignore_index=ignore_index,
-    )
-    head = {
-        "hidden": hidden,
-        "weight": weight,
-        "bias": bias,
-        "token_ids": token_ids,
-        "row_index": row_index,
-    }
-    chosen = _backend.resolve(OP, (*head.values(), ranges, *data.tensors()), backend)
-    arguments: dict[str, Any] = {**head, **data.arguments(), "params": params}
-    arguments |= {"temperature": temperature, "softcap": softcap, "ignore_index": ignore_index}
+    ).without(targets.token_ids == ignore_index)
+    indices = targets.token_ids, targets.row_index, targets.ranges
+    chosen = _backend.resolve(OP, (*factors, *indices, *data.tensors()), backend)
     if chosen == "torch":
         with torch.autocast(hidden.device.type, enabled=False):
             result = reference_linear_grpo_loss(
-                **arguments, vocab_range=_targets.as_row_ranges(vocab_range, hidden)
+                hidden,
+                weight,
+                targets.token_ids,
+                bias=bias,
+                row_index=targets.row_index,
+                vocab_range=targets.ranges,
+                temperature=temperature,
+                softcap=softcap,
+                ignore_index=ignore_index,
+                **data.for_reference(),
             )
     else:
-        result = fused_loss(**arguments, vocab=vocab, most=most, backend=chosen)
-    return data.finish(OP, *result)
+        result = fused_loss(
+            factors,
+            targets,
+            vocab if pair is not None else dataclasses.replace(vocab, ranges=targets.ranges),
+            data,
+            temperature=temperature,
+            softcap=softcap,
+            most=most,
+            backend=chosen,
+        )
+    return data.finish_fused(*result)

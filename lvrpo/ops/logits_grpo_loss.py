@@ -6,35 +6,40 @@ docs/ops/logits_grpo_loss.md.
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from lvrpo.ops import _backend, _checks, _fused_inputs, _targets
+from lvrpo.ops import _backend, _checks, _targets
 from lvrpo.ops._logits_loss import dtypes_of, fused_loss
+from lvrpo.ops._loss_inputs import Level, Numbers, loss_inputs
 from lvrpo.ops._policy_loss import FusedPolicyLoss, LossParams
+from lvrpo.ops._targets import Ids, VocabRange
 from lvrpo.reference.logits_grpo_loss import logits_grpo_loss as reference_logits_grpo_loss
 
 OP = "logits_grpo_loss"
 _DEFAULT = LossParams()
 
 
+@_checks.replaced(token_weights=_checks.MASK_AND_WEIGHTS)
 def logits_grpo_loss(
     logits: Tensor,
-    token_ids: Tensor,
+    token_ids: Ids,
     old_logprobs: Tensor | None,
-    advantages: Tensor,
-    cu_seqlens: Tensor,
+    advantages: Numbers,
+    cu_seqlens: Tensor | Sequence[int] | None = None,
     *,
-    row_index: Tensor | None = None,
+    row_index: Ids | None = None,
+    mask: Numbers | None = None,
+    policy_weights: Numbers | None = None,
+    level: Level | None = None,
     ref_logprobs: Tensor | None = None,
-    token_weights: Tensor | None = None,
     denominator: float | Tensor | None = None,
     params: LossParams = _DEFAULT,
     temperature: float = 1.0,
     softcap: float | None = None,
-    vocab_range: Tensor | tuple[int, int] | None = None,
+    vocab_range: VocabRange = None,
     ignore_index: int = -100,
     inplace_backward: bool = False,
     backend: str | None = None,
@@ -44,20 +49,25 @@ def logits_grpo_loss(
     Differentiable in `logits`. What a token adds to the loss depends on its own row (or sequence)
     only, so the forward writes the gradient of a row as soon as it knows the row's log-prob, while
     the logits are in a cache. Rows whose gradient is zero whatever their logits (advantage 0, no
-    KL, no entropy bonus) are read once; rows without a token of nonzero weight are not read.
+    KL, no entropy bonus) are read once; rows without an unmasked token are not read, and may hold
+    anything. Under autocast logits are taken as they are, as torch's own losses take them.
 
     The backward scales the gradient by its upstream gradient, in place, and gives it away. A second
     backward computes it anew.
 
     Args:
-        logits: [R, V] fp32, fp64, bf16 or fp16; any row stride.
-        token_ids: [T] int64, packed sequences. A token of `ignore_index` has weight 0.
-        old_logprobs: [T] as `grpo_loss` takes them, like everything below up to `params`.
-        advantages: [B] or [T].
-        cu_seqlens: [B + 1] int64 offsets of the sequences in the tokens.
-        row_index: [T] int64, the row that predicts each token; None: token t belongs to row t.
-        ref_logprobs: [T].
-        token_weights: [T] factors >= 0, or a bool mask.
+        logits: [R, V], or [B, C, V] for padded tokens; fp32, fp64, bf16 or fp16; any row stride.
+        token_ids: [T] packed or [B, C] padded, of any integer dtype. A token of `ignore_index` is
+            masked.
+        old_logprobs: as `grpo_loss` takes them, like everything below up to `params`.
+        advantages: [B] per sequence or in the shape of the tokens.
+        cu_seqlens: [B + 1] offsets of packed sequences in the tokens; None for padded ones.
+        row_index: the row (of the flattened ones) that predicts each token, in the shape of the
+            tokens; None: token t belongs to row t.
+        mask: what counts in denominators, KL, entropy and metrics.
+        policy_weights: factors >= 0 of the policy term alone.
+        level: what the advantages are given for.
+        ref_logprobs: in the shape of the tokens.
         denominator: replaces the number that the outer mean divides by.
         params: the loss. The entropy that `entropy_coef` needs is computed here. With a ratio per
             sequence all log-probs come first: the logits are read twice from memory.
@@ -80,39 +90,56 @@ def logits_grpo_loss(
         RuntimeError: in the backward: a second one after `inplace_backward`, or the gradient was
             changed in the place of the logits.
     """
+    shaped, logits = logits, _targets.as_rows(OP, "logits", logits, "V")
     _targets.check_logits(OP, logits, inplace_backward)
-    _checks.check_same_device(OP, logits=logits, token_ids=token_ids, row_index=row_index)
     dtype, dtype_of_gradient = dtypes_of(logits)
     if inplace_backward and dtype_of_gradient != logits.dtype:
         raise ValueError(
             f"{OP}: logits is {logits.dtype}; inplace_backward=True needs a dtype that holds the "
             "gradient before a loss scale has multiplied it: float32, float64 or bfloat16"
         )
-    ranges = _targets.as_row_ranges(vocab_range, logits)
-    _checks.check_same_device(OP, logits=logits, vocab_range=ranges)
     _targets.check_scale(OP, temperature, softcap)
-    count, vocab = logits.shape
-    _targets.check_targets(OP, count, vocab, token_ids, row_index, ranges, ignore_index)
-    data = _fused_inputs.loss_inputs(
+    targets = _targets.as_targets(
+        *(OP, "logits", shaped, logits.shape[1]),
+        *(token_ids, row_index, vocab_range, ignore_index),
+    )
+    data = loss_inputs(
         OP,
+        ("token_ids", targets.token_ids.reshape(targets.tokens)),
         dtype,
-        token_ids,
-        {"old_logprobs": old_logprobs, "ref_logprobs": ref_logprobs},
-        token_weights,
-        advantages,
-        cu_seqlens,
+        old_logprobs=old_logprobs,
+        advantages=advantages,
+        cu_seqlens=cu_seqlens,
+        mask=mask,
+        policy_weights=policy_weights,
+        level=level,
+        ref_logprobs=ref_logprobs,
+        entropy=None,
         denominator=denominator,
         params=params,
-        ignore_index=ignore_index,
-    )
-    rows = {"logits": logits, "token_ids": token_ids, "row_index": row_index}
-    rows["vocab_range"] = ranges
-    chosen = _backend.resolve(OP, (*rows.values(), *data.tensors()), backend)
-    arguments: dict[str, Any] = {**rows, **data.arguments(), "params": params}
-    arguments |= {"temperature": temperature, "softcap": softcap}
+    ).without(targets.token_ids == ignore_index)
+    indices = targets.token_ids, targets.row_index, targets.ranges
+    chosen = _backend.resolve(OP, (logits, *indices, *data.tensors()), backend)
     if chosen == "torch":
         with torch.autocast(logits.device.type, enabled=False):
-            result = reference_logits_grpo_loss(**arguments, ignore_index=ignore_index)
+            result = reference_logits_grpo_loss(
+                logits,
+                targets.token_ids,
+                row_index=targets.row_index,
+                vocab_range=targets.ranges,
+                temperature=temperature,
+                softcap=softcap,
+                ignore_index=ignore_index,
+                **data.for_reference(),
+            )
     else:
-        result = fused_loss(**arguments, inplace=inplace_backward, backend=chosen)
-    return data.finish(OP, *result)
+        result = fused_loss(
+            logits,
+            targets,
+            data,
+            temperature=temperature,
+            softcap=softcap,
+            inplace=inplace_backward,
+            backend=chosen,
+        )
+    return data.finish_fused(*result)

@@ -1,4 +1,8 @@
-"""The parts of a policy loss at one token, as values; autograd makes their gradients."""
+"""The parts of a policy loss at one token, as values; autograd makes their gradients.
+
+No gradient comes from 0 times infinity: what a bound, a limit or a weight of 0 holds does not enter
+an exponential at all.
+"""
 
 from __future__ import annotations
 
@@ -9,23 +13,30 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from lvrpo.reference._log_ratio import LOG_RATIO_LIMIT, saturate
+
 if TYPE_CHECKING:
     from lvrpo.ops._policy_loss import LossParams
 
-#: Where the published code stops log-ratios: e^20 is past anything a gate or a gamma lets through.
-LOG_RATIO_LIMIT = 20.0
 #: VESPO's smallest ratio of a sequence.
 GAMMA_FLOOR = 1e-8
 
 
 @dataclasses.dataclass(frozen=True)
 class Tokens:
-    """What the surrogates see: log-prob, log-ratio, ratio at its level, and advantage, all [T]."""
+    """What the surrogates see, all [T]: log-prob, log-ratio of the token, and log of the ratio at
+    its level, which is within its limit; advantage. `level` carries the gradient of the ratio.
+    """
 
     logp: Tensor
     log_ratio: Tensor
-    ratio: Tensor
+    level: Tensor
     advantage: Tensor
+
+    @property
+    def ratio(self) -> Tensor:
+        """The ratio as a constant."""
+        return self.level.detach().exp()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,26 +50,29 @@ class Sequences:
         """[T] -> [B]."""
         return x.new_zeros(len(self.count)).index_add(0, self.of_token, x)
 
+    def mean(self, x: Tensor) -> Tensor:
+        """[T] -> [B]; 0 for a sequence without active tokens."""
+        return self.sum(x) / self.count.clamp(min=1)
 
-def ratio_of(
+
+def level_of(
     log_ratio: Tensor, advantage: Tensor, sequences: Sequences, params: LossParams
 ) -> Tensor:
-    """The ratio that multiplies the advantage, [T]."""
+    """The log of the ratio that multiplies the advantage, [T], before it saturates."""
     if params.ratio in ("none", "token"):
-        return log_ratio.exp()
+        return log_ratio
     if params.surrogate == "log_clip":
         low, high = -params.clip_low, params.clip_high
         log_ratio = torch.where(advantage > 0, log_ratio.clamp(max=high), log_ratio.clamp(min=low))
     elif params.surrogate == "gamma":
-        total = sequences.sum(log_ratio.clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT))
-        return total.clamp(math.log(GAMMA_FLOOR), LOG_RATIO_LIMIT).exp()[sequences.of_token]
-    total = sequences.sum(log_ratio)
+        total = sequences.sum(saturate(log_ratio, LOG_RATIO_LIMIT))
+        return total.clamp(math.log(GAMMA_FLOOR), LOG_RATIO_LIMIT)[sequences.of_token]
     if params.ratio == "seq_sum":
-        return total.exp()[sequences.of_token]
-    mean = (total / sequences.count.clamp(min=1))[sequences.of_token]
+        return sequences.sum(log_ratio)[sequences.of_token]
+    mean = sequences.mean(log_ratio)[sequences.of_token]
     if params.ratio == "seq_mean_token":
-        return (mean.detach() + (log_ratio - log_ratio.detach())).exp()
-    return mean.exp()
+        return mean.detach() + (log_ratio - log_ratio.detach())
+    return mean
 
 
 def surrogate(x: Tokens, params: LossParams) -> Tensor:
@@ -69,28 +83,34 @@ def surrogate(x: Tokens, params: LossParams) -> Tensor:
 
 
 def clip(x: Tokens, params: LossParams) -> Tensor:
-    """max(-rho A, -clip(rho) A), as one clamp whose side depends on the sign of A."""
-    low, high, cap = 1.0 - params.clip_low, 1.0 + params.clip_high, _cap(params)
-    bounded = torch.where(x.advantage >= 0, x.ratio.clamp(max=high), x.ratio.clamp(low, cap))
-    return -x.advantage * bounded
+    """max(-rho A, -clip(rho) A): the sign of A picks the one side of the clip that can bind."""
+    low, high, cap = held(x, params)
+    free = ~(low | high | cap) & (x.advantage != 0)
+    bound = torch.ones_like(x.level)
+    bound = torch.where(high, 1.0 + params.clip_high, bound)
+    bound = torch.where(low, 1.0 - params.clip_low, bound)
+    bound = torch.where(cap, _cap(params), bound)
+    ratio = torch.where(free, x.level, 0.0).exp()
+    return -x.advantage * torch.where(free, ratio, bound)
 
 
 def detached(x: Tokens, params: LossParams) -> Tensor:
     """-sg(clip(rho)) A log pi: every token keeps a gradient (CISPO)."""
-    weight = x.ratio.detach().clamp(1.0 - params.clip_low, 1.0 + params.clip_high)
+    weight = x.ratio.clamp(1.0 - params.clip_low, 1.0 + params.clip_high)
     return -x.advantage * weight * x.logp
 
 
 def sigmoid(x: Tokens, params: LossParams) -> Tensor:
     """-(4 / tau) sigmoid(tau (rho - 1)) A (SAPO)."""
     tau = _by_sign(x.advantage, params.gate_pos, params.gate_neg)
-    ratio = x.log_ratio.clamp(max=LOG_RATIO_LIMIT).exp()
+    # Past the published limit the gate is open and flat.
+    ratio = x.level.clamp(max=LOG_RATIO_LIMIT).exp()
     return -x.advantage * torch.sigmoid(tau * (ratio - 1.0)) * (4.0 / tau)
 
 
 def gamma(x: Tokens, params: LossParams) -> Tensor:
     """-sg(e^l w^k e^(-l w)) A log pi, which is 1 at w = 1 (VESPO)."""
-    w = x.ratio.detach()
+    w = x.ratio
     k = _by_sign(x.advantage, params.gamma_pos[0], params.gamma_neg[0])
     rate = _by_sign(x.advantage, params.gamma_pos[1], params.gamma_neg[1])
     return -x.advantage * torch.exp(rate + k * w.log() - rate * w) * x.logp
@@ -98,13 +118,13 @@ def gamma(x: Tokens, params: LossParams) -> Tensor:
 
 def trust_region(x: Tokens, params: LossParams) -> Tensor:
     """-sg(min(rho, cap)) A log pi inside the trust region, 0 outside (DPPO)."""
-    weight = x.ratio.detach().clamp(max=_cap(params)).where(inside_trust_region(x, params), 0.0)
+    weight = x.ratio.clamp(max=_cap(params)).where(inside_trust_region(x, params), 0.0)
     return -x.advantage * weight * x.logp
 
 
 def log_clip(x: Tokens, params: LossParams) -> Tensor:
     """-rho A: the clip is inside the ratio already (GMPO)."""
-    return -x.advantage * x.ratio
+    return -x.advantage * x.level.exp()
 
 
 SURROGATES = {
@@ -133,10 +153,12 @@ def inside_trust_region(x: Tokens, params: LossParams) -> Tensor:
 
 
 def held(x: Tokens, params: LossParams) -> tuple[Tensor, Tensor, Tensor]:
-    """Which tokens the lower bound, the upper bound and the cap hold, for the metrics."""
+    """Which tokens the lower bound, the upper bound and the cap hold."""
     negative, positive = x.advantage < 0, x.advantage > 0
     low, high, cap = 1.0 - params.clip_low, 1.0 + params.clip_high, _cap(params)
     never = torch.zeros_like(negative)
+    if params.ratio == "none":
+        return never, never, never
     if params.surrogate == "clip":
         return negative & (x.ratio < low), positive & (x.ratio > high), negative & (x.ratio > cap)
     if params.surrogate == "detached":
@@ -151,30 +173,42 @@ def held(x: Tokens, params: LossParams) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def kl_terms(
-    logp: Tensor, ref: Tensor, log_ratio: Tensor, params: LossParams
-) -> tuple[Tensor, Tensor]:
-    """KL(policy || reference) of one sampled token: the estimator, and what the loss sums."""
+    logp: Tensor, ref: Tensor, log_ratio: Tensor, params: LossParams, limit: float | None
+) -> Tensor:
+    """KL(policy || reference) of one sampled token, times its factor: what the loss sums.
+
+    `limit` bounds the log-ratio inside the exponentials.
+    """
     d = ref - logp
-    value = _estimate_kl(_clamp(d, params.kl_log_ratio_limit), params.kl)
-    value = _clamp(value, params.kl_limit)
-    term = value
+    value = _estimate_kl(_clamp(d, params.kl_log_ratio_limit), params.kl, limit)
+    if params.kl_limit is not None:
+        flat = value.detach().abs() > params.kl_limit
+        bound = value.detach().clamp(-params.kl_limit, params.kl_limit)
+        inner = _clamp(torch.where(flat, 0.0, d), params.kl_log_ratio_limit)
+        value = torch.where(flat, bound, _estimate_kl(inner, params.kl, limit))
     if params.kl_gradient == "k2":
         k2 = d.square() / 2
-        term = k2 - k2.detach() + value.detach()
+        value = k2 - k2.detach() + value.detach()
     if params.kl_factor != "none":
-        ratio = log_ratio.exp()
-        term = term * (ratio if params.kl_factor == "ratio" else ratio.detach())
-    return value, term
+        ratio = saturate(log_ratio, limit).exp()
+        value = value * (ratio if params.kl_factor == "ratio" else ratio.detach())
+    return value
 
 
-def _estimate_kl(d: Tensor, kind: str) -> Tensor:
+def _estimate_kl(d: Tensor, kind: str, limit: float | None) -> Tensor:
     if kind == "k1":
         return -d
     if kind == "abs":
         return d.abs()
     if kind == "k2":
         return d.square() / 2
-    # expm1, because e^d - 1 in fp32 keeps nothing of a small d's square.
+    # Above alone: a log-ratio far below 0 is no danger to an exponential.
+    d = d if limit is None else d.clamp(max=limit)
+    return excess(d)
+
+
+def excess(d: Tensor) -> Tensor:
+    """e^d - 1 - d; expm1, because e^d - 1 in fp32 keeps nothing of a small d's square."""
     return torch.expm1(d) - d
 
 

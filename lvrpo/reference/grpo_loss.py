@@ -1,4 +1,4 @@
-"""The policy loss on packed tokens, with its KL and entropy terms and its metrics."""
+"""The policy loss on packed tokens, with its KL and entropy terms and its statistics."""
 
 from __future__ import annotations
 
@@ -7,12 +7,14 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from lvrpo.reference._log_ratio import LOG_RATIO_LIMIT, saturate
 from lvrpo.reference._policy_terms import (
     Sequences,
     Tokens,
+    excess,
     held,
     kl_terms,
-    ratio_of,
+    level_of,
     surrogate,
 )
 from lvrpo.reference._precision import widen
@@ -27,47 +29,65 @@ def grpo_loss(
     advantages: Tensor,  # [B] or [T]
     cu_seqlens: Tensor,  # [B + 1]
     *,
+    mask: Tensor | None = None,  # [T] bool
+    policy_weights: Tensor | None = None,  # [T]
+    level: str | None = None,
     ref_logprobs: Tensor | None = None,  # [T]
     entropy: Tensor | None = None,  # [T]
-    token_weights: Tensor | None = None,  # [T]
     denominator: float | None = None,
     params: LossParams,
 ) -> tuple[Tensor, Tensor]:
-    """See `lvrpo.grpo_loss`; the loss, and a vector of the fields of its metrics."""
+    """See `lvrpo.grpo_loss`; the loss, and what `LossMetrics.from_statistics` takes."""
     logp = widen(logprobs)
     tokens, batch = len(logp), len(cu_seqlens) - 1
     position = torch.arange(tokens, device=logp.device)
     sequence = torch.searchsorted(cu_seqlens, position, right=True) - 1
 
-    # Masking comes first: a masked token may hold anything, and 0 * NaN is NaN.
-    weight = torch.ones_like(logp) if token_weights is None else token_weights.detach().to(logp)
-    active = weight != 0
-    logp = torch.where(active, logp, 0.0)
-    old = logp if old_logprobs is None else torch.where(active, old_logprobs.to(logp), 0.0)
-    log_ratio = logp - old.detach()
-    advantage = advantages.detach().to(logp)
-    if len(advantage) == batch:
+    def as_data(x: Tensor) -> Tensor:
+        return x.detach().to(logp)
+
+    advantage = as_data(advantages)
+    if level == "sequence" or (level is None and len(advantage) == batch):
         advantage = advantage[sequence]
+    old = logp.detach() if old_logprobs is None else as_data(old_logprobs)
+    ref = None if ref_logprobs is None else as_data(ref_logprobs)
+    weight = torch.ones_like(logp) if policy_weights is None else as_data(policy_weights)
+    ent = torch.zeros_like(logp) if entropy is None else entropy.to(logp)
+
+    # Leaving out comes first: such a token may hold anything, and 0 * NaN is NaN.
+    asked = torch.ones_like(logp, dtype=torch.bool) if mask is None else mask > 0
+    active = asked & (weight >= 0)
+    for data in (logp, old, advantage, weight, ent, *([] if ref is None else [ref])):
+        active = active & data.detach().isfinite()
+    logp, old, ent = (torch.where(active, x, 0.0) for x in (logp, old, ent))
+    # Without old log-probs the ratio is 1, and its gradient that of the log-prob.
+    log_ratio = logp - (logp.detach() if old_logprobs is None else old)
 
     # Counted as integers: a float32 stops at 2^24 tokens.
     counted = torch.zeros_like(cu_seqlens[1:]).index_add(0, sequence, active.long())
-    count, total = counted.to(logp), counted.sum().to(logp)
-    sequences = Sequences(sequence, count)
-    ratio = ratio_of(log_ratio, advantage, sequences, params)
-    x = Tokens(logp, log_ratio, ratio, advantage)
-    policy = weight * surrogate(x, params)
+    sequences = Sequences(sequence, counted.to(logp))
+    count, total = sequences.count, counted.sum().to(logp)
 
-    kl = kl_term = torch.zeros_like(logp)
-    if ref_logprobs is not None:
-        ref = torch.where(active, ref_logprobs.detach().to(logp), 0.0)
-        kl, kl_term = kl_terms(logp, ref, log_ratio, params)
-    ent = torch.zeros_like(logp) if entropy is None else torch.where(active, entropy.to(logp), 0.0)
+    unbounded = level_of(log_ratio, advantage, sequences, params)
+    pulls = active & (weight != 0) & (advantage != 0)
+    bounded = saturate(torch.where(pulls, unbounded, 0.0), params.log_ratio_limit)
+    x = Tokens(logp, log_ratio, bounded, torch.where(pulls, advantage, 0.0))
+    policy = torch.where(pulls, weight, 0.0) * surrogate(x, params)
+
+    kl = torch.zeros_like(logp)
+    if ref is not None:
+        ref = torch.where(active, ref, 0.0)
+        kl = kl_terms(logp, ref, log_ratio, params, params.log_ratio_limit)
 
     # Every aggregation is one factor per sequence.
     outer = {"token_mean": total, "token_sum": torch.ones_like(total)}.get(
         params.aggregation, total.new_tensor(batch) if params.count_empty else (count > 0).sum()
     )
-    factor = torch.ones_like(count) / (denominator or outer.clamp(min=1))
+    if denominator is None:
+        outer = outer.clamp(min=1)
+    else:  # 0 is that of a step with nothing to divide
+        outer = torch.zeros_like(total) + (denominator if denominator > 0 else torch.inf)
+    factor = torch.ones_like(count) / outer
     if params.aggregation == "seq_mean_token_mean":
         factor = factor / count.clamp(min=1)
     elif params.aggregation == "seq_mean_token_sum_norm":
@@ -79,31 +99,53 @@ def grpo_loss(
 
     policy_loss = aggregate(policy)
     loss = policy_loss - params.entropy_coef * aggregate(ent)
-    if params.beta != 0:  # a reference given for the metric alone may overflow
-        loss = loss + params.beta * aggregate(kl_term)
+    if params.beta != 0:  # a reference given for the statistics alone may overflow
+        loss = loss + params.beta * aggregate(kl)
 
     with torch.no_grad():
-        none = total == 0
-
-        def mean(x: Tensor) -> Tensor:
-            return torch.where(active, x.double(), 0.0).sum() / total.clamp(min=1)
-
-        def extreme(x: Tensor, sign: float) -> Tensor:
-            on = torch.where(active, sign * x, -torch.inf)
-            return sign * torch.cat([on, on.new_full((1,), -torch.inf)]).amax()
-
+        # Statistics have a limit whether or not the loss has one.
+        limit = min(LOG_RATIO_LIMIT, params.log_ratio_limit or LOG_RATIO_LIMIT)
+        if ref is not None:
+            kl = kl_terms(logp, ref, log_ratio, params, limit)
+        kl_old = excess(saturate(log_ratio, limit))
+        seen = Tokens(logp, log_ratio, saturate(unbounded, params.log_ratio_limit), advantage)
+        low, high, cap = (active & x for x in held(seen, params))
         # A clip per token happens inside the sequence's ratio: what it clips is the tokens' own.
-        seen = log_ratio.exp() if params.surrogate == "log_clip" else ratio
+        ratio = saturate(log_ratio if params.surrogate == "log_clip" else unbounded, limit).exp()
+        some = counted > 0
 
-        metrics = (
+        def of_tokens(x: Tensor) -> Tensor:
+            return torch.where(active, x.double(), 0.0).sum()
+
+        def of_sequences(x: Tensor) -> Tensor:
+            return torch.where(some, sequences.mean(torch.where(active, x.to(logp), 0.0)), 0.0)
+
+        def largest(x: Tensor, on: Tensor) -> Tensor:
+            found = torch.where(on, x.double(), -torch.inf)
+            return torch.cat([found, found.new_full((1,), -torch.inf)]).amax()
+
+        def of_ratios(x: Tensor) -> Tensor:
+            # What a sequence has one of counts once.
+            if not params.one_ratio_per_sequence:
+                return of_tokens(x)
+            return sequences.mean(torch.where(active, x.double(), 0.0)).sum()
+
+        statistics = (
             policy_loss,
-            mean(kl),
-            mean(ent),
-            *(mean(tokens_held) for tokens_held in held(x, params)),
-            torch.where(none, 1.0, extreme(seen, -1.0)),
-            torch.where(none, 1.0, extreme(seen, 1.0)),
-            torch.where(none, 1.0, mean(seen)),
-            torch.where(none, 1.0, mean(seen) ** 2 / mean(seen.double().square())),
+            of_tokens(kl),
+            of_tokens(ent),
+            *(of_ratios(held_by) for held_by in (low, high, cap)),
+            of_ratios(ratio),
+            of_ratios(ratio.double().square()),
+            some.sum() if params.one_ratio_per_sequence else total,
+            of_tokens(kl_old),
             total,
+            some.sum(),
+            (asked & ~active).sum(),
+            largest(-ratio, active),
+            largest(ratio, active),
+            largest(-of_sequences(low), some),
+            largest(of_sequences(high), some),
+            largest(of_sequences(kl_old), some),
         )
-        return loss, torch.stack([x.to(logp.dtype) for x in metrics])
+        return loss, torch.stack([x.double() for x in statistics])

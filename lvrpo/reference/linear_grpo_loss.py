@@ -25,7 +25,7 @@ def linear_grpo_loss(
     params: LossParams,
     **others: Any,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """See `lvrpo.linear_grpo_loss`; loss, metrics as a vector, log-probs and entropy of tokens."""
+    """See `lvrpo.linear_grpo_loss`; loss, its statistics, log-probs and entropy of tokens."""
     return logits_grpo_loss(
         project(hidden, weight, bias),
         token_ids,

@@ -23,35 +23,39 @@ def logits_grpo_loss(
     *,
     row_index: Tensor | None = None,  # [T] into R
     ref_logprobs: Tensor | None = None,  # [T]
-    token_weights: Tensor | None = None,  # [T]
+    mask: Tensor | None = None,  # [T]
+    policy_weights: Tensor | None = None,  # [T]
+    level: str | None = None,
     denominator: float | None = None,
     params: LossParams,
     ignore_index: int = -100,
     **softmax: Any,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """See `lvrpo.logits_grpo_loss`; loss, metrics as a vector, log-probs and entropy of tokens."""
+    """See `lvrpo.logits_grpo_loss`; loss, its statistics, log-probs and entropy of tokens."""
+    active = token_ids != ignore_index
+    if mask is not None:
+        active = active & (mask > 0)
     logprobs, row_entropy = gather_logprobs(
         logits,
-        token_ids,
+        torch.where(active, token_ids, ignore_index),
         row_index,
         ignore_index=ignore_index,
         return_entropy=True,
         **softmax,
     )
     entropy = row_entropy if row_index is None else row_entropy[row_index]
-    weights = torch.ones_like(logprobs) if token_weights is None else token_weights.to(logprobs)
-    weights = torch.where(token_ids == ignore_index, 0.0, weights)
-    loss, metrics = grpo_loss(
+    loss, statistics = grpo_loss(
         logprobs,
         old_logprobs,
         advantages,
         cu_seqlens,
         ref_logprobs=ref_logprobs,
         entropy=entropy,
-        token_weights=weights,
+        mask=active,
+        policy_weights=policy_weights,
+        level=level,
         denominator=denominator,
         params=params,
     )
-    masked = weights == 0
-    logprobs, entropy = (x.detach().masked_fill(masked, 0.0) for x in (logprobs, entropy))
-    return loss, metrics, logprobs, entropy
+    logprobs, entropy = (torch.where(active, x.detach(), 0.0) for x in (logprobs, entropy))
+    return loss, statistics, logprobs, entropy

@@ -1,0 +1,266 @@
+"""The arguments of a policy loss over tokens, checked and in one form, and how its result is told.
+
+T packed tokens or [B, C] padded ones, B sequences.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from lvrpo.ops import _checks
+from lvrpo.ops._layout import TokenLayout, token_layout
+from lvrpo.ops._policy_loss import FusedPolicyLoss, LossMetrics, LossParams
+
+#: What advantages, masks and weights are given as.
+Numbers = Tensor | Sequence[Any]
+Level = Literal["token", "sequence"]
+
+
+@dataclasses.dataclass(frozen=True)
+class LossInputs:
+    """What a policy loss takes besides log-probs, packed and in the dtype of its result.
+
+    Attributes:
+        layout: of the tokens, as they were given.
+        params: the loss.
+        old_logprobs: [T] or None.
+        ref_logprobs: [T] or None.
+        entropy: [T] or None; attached to its graph.
+        mask: [T] bool or None.
+        policy_weights: [T] or None.
+        advantages: [T] with `per_token`, else [B].
+        per_token: whether the advantages are per token.
+        divisor: a denominator that is a tensor: it divides the result of the op, which then needs
+            no read from the device.
+        denominator: for the op; None for its own count.
+    """
+
+    layout: TokenLayout
+    params: LossParams
+    old_logprobs: Tensor | None
+    ref_logprobs: Tensor | None
+    entropy: Tensor | None
+    mask: Tensor | None
+    policy_weights: Tensor | None
+    advantages: Tensor
+    per_token: bool
+    divisor: Tensor | None
+    denominator: float | None
+
+    @property
+    def level(self) -> Level:
+        """What the advantages are given for."""
+        return "token" if self.per_token else "sequence"
+
+    def tensors(self) -> tuple[Tensor | None, ...]:
+        """All of them, to choose a backend by."""
+        return (
+            *(self.old_logprobs, self.ref_logprobs, self.entropy, self.mask),
+            *(self.policy_weights, self.advantages, self.layout.offsets),
+        )
+
+    def for_reference(self) -> dict[str, Any]:
+        """Keyword arguments of a reference, but for the log-probs and `entropy`."""
+        names = "old_logprobs", "advantages", "ref_logprobs", "mask", "policy_weights", "level"
+        found = {name: getattr(self, name) for name in (*names, "denominator", "params")}
+        return found | {"cu_seqlens": self.layout.offsets}
+
+    def without(self, masked: Tensor) -> LossInputs:
+        """The same with these tokens [T] masked too; the mask is there then."""
+        mask = ~masked if self.mask is None else self.mask & ~masked
+        return dataclasses.replace(self, mask=mask)
+
+    def finish_fused(
+        self, loss: Tensor, statistics: Tensor, logprobs: Tensor, entropy: Tensor
+    ) -> FusedPolicyLoss:
+        """As `finish`, with what an op that forms log-probs found, in the caller's shape."""
+        loss, metrics = self.finish(loss, statistics, logprobs)
+        restore = self.layout.restore
+        return FusedPolicyLoss(loss, metrics, restore(logprobs), restore(entropy))
+
+    def finish(
+        self, loss: Tensor, statistics: Tensor, logprobs: Tensor
+    ) -> tuple[Tensor, LossMetrics]:
+        """Loss and metrics, after naming the token that is at fault where values may be read."""
+        if self.divisor is not None:
+            # Where it is not positive nobody refused it: nothing may count.
+            positive = self.divisor > 0
+            divisor = torch.where(positive, self.divisor, 1.0)
+            loss = torch.where(positive, loss / divisor.to(loss.dtype), 0.0)
+            of_policy = torch.where(positive, statistics[:1] / divisor, 0.0)
+            statistics = torch.cat([of_policy, statistics[1:]])
+        metrics = LossMetrics.from_statistics(statistics.detach())
+        if _checks.check_values(loss):
+            self._refuse(loss, metrics, logprobs)
+        return loss, metrics
+
+    def _refuse(self, loss: Tensor, metrics: LossMetrics, logprobs: Tensor) -> None:
+        op = self.layout.op
+        if float(metrics.dropped_tokens) > 0:
+            self._refuse_tokens(logprobs.detach())
+        divisor = self.denominator if self.divisor is None else float(self.divisor)
+        if divisor == 0 and float(metrics.active_tokens) > 0:
+            raise ValueError(
+                f"{op}: denominator is {divisor}, but {int(metrics.active_tokens)} tokens are "
+                "active; expected > 0"
+            )
+        if not bool(loss.detach().isfinite()):
+            raise ValueError(
+                f"{op}: the loss is {float(loss)}, from finite inputs; params.log_ratio_limit is "
+                f"{self.params.log_ratio_limit}, and no limit or a large one lets ratios overflow"
+            )
+
+    def _refuse_tokens(self, logprobs: Tensor) -> None:
+        asked = torch.ones_like(logprobs, dtype=torch.bool) if self.mask is None else self.mask
+        expected = "a finite number where the mask lets the token in"
+        inputs = {
+            "logprobs": logprobs,
+            "old_logprobs": self.old_logprobs,
+            "ref_logprobs": self.ref_logprobs,
+            "entropy": self.entropy,
+        }
+        for name, tensor in inputs.items():
+            if tensor is not None:
+                self._refuse_first(
+                    name, tensor.detach(), asked & ~tensor.detach().isfinite(), expected
+                )
+        if self.policy_weights is not None:
+            weights = self.policy_weights
+            bad = asked & ~((weights >= 0) & weights.isfinite())
+            self._refuse_first("policy_weights", weights, bad, "finite and >= 0")
+        bad = ~self.advantages.isfinite()
+        if self.per_token:
+            self._refuse_first("advantages", self.advantages, bad & asked, expected)
+        _checks.refuse_first(self.layout.op, "advantages", self.advantages, bad, "a finite number")
+
+    def _refuse_first(self, name: str, values: Tensor, bad: Tensor, expected: str) -> None:
+        restore = self.layout.restore
+        _checks.refuse_first(self.layout.op, name, restore(values), restore(bad), expected)
+
+
+def loss_inputs(
+    op: str,
+    tokens: tuple[str, Tensor],
+    dtype: torch.dtype,
+    *,
+    old_logprobs: Tensor | None,
+    advantages: Numbers,
+    cu_seqlens: Tensor | Sequence[int] | None,
+    mask: Numbers | None,
+    policy_weights: Numbers | None,
+    level: Level | None,
+    ref_logprobs: Tensor | None,
+    entropy: Tensor | None,
+    denominator: float | Tensor | None,
+    params: LossParams,
+) -> LossInputs:
+    """Check the arguments of a policy loss and bring them to one form.
+
+    Args:
+        op: who asks.
+        tokens: name and value of the argument that says how the tokens are laid out.
+        dtype: of the result.
+        **others: as the op has them.
+
+    Raises:
+        ValueError: they do not fit each other.
+    """
+    name, like = tokens
+    layout = token_layout(op, name, like, cu_seqlens)
+    device = like.device
+    given = {"old_logprobs": old_logprobs, "ref_logprobs": ref_logprobs, "entropy": entropy}
+    flat: dict[str, Tensor | None] = {}
+    for key, tensor in given.items():
+        if tensor is not None:
+            tensor = _checks.as_tensor(op, key, tensor, device)
+            _checks.check_floating(op, key, tensor)
+            tensor = layout.flatten(key, tensor)
+            tensor = (tensor if key == "entropy" else tensor.detach()).to(dtype)
+        flat[key] = tensor
+    for key, value in (("mask", mask), ("policy_weights", policy_weights)):
+        flat[key] = None
+        if value is not None:
+            flat[key] = layout.flatten(key, _checks.as_tensor(op, key, value, device)).detach()
+    if flat["mask"] is not None:
+        flat["mask"] = _checks.as_mask(op, "mask", flat["mask"])
+    if flat["policy_weights"] is not None:
+        flat["policy_weights"] = flat["policy_weights"].to(dtype)
+    values = _checks.as_tensor(op, "advantages", advantages, device).detach()
+    per_token = _per_token(layout, values, level, params)
+    _checks.check_same_device(
+        op, **{name: like}, **flat, advantages=values, cu_seqlens=layout.offsets
+    )
+    if params.beta > 0 and ref_logprobs is None:
+        raise ValueError(f"{op}: ref_logprobs is None, but beta is {params.beta}")
+    _check_denominator(op, denominator)
+    divisor = None
+    if isinstance(denominator, Tensor):
+        divisor, denominator = denominator.detach().reshape(()).double(), 1.0
+    return LossInputs(
+        layout,
+        params,
+        **flat,
+        advantages=values.reshape(-1).to(dtype),
+        per_token=per_token,
+        divisor=divisor,
+        denominator=denominator,
+    )
+
+
+def _per_token(
+    layout: TokenLayout, advantages: Tensor, level: Level | None, params: LossParams
+) -> bool:
+    """Whether advantages of this shape are per token."""
+    op, shape = layout.op, tuple(advantages.shape)
+    sequences = layout.sequences
+    fits = {
+        "sequence": shape in ((sequences,), (sequences, 1)),
+        "token": shape == layout.shape,
+    }
+    of_token = "[T]" if len(layout.shape) == 1 else "[B, C]"
+    expected = {
+        "sequence": f"[B] = [{sequences}]",
+        "token": f"{of_token} = {list(layout.shape)}",
+    }
+    if level is not None and level not in fits:
+        raise ValueError(f"{op}: level is {level!r}, expected 'token' or 'sequence', or None")
+    if not any(fits[each] for each in ([level] if level else fits)):
+        wanted = expected[level] if level else " or ".join(expected.values())
+        raise ValueError(f"{op}: advantages has shape {shape}, expected {wanted}")
+    if params.needs_sequence_advantages:
+        if not fits["sequence"] or level == "token":
+            raise ValueError(
+                f"{op}: advantages has shape {shape}, but ratio {params.ratio!r} takes one per "
+                f"sequence, [{sequences}]"
+            )
+        return False
+    if level is not None:
+        return level == "token"
+    if all(fits.values()) and len(layout.shape) == 1 and sequences > 0:
+        each_has_one = _checks.check_values(layout.offsets) and bool(
+            (layout.offsets.diff() == 1).all()
+        )
+        if not each_has_one:
+            raise ValueError(
+                f"{op}: advantages has shape {shape}, which is [B] and [T]; say which with "
+                "level='sequence' or level='token'"
+            )
+    return not fits["sequence"]
+
+
+def _check_denominator(op: str, denominator: float | Tensor | None) -> None:
+    if isinstance(denominator, Tensor):
+        if denominator.numel() != 1:
+            shape = tuple(denominator.shape)
+            raise ValueError(f"{op}: denominator has shape {shape}, expected one number")
+        if not _checks.check_values(denominator):
+            return
+        denominator = float(denominator)
+    if denominator is not None and not 0 <= denominator < math.inf:
+        raise ValueError(f"{op}: denominator is {denominator}, expected finite and >= 0, or None")
