@@ -35,6 +35,7 @@ GRADIENT_K2 = tl.constexpr(1)
 # smallest ratio of a sequence.
 LOG_RATIO_LIMIT = tl.constexpr(20.0)
 RATIO_LIMIT = tl.constexpr(math.exp(20.0))
+RATIO_FLOOR = tl.constexpr(math.exp(-20.0))
 K3_SEEN = tl.constexpr(math.exp(20.0) - 21.0)
 LOG_GAMMA_FLOOR = tl.constexpr(math.log(1e-8))
 

@@ -16,6 +16,7 @@ from lvrpo.kernels._policy_loss import (
     LOG_CLIP,
     LOG_GAMMA_FLOOR,
     LOG_RATIO_LIMIT,
+    RATIO_FLOOR,
     RATIO_LIMIT,
     RATIO_SEQ_MEAN,
     RATIO_SEQ_MEAN_TOKEN,
@@ -360,7 +361,7 @@ def _terms_kernel(
         lows += (active & low).to(tl.int32)
         highs += (active & high).to(tl.int32)
         caps += (active & cap).to(tl.int32)
-        seen = tl.where(ratio > RATIO_LIMIT, RATIO_LIMIT, ratio)
+        seen = clamp(ratio, RATIO_FLOOR, RATIO_LIMIT)
         total += tl.where(active, seen, 0.0)
         squares += tl.where(active, seen * seen, 0.0)
         smallest = tl.minimum(smallest, tl.where(active, seen, float("inf")))

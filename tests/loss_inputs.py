@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from lvrpo.ops.grpo_loss import LossMetrics, LossParams, grpo_loss
-from lvrpo.reference._policy_terms import Sequences, ratio_of
-from lvrpo.reference.grpo_loss import grpo_loss as reference
+from lvrpo.reference._policy_terms import Sequences, level_of
+from lvrpo.reference.grpo_loss import grpo_loss as reference_grpo_loss
 
 INF = math.inf
 PARAMS = {
@@ -69,25 +69,37 @@ def make_inputs(lengths: list[int], dtype: torch.dtype = torch.float32) -> dict[
         return torch.randn(count) * spread
 
     logprobs = -normal(tokens, 1.0).abs() - 0.1
-    weights = torch.rand(tokens) + 0.5
+    weights = (torch.rand(tokens) + 0.5) * (torch.arange(tokens) % 7 != 3)
     inputs = {
         "logprobs": logprobs,
         "old_logprobs": logprobs + normal(tokens, 0.3),
         "advantages": normal(len(lengths), 1.0),
         "ref_logprobs": logprobs + normal(tokens, 0.4),
         "entropy": normal(tokens, 1.0).abs(),
-        "token_weights": weights * (torch.arange(tokens) % 4 != 1),
+        "policy_weights": weights,
     }
     cu_seqlens = torch.tensor([0, *lengths]).cumsum(0)
-    return {name: x.to(dtype) for name, x in inputs.items()} | {"cu_seqlens": cu_seqlens}
+    layout = {"cu_seqlens": cu_seqlens, "mask": torch.arange(tokens) % 4 != 1}
+    return {name: x.to(dtype) for name, x in inputs.items()} | layout
 
 
 def run_op(**inputs: Any) -> tuple[Tensor, Tensor]:
-    result = grpo_loss(**inputs)
-    return result.loss, torch.stack([getattr(result.metrics, f) for f in METRICS])
+    """Loss and statistics, the latter rounded as the loss is: they are no more exact than it."""
+    loss, metrics = grpo_loss(**inputs)
+    return loss, torch.cat([metrics.sums, metrics.extremes]).to(loss.dtype)
 
 
-METRICS = [field.name for field in dataclasses.fields(LossMetrics)]
+def reference(**inputs: Any) -> tuple[Tensor, Tensor]:
+    loss, statistics = reference_grpo_loss(**inputs)
+    return loss, statistics.to(loss.dtype)
+
+
+def metrics_of(metrics: LossMetrics) -> dict[str, float]:
+    return {name: float(value) for name, value in metrics.as_dict().items()}
+
+
+#: The statistics by name, in the order of the op.
+STATISTICS = [*LossMetrics.SUMS, *LossMetrics.EXTREMES]
 
 
 def scales(inputs: dict[str, Any]) -> dict[str, Tensor]:
@@ -106,8 +118,10 @@ def scales(inputs: dict[str, Any]) -> dict[str, Tensor]:
     d = size["ref_logprobs"] - size["logprobs"]
     loss = losses + params.beta * d.abs().sum() + 2 * policies
     metrics = metrics.abs()
-    metrics[0] = policies
-    metrics[1] = d.abs().mean().nan_to_num() + 1
+    metrics[STATISTICS.index("policy_loss")] = policies
+    metrics[STATISTICS.index("kl")] += d.abs().sum() + len(d)
+    metrics[STATISTICS.index("kl_old")] += len(d)  # e^d - 1 - d of every token
+    metrics[STATISTICS.index("kl_old_max")] += 1
     if inputs["logprobs"].dtype == torch.float64:
         # Gold has no more digits than ours here, and adds in another order.
         loss, metrics = loss * len(d) ** 0.5, metrics * len(d) ** 0.5
@@ -116,14 +130,21 @@ def scales(inputs: dict[str, Any]) -> dict[str, Tensor]:
     of_token = torch.arange(len(lengths)).repeat_interleave(lengths)
     advantage = size["advantages"]
     advantage = advantage[of_token] if len(advantage) == len(lengths) else advantage
-    active = size["token_weights"] != 0
+    active = size["mask"]
     log_ratio = torch.where(active, size["logprobs"] - size["old_logprobs"], 0.0)
     sequences = Sequences(of_token, torch.zeros(len(lengths)).double())
     sequences = Sequences(of_token, sequences.sum(active.double()))
-    ratio = ratio_of(log_ratio, advantage, sequences, params).clamp(min=1)
-    slope = size["token_weights"] * advantage.abs() * ratio * log_ratio.exp().clamp(min=1)
+    ratio = level_of(log_ratio, advantage, sequences, params).exp().clamp(min=1)
+    slope = (
+        torch.where(active, size["policy_weights"], 0.0)
+        * advantage.abs()
+        * ratio
+        * log_ratio.exp().clamp(min=1)
+    )
     slope = slope + params.beta * (1 + d.exp())
     if params.sequence_level:
+        weight = size["policy_weights"].abs().amax() if len(d) else 1.0
+        slope = slope + weight * advantage.abs() * ratio
         # Every token carries the rounding of a sum over its sequence.
         terms = 1 + log_ratio.abs().mean().nan_to_num() * lengths.max()
         slope = slope * (terms * terms if params.ratio == "seq_sum" else terms)

@@ -34,7 +34,8 @@ struct Numbers {
 inline constexpr int64_t NUMBERS = sizeof(Numbers) / sizeof(double);
 
 // Where statistics stop log-ratios, and so do the losses that are published so; VESPO's smallest ratio of a sequence.
-inline constexpr double LOG_RATIO_LIMIT = 20.0, RATIO_LIMIT = 485165195.40979, GAMMA_FLOOR = 1e-8;
+inline constexpr double LOG_RATIO_LIMIT = 20.0, RATIO_LIMIT = 485165195.40979, RATIO_FLOOR = 1.0 / RATIO_LIMIT;
+inline constexpr double GAMMA_FLOOR = 1e-8;
 
 template <typename acc>
 LVRPO_INLINE acc clamp(acc x, acc low, acc high) {  // a NaN stays a NaN

@@ -201,7 +201,7 @@ LVRPO_MULTIVERSION void count_sequence(const Tokens<acc>& in, int64_t index, int
 template <typename Kind, typename acc>
 LVRPO_INLINE void surrogate_block(const Policy<acc> by, acc of_weight, bool past, acc limit, Block<acc>& x, int64_t n,
                                   Sums& sums) {
-  const acc ratio_seen = static_cast<acc>(RATIO_LIMIT);
+  const acc least_seen = static_cast<acc>(RATIO_FLOOR), most_seen = static_cast<acc>(RATIO_LIMIT);
   double policy = 0, low = 0, high = 0, cap = 0, total = 0, squares = 0;
   acc smallest = std::numeric_limits<acc>::infinity(), largest = -std::numeric_limits<acc>::infinity();
 #pragma omp simd reduction(+ : policy, low, high, cap, total, squares) reduction(min : smallest) \
@@ -211,7 +211,7 @@ LVRPO_INLINE void surrogate_block(const Policy<acc> by, acc of_weight, bool past
     const Term<acc> term = Kind::term(by, token);
     const bool on = x.active[i], pulls = on && x.weight[i] != acc(0) && x.advantage[i] != acc(0);
     const bool flat = Kind::THROUGH_RATIO && (past || is_saturated(x.log_ratio[i], limit));
-    const acc ratio = token.ratio > ratio_seen ? ratio_seen : token.ratio;
+    const acc ratio = clamp(token.ratio, least_seen, most_seen);
     const double seen = on ? static_cast<double>(ratio) : 0.0;
     policy += pulls ? static_cast<double>(x.weight[i] * term.value) : 0.0;
     x.slope[i] = pulls && !flat ? x.weight[i] * term.slope : acc(0);

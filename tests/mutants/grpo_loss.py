@@ -10,9 +10,8 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from loss_inputs import STATISTICS, reference
 from torch import Tensor
-
-from lvrpo.reference.grpo_loss import grpo_loss as reference
 
 Mutant = Callable[..., tuple[Tensor, Tensor]]
 
@@ -41,12 +40,11 @@ def with_gradient(name: str, change: Callable[[Tensor], Tensor]) -> Mutant:
     return mutant
 
 
-def with_metric(index: int, change: Callable[[Tensor], Tensor]) -> Mutant:
+def with_statistic(name: str, change: Callable[[dict[str, Tensor]], Tensor]) -> Mutant:
     def mutant(**inputs: Any) -> tuple[Tensor, Tensor]:
-        loss, metrics = reference(**inputs)
-        metrics = metrics.clone()
-        metrics[index] = change(metrics)
-        return loss, metrics
+        loss, found = reference(**inputs)
+        by_name = dict(zip(STATISTICS, found, strict=True))
+        return loss, torch.stack([*(by_name | {name: change(by_name)}).values()])
 
     return mutant
 
@@ -109,10 +107,15 @@ MUTANTS: dict[str, Mutant] = {
     "advantage of the neighbour": shifted("advantages"),
     "old log-probs shifted by one": shifted("old_logprobs"),
     "reference log-probs shifted by one": shifted("ref_logprobs"),
-    "weights shifted by one": shifted("token_weights"),
-    "mask ignored": with_inputs(lambda inputs: {"token_weights": None}),
-    "weights as a mask": with_inputs(
-        lambda inputs: {"token_weights": (inputs["token_weights"] != 0).float()}
+    "mask shifted by one": shifted("mask"),
+    "policy weights shifted by one": shifted("policy_weights"),
+    "mask ignored": with_inputs(lambda inputs: {"mask": None}),
+    "policy weights ignored": with_inputs(lambda inputs: {"policy_weights": None}),
+    "policy weights as a mask": with_inputs(
+        lambda inputs: {"policy_weights": (inputs["policy_weights"] != 0).double()}
+    ),
+    "a policy weight of 0 leaves the denominator": with_inputs(
+        lambda inputs: {"mask": inputs["mask"] & (inputs["policy_weights"] != 0)}
     ),
     "mean over tokens": with_params(aggregation="token_mean"),
     "sum over tokens": with_params(aggregation="seq_mean_token_sum"),
@@ -133,10 +136,14 @@ MUTANTS: dict[str, Mutant] = {
     "gradient misses the first token": with_gradient("logprobs", without_first_token),
     "entropy gradient all zeros": with_gradient("entropy", torch.zeros_like),
     "entropy gradient sign flipped": with_gradient("entropy", torch.neg),
-    "clip fractions swapped": with_metric(3, lambda m: m[4]),
-    "KL metric with beta": with_metric(1, lambda m: m[1] * 0.04),
-    "effective sample size as a count": with_metric(9, lambda m: m[9] * m[10]),
-    "extremes swapped": with_metric(6, lambda m: m[7]),
+    "clip counts swapped": with_statistic("clip_fraction_low", lambda m: m["clip_fraction_high"]),
+    "KL metric with beta": with_statistic("kl", lambda m: m["kl"] * 0.04),
+    "squares of ratios not squared": with_statistic("_ratio_squared", lambda m: m["_ratio"]),
+    "extremes swapped": with_statistic("ratio_min", lambda m: -m["ratio_max"]),
+    "tokens counted as ratios of sequences": with_statistic(
+        "_ratios", lambda m: m["active_sequences"]
+    ),
+    "KL of the other policy": with_statistic("kl_old", lambda m: m["kl"]),
 }
 
 
@@ -153,6 +160,10 @@ def gammas_swapped(params: Any, **inputs: Any) -> tuple[Tensor, Tensor]:
 #: By the name of the parameters: what only this variant can get wrong.
 VARIANT_MUTANTS: dict[str, dict[str, Mutant]] = {
     "gspo, all terms": {
+        "ratios counted per token": with_statistic("_ratios", lambda m: m["active_tokens"]),
+        "a policy weight of 0 leaves the ratio": with_inputs(
+            lambda inputs: {"mask": inputs["mask"] & (inputs["policy_weights"] != 0)}
+        ),
         "sum instead of mean of the log-ratio": with_inputs(sum_for_mean_ratio),
         "token ratio": with_params(ratio="token"),
         "gradient through the own token": with_params(ratio="seq_mean_token"),
@@ -184,6 +195,7 @@ VARIANT_MUTANTS: dict[str, dict[str, Mutant]] = {
         "clip in place of the shape": with_params(surrogate="clip"),
         "log-ratio of the KL not clamped": with_params(kl_log_ratio_limit=None),
         "KL not clamped": with_params(kl_limit=None),
+        "KL metric without factor": with_statistic("kl", lambda m: m["kl"] * 0.98),
     },
     "luspo": {"mean over the tokens": with_params(aggregation="seq_mean_token_mean")},
     "gmpo": {

@@ -8,13 +8,22 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from loss_inputs import INF, METRICS, PARAMS, make_inputs, run_op, scales, stops_a_gradient
+from loss_inputs import (
+    INF,
+    PARAMS,
+    make_inputs,
+    metrics_of,
+    reference,
+    run_op,
+    scales,
+    stops_a_gradient,
+)
 from mutants.grpo_loss import MUTANTS, VARIANT_MUTANTS
 from torch import Tensor
 
 from lvrpo.ops import _backend
-from lvrpo.ops.grpo_loss import LOSS_PRESETS, LossParams, grpo_loss, loss_op, scalars_of
-from lvrpo.reference.grpo_loss import grpo_loss as reference
+from lvrpo.ops._policy_loss import choices_of, numbers_of
+from lvrpo.ops.grpo_loss import LOSS_PRESETS, LossParams, grpo_loss, loss_op
 from lvrpo.testing import check_op
 
 pytestmark = pytest.mark.usefixtures("poison_empty")
@@ -68,13 +77,12 @@ def test_matches_reference_for_any_lengths(backend, lengths, name):
 def test_narrow_inputs_and_per_token_advantages(backend):
     inputs = make_inputs([3, 0, 7, 1], torch.bfloat16) | {"params": PARAMS["grpo, all terms"]}
     inputs["advantages"] = torch.randn(11, dtype=torch.bfloat16)
-    inputs["token_weights"] = inputs["token_weights"] != 0
     check_op(
         lambda **inputs: run_op(**inputs, backend=backend),
         reference,
         inputs,
         differentiable=["logprobs", "entropy"],
-        scales=scales(inputs | {"token_weights": inputs["token_weights"].double()}),
+        scales=scales(inputs),
     )
 
 
@@ -119,9 +127,9 @@ def test_on_policy_ratio_is_exactly_one_and_has_a_gradient(backend, name):
 @pytest.mark.parametrize("params", PARAMS.values(), ids=PARAMS.keys())
 def test_masked_tokens_may_hold_anything(backend, params):
     inputs = make_inputs([6, 4, 5])
-    keep = inputs["token_weights"] != 0
+    keep = inputs["mask"]
     garbage = torch.tensor([math.nan, INF, -INF])[torch.arange(15) % 3]
-    for name in ("logprobs", "old_logprobs", "ref_logprobs", "entropy"):
+    for name in ("logprobs", "old_logprobs", "ref_logprobs", "entropy", "policy_weights"):
         inputs[name] = torch.where(keep, inputs[name], garbage).requires_grad_()
     inputs |= {"params": params, "backend": backend}
     result = grpo_loss(**inputs)
@@ -138,8 +146,7 @@ def test_masked_tokens_may_hold_anything(backend, params):
     short["cu_seqlens"] = torch.tensor([0, *counts]).cumsum(0)
     alone = grpo_loss(**short)
     torch.testing.assert_close(result.loss, alone.loss)
-    for field in METRICS:
-        torch.testing.assert_close(getattr(result.metrics, field), getattr(alone.metrics, field))
+    assert metrics_of(result.metrics) == pytest.approx(metrics_of(alone.metrics), rel=1e-5)
 
 
 @pytest.mark.parametrize("aggregation", ["token_mean", "seq_mean_token_mean", "seq_mean_token_sum"])
@@ -189,12 +196,13 @@ def test_nothing_to_learn_from(backend, lengths, name):
     inputs = empty_inputs(lengths)
     mask = torch.zeros(sum(lengths), dtype=torch.bool)
     params = LossParams.preset(name)
-    result = grpo_loss(**inputs, token_weights=mask, params=params, backend=backend)
+    result = grpo_loss(**inputs, mask=mask, params=params, backend=backend)
     result.loss.backward()
     assert float(result.loss.detach()) == 0.0
     assert (inputs["logprobs"].grad == 0).all()
-    values = [float(getattr(result.metrics, field)) for field in METRICS]
-    assert values == [0.0] * 6 + [1.0] * 4 + [0.0]
+    values = metrics_of(result.metrics)
+    of_ratios = {"ratio_min", "ratio_max", "ratio_mean", "effective_sample_size"}
+    assert values == {name: float(name in of_ratios) for name in values}
 
 
 def test_non_contiguous_inputs_and_scaled_upstream_gradient(backend):
@@ -223,7 +231,7 @@ def test_only_log_probs_and_entropy_get_a_gradient(backend):
     result.loss.backward()
     received = {name for name, leaf in leaves.items() if leaf.grad is not None}
     assert received == {"logprobs", "entropy"}
-    assert not any(getattr(result.metrics, field).requires_grad for field in METRICS)
+    assert not any(value.requires_grad for value in result.metrics.as_dict().values())
 
 
 @pytest.mark.parametrize("params", PARAMS.values(), ids=PARAMS.keys())
@@ -281,13 +289,14 @@ def test_gradcheck(backend, params):
 )
 def test_opcheck(backend):
     inputs = make_inputs([3, 0, 4])
-    scalars = scalars_of(PARAMS["grpo, all terms"])
-    names = ("logprobs", "old_logprobs", "advantages", "cu_seqlens")
-    tensors = [inputs[name] for name in (*names, "ref_logprobs", "entropy", "token_weights")]
+    params = PARAMS["grpo, all terms"]
+    by = (numbers_of(params), False, *choices_of(params))
+    names = ("logprobs", "old_logprobs", "advantages", "cu_seqlens", "ref_logprobs", "entropy")
+    tensors = [inputs[name] for name in (*names, "mask", "policy_weights")]
     op = loss_op(backend).default
-    torch.library.opcheck(op, (*tensors, *scalars))
-    bare = (inputs["logprobs"], None, *tensors[2:4], None, None, None)
-    torch.library.opcheck(op, (*bare, *scalars))
+    torch.library.opcheck(op, (*tensors, *by))
+    bare = (inputs["logprobs"], None, *tensors[2:4], None, None, None, None)
+    torch.library.opcheck(op, (*bare, *by))
 
 
 @pytest.mark.parametrize(

@@ -6,11 +6,20 @@ import pytest
 import torch
 from loss_inputs import INF
 
-from lvrpo.ops.grpo_loss import LOSS_PRESETS, LossParams, grpo_loss, scalars_of
+from lvrpo.ops._policy_loss import choices_of, numbers_of
+from lvrpo.ops.grpo_loss import LOSS_PRESETS, LossParams, grpo_loss
 
 NAN_AT_1 = torch.tensor([0.0, math.nan])
 BAD = {
-    "two-dimensional": ({"logprobs": torch.zeros(1, 2)}, r"logprobs has shape \(1, 2\)"),
+    "padded with offsets": (
+        {"logprobs": torch.zeros(1, 2)},
+        r"cu_seqlens is given, but logprobs has shape \(1, 2\), a sequence a row",
+    ),
+    "packed without offsets": (
+        {"cu_seqlens": None},
+        r"cu_seqlens is None, but logprobs has shape \(2,\); packed tokens",
+    ),
+    "three-dimensional": ({"logprobs": torch.zeros(1, 2, 1)}, r"logprobs has shape \(1, 2, 1\)"),
     "integer log-probs": ({"logprobs": torch.zeros(2).long()}, "logprobs is torch.int64"),
     "old too short": ({"old_logprobs": torch.zeros(1)}, r"old_logprobs has shape \(1,\)"),
     "advantages neither [B] nor [T]": (
@@ -19,15 +28,46 @@ BAD = {
     ),
     "advantage NaN": ({"advantages": NAN_AT_1}, r"advantages\[1\] is nan"),
     "offsets end early": ({"cu_seqlens": torch.tensor([0, 1])}, "cu_seqlens ends at 1, expected 2"),
-    "int32 offsets": ({"cu_seqlens": torch.tensor([0, 2]).int()}, "cu_seqlens is torch.int32"),
+    "float offsets": ({"cu_seqlens": torch.tensor([0.0, 2.0])}, "cu_seqlens is torch.float32"),
+    "offsets of words": ({"cu_seqlens": "ab"}, "cu_seqlens is a str that no tensor can be made of"),
+    "mask of another shape": ({"mask": torch.ones(3)}, r"mask has shape \(3,\), expected \[2\]"),
+    "negative mask": ({"mask": torch.tensor([1, -1])}, r"mask\[1\] is -1, expected 0, or a number"),
+    "mask NaN": ({"mask": NAN_AT_1}, r"mask\[1\] is nan"),
+    "level of nothing": ({"level": "word"}, "level is 'word', expected 'token' or 'sequence'"),
+    "level that does not fit": (
+        {"level": "token"},
+        r"advantages has shape \(1,\), expected \[T\] = \[2\]",
+    ),
+    "level that nobody said": (
+        {"advantages": torch.ones(2), "cu_seqlens": torch.tensor([0, 2, 2])},
+        r"advantages has shape \(2,\), which is \[B\] and \[T\]; say which with level=",
+    ),
+    "overflow without a limit": (
+        {
+            "logprobs": torch.zeros(2),
+            "old_logprobs": torch.tensor([-200.0, 0.0]),
+            "advantages": -torch.ones(1),
+            "params": LossParams(log_ratio_limit=None),
+        },
+        "the loss is inf, from finite inputs; params.log_ratio_limit is None",
+    ),
     "beta without reference": ({"params": LossParams(beta=0.1)}, "ref_logprobs is None, but beta"),
     "entropy bonus without entropy": (
         {"params": LossParams(entropy_coef=0.1)},
         "entropy is None, but entropy_coef is 0.1",
     ),
-    "negative weight": ({"token_weights": torch.tensor([1.0, -1.0])}, r"token_weights\[1\] is -1"),
-    "denominator zero": ({"denominator": 0.0}, "denominator is 0.0"),
+    "negative weight": (
+        {"policy_weights": torch.tensor([1.0, -1.0])},
+        r"policy_weights\[1\] is -1",
+    ),
+    "infinite weight": (
+        {"policy_weights": torch.tensor([INF, 1.0])},
+        r"policy_weights\[0\] is inf",
+    ),
+    "denominator zero": ({"denominator": 0.0}, "denominator is 0.0, but 2 tokens are active"),
     "denominator tensor zero": ({"denominator": torch.tensor(0)}, "denominator is 0.0"),
+    "negative denominator": ({"denominator": -1}, "denominator is -1"),
+    "denominator NaN": ({"denominator": torch.tensor(math.nan)}, "denominator is nan"),
     "denominator vector": ({"denominator": torch.ones(2)}, r"denominator has shape \(2,\)"),
     "log-prob NaN": ({"logprobs": NAN_AT_1}, r"logprobs\[1\] is nan"),
     "log-prob -inf": ({"logprobs": torch.tensor([-INF, 0.0])}, r"logprobs\[0\] is -inf"),
@@ -36,6 +76,7 @@ BAD = {
         {"ref_logprobs": NAN_AT_1, "params": LossParams(beta=0.1)},
         r"ref_logprobs\[1\] is nan",
     ),
+    "entropy NaN": ({"entropy": NAN_AT_1}, r"entropy\[1\] is nan"),
     "advantages per token for a sequence": (
         {"advantages": torch.zeros(2), "params": LossParams(ratio="seq_mean")},
         r"advantages has shape \(2,\), but ratio 'seq_mean' takes one per sequence, \[1\]",
@@ -95,6 +136,7 @@ BAD_PARAMS = {
     "gamma": ({"gamma_neg": (1.0, -1.0)}, r"gamma_neg is \(1.0, -1.0\)"),
     "kl_factor": ({"kl_factor": "rho"}, "kl_factor is 'rho'"),
     "kl_gradient": ({"kl_gradient": "k1"}, "kl_gradient is 'k1'"),
+    "log_ratio_limit": ({"log_ratio_limit": 0.0}, "log_ratio_limit is 0.0"),
     "kl_limit": ({"kl_limit": -1.0}, "kl_limit is -1.0"),
     "kl_log_ratio_limit": ({"kl_log_ratio_limit": 0.0}, "kl_log_ratio_limit is 0.0"),
     "no max_length": ({"aggregation": "seq_mean_token_sum_norm"}, "max_length is None"),
@@ -108,25 +150,24 @@ def test_bad_params(change, message):
         LossParams(**change)
 
 
-CHOICES = {
-    "ratio": 0,
-    "surrogate": 1,
-    "kl": 10,
-    "kl_factor": 11,
-    "kl_gradient": 12,
-    "aggregation": 16,
-}
+CHOICES = ["ratio", "surrogate", "kl", "kl_factor", "kl_gradient", "aggregation"]
 
 
-@pytest.mark.parametrize(("name", "position"), CHOICES.items(), ids=CHOICES.keys())
-def test_the_op_refuses_a_choice_that_does_not_exist(name, position):
-    scalars = list(scalars_of(LossParams()))
-    scalars[position] = 9
-    token = torch.zeros(1)
+@pytest.mark.parametrize("name", CHOICES)
+def test_the_op_refuses_a_choice_that_does_not_exist(name):
+    choices = [*choices_of(LossParams())]
+    choices[CHOICES.index(name)] = 9
+    token, none = torch.zeros(1), [None] * 4
     with pytest.raises(RuntimeError, match=f"{name} is 9"):
         torch.ops.lvrpo.grpo_loss_fwd(
-            token, None, token, torch.tensor([0, 1]), None, None, None, *scalars
+            *(token, None, token, torch.tensor([0, 1]), *none, numbers_of(LossParams()), False),
+            *choices,
         )
+
+
+def test_the_weights_that_were_also_a_mask_name_their_successors():
+    with pytest.raises(TypeError, match=r"token_weights is gone; give mask=.*and policy_weights="):
+        grpo_loss(torch.zeros(1), None, [1.0], [0, 1], token_weights=torch.ones(1))
 
 
 @pytest.mark.parametrize("kl_factor", ["none", "ratio"])
@@ -143,7 +184,7 @@ def test_a_reference_for_the_metric_alone_does_not_reach_the_loss(backend, kl_fa
     )
     loss.backward()
     assert float(loss.detach()) == -1.0
-    assert float(metrics.kl) == INF
+    assert float(metrics.kl) == pytest.approx((math.exp(20) - 21) / 2)
     assert logprobs.grad.tolist() == [-0.5, -0.5]
 
 
