@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import math
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, TypeVar, cast, overload
 
 import torch
@@ -108,25 +108,6 @@ def refuse_first(op: str, name: str, values: Tensor, bad: Tensor, expected: str)
         at = tuple(bad.nonzero()[0].tolist())
         index = ", ".join(str(i) for i in at)
         raise ValueError(f"{op}: {name}[{index}] is {values[at].tolist()}, expected {expected}")
-
-
-#: Keywords that are gone.
-RENAMED = ("sample_weights", "token_weights")
-
-
-def refuse_keywords(op: str, given: Mapping[str, Any]) -> None:
-    """Refuse unknown keywords, those that are gone with the names of their successors.
-
-    Raises:
-        TypeError: there are any.
-    """
-    for name in given:
-        if name in RENAMED:
-            raise TypeError(
-                f"{op}: {name} is two arguments: mask says what counts in denominators, KL and "
-                "metrics; policy_weights multiply the policy term alone"
-            )
-        raise TypeError(f"{op}() got an unexpected keyword argument {name!r}")
 
 
 def check_shape(op: str, name: str, tensor: Tensor, expected: tuple[int | str, ...]) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple, NoReturn, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
@@ -131,6 +131,7 @@ class FlowPolicyLoss(NamedTuple):
     metrics: FlowLossMetrics
 
 
+@_checks.replaced(sample_weights=_checks.MASK_AND_WEIGHTS)
 def flow_policy_loss(
     velocity: Tensor,
     velocity_old: Tensor,
@@ -144,7 +145,6 @@ def flow_policy_loss(
     denominator: Tensor | float | None = None,
     params: FlowLossParams = _DEFAULT,
     backend: str | None = None,
-    **unexpected: NoReturn,
 ) -> FlowPolicyLoss:
     """sum_n (w_n policy_n + beta KL_n) / denominator over N (image, trained step) pairs.
 
@@ -170,14 +170,13 @@ def flow_policy_loss(
             samples that count. Where it is 0, as a count of nothing is, the loss is 0.
         params: the objective.
         backend: "cpp", "torch", or None for the first that can run.
-        **unexpected: refused; `sample_weights` with the names of its successors.
 
     Returns:
         loss: [] fp32 (fp64 from an fp64 velocity).
         metrics: see `FlowLossMetrics`.
 
     Raises:
-        TypeError: `sample_weights` is given, or another unknown keyword.
+        TypeError: `sample_weights` is given, which `mask` and `policy_weights` replaced.
         ValueError: shapes, dtypes or devices do not match, or beta > 0 without `velocity_ref`; on a
             CPU also when a sample that counts is of a deterministic step or holds NaN or inf, a
             weight or the mask is negative or not finite, the denominator is negative or not finite,
@@ -185,7 +184,6 @@ def flow_policy_loss(
             not count, a weight or an advantage that is not finite takes the policy term away, and
             such a denominator the loss.
     """
-    _checks.refuse_keywords(OP, unexpected)
     check_latents(OP, velocity, velocity_old=velocity_old, noise=noise, velocity_ref=velocity_ref)
     masked = None if mask is None else per_sample(OP, "mask", mask, velocity)
     weights = policy_weights

@@ -191,15 +191,14 @@ def _text_loss(step: _Update, pack: Pack, text: Tensor, reference_text: Tensor) 
         answers.logprobs[pack.tokens],
         advantages[pack.completions].float(),
         pack.cu_seqlens,
+        level="sequence",
         ref_logprobs=ref_logprobs,
+        entropy=entropy.detach()[pack.row_index],  # for the metrics
         denominator=float(len(answers.logprobs if per_token else answers.token_ids)),
         params=objective.text,
         backend=policy.backend,
     )
-    # [R] of rows; the mean is over tokens, however many of them a row predicts.
-    per_token_entropy = entropy.detach()[pack.row_index]
-    share = len(pack.token_ids) / len(answers.logprobs)
-    step.metrics.add_text(result, per_token_entropy, share)
+    step.metrics.add("text", result)
     return result.loss
 
 
@@ -222,44 +221,29 @@ def _image_loss(step: _Update, pack: Pack, velocity: Tensor, velocity_ref: Tenso
         params=step.objective.image,
         backend=step.policy.backend,
     )
-    step.metrics.add_image(result)
+    step.metrics.add("image", result)
     return result.loss
 
 
 class _Metrics:
-    """Puts together what the packs of one update report: sums, weighted means and extremes.
+    """Puts together what the packs of one update report.
 
     It stays on the device until the last pack, so that no pack waits for the one before it.
     """
 
     def __init__(self) -> None:
-        self.found: dict[str, Tensor] = {}  # fp64 scalars
+        self.losses: dict[str, Tensor] = {}  # fp64 scalars
+        self.texts: list[LossMetrics] = []
         self.images: list[FlowLossMetrics] = []
 
-    def add_text(self, result: PolicyLoss, entropy: Tensor, share: float) -> None:
-        """`share` is this pack's part of the tokens: its metrics are means over its own."""
-        found = result.metrics
-        self._add("loss/text", result.loss.detach())
-        self._add("kl/text", found.kl, share)
-        self._add("entropy/text", entropy.mean(), share)
-        self._add("clip/text", found.clip_fraction_low + found.clip_fraction_high, share)
-        self._extremes("text", found)
-
-    def add_image(self, result: FlowPolicyLoss) -> None:
-        self._add("loss/image", result.loss.detach())
-        self.images.append(result.metrics)
-
-    def _add(self, name: str, value: Tensor, share: float = 1.0) -> None:
-        self.found[name] = self.found.get(name, 0.0) + share * value.double()
-
-    def _extremes(self, modality: str, found: LossMetrics) -> None:
-        # Unlike Python's min and max, torch's keep the NaN that the self test must see.
-        for name, value, extreme in (
-            (f"ratio/{modality}/min", found.ratio_min, torch.minimum),
-            (f"ratio/{modality}/max", found.ratio_max, torch.maximum),
-        ):
-            so_far = self.found.get(name, torch.ones_like(value, dtype=torch.float64))
-            self.found[name] = extreme(so_far, value.double())
+    def add(self, modality: str, result: PolicyLoss | FlowPolicyLoss) -> None:
+        """The loss and metrics of one pack; losses have a common denominator, and add up."""
+        name = f"loss/{modality}"
+        self.losses[name] = self.losses.get(name, 0.0) + result.loss.detach().double()
+        if isinstance(result.metrics, LossMetrics):
+            self.texts.append(result.metrics)
+        else:
+            self.images.append(result.metrics)
 
     def result(self) -> dict[str, float]:
         """All metrics by name."""
@@ -269,13 +253,26 @@ class _Metrics:
 
     def on_device(self) -> dict[str, Tensor]:
         """The same as fp64 scalars that nobody has waited for."""
-        if not self.images:
-            return self.found
-        image = FlowLossMetrics.merge(self.images)
-        return self.found | {
-            "kl/image": image.kl_velocity_mse.double(),
-            "kl_gaussian/image": image.kl_gaussian.double(),
-            "clip/image": (image.clip_fraction_low + image.clip_fraction_high).double(),
-            "ratio/image/min": image.ratio_min.double().clamp(max=1.0),
-            "ratio/image/max": image.ratio_max.double().clamp(min=1.0),
-        }
+        found: dict[str, Tensor] = {}
+        if self.texts:
+            text = LossMetrics.merge(self.texts)
+            found |= {
+                "kl/text": text.kl,
+                "kl_old/text": text.kl_old,
+                "entropy/text": text.entropy,
+            } | _bounds("text", text)
+        if self.images:
+            image = FlowLossMetrics.merge(self.images)
+            found |= {
+                "kl/image": image.kl_velocity_mse,
+                "kl_gaussian/image": image.kl_gaussian,
+            } | _bounds("image", image)
+        return self.losses | {name: value.double() for name, value in found.items()}
+
+
+def _bounds(modality: str, metrics: LossMetrics | FlowLossMetrics) -> dict[str, Tensor]:
+    return {
+        f"clip/{modality}": metrics.clip_fraction_low + metrics.clip_fraction_high,
+        f"ratio/{modality}/min": metrics.ratio_min.clamp(max=1.0),
+        f"ratio/{modality}/max": metrics.ratio_max.clamp(min=1.0),
+    }

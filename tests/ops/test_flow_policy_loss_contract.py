@@ -328,12 +328,10 @@ def test_denominator_in_any_form(backend, denominator):
     assert results[0].shape == ()
 
 
-@pytest.mark.parametrize("name", ["sample_weights", "token_weights", "weight"])
-def test_keywords_that_are_gone(name):
-    message = "mask says what counts.*policy_weights multiply" if name != "weight" else "'weight'"
+def test_the_weights_that_were_also_a_mask_name_their_successors():
     latents = [torch.zeros(2, 3)] * 3
-    with pytest.raises(TypeError, match=message):
-        flow_policy_loss(*latents, ONE, torch.zeros(2), **{name: torch.ones(2)})
+    with pytest.raises(TypeError, match=r"sample_weights is gone; give mask=.*and policy_weights="):
+        flow_policy_loss(*latents, ONE, torch.zeros(2), sample_weights=torch.ones(2))
 
 
 @pytest.mark.parametrize(
