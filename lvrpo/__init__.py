@@ -4,7 +4,8 @@ Importing it needs torch only. The model is in `lvrpo.models`, the training loop
 """
 
 from lvrpo.masks import SpanMask, Tile
-from lvrpo.ops._policy_loss import FusedPolicyLoss, LossMetrics, LossParams, PolicyLoss
+from lvrpo.ops._loss_metrics import LossMetrics
+from lvrpo.ops._policy_loss import FusedPolicyLoss, LossParams, PolicyLoss
 from lvrpo.ops.flow_policy_loss import (
     FlowLossMetrics,
     FlowLossParams,

@@ -19,8 +19,9 @@ from lvrpo.ops._linear_head import LinearHead, dtypes_of, fake_gradients
 from lvrpo.ops._linear_plan import plan_rows
 from lvrpo.ops._linear_rows import OUTSIDE, HeadRows, Softmax
 from lvrpo.ops._loss_inputs import LossInputs
+from lvrpo.ops._loss_metrics import STATISTICS
 from lvrpo.ops._numbers import numbers
-from lvrpo.ops._policy_loss import STATISTICS, choices_of, numbers_of
+from lvrpo.ops._policy_loss import choices_of, numbers_of
 from lvrpo.ops._targets import Targets
 
 

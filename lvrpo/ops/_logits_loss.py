@@ -18,8 +18,9 @@ from lvrpo.ops._fused_loss import LossCall
 from lvrpo.ops._linear_head import Chunk, Rows
 from lvrpo.ops._linear_rows import OUTSIDE, HeadRows, Softmax
 from lvrpo.ops._loss_inputs import LossInputs
+from lvrpo.ops._loss_metrics import STATISTICS
 from lvrpo.ops._numbers import numbers
-from lvrpo.ops._policy_loss import STATISTICS, choices_of, numbers_of
+from lvrpo.ops._policy_loss import choices_of, numbers_of
 from lvrpo.ops._targets import Targets, any_of
 
 #: Bytes of logits that are read for nothing rather than call a kernel before them and one after.

@@ -15,7 +15,8 @@ from torch import Tensor
 
 from lvrpo.ops import _checks
 from lvrpo.ops._layout import TokenLayout, token_layout
-from lvrpo.ops._policy_loss import FusedPolicyLoss, LossMetrics, LossParams
+from lvrpo.ops._loss_metrics import LossMetrics
+from lvrpo.ops._policy_loss import FusedPolicyLoss, LossParams
 
 #: What advantages, masks and weights are given as.
 Numbers = Tensor | Sequence[Any]
@@ -162,11 +163,8 @@ def loss_inputs(
 ) -> LossInputs:
     """Check the arguments of a policy loss and bring them to one form.
 
-    Args:
-        op: who asks.
-        tokens: name and value of the argument that says how the tokens are laid out.
-        dtype: of the result.
-        **others: as the op has them.
+    `tokens` is the name and the value of the argument that says how the tokens are laid out,
+    `dtype` that of the result; everything else is as the op has it.
 
     Raises:
         ValueError: they do not fit each other.

@@ -14,10 +14,9 @@ from torch.autograd.function import once_differentiable
 
 from lvrpo.ops import _backend, _checks, _library
 from lvrpo.ops._loss_inputs import Level, Numbers, loss_inputs
+from lvrpo.ops._loss_metrics import STATISTICS, LossMetrics
 from lvrpo.ops._policy_loss import (
     LOSS_PRESETS,
-    STATISTICS,
-    LossMetrics,
     LossParams,
     PolicyLoss,
     choices_of,
@@ -114,8 +113,7 @@ def grpo_loss(
     logp = logp.reshape(-1)
     chosen = _backend.resolve(OP, (logprobs, *data.tensors()), backend)
     if chosen == "torch":
-        with torch.autocast(logp.device.type, enabled=False):
-            result = reference_grpo_loss(logp, entropy=data.entropy, **data.for_reference())
+        result = reference_grpo_loss(logp, entropy=data.entropy, **data.for_reference())
     else:
         result = _GrpoLoss.apply(  # type: ignore[no-untyped-call]
             logp,

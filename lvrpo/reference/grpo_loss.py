@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import TYPE_CHECKING
 
 import torch
@@ -102,50 +103,73 @@ def grpo_loss(
     if params.beta != 0:  # a reference given for the statistics alone may overflow
         loss = loss + params.beta * aggregate(kl)
 
-    with torch.no_grad():
-        # Statistics have a limit whether or not the loss has one.
-        limit = min(LOG_RATIO_LIMIT, params.log_ratio_limit or LOG_RATIO_LIMIT)
-        if ref is not None:
-            kl = kl_terms(logp, ref, log_ratio, params, limit)
-        kl_old = excess(saturate(log_ratio, limit))
-        seen = Tokens(logp, log_ratio, saturate(unbounded, params.log_ratio_limit), advantage)
-        low, high, cap = (active & x for x in held(seen, params))
-        # A clip per token happens inside the sequence's ratio: what it clips is the tokens' own.
-        ratio = saturate(log_ratio if params.surrogate == "log_clip" else unbounded, limit).exp()
-        some = counted > 0
+    measured = _Measured(active, asked, advantage, unbounded, ent, ref)
+    statistics = _statistics(logp, log_ratio, sequences, measured, params)
+    return loss, torch.stack([policy_loss.detach().double(), *statistics])
 
-        def of_tokens(x: Tensor) -> Tensor:
-            return torch.where(active, x.double(), 0.0).sum()
 
-        def of_sequences(x: Tensor) -> Tensor:
-            return torch.where(some, sequences.mean(torch.where(active, x.to(logp), 0.0)), 0.0)
+@dataclasses.dataclass(frozen=True)
+class _Measured:
+    """What statistics are made of besides log-probs, all [T]: which tokens count, and which the
+    mask lets in; advantages; the log of the ratio at its level; entropy; reference log-probs.
+    """
 
-        def largest(x: Tensor, on: Tensor) -> Tensor:
-            found = torch.where(on, x.double(), -torch.inf)
-            return torch.cat([found, found.new_full((1,), -torch.inf)]).amax()
+    active: Tensor
+    asked: Tensor
+    advantage: Tensor
+    level: Tensor
+    entropy: Tensor
+    ref: Tensor | None
 
-        def of_ratios(x: Tensor) -> Tensor:
-            # What a sequence has one of counts once.
-            if not params.one_ratio_per_sequence:
-                return of_tokens(x)
-            return sequences.mean(torch.where(active, x.double(), 0.0)).sum()
 
-        statistics = (
-            policy_loss,
-            of_tokens(kl),
-            of_tokens(ent),
-            *(of_ratios(held_by) for held_by in (low, high, cap)),
-            of_ratios(ratio),
-            of_ratios(ratio.double().square()),
-            some.sum() if params.one_ratio_per_sequence else total,
-            of_tokens(kl_old),
-            total,
-            some.sum(),
-            (asked & ~active).sum(),
-            largest(-ratio, active),
-            largest(ratio, active),
-            largest(-of_sequences(low), some),
-            largest(of_sequences(high), some),
-            largest(of_sequences(kl_old), some),
-        )
-        return loss, torch.stack([x.double() for x in statistics])
+@torch.no_grad()
+def _statistics(
+    logp: Tensor, log_ratio: Tensor, sequences: Sequences, x: _Measured, params: LossParams
+) -> list[Tensor]:
+    """All but the first that `LossMetrics.from_statistics` takes, in fp64."""
+    # They have a limit whether or not the loss has one.
+    limit = min(LOG_RATIO_LIMIT, params.log_ratio_limit or LOG_RATIO_LIMIT)
+    kl = torch.zeros_like(logp)
+    if x.ref is not None:
+        kl = kl_terms(logp, x.ref, log_ratio, params, limit)
+    kl_old = excess(saturate(log_ratio, limit))
+    seen = Tokens(logp, log_ratio, saturate(x.level, params.log_ratio_limit), x.advantage)
+    low, high, cap = (x.active & by for by in held(seen, params))
+    # A clip per token happens inside the sequence's ratio: what it clips is the tokens' own.
+    ratio = saturate(log_ratio if params.surrogate == "log_clip" else x.level, limit).exp()
+    some, tokens = sequences.count > 0, sequences.count.sum()
+
+    def of_tokens(y: Tensor) -> Tensor:
+        return torch.where(x.active, y.double(), 0.0).sum()
+
+    def of_ratios(y: Tensor) -> Tensor:
+        # What a sequence has one of counts once.
+        if not params.one_ratio_per_sequence:
+            return of_tokens(y)
+        return sequences.mean(torch.where(x.active, y.double(), 0.0)).sum()
+
+    def of_sequences(y: Tensor) -> Tensor:
+        return sequences.mean(torch.where(x.active, y.to(logp), 0.0))
+
+    def largest(y: Tensor, on: Tensor) -> Tensor:
+        found = torch.where(on, y.double(), -torch.inf)
+        return torch.cat([found, found.new_full((1,), -torch.inf)]).amax()
+
+    statistics = (
+        of_tokens(kl),
+        of_tokens(x.entropy),
+        *(of_ratios(by) for by in (low, high, cap)),
+        of_ratios(ratio),
+        of_ratios(ratio.double().square()),
+        some.sum() if params.one_ratio_per_sequence else tokens,
+        of_tokens(kl_old),
+        tokens,
+        some.sum(),
+        (x.asked & ~x.active).sum(),
+        largest(-ratio, x.active),
+        largest(ratio, x.active),
+        largest(-of_sequences(low), some),
+        largest(of_sequences(high), some),
+        largest(of_sequences(kl_old), some),
+    )
+    return [y.double() for y in statistics]

@@ -13,7 +13,8 @@ from lvrpo.models.flow import FlowSchedule
 from lvrpo.models.groups import Pack, PictureGroup, pack_groups
 from lvrpo.models.policy import Policy
 from lvrpo.models.unified import UnifiedModel
-from lvrpo.ops._policy_loss import LossMetrics, LossParams, PolicyLoss
+from lvrpo.ops._loss_metrics import LossMetrics
+from lvrpo.ops._policy_loss import LossParams, PolicyLoss
 from lvrpo.ops.flow_policy_loss import (
     FlowLossMetrics,
     FlowLossParams,

@@ -188,7 +188,8 @@ def loss_data(dtype: torch.dtype) -> Inputs:
         "advantages": random(3, dtype=dtype),
         "cu_seqlens": torch.tensor([0, 2, 4, 5]),
         "ref_logprobs": random(5, dtype=dtype).abs().neg() - 2,
-        "token_weights": torch.tensor([1.0, 0.5, 1.0, 0.0, 2.0]).to(dtype),
+        "mask": torch.tensor([1, 1, 1, 0, 1]),
+        "policy_weights": torch.tensor([1.0, 0.5, 0.0, 3.0, 2.0]).to(dtype),
         "params": LossParams(beta=0.1),
     }
 
@@ -264,6 +265,7 @@ LOSS_SETTINGS = (
             "params.clip_low": between(0.1, 0.3),
             "params.clip_high": between(0.1, 0.4),
             "params.ratio_cap": between(1.5, 3.0),
+            "params.log_ratio_limit": between(0.5, 20.0),
             "params.beta": between(0.01, 0.3),
             "params.kl_log_ratio_limit": between(0.3, 5.0),
             "params.kl_limit": between(0.1, 3.0),

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import Tensor
 from trainer.small_policy import GROUP, SCHEDULE, experience, small_policy
 
+from lvrpo import grpo_loss
 from lvrpo.models.policy import Policy
 from lvrpo.ops._policy_loss import LossParams
 from lvrpo.ops.flow_policy_loss import FlowLossParams
@@ -358,7 +358,9 @@ def test_the_objective_is_that_of_the_configuration():
 
 def test_a_ratio_that_is_not_a_number_fails_the_self_test():
     metrics = _Metrics()
-    for value in torch.tensor([1.0, math.nan, 1.0]):
-        metrics._extremes("text", SimpleNamespace(ratio_min=value, ratio_max=value))
+    for log_ratio in (0.0, math.nan, 0.0):
+        result = grpo_loss(torch.zeros(2), torch.zeros(2), [1.0], [0, 2])
+        result.metrics.extremes[:2] += log_ratio
+        metrics.add("text", result)
     with pytest.raises(SelfTestError, match=r"ratio/text/m.. is nan"):
         check_ratio(metrics.result())
