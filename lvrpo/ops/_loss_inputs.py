@@ -200,11 +200,13 @@ def loss_inputs(
     divisor = None
     if isinstance(denominator, Tensor):
         divisor, denominator = denominator.detach().reshape(()).double(), 1.0
+    # The reference saves what it is given; entropy is differentiated, and not of that kind.
+    saved = {key: x if key == "entropy" else _checks.as_saved(x) for key, x in flat.items()}
     return LossInputs(
-        layout,
+        dataclasses.replace(layout, offsets=_checks.as_saved(layout.offsets)),
         params,
-        **flat,
-        advantages=values.reshape(-1).to(dtype),
+        **saved,
+        advantages=_checks.as_saved(values.reshape(-1).to(dtype)),
         per_token=per_token,
         divisor=divisor,
         denominator=denominator,

@@ -8,10 +8,6 @@ import pytest
 
 #: By test, as a pattern of its name with parameters: why it fails. A test that passes has to go.
 PENDING: dict[str, str] = {
-    r"test_two_graphs_serve_all_values\[cpp-grpo_loss-\w+\]": "constants of the graph",
-    r"test_two_graphs_serve_all_values\[cpp-(logits|linear)_grpo_loss-(?!length)\w+\]": (
-        "constants of the graph"
-    ),
     r"test_two_graphs_serve_all_values\[\w+-packed_attention-scores\]": "constants of the graph",
     r"test_gradients_are_the_same_bits\[cpp-packed_attention-non_reentrant-(fp32|autocast)\]": (
         "its backward reads what it saved more than once"
@@ -20,8 +16,6 @@ PENDING: dict[str, str] = {
         "it refuses mixed dtypes under autocast"
     ),
     r"test_attention_does_what_sdpa_does\[.*\]": "autocast does not lower its factors",
-    r"test_data_may_be_inference_tensors\[cpp-(logits|linear)_grpo_loss\]": "saved as they are",
-    r"test_data_may_be_inference_tensors\[torch-grpo_loss\]": "saved as they are",
     r"test_a_frozen_part_may_be_an_inference_tensor\[\w+-packed_attention\]": "saved as they are",
 }
 

@@ -21,7 +21,8 @@ LIKE_ATTENTION = ("packed_attention",)
 ON_POLICY = {
     "old_logprobs": None,
     "ref_logprobs": None,
-    "token_weights": None,
+    "mask": None,
+    "policy_weights": None,
     "params": lvrpo.LossParams(),
 }
 
