@@ -39,6 +39,8 @@ SPILL_BUDGET: dict[str, int] = {
     "dkv_kernel": 80,
     "_measure_kernel": 8,
     "_write_kernel": 8,
+    # On 9.0 alone, for GPG: it also counts the samples that any reward scored.
+    "_batch_kernel": 8,
     # On 8.6 alone, where more programs fit on an SM.
     "_dlogits_kernel": 8,
     "_terms_kernel": 8,
