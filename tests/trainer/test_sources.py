@@ -39,8 +39,8 @@ def test_the_run_learns_from_the_users_reward(own):
     rows = read_metrics(own / "run")
     assert [row["phase"] for row in rows] == ["warm_start"] * 3 + ["grpo"] * 3
     for row in rows[3:]:
-        assert 0 <= row[f"reward/generate/{own}/reward.py:brightness"] <= 1
-        assert row[f"share/generate/{own}/reward.py:brightness"] == pytest.approx(1, abs=1e-4)
+        assert 0 <= row["reward/generate/reward.py:brightness"] <= 1
+        assert row["share/generate/reward.py:brightness"] == pytest.approx(1, abs=1e-4)
         assert row["grad_norm"] > 0
     panels = charts._by_task(rows, "reward")
     assert {task: list(names.values()) for task, names in panels.items()} == {
@@ -63,7 +63,7 @@ def test_drawings_without_a_rule_are_neither_right_nor_wrong(own):
 
 
 def test_drawings_without_a_rule_are_scored_by_the_users_reward_before_and_after(own):
-    name = f"{own}/reward.py:brightness"
+    name = "reward.py:brightness"
     before, after = (eval_rewards(row) for row in read_evals(own / "run"))
     for means in (before, after):
         assert set(means) == {("understand", "r_ins"), ("generate", name)}
