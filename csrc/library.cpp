@@ -35,14 +35,14 @@ STABLE_TORCH_LIBRARY(lvrpo, m) {
       "flow_policy_loss_bwd(Tensor dloss, Tensor velocity, Tensor velocity_old, Tensor noise, Tensor? velocity_ref, "
       "Tensor directions) -> Tensor dvelocity");
   // q_lo ... runs are the tables of a SpanMask, and query_tiles, key_work, key_parts those of its schedule, which kernels
-  // on a GPU need; softcap = 0 means none.
+  // on a GPU need. numbers [2] fp64, on the CPU: scale, softcap (0: none).
   m.def(
       "packed_attention_fwd(Tensor q, Tensor k, Tensor v, Tensor q_lo, Tensor q_hi, Tensor rows, Tensor spans, "
-      "Tensor runs, Tensor? query_tiles, float scale, float softcap) -> (Tensor out, Tensor lse)");
+      "Tensor runs, Tensor? query_tiles, Tensor numbers) -> (Tensor out, Tensor lse)");
   m.def(
       "packed_attention_bwd(Tensor dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, "
       "Tensor q_lo, Tensor q_hi, Tensor rows, Tensor spans, Tensor runs, Tensor? query_tiles, Tensor? key_work, "
-      "Tensor? key_parts, float scale, float softcap) "
+      "Tensor? key_parts, Tensor numbers) "
       "-> (Tensor dq, Tensor dk, Tensor dv)");
   // baseline, scale and whiten count through the choices of lvrpo/ops/_advantage_params.py; numbers are ddof, eps,
   // std_floor and clip, which may be infinite. stats [5, K] are share, constant_groups, mean, std, applicable.

@@ -59,11 +59,13 @@ def _dkv_tile(
     z, t = scores(k, q, scale, softcap, HAS_SOFTCAP, PRECISION)
     dp = tl.dot(v, tl.trans(dout), input_precision=PRECISION, out_dtype=scale.dtype)
     p, ds = score_gradient(z, t, bits[None, :], dp, delta[None, :], HAS_SOFTCAP)
+    # Keys that only unused rows see may hold anything.
+    sees = (bits != float("inf"))[None, :]
     if MASKED:
         row = tl.load(rows_ptr + index, mask=inside, other=-1)
-        sees = (lo[:, None] <= row[None, :]) & (row[None, :] < hi[:, None])
-        p = tl.where(sees, p, 0.0)
-        ds = tl.where(sees, ds, 0.0)
+        sees &= (lo[:, None] <= row[None, :]) & (row[None, :] < hi[:, None])
+    p = tl.where(sees, p, 0.0)
+    ds = tl.where(sees, ds, 0.0)
     dv += tl.dot(p.to(dout.dtype), dout, input_precision=PRECISION, out_dtype=scale.dtype)
     dk += tl.dot(ds.to(q.dtype), q, input_precision=PRECISION, out_dtype=scale.dtype)
     return dk, dv

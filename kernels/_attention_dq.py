@@ -20,7 +20,7 @@ def row_terms_kernel(
     out_ptr,  # [Lq, Hq, Dv]
     lse_ptr,  # [Lq, Hq], nats
     dlse_ptr,  # [Lq, Hq] or None
-    bits_ptr,  # [Hq, Lq], lse in bits; inf where nothing is seen, so that probabilities are 0
+    bits_ptr,  # [Hq, Lq], lse in bits; inf where nothing is seen or nothing is used: p is 0
     delta_ptr,  # [Hq, Lq], sum of dout * out, less dlse
     queries,
     heads,
@@ -36,13 +36,16 @@ def row_terms_kernel(
     dout = load_tile(dout_ptr, first, count, V_WIDTH, True, BLOCK_Q, V_WIDTH, BLOCK_DV)
     out = load_tile(out_ptr, first, count, V_WIDTH, True, BLOCK_Q, V_WIDTH, BLOCK_DV)
     delta = tl.sum(dout.to(lse.dtype) * out.to(lse.dtype), axis=1)
+    unused = tl.max((dout.to(lse.dtype) != 0.0).to(tl.int32), axis=1) == 0
     if dlse_ptr is not None:
-        delta -= tl.load(dlse_ptr + index, mask=inside, other=0.0)
+        dlse = tl.load(dlse_ptr + index, mask=inside, other=0.0)
+        delta -= dlse
+        unused &= dlse == 0.0
     # By head: the other kernels read consecutive rows of one.
     place = index % heads * queries + index // heads
-    bits = tl.where(lse == float("-inf"), float("inf"), lse * LOG2E)
+    bits = tl.where(unused | (lse == float("-inf")), float("inf"), lse * LOG2E)
     tl.store(bits_ptr + place, bits, mask=inside)
-    tl.store(delta_ptr + place, delta, mask=inside)
+    tl.store(delta_ptr + place, tl.where(unused, 0.0, delta), mask=inside)
 
 
 @triton.jit
@@ -74,7 +77,8 @@ def _dq_tile(
     if MASKED:
         sees = visible(q_lo_ptr, q_hi_ptr, key, end, row, BLOCK_K)
         ds = tl.where(sees, ds, 0.0)
-        k = tl.where((tl.max(sees.to(tl.int32), axis=0) > 0)[:, None], k, 0.0)
+        # A row that sees such a key has a ds that is not finite.
+        k = tl.where(tl.abs(k.to(scale.dtype)) < float("inf"), k, 0.0)
     return dq + tl.dot(ds.to(k.dtype), k, input_precision=PRECISION, out_dtype=scale.dtype)
 
 
@@ -144,6 +148,8 @@ def dq_kernel(
         HAS_SOFTCAP, PRECISION, WIDTH, V_WIDTH, BLOCK_D, BLOCK_DV, BLOCK_K,
     )  # fmt: skip
 
+    # A row whose results nobody uses may have seen NaN.
+    dq = tl.where((bits == float("inf"))[:, None], 0.0, dq)
     column = tl.arange(0, BLOCK_D)
     place = index.to(tl.int64) * heads + head
     tl.store(

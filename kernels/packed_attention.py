@@ -89,9 +89,11 @@ def _attend(
     row_sum = factor * row_sum + tl.sum(p, axis=1)
     v = load_tile(v_ptr, key, end, stride_v, MASKED, BLOCK_K, V_WIDTH, BLOCK_DV)
     if MASKED:
-        # Keys that nobody sees may be memory that nobody wrote: 0 * NaN is NaN.
-        seen = tl.max(sees.to(tl.int32), axis=0) > 0
-        v = tl.where(seen[:, None], v, 0.0)
+        # What a row does not see may hold anything, and 0 * NaN is NaN.
+        finite = tl.abs(v.to(scale.dtype)) < float("inf")
+        broken = tl.min(finite.to(tl.int32), axis=1) == 0
+        p = tl.where(sees & broken[None, :], float("nan"), p)
+        v = tl.where(finite, v, 0.0)
     out = out * factor[:, None]
     out += tl.dot(p.to(v.dtype), v, input_precision=PRECISION, out_dtype=scale.dtype)
     return out, new_max, row_sum
@@ -171,7 +173,7 @@ def _forward_kernel(
     )
 
 
-def packed_attention_fwd(q, k, v, q_lo, q_hi, rows, spans, runs, query_tiles, scale, softcap):
+def packed_attention_fwd(q, k, v, q_lo, q_hi, rows, spans, runs, query_tiles, numbers):
     """Launcher; contract in `lvrpo.ops.packed_attention`."""
     q, k, v = (_with_unit_columns(x) for x in (q, k, v))
     queries, heads, _ = q.shape
@@ -193,20 +195,22 @@ def packed_attention_fwd(q, k, v, q_lo, q_hi, rows, spans, runs, query_tiles, sc
         query_tiles_ptr=query_tiles,
         out_ptr=out,
         lse_ptr=lse,
-        **_common(q, k, v, scale, softcap),
+        **_common(q, k, v, numbers),
     )
     return out, lse
 
 
 def packed_attention_bwd(
     dout, dlse, q, k, v, out, lse, q_lo, q_hi, rows, spans, runs, query_tiles, key_work, key_parts,
-    scale, softcap,
+    numbers,
 ):  # fmt: skip
     """Launcher; every sum has a fixed order."""
     q, k, v = (_with_unit_columns(x) for x in (q, k, v))
     dout = dout.contiguous()
     bits, delta = _row_terms(dout, dlse, out, lse)
-    common = _common(q, k, v, scale, softcap)
+    # Rows whose results nobody uses may hold anything: their share of dk is 0 times these.
+    q = q.masked_fill((bits == float("inf")).T[:, :, None], 0.0)
+    common = _common(q, k, v, numbers)
     common |= {"dout_ptr": dout, "q_ptr": q, "k_ptr": k, "v_ptr": v, "bits_ptr": bits}
     common |= {
         "queries": len(q),
@@ -299,8 +303,9 @@ def _config(table, q, v):
     return next(config for widest, config in configs.items() if width <= widest)
 
 
-def _common(q, k, v, scale, softcap):
+def _common(q, k, v, numbers):
     """The arguments that all kernels over scores have."""
+    scale, softcap = numbers.tolist()
     return {
         "heads": q.shape[1],
         "heads_per_kv": q.shape[1] // k.shape[1],

@@ -177,6 +177,8 @@ def describe() -> str:
         if backend == "flash":
             found = _flash_varlen.installed()
             available += ": " + ", ".join(f"{x.name} ({version})" for x, version in found.items())
+        if backend == "triton" and _backend.triton_interprets():
+            available += f" in the interpreter, but for bf16: {_backend.NO_BF16}"
         lines.append(f"  {backend:8} {_backend.why_unavailable(backend) or available}")
 
     width = max(len(op) for op in op_names())

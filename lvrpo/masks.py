@@ -158,20 +158,29 @@ class SpanMask:
 
     @classmethod
     def from_bagel(
-        cls, split_lens: Sequence[int], attn_modes: Sequence[str], sample_lens: Sequence[int]
+        cls,
+        split_lens: Sequence[int] | Tensor,
+        attn_modes: Sequence[str],
+        sample_lens: Sequence[int] | Tensor,
+        sample_splits: Sequence[int] | Tensor | None = None,
     ) -> SpanMask:
         """The mask of a BAGEL training pack.
 
         Args:
-            split_lens: tokens of each split: a text, or an image with its two delimiters.
+            split_lens: tokens of each split: a text, or an image with its two delimiters; 0 for an
+                image that was dropped for guidance, which `bagel_position_ids` still counts.
             attn_modes: per split, "causal" (text), "full" (a clean image) or "noise" (a noisy
                 image, hidden from every other split).
             sample_lens: tokens of each sample; a sample is whole splits.
+            sample_splits: how many splits each sample has. Only a split of 0 tokens where two
+                samples meet needs it: without, it ends the first of them.
 
         Raises:
-            ValueError: a mode is unknown, or a split crosses the end of its sample.
+            ValueError: a mode is unknown, or the splits of a sample do not add up to it.
         """
-        return cls.from_spans(*builders.bagel_layout(split_lens, attn_modes, sample_lens))
+        return cls.from_spans(
+            *builders.bagel_layout(split_lens, attn_modes, sample_lens, sample_splits)
+        )
 
     @classmethod
     def from_token_types(

@@ -8,9 +8,11 @@ selected queries. Nothing is read from a device.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -50,22 +52,41 @@ def bagel_position_ids(mask: SpanMask) -> Tensor:
 
 
 @on_the_host
-def mrope_position_ids(mask: SpanMask, grids: Mapping[int, tuple[int, int, int]]) -> Tensor:
+def mrope_position_ids(
+    mask: SpanMask,
+    grids: Mapping[int, tuple[int, int, int]],
+    *,
+    seconds_per_frame: Mapping[int, float] | None = None,
+    tokens_per_second: float = 1.0,
+    resume: Literal["after_largest", "after_frame"] = "after_largest",
+) -> Tensor:
     """M-RoPE (time, height, width) ids, as Qwen-VL numbers them.
 
-    Text has three equal ids that advance by one per token. The tokens of an image are numbered in
-    each direction from the position that it starts at, and what follows starts after the largest.
+    Text has three equal ids that advance by one per token. The tokens of an image or a video are
+    numbered in each direction from the position that it starts at. Frames of a video whose seconds
+    are given are `tokens_per_second` ids a second apart, rounded down (Qwen2.5-VL); all others one.
 
     Args:
         mask: its image tokens are spans of their own, whatever their mode.
         grids: by span, the image's frames, rows and columns of tokens, after merging of patches.
+        seconds_per_frame: by span, the seconds from one frame of a grid to the next; > 0.
+            transformers: `second_per_grid_ts`.
+        tokens_per_second: of the model's vision config.
+        resume: where what follows a span of `grids` starts. "after_largest": after its largest id,
+            as in transformers up to 4.49. "after_frame": after its largest height and width, as in
+            transformers 5.24, where the ids of a video's later frames recur. Images do not differ.
 
     Returns:
         [3, L] int64; 0 in padding.
 
     Raises:
-        ValueError: a span is not in the mask, or its grid has another number of tokens; names it.
+        ValueError: a span is not in the mask, its grid has another number of tokens, or its seconds
+            have no grid (named); a number is not finite or not above 0; `resume` is unknown.
     """
+    if resume not in ("after_largest", "after_frame"):
+        raise ValueError(f"resume is {resume!r}, expected 'after_largest' or 'after_frame'")
+    if not 0 < tokens_per_second < math.inf:
+        raise ValueError(f"tokens_per_second is {tokens_per_second}, expected a number > 0")
     advances = [end - start for start, end in pairwise(mask.span_offsets)]
     for span, (frames, height, width) in grids.items():
         if not 0 <= span < mask.num_spans:
@@ -75,15 +96,36 @@ def mrope_position_ids(mask: SpanMask, grids: Mapping[int, tuple[int, int, int]]
                 f"the grid of span {span} is {frames} x {height} x {width}, the span has "
                 f"{advances[span]} tokens"
             )
-    for span, grid in grids.items():
-        advances[span] = max(grid)
+    seconds = dict(seconds_per_frame or {})
+    for span, value in seconds.items():
+        if span not in grids:
+            raise ValueError(f"seconds_per_frame has span {span}, which has no grid")
+        if not 0 < value < math.inf:
+            raise ValueError(f"seconds_per_frame[{span}] is {value}, expected a number > 0")
+    times: dict[int, Tensor] = {}
+    for span, (frames, height, width) in grids.items():
+        times[span] = torch.arange(frames)
+        if span in seconds:
+            times[span] = _time_ids(frames, seconds[span], tokens_per_second, resume)
+        last_time = int(times[span][-1]) + 1 if resume == "after_largest" else 0
+        advances[span] = max(last_time, height, width)
     first = _first_ids(mask, advances)
     ids = _ids(mask, first, [True] * mask.num_spans).repeat(3, 1)
-    for span, grid in grids.items():
-        directions = torch.meshgrid(*map(torch.arange, grid), indexing="ij")
+    for span, (_, height, width) in grids.items():
+        directions = times[span], torch.arange(height), torch.arange(width)
         start, end = mask.span_offsets[span : span + 2]
-        ids[:, start:end] = torch.stack(directions).flatten(1) + first[span]
+        grid = torch.stack(torch.meshgrid(*directions, indexing="ij"))
+        ids[:, start:end] = grid.flatten(1) + first[span]
     return move(ids, mask.q_lo.device)
+
+
+def _time_ids(frames: int, seconds: float, tokens_per_second: float, resume: str) -> Tensor:
+    """[frames] int64, in fp32 and in the order of each release, for rounding down shows it."""
+    frame = torch.arange(frames, dtype=torch.float32)
+    per_frame, rate = torch.tensor([seconds, tokens_per_second], dtype=torch.float32)
+    after_largest = resume == "after_largest"
+    time: Tensor = frame * per_frame * rate if after_largest else frame * (per_frame * rate)
+    return time.long()
 
 
 @dataclass(frozen=True, eq=False)

@@ -13,7 +13,8 @@ few units in the last place.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+import contextlib
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -176,3 +177,48 @@ def check_op(
         if name.startswith("d"):
             expected = inputs[name[1:]].dtype
             assert value.dtype == expected, f"{name}: is {value.dtype}, expected {expected}"
+
+
+_bf16_repairs = 0
+
+
+def interpreter_has_bf16() -> bool:
+    """Whether `interpreter_with_bf16` is in force."""
+    return _bf16_repairs > 0
+
+
+@contextlib.contextmanager
+def interpreter_with_bf16() -> Iterator[None]:
+    """Inside, Triton's interpreter (TRITON_INTERPRET=1) computes with bf16 as a GPU does.
+
+    By itself it truncates to bf16 and multiplies bit patterns, which is why `backend="triton"`
+    refuses bf16 there otherwise. For tests: it replaces functions of `triton`, for all threads,
+    and puts them back at the end. Needs Triton.
+    """
+    global _bf16_repairs
+    from triton.runtime import interpreter as triton
+
+    bf16, fp32 = triton.tl.bfloat16, triton.tl.float32
+    convert, dot = triton._convert_float, triton.InterpreterBuilder.create_dot
+
+    def rounding(data: Any, source: Any, target: Any, mode: Any) -> Any:
+        if (source, target) == (fp32, bf16):
+            return torch.from_numpy(data.copy()).bfloat16().view(torch.uint16).numpy()
+        return convert(data, source, target, mode)
+
+    def widened(x: Any) -> Any:
+        if x.dtype != bf16:
+            return x
+        data = convert(x.data, bf16, fp32, None).view("float32").reshape(x.data.shape)
+        return triton.TensorHandle(data, fp32)
+
+    def of_values(self: Any, a: Any, b: Any, *rest: Any) -> Any:
+        return dot(self, widened(a), widened(b), *rest)
+
+    triton._convert_float, triton.InterpreterBuilder.create_dot = rounding, of_values
+    _bf16_repairs += 1
+    try:
+        yield
+    finally:
+        _bf16_repairs -= 1
+        triton._convert_float, triton.InterpreterBuilder.create_dot = convert, dot

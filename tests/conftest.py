@@ -9,6 +9,7 @@ import torch
 
 from lvrpo import info
 from lvrpo.ops import _backend
+from lvrpo.testing import interpreter_with_bf16
 
 
 def backends() -> list[str]:
@@ -34,33 +35,11 @@ def backend(request: pytest.FixtureRequest) -> Iterator[str]:
 
 
 @pytest.fixture(autouse=True, scope="session")
-def _interpreter_of_bf16():
-    """Triton's interpreter truncates to bf16 and multiplies its bit patterns; hardware does not."""
+def _interpreter_with_bf16() -> Iterator[None]:
     if _backend.why_unavailable("triton") or not _backend.triton_interprets():
         yield
         return
-    from triton.runtime import interpreter as triton
-
-    bf16, fp32 = triton.tl.bfloat16, triton.tl.float32
-    convert, dot = triton._convert_float, triton.InterpreterBuilder.create_dot
-
-    def rounding(data, source, target, mode):
-        if (source, target) == (fp32, bf16):
-            return torch.from_numpy(data.copy()).bfloat16().view(torch.uint16).numpy()
-        return convert(data, source, target, mode)
-
-    def widened(x):
-        if x.dtype != bf16:
-            return x
-        data = convert(x.data, bf16, fp32, None).view("float32").reshape(x.data.shape)
-        return triton.TensorHandle(data, fp32)
-
-    def of_values(self, a, b, *rest):
-        return dot(self, widened(a), widened(b), *rest)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(triton, "_convert_float", rounding)
-        patch.setattr(triton.InterpreterBuilder, "create_dot", of_values)
+    with interpreter_with_bf16():
         yield
 
 

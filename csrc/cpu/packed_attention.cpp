@@ -13,6 +13,7 @@
 #include <vector>
 
 #include "cpu/packed_attention_call.h"
+#include "cpu/packed_attention_careful.h"
 
 namespace lvrpo {
 namespace {
@@ -31,18 +32,23 @@ void forward_tile(const Attention<scalar_t>& at, const QueryTile& tile, int64_t 
                           arena.take(lanes.padded), arena.take(lanes.padded)};
   load_lanes<scalar_t, acc>(at.q.at(tile.row_begin, head), at.q.row_stride, at.q.head_stride, lanes, at.q.width,
                             at.scale, q_rows, state.q_t);
-  std::fill_n(state.out, lanes.padded * at.v_padded(), acc(0));
-  std::fill_n(state.max, lanes.padded, -std::numeric_limits<acc>::infinity());
-  std::fill_n(state.sum, lanes.padded, acc(0));
-
-  KeyBlock block;
-  KeyCursor cursor(at.layout, at.plan, tile, lanes);
-  while (cursor.next(block)) {
-    const Rows<acc> k = key_rows(at.k.at(0, kv_head), at.k.row_stride, block, at.k.width, false, k_copy);
-    const Rows<acc> v = key_rows(at.v.at(0, kv_head), at.v.row_stride, block, at.v.width, true, v_copy);
-    forward_block(block, k, v, at.q.width, at.v.width, lanes, at.softcap, state);
+  for (const bool careful : {false, true}) {
+    std::fill_n(state.out, lanes.padded * at.v_padded(), acc(0));
+    std::fill_n(state.max, lanes.padded, -std::numeric_limits<acc>::infinity());
+    std::fill_n(state.sum, lanes.padded, acc(0));
+    KeyBlock block;
+    KeyCursor cursor(at.layout, at.plan, tile, lanes);
+    while (cursor.next(block)) {
+      const Rows<acc> k = key_rows(at.k.at(0, kv_head), at.k.row_stride, block, at.k.width, false, k_copy);
+      Rows<acc> v = key_rows(at.v.at(0, kv_head), at.v.row_stride, block, at.v.width, true, v_copy);
+      bool broken[BLOCK_KEYS] = {};
+      if (careful) v = finite_rows(block, v, at.v.width, v_copy, broken);
+      forward_block(block, k, v, at.q.width, at.v.width, lanes, at.softcap, state);
+      if (careful) spoil_lanes(block, broken, at.v_padded(), state.out);
+    }
+    finish_forward(at.v.width, lanes, state);
+    if (all_finite(state.out, lanes.count * at.v_padded())) break;
   }
-  finish_forward(at.v.width, lanes, state);
   store_lanes<scalar_t, acc>(state.out, acc(1), lanes, at.v.width, out.at(tile.row_begin, head), out.row_stride,
                              out.head_stride);
   for (int64_t m = 0; m < lanes.count; ++m)
@@ -55,8 +61,7 @@ int64_t rows_of_documents(const SpanLayout& layout) {
 }
 
 std::tuple<Tensor, Tensor> packed_attention_fwd(Tensor q, Tensor k, Tensor v, Tensor q_lo, Tensor q_hi, Tensor rows,
-                                                Tensor spans, Tensor runs, optional<Tensor>, double scale,
-                                                double softcap) {
+                                                Tensor spans, Tensor runs, optional<Tensor>, Tensor numbers) {
   const SpanLayout layout = span_layout(q_lo, q_hi, rows, spans, runs);
   check_inputs(q, k, v, layout);
   q = with_contiguous_heads(q);
@@ -69,7 +74,7 @@ std::tuple<Tensor, Tensor> packed_attention_fwd(Tensor q, Tensor k, Tensor v, Te
 
   LVRPO_DISPATCH_FLOATING(q.scalar_type(), scalar_t, [&] {
     using acc = acc_t<scalar_t>;
-    const Attention<scalar_t> at(q, k, v, layout, scale, softcap);
+    const Attention<scalar_t> at(q, k, v, layout, numbers);
     const HeadRows<scalar_t> out_rows = mutable_head_rows<scalar_t>(out);
     acc* lse_data = lse.mutable_data_ptr<acc>();
     const int64_t padding = rows_of_documents(layout);
@@ -97,10 +102,11 @@ struct Upstream {
   const acc *dlse, *lse;  // [Lq, Hq]; dlse may be null
 };
 
+// Whether dq is finite.
 template <typename scalar_t, typename acc>
-void backward_tile(const Attention<scalar_t>& at, const Upstream<scalar_t>& up, const QueryTile& tile, int64_t kv_head,
+bool backward_tile(const Attention<scalar_t>& at, const Upstream<scalar_t>& up, const QueryTile& tile, int64_t kv_head,
                    int64_t first_of_group, HeadRows<scalar_t> dq, acc* dk, acc* dv, int64_t first_key,
-                   Arena<acc>& arena) {
+                   bool careful, Arena<acc>& arena) {
   const Lanes lanes = at.lanes(tile, first_of_group);
   const int64_t head = kv_head * at.groups.per_kv + first_of_group, heads = at.groups.kv_heads * at.groups.per_kv;
   acc *k_copy = arena.take(BLOCK_KEYS * at.padded()), *v_copy = arena.take(BLOCK_KEYS * at.v_padded());
@@ -131,15 +137,33 @@ void backward_tile(const Attention<scalar_t>& at, const Upstream<scalar_t>& up, 
                      (up.dlse ? up.dlse[row * heads + column] : acc(0));
   }
 
+  Care care;
+  if (careful) {
+    acc dlse[BLOCK_LANES] = {};
+    for (int64_t m = 0; up.dlse && m < lanes.count; ++m)
+      dlse[m] = up.dlse[(tile.row_begin + m / lanes.heads) * heads + head + m % lanes.heads];
+    care.sort_lanes(lanes, at.padded(), at.v_padded(), dlse, state.q, state.dout, state.lse, state.delta);
+    transpose(state.q, lanes.padded, at.padded(), state.q_t);
+    transpose(state.dout, lanes.padded, at.v_padded(), state.dout_t);
+  }
+
   KeyBlock block;
   KeyCursor cursor(at.layout, at.plan, tile, lanes);
   while (cursor.next(block)) {
-    const Rows<acc> k = key_rows(at.k.at(0, kv_head), at.k.row_stride, block, at.k.width, true, k_copy);
-    const Rows<acc> v = key_rows(at.v.at(0, kv_head), at.v.row_stride, block, at.v.width, false, v_copy);
-    backward_block(block, k, v, at.q.width, at.v.width, lanes, at.softcap, state);
+    Rows<acc> k = key_rows(at.k.at(0, kv_head), at.k.row_stride, block, at.k.width, true, k_copy);
+    Rows<acc> v = key_rows(at.v.at(0, kv_head), at.v.row_stride, block, at.v.width, false, v_copy);
+    if (careful) {
+      std::fill_n(care.broken, BLOCK_KEYS, false);
+      k = finite_rows(block, k, at.k.width, k_copy, care.broken);
+      v = finite_rows(block, v, at.v.width, v_copy, care.broken);
+    }
+    backward_scores(block, k, v, at.q.width, at.v.width, lanes, at.softcap, state);
+    if (careful) care.finish(block, lanes, state.p, state.ds);
+    add_gradients(block, k, at.q.width, at.v.width, lanes, state);
   }
   store_lanes<scalar_t, acc>(state.dq, at.scale, lanes, at.q.width, dq.at(tile.row_begin, head), dq.row_stride,
                              dq.head_stride);
+  return all_finite(state.dq, lanes.count * at.padded());
 }
 
 // Zeroes rows [begin, end) of a contiguous gradient.
@@ -226,14 +250,18 @@ void backward(const Attention<scalar_t>& at, const Upstream<scalar_t>& up, HeadR
     const int64_t kv_head = job % kv_heads, keys = unit.key_end - document.key_begin;
     acc* dk_sums = arena.take(keys * width);
     acc* dv_sums = dk_sums + keys * gradients.padded;
-    std::fill_n(dk_sums, keys * width, acc(0));
     acc* mark = arena.mark();
-    for (int64_t t = unit.tile_begin; t < unit.tile_end; ++t) {
-      for (int64_t first = 0; first < at.groups.per_kv; first += at.groups.per_tile) {
-        arena.rewind(mark);
-        backward_tile<scalar_t, acc>(at, up, plan.tiles[t], kv_head, first, dq, dk_sums, dv_sums, document.key_begin,
-                                     arena);
+    for (const bool careful : {false, true}) {
+      std::fill_n(dk_sums, keys * width, acc(0));
+      bool finite = true;
+      for (int64_t t = unit.tile_begin; t < unit.tile_end; ++t) {
+        for (int64_t first = 0; first < at.groups.per_kv; first += at.groups.per_tile) {
+          arena.rewind(mark);
+          finite &= backward_tile<scalar_t, acc>(at, up, plan.tiles[t], kv_head, first, dq, dk_sums, dv_sums,
+                                                 document.key_begin, careful, arena);
+        }
       }
+      if (finite && all_finite(dk_sums, keys * width)) break;
     }
     if (unit.whole) {
       gradients.store(dk_sums, keys, document.key_begin, kv_head);
@@ -251,8 +279,7 @@ void backward(const Attention<scalar_t>& at, const Upstream<scalar_t>& up, HeadR
 std::tuple<Tensor, Tensor, Tensor> packed_attention_bwd(Tensor dout, optional<Tensor> dlse, Tensor q, Tensor k,
                                                         Tensor v, Tensor out, Tensor lse, Tensor q_lo, Tensor q_hi,
                                                         Tensor rows, Tensor spans, Tensor runs, optional<Tensor>,
-                                                        optional<Tensor>, optional<Tensor>, double scale,
-                                                        double softcap) {
+                                                        optional<Tensor>, optional<Tensor>, Tensor numbers) {
   const SpanLayout layout = span_layout(q_lo, q_hi, rows, spans, runs);
   check_inputs(q, k, v, layout);
   q = with_contiguous_heads(q);
@@ -282,7 +309,7 @@ std::tuple<Tensor, Tensor, Tensor> packed_attention_bwd(Tensor dout, optional<Te
 
   LVRPO_DISPATCH_FLOATING(q.scalar_type(), scalar_t, [&] {
     using acc = acc_t<scalar_t>;
-    const Attention<scalar_t> at(q, k, v, layout, scale, softcap);
+    const Attention<scalar_t> at(q, k, v, layout, numbers);
     const Upstream<scalar_t> up{head_rows<scalar_t>(dout), head_rows<scalar_t>(out),
                                 dlse ? dlse->const_data_ptr<acc>() : nullptr, lse.const_data_ptr<acc>()};
     backward(at, up, mutable_head_rows<scalar_t>(dq), mutable_head_rows<scalar_t>(dk), mutable_head_rows<scalar_t>(dv));

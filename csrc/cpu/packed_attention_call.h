@@ -109,14 +109,18 @@ struct Attention {
   HeadGroups groups;
   acc scale, softcap;
 
-  Attention(const Tensor& q, const Tensor& k, const Tensor& v, const SpanLayout& layout, double scale, double softcap)
+  // numbers: scale, softcap.
+  Attention(const Tensor& q, const Tensor& k, const Tensor& v, const SpanLayout& layout, const Tensor& numbers)
       : q(head_rows<scalar_t>(q)),
         k(head_rows<scalar_t>(k)),
         v(head_rows<scalar_t>(v)),
         layout(layout),
-        groups(head_groups(q, k)),
-        scale(static_cast<acc>(scale)),
-        softcap(static_cast<acc>(softcap)) {
+        groups(head_groups(q, k)) {
+    check_dtype(numbers, ScalarType::Double, "numbers");
+    check_contiguous(numbers, "numbers");
+    check_size(numbers, 0, 2, "numbers");
+    scale = static_cast<acc>(numbers.const_data_ptr<double>()[0]);
+    softcap = static_cast<acc>(numbers.const_data_ptr<double>()[1]);
     plan = plan_tiles(layout, groups.rows_per_tile, groups.kv_heads);
   }
 

@@ -238,8 +238,8 @@ struct BackwardState {
 };
 
 template <typename acc>
-LVRPO_MULTIVERSION void backward_block(const KeyBlock& block, Rows<acc> k, Rows<acc> v, int64_t width, int64_t v_width,
-                                       Lanes lanes, acc softcap, const BackwardState<acc>& state) {
+LVRPO_MULTIVERSION void backward_scores(const KeyBlock& block, Rows<acc> k, Rows<acc> v, int64_t width,
+                                        int64_t v_width, Lanes lanes, acc softcap, const BackwardState<acc>& state) {
   const int64_t count = lanes.padded;
   dot_keys(block, k, state.q_t, width, count, state.p);
   dot_keys(block, v, state.dout_t, v_width, count, state.ds);
@@ -264,6 +264,13 @@ LVRPO_MULTIVERSION void backward_block(const KeyBlock& block, Rows<acc> k, Rows<
     }
     for (int64_t m = end; m < count; ++m) p[m] = ds[m] = acc(0);
   }
+}
+
+// The rest of a block, once its p and ds are there.
+template <typename acc>
+LVRPO_MULTIVERSION void add_gradients(const KeyBlock& block, Rows<acc> k, int64_t width, int64_t v_width, Lanes lanes,
+                                      const BackwardState<acc>& state) {
+  const int64_t count = lanes.padded;
   const int64_t padded = round_to_vector<acc>(width), v_padded = round_to_vector<acc>(v_width);
   add_weighted_keys(block, state.ds, k, padded, lanes, state.dq);
   add_to_keys(block, state.ds, state.q, padded, count, state.product, state.dk, state.first_key);

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from lvrpo.ops import _flash_varlen, _library
+from lvrpo.testing import interpreter_has_bf16
 
 #: In order of preference. `cuda` joins as its kernels land. `flash` comes after what runs anywhere,
 #: so that it has to be asked for: nothing measured says that it is faster.
@@ -22,6 +23,10 @@ BACKENDS = ("cpp", "triton", "torch", "flash")
 #: By backend, why it cannot run the inputs of a call; a function is asked only where it matters.
 Limits = Mapping[str, str | Callable[[], str]]
 TRITON_INSTALLED = importlib.util.find_spec("triton") is not None
+NO_BF16 = (
+    "Triton's interpreter multiplies the bit patterns of bf16 "
+    "(inside lvrpo.testing.interpreter_with_bf16() it does not)"
+)
 FLOATING = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
@@ -33,7 +38,9 @@ def why_unavailable(backend: str) -> str:
         if not TRITON_INSTALLED:
             return "triton is not installed (pip install lvrpo[triton])"
         if not torch.cuda.is_available() and not triton_interprets():
-            return "torch sees no GPU (TRITON_INTERPRET=1 tests the kernels on the CPU)"
+            return (
+                "torch sees no GPU (TRITON_INTERPRET=1 tests the kernels on the CPU, not in bf16)"
+            )
     if backend == "flash":
         return _flash_varlen.why_unavailable()
     return ""
@@ -51,7 +58,8 @@ def why_not(
         return [why_unavailable(backend)]
     limit = limits.get(backend, "") if limits else ""
     reasons = [reason] if (reason := limit if isinstance(limit, str) else limit()) else []
-    device = "cpu" if backend == "cpp" or (backend == "triton" and triton_interprets()) else "cuda"
+    interprets = backend == "triton" and triton_interprets()
+    device = "cpu" if backend == "cpp" or interprets else "cuda"
     for tensor in tensors:
         if tensor.device.type != device:
             reasons.append(f"it runs on {device.upper()} tensors, got one on {tensor.device}")
@@ -59,6 +67,9 @@ def why_not(
     for tensor in tensors:
         if tensor.is_floating_point() and tensor.dtype not in FLOATING:
             reasons.append(f"dtype {tensor.dtype} is not supported")
+            break
+        if interprets and tensor.dtype == torch.bfloat16 and not interpreter_has_bf16():
+            reasons.append(NO_BF16)
             break
     return reasons
 

@@ -6,6 +6,7 @@ widths. Derivation: docs/ops/packed_attention.md.
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Callable
 from typing import Any, Literal, overload
@@ -17,6 +18,7 @@ from torch.autograd.function import once_differentiable
 from lvrpo._mask_schedule import Schedule, schedule
 from lvrpo.masks import SpanMask
 from lvrpo.ops import _backend, _checks, _flash_attention, _library
+from lvrpo.ops._numbers import numbers
 from lvrpo.reference.packed_attention import packed_attention as reference_packed_attention
 
 OP = "packed_attention"
@@ -96,7 +98,11 @@ def packed_attention(
             finite; softcap is negative or not finite; dropout or a sliding window is asked for.
     """
     scale = q.shape[-1] ** -0.5 if scale is None and q.dim() and q.shape[-1] else scale
-    scale = 1.0 if scale is None else float(scale)
+    scale = 1.0 if scale is None else scale + 0.0
+    device = q.device.type
+    autocast = torch.is_autocast_enabled(device)
+    if autocast:
+        q, k, v = (_lower(x, torch.get_autocast_dtype(device)) for x in (q, k, v))
     _check(q, k, v, mask, scale, softcap)
     if dropout_p != 0:
         raise ValueError(f"{OP}: dropout_p is {dropout_p}, expected 0: there is no dropout")
@@ -108,42 +114,64 @@ def packed_attention(
         "flash": lambda: _flash_attention.why_not(q, k, v, mask, scale, softcap, return_lse),
     }
     chosen = _backend.resolve(OP, (q, k, v), backend, limits)
-    if chosen == "flash":
+    if torch.is_grad_enabled():
+        # A cache that a rollout filled is a constant like any other.
+        q, k, v = (_checks.as_saved(x) for x in (q, k, v))
+    with torch.autocast(device, enabled=False) if autocast else contextlib.nullcontext():
+        return _run(q, k, v, mask, scale, softcap, return_lse, chosen)
+
+
+def _lower(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """As autocast does with the inputs of torch's attention: all floats but fp64."""
+    return x.to(dtype) if x.is_floating_point() and x.dtype != torch.float64 else x
+
+
+def _run(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: SpanMask,
+    scale: float,
+    softcap: float,
+    return_lse: bool,
+    backend: str,
+) -> Tensor | tuple[Tensor, Tensor]:
+    if backend == "flash":
         return _flash_attention.flash_attention(q, k, v, mask, scale, softcap)
-    if chosen == "torch":
+    if backend == "torch":
         return reference_packed_attention(
             q, k, v, mask, scale=scale, softcap=softcap, return_lse=return_lse
         )
     tables = (mask.q_lo, mask.q_hi, mask.rows, mask.spans, mask.runs)
     order: Schedule | tuple[None, None, None] = (None, None, None)
-    if chosen == "triton":
+    if backend == "triton":
         # Only the interpreter's masks are on the host, where they have none.
         order = mask.schedule or schedule(mask)
-    out, lse = _PackedAttention.apply(q, k, v, *tables, *order, scale, float(softcap), chosen)
+    out, lse = _PackedAttention.apply(q, k, v, *tables, *order, numbers(scale, softcap), backend)
     return (out, lse) if return_lse else out
 
 
 class _PackedAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, Tensor]:
-        *tensors, ctx.scale, ctx.softcap, ctx.backend = inputs
-        forward = _library.op("packed_attention_fwd", ctx.backend)
-        out, lse = forward(*tensors[:9], ctx.scale, ctx.softcap)
-        ctx.save_for_backward(*tensors[:3], out, lse, *tensors[3:])
+        *tensors, values, ctx.backend = inputs
+        out, lse = _library.op("packed_attention_fwd", ctx.backend)(*tensors[:9], values)
+        ctx.save_for_backward(*tensors[:3], out, lse, values, *tensors[3:])
         ctx.set_materialize_grads(False)
         return out, lse
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Any, ...]:
-        dout = torch.zeros_like(ctx.saved_tensors[3]) if dout is None else dout
-        tables = ctx.saved_tensors[5:]
+        # Once: activation checkpointing unpacks what was saved a single time.
+        q, k, v, out, lse, values, *tables = ctx.saved_tensors
+        dout = torch.zeros_like(out) if dout is None else dout
         if not any(ctx.needs_input_grad[1:3]):
             tables = _with_constant_keys(*tables)
         gradients = _library.op("packed_attention_bwd", ctx.backend)(
-            dout, dlse, *ctx.saved_tensors[:5], *tables, ctx.scale, ctx.softcap
+            dout, dlse, q, k, v, out, lse, *tables, values
         )
-        return (*gradients, *[None] * 11)
+        return (*gradients, *[None] * 10)
 
 
 def _with_constant_keys(*tables: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -167,8 +195,7 @@ def _fwd_fake(
     spans: Tensor,
     runs: Tensor,
     query_tiles: Tensor | None,
-    scale: float,
-    softcap: float,
+    numbers: Tensor,
 ) -> tuple[Tensor, Tensor]:
     lse_dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
     out = q.new_empty(q.shape[0], q.shape[1], v.shape[2])
@@ -192,8 +219,7 @@ def _bwd_fake(
     query_tiles: Tensor | None,
     key_work: Tensor | None,
     key_parts: Tensor | None,
-    scale: float,
-    softcap: float,
+    numbers: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
 
@@ -223,7 +249,7 @@ def _check(q: Tensor, k: Tensor, v: Tensor, mask: SpanMask, scale: float, softca
         raise ValueError(f"{OP}: k has head width {k.shape[2]}, q has {q.shape[2]}")
     if k.shape[1] == 0 or q.shape[1] % k.shape[1]:
         raise ValueError(f"{OP}: q has {q.shape[1]} heads, not a multiple of k's {k.shape[1]}")
-    if not math.isfinite(scale):
+    if not -math.inf < scale < math.inf:
         raise ValueError(f"{OP}: scale is {scale}, expected a finite number")
-    if not (softcap >= 0 and math.isfinite(softcap)):
+    if not 0 <= softcap < math.inf:
         raise ValueError(f"{OP}: softcap is {softcap}, expected >= 0; 0 means no cap")

@@ -26,12 +26,12 @@ def call(rows, spans, dtype, *, width=128, v_width=None, heads=28, kv_heads=4, *
     )
     tables = [table(rows), table(rows), table(queries), table(spans, 9), table(2 * spans, 2)]
     tables.append(table(queries // 128 + spans, 4))
-    scalars = options.get("scale", 0.1), softcap
-    out, lse = kernels.packed_attention_fwd(q, k, v, *tables, *scalars)
+    numbers = torch.tensor([options.get("scale", 0.1), softcap], dtype=torch.float64)
+    out, lse = kernels.packed_attention_fwd(q, k, v, *tables, numbers)
     tables += table(rows // 64, 6), table(rows // 128, 6)
     dlse = torch.empty_like(lse) if options.get("with_dlse") else None
     saved = q, k, v, out, lse
-    kernels.packed_attention_bwd(torch.empty_like(out), dlse, *saved, *tables, *scalars)
+    kernels.packed_attention_bwd(torch.empty_like(out), dlse, *saved, *tables, numbers)
 
 
 def every_form() -> None:

@@ -1,12 +1,16 @@
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from itertools import chain
+from typing import Any
 
+import numpy
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from masks.layouts import Layout, bagel_packs, forests, paths
+from masks.layouts import Layout, forests, paths
 from torch import Tensor
 
 from lvrpo import (
@@ -19,6 +23,9 @@ from lvrpo import (
 )
 
 Grids = dict[int, tuple[int, int, int]]
+Part = int | tuple[tuple[int, int, int], float | None]
+#: What follows a video, and the release of transformers that goes on there.
+RELEASES = {"after_largest": "4.49", "after_frame": "5.24"}
 
 
 def rows_of(mask: SpanMask, spans: list[int]) -> list[int]:
@@ -68,6 +75,90 @@ def forests_with_grids(draw: st.DrawFn) -> tuple[Layout, Grids]:
     return (lengths, parents, modes), grids
 
 
+def qwen_alone(parts: list[Part], rate: float, release: str) -> list[list[int]]:
+    """Qwen2.5-VL's get_rope_index: that of transformers 4.49 or of 5.24, for one sequence.
+
+    A part is a text's length, or a grid of merged patches and the seconds between its frames, None
+    for an image. Both compute times in fp32 and round them down; only 4.49 goes on after them.
+    """
+    ids: list[list[int]] = []
+    current = 0
+    for part in parts:
+        if isinstance(part, int):
+            ids += [[current + token] * 3 for token in range(part)]
+            current += part
+            continue
+        (frames, height, width), seconds = part
+        frame = numpy.arange(frames, dtype=numpy.float32)
+        if seconds is None:
+            times = numpy.arange(frames) if release == "5.24" else 0 * frame
+        elif release == "5.24":
+            times = frame * (numpy.float32(rate) * numpy.float32(seconds))
+        else:
+            times = frame * numpy.float32(seconds) * numpy.float32(rate)
+        largest = int(times.astype(numpy.int64).max())
+        ids += [
+            [current + int(t), current + h, current + w]
+            for t in times
+            for h in range(height)
+            for w in range(width)
+        ]
+        current += max(height, width) if release == "5.24" else max(largest + 1, height, width)
+    return ids
+
+
+@st.composite
+def videos(draw: st.DrawFn) -> tuple[list[Part], float]:
+    """Texts, images of one frame, and videos with seconds."""
+    size = st.integers(1, 4)
+    image = st.tuples(st.tuples(st.just(1), size, size), st.none())
+    seconds = st.sampled_from([0.1, 0.28, 0.5, 1.0, 1.1, 2.0, 7 / 3])
+    video = st.tuples(st.tuples(st.integers(1, 12), size, size), seconds)
+    parts = draw(st.lists(st.one_of(st.integers(0, 5), image, video), max_size=7))
+    return parts, draw(st.sampled_from([1.0, 2.0, 4.0, 25.0]))
+
+
+@pytest.mark.parametrize(("resume", "release"), RELEASES.items())
+@given(videos())
+@settings(max_examples=200, deadline=None)
+def test_videos_have_the_times_of_each_release(resume, release, drawn):
+    parts, rate = drawn
+    lengths = [part if isinstance(part, int) else math.prod(part[0]) for part in parts]
+    mask = SpanMask.from_spans(lengths, range(-1, len(parts) - 1), ["causal"] * len(parts))
+    grids = {span: part[0] for span, part in enumerate(parts) if not isinstance(part, int)}
+    seconds = {span: parts[span][1] for span in grids if parts[span][1] is not None}
+    ids = mrope_position_ids(
+        mask, grids, seconds_per_frame=seconds, tokens_per_second=rate, resume=resume
+    )
+    assert ids.T.tolist() == qwen_alone(parts, rate, release)
+
+
+# What transformers itself gave for 3 tokens of text, a video of 6 x 2 x 2, 2 tokens of text: the
+# time of every frame, and the position where text goes on.
+RECORDED = {
+    ("after_largest", 1.0, 2.0): ([3, 5, 7, 9, 11, 13], 14),
+    ("after_frame", 1.0, 2.0): ([3, 5, 7, 9, 11, 13], 5),
+    ("after_largest", 0.28, 25.0): ([3, 10, 17, 24, 31, 38], 39),
+    ("after_largest", 0.1, 25.0): ([3, 5, 8, 10, 13, 15], 16),
+    ("after_frame", 0.1, 25.0): ([3, 5, 8, 10, 13, 15], 5),
+}
+
+
+@pytest.mark.parametrize(("call", "found"), RECORDED.items(), ids=str)
+def test_recorded_positions_of_a_video(call, found):
+    resume, seconds, rate = call
+    mask = SpanMask.from_spans([3, 24, 2], [-1, 0, 1], ["causal"] * 3)
+    ids = mrope_position_ids(
+        mask,
+        {1: (6, 2, 2)},
+        seconds_per_frame={1: seconds},
+        tokens_per_second=rate,
+        resume=resume,
+    )
+    assert ids[0, 3:27:4].tolist() == found[0]
+    assert ids[:, 27].tolist() == [found[1]] * 3
+
+
 @given(forests_with_grids())
 @settings(max_examples=150, deadline=None)
 def test_every_path_has_the_ids_of_a_sequence_of_its_own(drawn):
@@ -85,26 +176,66 @@ def test_every_path_has_the_ids_of_a_sequence_of_its_own(drawn):
         assert mrope[:, rows].T.tolist() == expected
 
 
-def bagel_pack_ids(pack: tuple[list[int], list[str], list[int]]) -> list[int]:
-    """BAGEL's own count: one per sample, on through the splits, but not for noise."""
-    lengths, modes, samples = pack
+def bagel_pack(draw: Callable[..., Any]) -> tuple[list[int], list[list[Any]]]:
+    """The ids that BAGEL's pack_sequence gives, and the splits of every sample.
+
+    Its count goes from item to item of a sample: a text advances it by its tokens, a clean image
+    by 1, also when it is dropped for guidance and leaves no split behind; a noisy image does not.
+    """
     ids: list[int] = []
-    ends = [sum(samples[: i + 1]) for i in range(len(samples))]
-    first = 0
-    for end in ends:
-        last, total = first, sum(lengths[:first])
-        while last < len(lengths) and total + lengths[last] <= end:
-            total += lengths[last]
-            last += 1
-        ids += bagel_alone(lengths[first:last], modes[first:last])
-        first = last
-    return ids
+    samples = []
+    for _ in range(draw(st.integers(1, 4))):
+        curr_rope_id, splits = 0, []
+        for _ in range(draw(st.integers(0, 5))):
+            kind, length = draw(st.sampled_from(["causal", "full", "noise"])), draw(LENGTHS)
+            if kind == "full" and draw(st.booleans()):
+                length = 0
+            splits.append((length, kind))
+            if kind == "causal":
+                ids += range(curr_rope_id, curr_rope_id + length)
+                curr_rope_id += length
+            else:
+                ids += [curr_rope_id] * length
+                curr_rope_id += kind == "full"
+        samples.append(splits)
+    return ids, samples
 
 
-@given(bagel_packs().filter(lambda pack: all(pack[0])))
-@settings(max_examples=100, deadline=None)
-def test_bagel_ids_of_a_pack(pack):
-    assert bagel_position_ids(SpanMask.from_bagel(*pack)).tolist() == bagel_pack_ids(pack)
+LENGTHS = st.integers(1, 4)
+
+
+@given(st.data())
+@settings(max_examples=400, deadline=None)
+def test_bagel_ids_of_a_pack(data):
+    ids, samples = bagel_pack(data.draw)
+    lengths, modes = [[split[i] for splits in samples for split in splits] for i in (0, 1)]
+    sizes, counts = (
+        [sum(length for length, _ in splits) for splits in samples],
+        [*map(len, samples)],
+    )
+    mask = SpanMask.from_bagel(lengths, modes, torch.tensor(sizes).int(), counts)
+    assert bagel_position_ids(mask).tolist() == ids
+    # Where two samples meet, an empty split is the first one's, unless the counts say otherwise.
+    if not any(splits and splits[0][0] == 0 for splits in samples[1:]) and all(sizes):
+        unsaid = SpanMask.from_bagel(lengths, modes, sizes)
+        assert unsaid.parents == mask.parents
+        assert bagel_position_ids(unsaid).tolist() == ids
+
+
+def test_a_dropped_image_where_two_samples_meet():
+    splits = [3, 0, 2], ["causal", "full", "causal"], [3, 2]
+    assert bagel_position_ids(SpanMask.from_bagel(*splits)).tolist() == [0, 1, 2, 0, 1]
+    last, first = (SpanMask.from_bagel(*splits, counts) for counts in ([2, 1], [1, 2]))
+    assert bagel_position_ids(last).tolist() == [0, 1, 2, 0, 1]
+    assert bagel_position_ids(first).tolist() == [0, 1, 2, 1, 2]
+    for counts, message in (
+        ([3], "sample_splits has 1 samples with 3 splits, expected 2 with 3"),
+        ([1, 1], "2 samples with 2 splits, expected 2 with 3"),
+        ([0, 3], "the 0 splits of sample 0 have 0 tokens, sample_lens.0. is 3"),
+        ([4, -1], "the 3 splits of sample 0|sample_splits.1. is -1|the 4 splits"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            SpanMask.from_bagel(*splits, counts)
 
 
 def test_an_image_that_was_dropped_still_counts():
@@ -194,6 +325,16 @@ def test_bad_helpers_input():
         mrope_position_ids(mask, {0: (1, 2, 3)})
     with pytest.raises(ValueError, match="grid of span 0 is -1 x -2 x 2"):
         mrope_position_ids(mask, {0: (-1, -2, 2)})
+    grids = {0: (1, 2, 2)}
+    for options, message in (
+        ({"seconds_per_frame": {1: 1.0}}, "seconds_per_frame has span 1, which has no grid"),
+        ({"seconds_per_frame": {0: 0.0}}, r"seconds_per_frame\[0\] is 0.0, expected a number > 0"),
+        ({"seconds_per_frame": {0: math.nan}}, r"seconds_per_frame\[0\] is nan"),
+        ({"tokens_per_second": math.inf}, "tokens_per_second is inf, expected a number > 0"),
+        ({"resume": "after"}, "resume is 'after', expected 'after_largest' or 'after_frame'"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            mrope_position_ids(mask, grids, **options)
 
 
 def test_what_a_rollout_laid_out_serves_a_backward_pass():

@@ -14,6 +14,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from lvrpo._mask_schedule import schedule
 from lvrpo.masks import SpanMask
 from lvrpo.ops import _backend
+from lvrpo.ops._numbers import numbers
 from lvrpo.ops.packed_attention import packed_attention
 from lvrpo.testing import DEFAULT_ULPS, check_op
 
@@ -264,8 +265,8 @@ def test_opcheck():
     tensors = [inputs[name] for name in "qkv"]
     tables = (mask.q_lo, mask.q_hi, mask.rows, mask.spans, mask.runs)
     forward = torch.ops.lvrpo.packed_attention_fwd
-    torch.library.opcheck(forward.default, (*tensors, *tables, None, 0.2, 0.0))
-    out, lse = forward(*tensors, *tables, None, 0.2, 0.0)
+    torch.library.opcheck(forward.default, (*tensors, *tables, None, numbers(0.2, 0.0)))
+    out, lse = forward(*tensors, *tables, None, numbers(0.2, 0.0))
     arguments = (
         torch.randn_like(out),
         torch.randn_like(lse),
@@ -274,8 +275,7 @@ def test_opcheck():
         lse,
         *tables,
         *[None] * 3,
-        0.2,
-        0.0,
+        numbers(0.2, 0.0),
     )
     torch.library.opcheck(torch.ops.lvrpo.packed_attention_bwd.default, arguments)
 
@@ -381,7 +381,7 @@ def test_the_op_refuses_tables_that_do_not_fit():
     for broken, value in ((2, mask.rows + 1), (3, mask.spans + 1), (4, mask.runs + mask.length)):
         changed = [value if i == broken else table for i, table in enumerate(tables)]
         with pytest.raises(RuntimeError, match="lvrpo"):
-            torch.ops.lvrpo.packed_attention_fwd(q, q, q, *changed, None, 1.0, 0.0)
+            torch.ops.lvrpo.packed_attention_fwd(q, q, q, *changed, None, numbers(1.0, 0.0))
 
 
 def test_the_op_refuses_runs_that_do_not_ascend():
@@ -389,8 +389,8 @@ def test_the_op_refuses_runs_that_do_not_ascend():
     assert mask.runs.tolist() == [[0, 2], [0, 2], [4, 6]]
     last = mask.select_spans([3])
     backwards = mask.runs[[0, 2, 1]]
-    q, k = torch.zeros(2, 1, 8), torch.zeros(8, 1, 8)
+    q, k, values = torch.zeros(2, 1, 8), torch.zeros(8, 1, 8), numbers(1.0, 0.0)
     with pytest.raises(RuntimeError, match="do not ascend"):
         torch.ops.lvrpo.packed_attention_fwd(
-            q, k, k, last.q_lo, last.q_hi, last.rows, last.spans, backwards, None, 1.0, 0.0
+            q, k, k, last.q_lo, last.q_hi, last.rows, last.spans, backwards, None, values
         )
