@@ -38,7 +38,8 @@ def bagel_position_ids(mask: SpanMask) -> Tensor:
     """BAGEL's: text advances by one per token, an image (a full span) shares one id.
 
     A noisy image is a leaf, so nothing counts its id and its clean copy gets the same one. An image
-    that was dropped for guidance still counts: leave it as a full span of length 0.
+    that was dropped for guidance still counts, in its own sample: leave it as a full span of length
+    0; `SpanMask.from_bagel` says which sample that is where two meet.
 
     Returns:
         [L] int64; 0 in padding.

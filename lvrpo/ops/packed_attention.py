@@ -72,7 +72,9 @@ def packed_attention(
     """softmax(scale * q k^T) v over the keys that the mask lets each query see.
 
     Query head h reads key head h // (Hq / Hkv). The work is that of the visible pairs; no [Lq, L]
-    tensor is formed. Differentiable in q, k and v, through both results. Deterministic.
+    tensor is formed. Differentiable in q, k and v, through both results. Deterministic. What a row
+    does not see, and rows without an upstream gradient, may hold anything, NaN included. Autocast
+    lowers q, k and v, as for torch's own attention; without it their dtypes must be one.
 
     Args:
         q: [Lq, Hq, D] fp32, fp64, bf16 or fp16; row i is buffer row mask.rows[i].

@@ -1,5 +1,9 @@
 from __future__ import annotations
 
+import dataclasses
+import functools
+
+import numpy
 import pytest
 import torch
 from hypothesis import given, settings
@@ -272,3 +276,49 @@ def test_mask_of_a_rollout_serves_a_backward_pass():
     packed_attention(q, k, v, mask).sum().backward()
     packed_attention(q[:2], k[:4], v[:4], selected).sum().backward()
     assert v.grad is not None
+
+
+FORMS = {
+    "list": list,
+    "tuple": tuple,
+    "int16": functools.partial(torch.tensor, dtype=torch.int16),
+    "int32": functools.partial(torch.tensor, dtype=torch.int32),
+    "int64": functools.partial(torch.tensor, dtype=torch.int64),
+    "numpy": functools.partial(numpy.array, dtype=numpy.int32),
+    "list of tensors": lambda values: [torch.tensor(value) for value in values],
+}
+
+CALLS = {
+    "from_spans": lambda of: SpanMask.from_spans(of([3, 0, 2]), of([-1, 0, 0]), ["causal"] * 3),
+    "from_cu_seqlens": lambda of: SpanMask.from_cu_seqlens(of([0, 3, 3, 7])),
+    "from_bagel": lambda of: SpanMask.from_bagel(of([3, 2]), ["causal", "full"], of([5]), of([2])),
+    "from_token_types": lambda of: SpanMask.from_token_types(of([0, 1, 1, 0]), of([0, 2, 4])),
+    "from_groups": lambda of: SpanMask.from_groups(
+        [([(of([4])[0], "full")], [[(of([2])[0], "causal")]] * 2)]
+    ),
+    "from_tree": lambda of: SpanMask.from_tree(
+        [([(of([4])[0], "causal")], [([(of([2])[0], "full")], [])])]
+    ),
+    "select_queries": lambda of: SpanMask.from_cu_seqlens([0, 3, 7]).select_queries(of([1, 5])),
+    "select_spans": lambda of: SpanMask.from_cu_seqlens([0, 3, 7]).select_spans(of([1])),
+    "freeze": lambda of: SpanMask.from_cu_seqlens([0, 3, 7]).freeze(of([1])),
+    "pad_to": lambda of: SpanMask.from_cu_seqlens([0, 3, 7]).pad_to(of([9])[0]),
+}
+
+
+@pytest.mark.parametrize("call", CALLS.values(), ids=CALLS.keys())
+@pytest.mark.parametrize("form", FORMS.values(), ids=FORMS.keys())
+def test_integers_come_in_any_form(call, form):
+    expected = call(list)
+    with torch.inference_mode():
+        of_a_rollout = call(form)
+    for found in (call(form), of_a_rollout):
+        for field in dataclasses.fields(SpanMask):
+            value, right = getattr(found, field.name), getattr(expected, field.name)
+            if isinstance(value, torch.Tensor):
+                assert torch.equal(value, right)
+                assert value.dtype == torch.int32
+                assert not value.is_inference()
+            else:
+                assert value == right
+                assert type(value) is type(right)
