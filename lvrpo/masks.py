@@ -21,6 +21,7 @@ from torch import Tensor
 from lvrpo import _mask_builders as builders
 from lvrpo import _mask_changes as changes
 from lvrpo import _mask_exports as exports
+from lvrpo._mask_bagel import bagel_layout
 from lvrpo._mask_builders import Group, Tree
 from lvrpo._mask_exports import Tile
 from lvrpo._mask_flashmask import flashmask_layout
@@ -178,9 +179,7 @@ class SpanMask:
         Raises:
             ValueError: a mode is unknown, or the splits of a sample do not add up to it.
         """
-        return cls.from_spans(
-            *builders.bagel_layout(split_lens, attn_modes, sample_lens, sample_splits)
-        )
+        return cls.from_spans(*bagel_layout(split_lens, attn_modes, sample_lens, sample_splits))
 
     @classmethod
     def from_token_types(

@@ -102,6 +102,15 @@ def as_saved(tensor: Tensor | None) -> Tensor | None:
     return tensor.clone() if tensor.is_inference() else tensor
 
 
+def as_factor(tensor: Tensor) -> Tensor:
+    """`tensor` as autocast gives it to a product: in its dtype while it is on; never fp64."""
+    device = tensor.device.type
+    narrows = tensor.is_floating_point() and tensor.dtype != torch.float64
+    if not (narrows and torch.is_autocast_enabled(device)):
+        return tensor
+    return tensor.to(torch.get_autocast_dtype(device))
+
+
 def refuse_first(op: str, name: str, values: Tensor, bad: Tensor, expected: str) -> None:
     """Name the first element, or the first row of it where `bad` has fewer dimensions."""
     if bool(bad.any()):

@@ -50,18 +50,10 @@ def as_factors(
         ValueError: as `check_head`.
     """
     hidden = _targets.as_rows(op, "hidden", hidden, "H")
-    device = hidden.device.type
-    if torch.is_autocast_enabled(device):
-        dtype = torch.get_autocast_dtype(device)
-        hidden, weight = _cast(hidden, dtype), _cast(weight, dtype)
-        bias = None if bias is None else _cast(bias, dtype)
+    hidden, weight = _checks.as_factor(hidden), _checks.as_factor(weight)
+    bias = None if bias is None else _checks.as_factor(bias)
     check_head(op, hidden, weight, bias)
     return _checks.as_saved(hidden), _checks.as_saved(weight), _checks.as_saved(bias)
-
-
-def _cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    narrows = tensor.is_floating_point() and tensor.dtype != torch.float64
-    return tensor.to(dtype) if narrows else tensor
 
 
 def check_head(op: str, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None:

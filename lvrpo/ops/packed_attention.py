@@ -6,7 +6,6 @@ widths. Derivation: docs/ops/packed_attention.md.
 
 from __future__ import annotations
 
-import contextlib
 import math
 from collections.abc import Callable
 from typing import Any, Literal, overload
@@ -101,10 +100,7 @@ def packed_attention(
     """
     scale = q.shape[-1] ** -0.5 if scale is None and q.dim() and q.shape[-1] else scale
     scale = 1.0 if scale is None else scale + 0.0
-    device = q.device.type
-    autocast = torch.is_autocast_enabled(device)
-    if autocast:
-        q, k, v = (_lower(x, torch.get_autocast_dtype(device)) for x in (q, k, v))
+    q, k, v = (_checks.as_factor(x) for x in (q, k, v))
     _check(q, k, v, mask, scale, softcap)
     if dropout_p != 0:
         raise ValueError(f"{OP}: dropout_p is {dropout_p}, expected 0: there is no dropout")
@@ -119,37 +115,19 @@ def packed_attention(
     if torch.is_grad_enabled():
         # A cache that a rollout filled is a constant like any other.
         q, k, v = (_checks.as_saved(x) for x in (q, k, v))
-    with torch.autocast(device, enabled=False) if autocast else contextlib.nullcontext():
-        return _run(q, k, v, mask, scale, softcap, return_lse, chosen)
-
-
-def _lower(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """As autocast does with the inputs of torch's attention: all floats but fp64."""
-    return x.to(dtype) if x.is_floating_point() and x.dtype != torch.float64 else x
-
-
-def _run(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    mask: SpanMask,
-    scale: float,
-    softcap: float,
-    return_lse: bool,
-    backend: str,
-) -> Tensor | tuple[Tensor, Tensor]:
-    if backend == "flash":
+    if chosen == "flash":
         return _flash_attention.flash_attention(q, k, v, mask, scale, softcap)
-    if backend == "torch":
-        return reference_packed_attention(
-            q, k, v, mask, scale=scale, softcap=softcap, return_lse=return_lse
-        )
+    if chosen == "torch":
+        with torch.autocast(q.device.type, enabled=False):
+            return reference_packed_attention(
+                q, k, v, mask, scale=scale, softcap=softcap, return_lse=return_lse
+            )
     tables = (mask.q_lo, mask.q_hi, mask.rows, mask.spans, mask.runs)
     order: Schedule | tuple[None, None, None] = (None, None, None)
-    if backend == "triton":
+    if chosen == "triton":
         # Only the interpreter's masks are on the host, where they have none.
         order = mask.schedule or schedule(mask)
-    out, lse = _PackedAttention.apply(q, k, v, *tables, *order, numbers(scale, softcap), backend)
+    out, lse = _PackedAttention.apply(q, k, v, *tables, *order, numbers(scale, softcap), chosen)
     return (out, lse) if return_lse else out
 
 

@@ -51,7 +51,7 @@ def packed_attention(
             z = softcap * torch.tanh(z / softcap)
         blind = ~visible.any(dim=1)
         z = z.masked_fill(~(visible | blind[:, None]), -torch.inf)
-        p = torch.softmax(z, dim=-1).masked_fill(blind[:, None], 0.0)
+        p = torch.softmax(z, dim=-1).masked_fill(~visible, 0.0)
         out = torch.einsum("hqk,khd->qhd", p, v_rows)
         lse = torch.logsumexp(z, dim=-1).masked_fill(blind, -torch.inf).T
         outs.append(_Lose.apply(out, lost.T[:, :, None]))

@@ -86,7 +86,17 @@ def noise_advances(mask: SpanMask) -> Tensor:
     return lvrpo.bagel_position_ids(dataclasses.replace(mask, parents=chain))
 
 
+def dropped_image_moves_on(mask: SpanMask) -> Tensor:
+    """An image that was dropped from the end of a sample counts in the next one."""
+    parents = list(mask.parents)
+    for span in range(1, mask.num_spans):
+        if parents[span] == -1 and mask.span_offsets[span - 1] == mask.span_offsets[span]:
+            parents[span - 1 : span + 1] = -1, span - 1
+    return lvrpo.bagel_position_ids(dataclasses.replace(mask, parents=tuple(parents)))
+
+
 POSITIONS = {
+    "dropped image moves on": dropped_image_moves_on,
     "flat numbering": flat_positions,
     "image counts its tokens": lvrpo.position_ids,
     "noise advances": noise_advances,

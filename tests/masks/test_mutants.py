@@ -11,10 +11,14 @@ from masks.test_positions import bagel_pack_ids
 
 from lvrpo import SpanMask, bagel_position_ids, target_index
 
-#: Clean image, question, noisy image and its clean copy, answer; and a second sample.
+#: Clean image, question, noisy image and its clean copy, answer, dropped image; a second sample.
+SAMPLES = [
+    [(6, "full"), (3, "causal"), (6, "noise"), (6, "full"), (2, "causal"), (0, "full")],
+    [(4, "causal"), (5, "noise")],
+]
 PACK = (
-    [6, 3, 6, 6, 2, 4, 5],
-    ["full", "causal", "noise", "full", "causal", "causal", "noise"],
+    [6, 3, 6, 6, 2, 0, 4, 5],
+    ["full", "causal", "noise", "full", "causal", "full", "causal", "noise"],
     [23, 9],
 )
 GROUPS = [
@@ -32,7 +36,7 @@ BLOCKS = [(1, 1), (2, 3), (4, 2), (8, 8)]
 def test_right_ones_pass():
     assert torch.equal(bagel(PACK).to_dense(), dense_bagel(*PACK))
     assert torch.equal(SpanMask.from_groups(GROUPS).to_dense(), dense_forest(*LAYOUT))
-    assert bagel_position_ids(bagel(PACK)).tolist() == bagel_pack_ids(PACK)
+    assert bagel_position_ids(bagel(PACK)).tolist() == bagel_pack_ids(SAMPLES)
     mask = SpanMask.from_spans(*LAYOUT).pad_to(31)
     for block in BLOCKS:
         assert torch.equal(mask.tiles(block), tiles_of(mask.to_dense(), block))
@@ -59,7 +63,7 @@ def test_tile_mutant_is_rejected(mutant):
 
 @pytest.mark.parametrize("mutant", POSITIONS.values(), ids=POSITIONS.keys())
 def test_position_mutant_is_rejected(mutant):
-    assert mutant(bagel(PACK)).tolist() != bagel_pack_ids(PACK)
+    assert mutant(bagel(PACK)).tolist() != bagel_pack_ids(SAMPLES)
 
 
 @pytest.mark.parametrize("mutant", TARGETS.values(), ids=TARGETS.keys())

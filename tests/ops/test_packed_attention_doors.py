@@ -24,6 +24,7 @@ from torch.utils.checkpoint import checkpoint
 from lvrpo.masks import SpanMask
 from lvrpo.ops import _backend, _flash_attention
 from lvrpo.ops.packed_attention import packed_attention
+from lvrpo.testing import DEFAULT_ULPS, check_against_plain
 
 LAYOUT = [4, 3, 2, 5, 3], [-1, 0, 0, 2, -1], ["causal", "full", "causal", "causal", "full"]
 INTERPRETS = _backend.triton_interprets()
@@ -163,11 +164,17 @@ def test_autocast_does_what_it_does_with_dense_attention(backend, dtypes):
     assert [x.dtype for x in ours[1:]] == list(dtypes)
     for found, lowered in zip(ours, cast, strict=True):
         assert torch.equal(found, lowered.to(found.dtype))
-    visible = dense_forest(*LAYOUT).to(leaves[0].device)
-    wide = [x.detach().bfloat16().double().requires_grad_() for x in leaves]
-    expected = gradients(lambda *x: dense(*x, visible), wide)
-    for found, right in zip(ours, expected, strict=True):
-        torch.testing.assert_close(found.double(), right, rtol=2e-2, atol=4e-2)
+    q, k, v = (x.detach().bfloat16().double() for x in leaves)
+    visible = dense_forest(*LAYOUT).to(q.device)
+    with torch.autocast(q.device.type, torch.bfloat16):
+        of_torch = torch.nn.functional.scaled_dot_product_attention(
+            *(x.transpose(0, 1) for x in leaves), attn_mask=visible, enable_gqa=True
+        )
+    # Tensor cores take probabilities in bf16, which is a part in 2^8 of every summand.
+    summands = dense(q, k, v.abs(), visible) * (2 + 2**16 / DEFAULT_ULPS)
+    check_against_plain(
+        ours[0], dense(q, k, v, visible), of_torch.detach().transpose(0, 1), scale=summands
+    )
 
 
 def test_autocast_leaves_fp64_alone_and_off_is_off(backend):
@@ -187,7 +194,7 @@ def test_autocast_leaves_fp64_alone_and_off_is_off(backend):
 def test_a_number_that_changes_compiles_nothing_anew(backend, name):
     """Every number at once would hide one of them: each has its own graphs."""
     counter = CompileCounterWithBackend("aot_eager")
-    leaves, mask = tensors(*[torch.float32] * 3), as_on_a_gpu(here(SpanMask.from_spans(*LAYOUT)))
+    leaves, mask = tensors(*[torch.float64] * 3), as_on_a_gpu(here(SpanMask.from_spans(*LAYOUT)))
     visible = dense_forest(*LAYOUT).to(leaves[0].device)
     run = functools.partial(packed_attention, mask=mask, backend=backend)
     compiled = torch.compile(
@@ -198,7 +205,7 @@ def test_a_number_that_changes_compiles_nothing_anew(backend, name):
         options = {"scale": value} if name == "scale" else {"cap": value}
         right = gradients(lambda *x, options=options: dense(*x, visible, **options), leaves)
         for found, expected in zip(ours, right, strict=True):
-            torch.testing.assert_close(found.double(), expected.double(), rtol=1e-4, atol=1e-4)
+            torch.testing.assert_close(found, expected)
     assert counter.frame_count <= 2
 
 
@@ -207,9 +214,11 @@ def test_autocast_compiles(backend):
     run = functools.partial(packed_attention, mask=mask, backend=backend)
     compiled = torch.compile(run, fullgraph=True, backend="aot_eager")
     ours, expected = gradients(autocast(compiled), leaves), gradients(autocast(run), leaves)
-    for found, eager in zip(ours, expected, strict=True):
-        assert found.dtype == eager.dtype
-        torch.testing.assert_close(found, eager, rtol=2e-2, atol=4e-2)
+    # A graph's backward pass through torch's own ops is traced under autocast, unlike an eager one.
+    kinds = 1 if backend == "torch" else 4
+    assert [x.dtype for x in ours] == [x.dtype for x in expected]
+    for found, eager in zip(ours[:kinds], expected[:kinds], strict=True):
+        torch.testing.assert_close(found, eager)
 
 
 def test_what_a_rollout_made_serves_a_backward_pass(backend):
@@ -240,7 +249,7 @@ def unused_rows(draw: st.DrawFn) -> tuple[Any, list[bool], list[bool], int, floa
 
 @given(unused_rows(), st.sampled_from([torch.float32, torch.float64]), st.booleans())
 @settings(
-    max_examples=10 if INTERPRETS else 50,
+    max_examples=10 if INTERPRETS else 40,
     deadline=None,
     suppress_health_check=[HealthCheck.function_scoped_fixture],
 )
@@ -275,13 +284,15 @@ def test_rows_that_nobody_uses_are_not_looked_at(backend, drawn, dtype, capped):
     found = torch.autograd.grad(ours, leaves, upstream[rows].to(device))
 
     at = [rows.index(row) for row in used]
-    close = functools.partial(torch.testing.assert_close, rtol=1e-4, atol=1e-4)
-    close(ours[at].cpu().double(), out.detach())
+    close = torch.testing.assert_close
+    close(ours[at].cpu(), out.detach().to(dtype))
     for gradient, wide, index in zip(
         found, expected, (rows, slice(None), slice(None)), strict=True
     ):
-        wide = torch.zeros(mask.length, *gradient.shape[1:]).double() if wide is None else wide
-        close(gradient.cpu().double(), wide.cpu()[index])
+        if wide is None:
+            assert (gradient == 0).all()
+        else:
+            close(gradient.cpu(), wide[index].to(dtype))
 
 
 def keys_outside(mask: SpanMask, keys: Tensor) -> Tensor:
