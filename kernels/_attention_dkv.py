@@ -59,13 +59,11 @@ def _dkv_tile(
     z, t = scores(k, q, scale, softcap, HAS_SOFTCAP, PRECISION)
     dp = tl.dot(v, tl.trans(dout), input_precision=PRECISION, out_dtype=scale.dtype)
     p, ds = score_gradient(z, t, bits[None, :], dp, delta[None, :], HAS_SOFTCAP)
-    # Keys that only unused rows see may hold anything.
-    sees = (bits != float("inf"))[None, :]
     if MASKED:
         row = tl.load(rows_ptr + index, mask=inside, other=-1)
-        sees &= (lo[:, None] <= row[None, :]) & (row[None, :] < hi[:, None])
-    p = tl.where(sees, p, 0.0)
-    ds = tl.where(sees, ds, 0.0)
+        sees = (lo[:, None] <= row[None, :]) & (row[None, :] < hi[:, None])
+        p = tl.where(sees, p, 0.0)
+        ds = tl.where(sees, ds, 0.0)
     dv += tl.dot(p.to(dout.dtype), dout, input_precision=PRECISION, out_dtype=scale.dtype)
     dk += tl.dot(ds.to(q.dtype), q, input_precision=PRECISION, out_dtype=scale.dtype)
     return dk, dv
@@ -127,6 +125,11 @@ def dkv_kernel(
     v_ptr += kv_head.to(tl.int64) * stride_v_head
     k = load_tile(k_ptr, first_key, keys_end, stride_k, True, BLOCK_K, WIDTH, BLOCK_D)
     v = load_tile(v_ptr, first_key, keys_end, stride_v, True, BLOCK_K, V_WIDTH, BLOCK_DV)
+    # Keys that no used row sees may hold anything; if one does see them, NaN comes back below.
+    k_finite = tl.abs(k.to(acc_dtype)) < float("inf")
+    v_finite = tl.abs(v.to(acc_dtype)) < float("inf")
+    broken = tl.min(k_finite.to(tl.int32), axis=1) + tl.min(v_finite.to(tl.int32), axis=1) < 2
+    k, v = tl.where(k_finite, k, 0.0), tl.where(v_finite, v, 0.0)
     # Beyond the last key, an interval that changes neither bound of the tile.
     lo = tl.load(q_lo_ptr + tl.minimum(key, keys_end - 1))
     hi = tl.load(q_hi_ptr + tl.minimum(key, keys_end - 1))
@@ -174,6 +177,8 @@ def dkv_kernel(
             softcap, False, HAS_SOFTCAP, PRECISION, WIDTH, V_WIDTH, BLOCK_D, BLOCK_DV, BLOCK_Q,
         )  # fmt: skip
 
+    dk = tl.where(broken[:, None] & (dk != 0.0), float("nan"), dk)
+    dv = tl.where(broken[:, None] & (dv != 0.0), float("nan"), dv)
     if tl.load(work_ptr + 5) > 1:
         slot = item.to(tl.int64) * TILE + offset
         _store(dk_parts_ptr, dk * scale, slot, kv_head, kv_heads, inside, WIDTH)

@@ -36,7 +36,7 @@ def row_terms_kernel(
     dout = load_tile(dout_ptr, first, count, V_WIDTH, True, BLOCK_Q, V_WIDTH, BLOCK_DV)
     out = load_tile(out_ptr, first, count, V_WIDTH, True, BLOCK_Q, V_WIDTH, BLOCK_DV)
     delta = tl.sum(dout.to(lse.dtype) * out.to(lse.dtype), axis=1)
-    unused = tl.max((dout.to(lse.dtype) != 0.0).to(tl.int32), axis=1) == 0
+    unused = tl.sum(tl.abs(dout.to(lse.dtype)), axis=1) == 0.0
     if dlse_ptr is not None:
         dlse = tl.load(dlse_ptr + index, mask=inside, other=0.0)
         delta -= dlse

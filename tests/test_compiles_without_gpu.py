@@ -45,6 +45,9 @@ SPILL_BUDGET: dict[str, int] = {
     "_dlogits_kernel": 8,
     "_terms_kernel": 8,
 }
+#: The same of kernels whose products are in fp32, for which there are no tensor cores: each product
+#: takes the registers of a tile more.
+SPILL_BUDGET_IN_FP32 = SPILL_BUDGET | {"_forward_kernel": 152}
 
 
 def specialise(launch: _launch.Launch, architecture: int):
@@ -104,7 +107,8 @@ def test_compiles_and_fits(op, architecture):
         target = GPUTarget("cuda", architecture, 32)
         compiled = triton.compile(source, target=target, options=options.__dict__)
         used = local_bytes(compiled.asm["cubin"])
-        if used > SPILL_BUDGET.get(name, 0):
+        in_fp32 = source.signature.get("q_ptr") == "*fp32"
+        if used > (SPILL_BUDGET_IN_FP32 if in_fp32 else SPILL_BUDGET).get(name, 0):
             beyond.append(f"{name}: spills {used} bytes for {json.dumps(source.signature)}")
         shared = compiled.metadata.shared / 1024
         if shared > ARCHITECTURES[architecture]:
