@@ -30,9 +30,8 @@ from lvrpo._sampler_params import (
     SamplerCorrectionStats,
 )
 from lvrpo.ops import _checks
-from lvrpo.ops._numbers import as_bound
 from lvrpo.reference._log_ratio import LOG_RATIO_LIMIT
-from lvrpo.reference._precision import widen
+from lvrpo.reference._precision import number, widen
 
 __all__ = [
     "SAMPLER_CORRECTION_PRESETS",
@@ -107,7 +106,7 @@ def sampler_weights(
     if params.weight == "none":
         bounded = torch.ones_like(ratio)
     elif params.outside == "truncate":
-        bounded = ratio.clamp(as_bound(params.low, ratio), as_bound(params.high, ratio))
+        bounded = ratio.clamp(number(params.low, ratio), number(params.high, ratio))
         truncated = kept & ~inside
     else:
         bounded = torch.where(inside, ratio, 0.0)

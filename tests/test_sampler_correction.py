@@ -341,11 +341,10 @@ def test_the_weights_fit_grpo_loss():
     old, cu_seqlens = inputs["old_logprobs"], inputs["cu_seqlens"]
     advantages = torch.randn(len(LENGTHS))
     params = lvrpo.LossParams.preset("bnpo")
-    whole = lvrpo.grpo_loss(old, None, advantages, cu_seqlens, token_weights=weights, params=params)
+    by = {"mask": inputs["mask"], "params": params}
+    whole = lvrpo.grpo_loss(old, None, advantages, cu_seqlens, policy_weights=weights, **by)
     tokens = advantages.repeat_interleave(cu_seqlens.diff()) * weights
-    folded = lvrpo.grpo_loss(
-        old, None, tokens, cu_seqlens, token_weights=inputs["mask"], params=params
-    )
+    folded = lvrpo.grpo_loss(old, None, tokens, cu_seqlens, **by)
     check_against_plain(whole.loss, folded.loss.double(), folded.loss, scale=1.0)
 
 

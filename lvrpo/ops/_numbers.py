@@ -17,8 +17,3 @@ def numbers(*values: float) -> Tensor:
     # Not torch.tensor: only arithmetic with a tensor keeps a traced float a variable of the graph.
     zero = torch.zeros((), dtype=torch.float64, device="cpu")
     return torch.stack([zero + value for value in values])
-
-
-def as_bound(number: float, like: Tensor) -> Tensor:
-    """A number for `clamp`, whose Python bounds are constants of a compiled graph as well."""
-    return like.new_zeros(()) + number

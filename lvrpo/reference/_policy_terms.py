@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from lvrpo.reference._log_ratio import LOG_RATIO_LIMIT, saturate
+from lvrpo.reference._precision import number
 
 if TYPE_CHECKING:
     from lvrpo.ops._policy_loss import LossParams
@@ -62,7 +63,7 @@ def level_of(
     if params.ratio in ("none", "token"):
         return log_ratio
     if params.surrogate == "log_clip":
-        low, high = -params.clip_low, params.clip_high
+        low, high = number(-params.clip_low, log_ratio), number(params.clip_high, log_ratio)
         log_ratio = torch.where(advantage > 0, log_ratio.clamp(max=high), log_ratio.clamp(min=low))
     elif params.surrogate == "gamma":
         total = sequences.sum(saturate(log_ratio, LOG_RATIO_LIMIT))
@@ -87,16 +88,16 @@ def clip(x: Tokens, params: LossParams) -> Tensor:
     low, high, cap = held(x, params)
     free = ~(low | high | cap) & (x.advantage != 0)
     bound = torch.ones_like(x.level)
-    bound = torch.where(high, 1.0 + params.clip_high, bound)
-    bound = torch.where(low, 1.0 - params.clip_low, bound)
-    bound = torch.where(cap, _cap(params), bound)
+    for by, value in zip((low, high, cap), _bounds(x, params), strict=True):
+        bound = torch.where(by, value, bound)
     ratio = torch.where(free, x.level, 0.0).exp()
     return -x.advantage * torch.where(free, ratio, bound)
 
 
 def detached(x: Tokens, params: LossParams) -> Tensor:
     """-sg(clip(rho)) A log pi: every token keeps a gradient (CISPO)."""
-    weight = x.ratio.clamp(1.0 - params.clip_low, 1.0 + params.clip_high)
+    low, high, _ = _bounds(x, params)
+    weight = x.ratio.clamp(low, high)
     return -x.advantage * weight * x.logp
 
 
@@ -118,7 +119,8 @@ def gamma(x: Tokens, params: LossParams) -> Tensor:
 
 def trust_region(x: Tokens, params: LossParams) -> Tensor:
     """-sg(min(rho, cap)) A log pi inside the trust region, 0 outside (DPPO)."""
-    weight = x.ratio.clamp(max=_cap(params)).where(inside_trust_region(x, params), 0.0)
+    _, _, cap = _bounds(x, params)
+    weight = x.ratio.clamp(max=cap).where(inside_trust_region(x, params), 0.0)
     return -x.advantage * weight * x.logp
 
 
@@ -143,19 +145,20 @@ def inside_trust_region(x: Tokens, params: LossParams) -> Tensor:
     new, old = x.logp.detach(), (x.logp - x.log_ratio).detach()
     change = new.exp() - old.exp()
     up = x.advantage > 0
+    low, high = number(params.clip_low, new), number(params.clip_high, new)
     if params.surrogate == "total_variation":
-        return torch.where(up, change <= params.clip_high, change >= -params.clip_low)
+        return torch.where(up, change <= high, change >= -low)
     # Of the token against all others; 1e-8 as in the published code, for a token of probability 1.
     rest_new, rest_old = ((-torch.expm1(p)).clamp(min=0.0) + 1e-8 for p in (new, old))
     divergence = old.exp() * (old - new) + (-torch.expm1(old)) * (rest_old / rest_new).log()
-    near = torch.where(up, divergence <= params.clip_high, divergence <= params.clip_low)
+    near = torch.where(up, divergence <= high, divergence <= low)
     return near | torch.where(up, change <= 0, change >= 0)
 
 
 def held(x: Tokens, params: LossParams) -> tuple[Tensor, Tensor, Tensor]:
     """Which tokens the lower bound, the upper bound and the cap hold."""
     negative, positive = x.advantage < 0, x.advantage > 0
-    low, high, cap = 1.0 - params.clip_low, 1.0 + params.clip_high, _cap(params)
+    low, high, cap = _bounds(x, params)
     never = torch.zeros_like(negative)
     if params.ratio == "none":
         return never, never, never
@@ -164,8 +167,8 @@ def held(x: Tokens, params: LossParams) -> tuple[Tensor, Tensor, Tensor]:
     if params.surrogate == "detached":
         return x.ratio < low, x.ratio > high, never
     if params.surrogate == "log_clip":
-        d = x.log_ratio
-        return negative & (d < -params.clip_low), positive & (d > params.clip_high), never
+        low, high = number(-params.clip_low, x.ratio), number(params.clip_high, x.ratio)
+        return negative & (x.log_ratio < low), positive & (x.log_ratio > high), never
     if params.surrogate in ("total_variation", "binary_kl"):
         inside = inside_trust_region(x, params)
         return negative & ~inside, positive & ~inside, inside & (x.ratio > cap)
@@ -182,8 +185,9 @@ def kl_terms(
     d = ref - logp
     value = _estimate_kl(_clamp(d, params.kl_log_ratio_limit), params.kl, limit)
     if params.kl_limit is not None:
-        flat = value.detach().abs() > params.kl_limit
-        bound = value.detach().clamp(-params.kl_limit, params.kl_limit)
+        most = number(params.kl_limit, value)
+        flat = value.detach().abs() > most
+        bound = value.detach().clamp(-most, most)
         inner = _clamp(torch.where(flat, 0.0, d), params.kl_log_ratio_limit)
         value = torch.where(flat, bound, _estimate_kl(inner, params.kl, limit))
     if params.kl_gradient == "k2":
@@ -203,8 +207,7 @@ def _estimate_kl(d: Tensor, kind: str, limit: float | None) -> Tensor:
     if kind == "k2":
         return d.square() / 2
     # Above alone: a log-ratio far below 0 is no danger to an exponential.
-    d = d if limit is None else d.clamp(max=limit)
-    return excess(d)
+    return excess(d if limit is None else d.clamp(max=number(limit, d)))
 
 
 def excess(d: Tensor) -> Tensor:
@@ -213,12 +216,17 @@ def excess(d: Tensor) -> Tensor:
 
 
 def _clamp(x: Tensor, limit: float | None) -> Tensor:
-    return x if limit is None else x.clamp(-limit, limit)
+    return x if limit is None else x.clamp(-number(limit, x), number(limit, x))
 
 
-def _cap(params: LossParams) -> float:
-    return math.inf if params.ratio_cap is None else params.ratio_cap
+def _bounds(x: Tokens, params: LossParams) -> tuple[Any, Any, Any]:
+    """The lower bound, the upper bound and the cap of a ratio."""
+    cap = math.inf if params.ratio_cap is None else params.ratio_cap
+    bounds = 1.0 - params.clip_low, 1.0 + params.clip_high, cap
+    low, high, cap = (number(bound, x.level) for bound in bounds)
+    return low, high, cap
 
 
 def _by_sign(advantage: Tensor, positive: float, otherwise: float) -> Tensor:
-    return torch.full_like(advantage, otherwise).masked_fill(advantage > 0, positive)
+    zero = torch.zeros_like(advantage)
+    return torch.where(advantage > 0, zero + positive, zero + otherwise)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from lvrpo.ops._numbers import as_bound
+from lvrpo.reference._precision import number
 
 if TYPE_CHECKING:
     from lvrpo.ops._advantage_params import AdvantageParams
@@ -91,7 +91,7 @@ def normalize_advantages(
     per_reward = _whiten(per_reward, scored, lengths, params)
     values = per_reward.sum(1)
     if params.clip is not None:
-        bound = as_bound(params.clip, values)
+        bound = number(params.clip, values)
         clipped = values.clamp(-bound, bound)
         per_reward = per_reward * torch.where(values == 0, 1.0, clipped / values)[:, None]
         values = clipped
@@ -156,7 +156,7 @@ def _whiten(
 
 def _floored(spread: Tensor, params: AdvantageParams) -> Tensor:
     """What a spread makes of a divisor: never 0."""
-    divisor = (spread + params.eps).clamp(min=as_bound(params.std_floor, spread))
+    divisor = (spread + params.eps).clamp(min=number(params.std_floor, spread))
     return torch.where(divisor > 0, divisor, 1.0)
 
 
