@@ -8,7 +8,7 @@ import loss_inputs
 import torch
 from torch import Tensor
 
-from lvrpo.ops.grpo_loss import LossParams
+from lvrpo.ops.grpo_loss import LossMetrics, LossParams
 from lvrpo.ops.linear_grpo_loss import linear_grpo_loss
 from lvrpo.reference.linear_grpo_loss import linear_grpo_loss as reference
 from lvrpo.reference.linear_logprobs import linear_logprobs as reference_logprobs
@@ -54,9 +54,9 @@ def make_loss_inputs(
     precision = torch.float64 if dtype == torch.float64 else torch.float32
     for name in ("old_logprobs", "ref_logprobs"):
         inputs[name] = (logprobs + made[name] - made["logprobs"]).to(precision)
-    for name in ("advantages", "token_weights"):
+    for name in ("advantages", "policy_weights"):
         inputs[name] = made[name].to(precision)
-    inputs["cu_seqlens"] = made["cu_seqlens"]
+    inputs |= {name: made[name] for name in ("mask", "cu_seqlens")}
     if row_index is not None:
         inputs["row_index"] = row_index
     return inputs
@@ -71,15 +71,22 @@ def ranges(softmax: dict[str, Any], rows: int) -> dict[str, Any]:
 
 
 def run_op(**inputs: Any) -> tuple[Tensor, ...]:
-    loss, metrics, logprobs, entropy = linear_grpo_loss(**inputs)
-    values = torch.stack([getattr(metrics, field) for field in loss_inputs.METRICS])
-    return loss, values, logprobs, entropy
+    return with_statistics(*linear_grpo_loss(**inputs))
 
 
 def run_reference(**inputs: Any) -> tuple[Tensor, ...]:
     for name in ("memory_budget", "backend"):
         inputs.pop(name, None)
-    return reference(**ranges(inputs, len(inputs["hidden"])))
+    return rounded(*reference(**ranges(inputs, len(inputs["hidden"]))))
+
+
+def with_statistics(loss: Tensor, metrics: LossMetrics, *others: Tensor) -> tuple[Tensor, ...]:
+    return rounded(loss, torch.cat([metrics.sums, metrics.extremes]), *others)
+
+
+def rounded(loss: Tensor, statistics: Tensor, *others: Tensor) -> tuple[Tensor, ...]:
+    """Statistics rounded as the loss is: they are no more exact than it."""
+    return loss, statistics.to(loss.dtype), *others
 
 
 def logit_scale(inputs: dict[str, Any]) -> tuple[Tensor, float]:
@@ -141,8 +148,8 @@ def output_scales(
         for k, x in inputs.items()
     }
     _, _, logprobs, entropy = run(**wide)
-    names = ("old_logprobs", "ref_logprobs", "token_weights", "advantages", "cu_seqlens", "params")
-    given = {name: wide[name] for name in names}
+    names = ("old_logprobs", "ref_logprobs", "mask", "policy_weights", "advantages", "cu_seqlens")
+    given = {name: wide[name] for name in (*names, "params")}
     scales = loss_inputs.scales(given | {"logprobs": logprobs, "entropy": entropy})
     lengths = inputs["cu_seqlens"].diff()
     worst = largest * (float(lengths.max()) if params.ratio == "seq_sum" else 1.0)

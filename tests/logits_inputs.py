@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 import linear_inputs
-import loss_inputs
 import torch
 from torch import Tensor
 
@@ -24,15 +23,13 @@ def make_inputs(
 
 
 def run_op(**inputs: Any) -> tuple[Tensor, ...]:
-    loss, metrics, logprobs, entropy = logits_grpo_loss(**inputs)
-    values = torch.stack([getattr(metrics, field) for field in loss_inputs.METRICS])
-    return loss, values, logprobs, entropy
+    return linear_inputs.with_statistics(*logits_grpo_loss(**inputs))
 
 
 def run_reference(**inputs: Any) -> tuple[Tensor, ...]:
     for name in ("backend", "inplace_backward"):
         inputs.pop(name, None)
-    return reference(**linear_inputs.ranges(inputs, len(inputs["logits"])))
+    return linear_inputs.rounded(*reference(**linear_inputs.ranges(inputs, len(inputs["logits"]))))
 
 
 def loss_scales(inputs: dict[str, Any]) -> dict[str, Any]:

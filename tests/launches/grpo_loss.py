@@ -7,7 +7,8 @@ from collections.abc import Iterator
 import torch
 
 from lvrpo.kernels import grpo_loss as kernels
-from lvrpo.ops.grpo_loss import LossParams, scalars_of
+from lvrpo.ops._policy_loss import choices_of, numbers_of
+from lvrpo.ops.grpo_loss import LossParams
 
 
 def call(
@@ -20,18 +21,21 @@ def call(
     per_token: bool = False,
     denominator: float | None = None,
 ) -> None:
-    def numbers(count: int, wanted: bool = True) -> torch.Tensor | None:
-        return torch.empty(count, dtype=dtype, device="meta") if wanted else None
+    def of(count: int, wanted: bool = True, kind: torch.dtype = dtype) -> torch.Tensor | None:
+        return torch.empty(count, dtype=kind, device="meta") if wanted else None
 
     kernels.grpo_loss_fwd(
-        numbers(tokens),
-        numbers(tokens, not bare),
-        numbers(tokens if per_token else sequences),
-        torch.empty(sequences + 1, dtype=torch.int64, device="meta"),
-        numbers(tokens, not bare),
-        numbers(tokens, not bare),
-        numbers(tokens, not bare),
-        *scalars_of(params, denominator),
+        of(tokens),
+        of(tokens, not bare),
+        of(tokens if per_token else sequences),
+        of(sequences + 1, kind=torch.int64),
+        of(tokens, not bare),
+        of(tokens, not bare),
+        of(tokens, not bare, torch.bool),
+        of(tokens, not bare),
+        numbers_of(params, denominator),
+        per_token,
+        *choices_of(params),
     )
 
 

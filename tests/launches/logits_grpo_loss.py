@@ -7,7 +7,10 @@ from collections.abc import Iterator
 import torch
 
 from lvrpo.kernels import logits_grpo_loss as kernels
-from lvrpo.ops.grpo_loss import LossParams, scalars_of
+from lvrpo.ops._linear_rows import OUTSIDE
+from lvrpo.ops._numbers import numbers
+from lvrpo.ops._policy_loss import choices_of, numbers_of
+from lvrpo.ops.grpo_loss import LossParams
 
 
 def call(
@@ -19,30 +22,32 @@ def call(
     bare: bool = False,
     ranged: bool = False,
     temperature: float = 1.0,
-    softcap: float = 0.0,
+    softcap: float | None = None,
     widened: bool = False,
 ) -> None:
     sums = torch.float64 if dtype == torch.float64 else torch.float32
     sequences = 1 + tokens // 100
 
-    def numbers(count: int, wanted: bool = True) -> torch.Tensor | None:
-        return torch.empty(count, dtype=sums, device="meta") if wanted else None
+    def of(count: int, wanted: bool = True, kind: torch.dtype = sums) -> torch.Tensor | None:
+        return torch.empty(count, dtype=kind, device="meta") if wanted else None
 
-    index = {"dtype": torch.int64, "device": "meta"}
     logits = torch.empty(tokens, vocab, dtype=dtype, device="meta")
     kernels.logits_grpo_loss_fwd(
         torch.empty_like(logits, dtype=sums if widened else dtype),
         logits,
-        torch.empty(tokens, **index),
-        torch.empty(tokens, 2, **index) if ranged else None,
-        numbers(tokens, not bare),
-        numbers(sequences),
-        torch.empty(sequences + 1, **index),
-        numbers(tokens, not bare),
-        numbers(tokens),
-        temperature,
-        softcap,
-        *scalars_of(params),
+        of(tokens, kind=torch.int64),
+        torch.empty(tokens, 2, dtype=torch.int64, device="meta") if ranged else None,
+        of(tokens, not bare),
+        of(sequences),
+        of(sequences + 1, kind=torch.int64),
+        of(tokens, not bare),
+        of(tokens, kind=torch.bool),
+        of(tokens, not bare),
+        numbers(temperature, softcap or 0.0, OUTSIDE),
+        numbers_of(params),
+        softcap is not None,
+        0,
+        *choices_of(params),
     )
 
 

@@ -66,4 +66,9 @@ class Broken:
 def without_dead_rows(inputs: dict[str, Any]) -> dict[str, Any]:
     lengths = inputs["cu_seqlens"].diff()
     advantage = inputs["advantages"].repeat_interleave(lengths)
-    return {"token_weights": inputs["token_weights"] * (advantage > 0)}
+    return {"mask": inputs["mask"] & (advantage > 0)}
+
+
+def without_weightless_tokens(inputs: dict[str, Any]) -> dict[str, Any]:
+    """As if a policy weight of 0 left the denominator too."""
+    return {"mask": inputs["mask"] & (inputs["policy_weights"] != 0)}

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from mutants._fused import Broken, Mutant, without_dead_rows
+from mutants._fused import Broken, Mutant, without_dead_rows, without_weightless_tokens
 
 from lvrpo.reference.linear_grpo_loss import linear_grpo_loss
 
@@ -43,6 +43,9 @@ MUTANTS: dict[str, Mutant] = {
     "gradient of the entropy missing": broken.with_params(entropy_coef=0.0),
     "gradient of the KL missing": broken.with_params(beta=0.0),
     "rows without a gradient left out of the metrics": broken.with_inputs(without_dead_rows),
+    "a policy weight of 0 leaves the denominator": broken.with_inputs(without_weightless_tokens),
+    "policy weights ignored": broken.with_inputs(lambda _: {"policy_weights": None}),
+    "mask ignored": broken.with_inputs(lambda _: {"mask": None}),
     "tokens shifted by one": broken.with_inputs(lambda i: {"token_ids": i["token_ids"].roll(1)}),
     "old log-probs shifted by one": broken.with_inputs(
         lambda i: {"old_logprobs": i["old_logprobs"].roll(1)}

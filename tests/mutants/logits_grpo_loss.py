@@ -9,7 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from mutants._fused import Broken, Mutant, without_dead_rows
+from mutants._fused import Broken, Mutant, without_dead_rows, without_weightless_tokens
 from torch import Tensor
 
 from lvrpo.reference.logits_grpo_loss import logits_grpo_loss
@@ -59,6 +59,9 @@ MUTANTS: dict[str, Mutant] = {
     "gradient of the KL missing": broken.with_params(beta=0.0),
     "aggregated over all tokens": broken.with_params(aggregation="token_mean"),
     "rows without a gradient left out of the metrics": broken.with_inputs(without_dead_rows),
+    "a policy weight of 0 leaves the denominator": broken.with_inputs(without_weightless_tokens),
+    "policy weights ignored": broken.with_inputs(lambda _: {"policy_weights": None}),
+    "mask ignored": broken.with_inputs(lambda _: {"mask": None}),
     "probabilities of rounded logits": broken.with_inputs(rounded_probability),
     "old log-probs of another temperature": broken.with_inputs(ratio_of_another_temperature),
     "tokens shifted by one": broken.with_inputs(lambda i: {"token_ids": i["token_ids"].roll(1)}),

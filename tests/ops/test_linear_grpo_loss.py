@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from linear_inputs import loss_scales, make_loss_inputs, run_op, run_reference
-from loss_inputs import PARAMS
+from loss_inputs import PARAMS, STATISTICS
 from mutants.linear_grpo_loss import MUTANTS
 
 from lvrpo.ops import _backend
@@ -85,7 +85,7 @@ def test_every_preset_in_chunks_of_any_size(name, shared_prompts):
 @needs_kernels
 def test_any_lengths_and_chunks(lengths, rows, shared, dead, name):
     inputs = make_loss_inputs(lengths, torch.float64, width=4, vocab=9, shared_prompts=shared)
-    inputs |= {"params": preset(name), "memory_budget": rows * 9 * 8}
+    inputs |= {"params": preset(name), "memory_budget": rows * 9 * 8, "level": "sequence"}
     inputs["advantages"] *= torch.tensor([dead >> i & 1 for i in range(len(lengths))])
     check(run_op, inputs)
 
@@ -115,20 +115,19 @@ def test_denominator(backend, as_tensor):
     for denominator in (len(LENGTHS), 3.0):
         hidden = inputs["hidden"].clone().requires_grad_()
         given = torch.tensor(float(denominator)) if as_tensor else denominator
-        loss, metrics, *_ = run_op(**inputs | {"hidden": hidden, "denominator": given})
+        loss, statistics, *_ = run_op(**inputs | {"hidden": hidden, "denominator": given})
         loss.backward()
-        results.append(torch.cat([loss.detach()[None], metrics[:1], hidden.grad.flatten()]))
+        results.append(torch.cat([loss.detach()[None], statistics[:1], hidden.grad.flatten()]))
     torch.testing.assert_close(results[1], results[0] * (len(LENGTHS) / 3.0))
 
 
 @pytest.mark.parametrize("name", ["grpo", "gspo"])
-def test_ignored_tokens_have_no_weight(backend, name):
+def test_ignored_tokens_are_masked(backend, name):
     inputs = make_loss_inputs(LENGTHS) | {"params": preset(name), "backend": backend}
-    weights = torch.ones(29)
-    weights[::3] = 0.0
-    ids = torch.where(weights == 0, -5, inputs["token_ids"])
+    mask = torch.arange(29) % 3 != 0
+    ids = torch.where(mask, inputs["token_ids"], -5)
     results = []
-    for change in ({"token_weights": weights}, {"token_ids": ids, "token_weights": None}):
+    for change in ({"mask": mask}, {"token_ids": ids, "mask": None}):
         hidden = inputs["hidden"].clone().requires_grad_()
         outputs = run_op(**inputs | change | {"hidden": hidden, "ignore_index": -5})
         outputs[0].backward()
@@ -140,7 +139,7 @@ def test_ignored_tokens_have_no_weight(backend, name):
 def test_masked_rows_may_hold_anything(name):
     inputs = make_loss_inputs(LENGTHS) | {"params": preset(name)}
     clean = run_op(**inputs)
-    masked = inputs["token_weights"] == 0
+    masked = ~inputs["mask"]
     assert masked.any()
     inputs["hidden"][masked] = torch.nan
     for name in ("hidden", "weight"):
@@ -156,13 +155,14 @@ def test_masked_rows_may_hold_anything(name):
 @pytest.mark.parametrize("name", ["grpo", "gspo"])
 def test_no_row_has_a_gradient(backend, mask, name):
     inputs = make_loss_inputs(LENGTHS) | {"params": preset(name), "backend": backend}
-    inputs["token_weights"] = torch.full((29,), mask == "none").float()
+    inputs["mask"] = torch.full((29,), mask == "none")
     inputs["advantages"] = torch.zeros(len(LENGTHS)) if mask == "none" else inputs["advantages"]
     heads = [inputs[k].requires_grad_() for k in ("hidden", "weight", "bias")]
-    loss, metrics, logprobs, entropy = run_op(**inputs)
+    loss, statistics, logprobs, entropy = run_op(**inputs)
     loss.backward()
     assert all((head.grad == 0).all() for head in heads)
-    assert float(metrics[-1]) == (29 if mask == "none" else 0)
+    active = statistics[STATISTICS.index("active_tokens")]
+    assert float(active) == (29 if mask == "none" else 0)
     assert ((logprobs != 0) == (mask == "none")).all()
     assert ((entropy != 0) == (mask == "none")).all()
 

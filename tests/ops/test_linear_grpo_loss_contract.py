@@ -13,7 +13,9 @@ from torch.profiler import ProfilerActivity, profile
 
 import lvrpo
 from lvrpo.ops import _backend, _linear_head, _linear_plan
-from lvrpo.ops._policy_loss import scalars_of
+from lvrpo.ops._linear_rows import OUTSIDE
+from lvrpo.ops._numbers import numbers
+from lvrpo.ops._policy_loss import choices_of, numbers_of
 from lvrpo.ops.grpo_loss import LossParams
 
 pytestmark = pytest.mark.usefixtures("poison_empty")
@@ -57,12 +59,14 @@ def test_gradcheck(backend, params, shared_prompts):
 def test_opcheck(params):
     inputs = make_loss_inputs(LENGTHS, width=3, vocab=7, shared_prompts=True)
     names = (*HEAD, "token_ids", "row_index", "vocab_range", "old_logprobs", "advantages")
-    names = (*names, "cu_seqlens", "ref_logprobs", "token_weights")
+    names = (*names, "cu_seqlens", "ref_logprobs", "mask", "policy_weights")
     tensors = [inputs.get(name) for name in names]
-    head = ([True, False, True], 0, 7, 0.9, 0.0, 4)
-    loss = (scalars_of(params), params.sequence_level, True, True, "cpp")
+    scalars = numbers(0.9, 0.0, OUTSIDE), numbers_of(params)
+    head = ([True, False, True], 0, 7, 4)
+    of_sequences = params.sequence_level, params.sequence_level
+    loss = ([0, *map(int, choices_of(params))], *of_sequences, True, True, "cpp")
     op = torch.ops.lvrpo.linear_grpo_loss_fwd.default
-    torch.library.opcheck(op, (*tensors, *head, *loss))
+    torch.library.opcheck(op, (*tensors, *scalars, *head, *loss))
 
 
 @pytest.mark.parametrize("params", [ALL_TERMS, GSPO], ids=["token", "gspo"])
@@ -166,7 +170,7 @@ def gemms(monkeypatch):
 @pytest.mark.parametrize("rows", [4, 14, 29])
 def test_three_gemms(gemms, rows):
     inputs = make_loss_inputs(LENGTHS) | {"params": ALL_TERMS, "memory_budget": rows * 61 * 4}
-    inputs["token_weights"] = None
+    inputs |= {"mask": None, "policy_weights": None}
     gradients_of(inputs)
     assert gemms == {"project": 29, "dhidden": 29, "dweight": 29}
 
@@ -179,7 +183,7 @@ def test_three_gemms(gemms, rows):
 )
 def test_a_sequence_ratio_projects_again_only_what_does_not_fit(gemms, rows, old, projected):
     inputs = make_loss_inputs(LENGTHS) | {"params": GSPO, "memory_budget": rows * 61 * 4}
-    inputs["token_weights"] = None
+    inputs |= {"mask": None, "policy_weights": None}
     gradients_of(inputs, **({} if old else {"old_logprobs": None}))
     assert gemms["dhidden"] == gemms["dweight"] == 29
     assert gemms["project"] == projected
@@ -189,9 +193,11 @@ def test_a_sequence_ratio_projects_again_only_what_does_not_fit(gemms, rows, old
 def test_rows_without_a_gradient_are_projected_once(gemms):
     inputs = make_loss_inputs(LENGTHS) | {"params": LossParams()}
     inputs["advantages"][2] = 0.0
-    seen = int((inputs["token_weights"] != 0).sum())
-    dead = int((inputs["token_weights"][5:14] != 0).sum())
-    for params, live in ((LossParams(), seen - dead), (ALL_TERMS, seen)):
+    pulls = inputs["mask"] & (inputs["policy_weights"] != 0)
+    pulls[5:14] = False
+    seen = int(inputs["mask"].sum())
+    assert pulls.sum() < seen
+    for params, live in ((LossParams(), int(pulls.sum())), (ALL_TERMS, seen)):
         gemms.update(dict.fromkeys(gemms, 0))
         gradients_of(inputs, params=params)
         assert gemms == {"project": seen, "dhidden": live, "dweight": live}
@@ -200,7 +206,7 @@ def test_rows_without_a_gradient_are_projected_once(gemms):
 @needs_kernels
 @pytest.mark.parametrize("frozen", [("hidden",), ("weight",), HEAD])
 def test_a_frozen_input_costs_nothing(gemms, frozen):
-    inputs = make_loss_inputs(LENGTHS) | {"params": ALL_TERMS, "token_weights": None}
+    inputs = make_loss_inputs(LENGTHS) | {"params": ALL_TERMS, "mask": None}
     every = dict(zip(HEAD, gradients_of(inputs), strict=True))
     gemms.update(dict.fromkeys(gemms, 0))
     leaves = with_gradients(inputs, tuple(name for name in HEAD if name not in frozen))
@@ -280,7 +286,7 @@ def peak_bytes(run: Any) -> int:
 def test_memory_is_one_chunk_and_the_gradients(scale):
     rows, width, vocab, budget = 256, 16, 4096, 32 * 4096 * 4
     inputs = make_loss_inputs([64] * 4, width=width, vocab=vocab)
-    inputs |= {"params": ALL_TERMS, "memory_budget": budget, "token_weights": None}
+    inputs |= {"params": ALL_TERMS, "memory_budget": budget, "mask": None}
     leaves = with_gradients(inputs)
 
     def run() -> None:
@@ -305,7 +311,10 @@ BAD = {
     "token outside the vocabulary": ({"token_ids": torch.tensor([0, 9])}, r"token_ids\[1\] is 9"),
     "range beyond the vocabulary": ({"vocab_range": (0, 10)}, r"vocab_range is \(0, 10\)"),
     "row index out of range": ({"row_index": torch.tensor([0, 2])}, r"row_index\[1\] is 2"),
-    "rows and tokens differ": ({"hidden": torch.zeros(3, 4)}, "2 token_ids for 3 rows"),
+    "rows and tokens differ": (
+        {"hidden": torch.zeros(3, 4)},
+        r"token_ids has shape \(2,\), but the rows of hidden have shape \(3,\)",
+    ),
     "widths differ": ({"weight": torch.zeros(9, 5)}, r"weight has shape \(9, 5\)"),
     "dtypes differ": ({"hidden": torch.zeros(2, 4).double()}, "weight is torch.float32, but"),
     "budget": ({"memory_budget": 35}, "memory_budget is 35 bytes, .* need 36"),
@@ -319,7 +328,8 @@ BAD = {
         r"advantages\[0\] is inf",
     ),
     "offsets": ({"cu_seqlens": torch.tensor([0, 1, 1, 1])}, "cu_seqlens ends at 1, expected 2"),
-    "weight": ({"token_weights": torch.tensor([1.0, -1.0])}, r"token_weights\[1\] is -1.0"),
+    "mask": ({"mask": torch.tensor([1.0, -1.0])}, r"mask\[1\] is -1.0"),
+    "weight": ({"policy_weights": torch.tensor([1.0, -1.0])}, r"policy_weights\[1\] is -1.0"),
     "no reference": ({"params": LossParams(beta=0.1)}, "ref_logprobs is None, but beta is 0.1"),
     "denominator": ({"denominator": 0.0}, "denominator is 0.0"),
     "unknown backend": ({"backend": "cudnn"}, "backend is 'cudnn'"),

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from logits_inputs import loss_scales, make_inputs, run_op, run_reference
-from loss_inputs import PARAMS
+from loss_inputs import PARAMS, STATISTICS
 from mutants.logits_grpo_loss import MUTANTS
 
 from lvrpo.ops import _backend, _logits_loss
@@ -115,7 +115,7 @@ def test_in_place(backend, params, shared_prompts, dtype):
 @needs_kernels
 def test_any_lengths_and_runs(lengths, shortest, shared, dead, name):
     inputs = make_inputs(lengths, torch.float64, width=4, vocab=9, shared_prompts=shared)
-    inputs |= {"params": preset(name)}
+    inputs |= {"params": preset(name), "level": "sequence"}
     inputs["advantages"] *= torch.tensor([dead >> i & 1 for i in range(len(lengths))])
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(_logits_loss, "SKIPPED_BYTES", shortest * 9 * 8)
@@ -175,9 +175,9 @@ def test_denominator(backend, as_tensor):
     for denominator in (len(LENGTHS), 3.0):
         logits = inputs["logits"].clone().requires_grad_()
         given = torch.tensor(float(denominator)) if as_tensor else denominator
-        loss, metrics, *_ = run_op(**inputs | {"logits": logits, "denominator": given})
+        loss, statistics, *_ = run_op(**inputs | {"logits": logits, "denominator": given})
         loss.backward()
-        results.append(torch.cat([loss.detach()[None], metrics[:1], logits.grad.flatten()]))
+        results.append(torch.cat([loss.detach()[None], statistics[:1], logits.grad.flatten()]))
     torch.testing.assert_close(results[1], results[0] * (len(LENGTHS) / 3.0))
 
 
@@ -194,13 +194,12 @@ def test_an_advantage_for_each_token(backend):
 
 
 @pytest.mark.parametrize("name", ["grpo", "gspo"])
-def test_ignored_tokens_have_no_weight(backend, name):
+def test_ignored_tokens_are_masked(backend, name):
     inputs = make_inputs(LENGTHS) | {"params": preset(name), "backend": backend}
-    weights = torch.ones(29)
-    weights[::3] = 0.0
-    ids = torch.where(weights == 0, -5, inputs["token_ids"])
+    mask = torch.arange(29) % 3 != 0
+    ids = torch.where(mask, inputs["token_ids"], -5)
     results = []
-    for change in ({"token_weights": weights}, {"token_ids": ids, "token_weights": None}):
+    for change in ({"mask": mask}, {"token_ids": ids, "mask": None}):
         logits = inputs["logits"].clone().requires_grad_()
         outputs = run_op(**inputs | change | {"logits": logits, "ignore_index": -5})
         outputs[0].backward()
@@ -217,7 +216,7 @@ def test_masked_rows_may_hold_anything(backend, monkeypatch, name, options, shor
         backend = None  # the reference reads every row
     inputs = make_inputs(LENGTHS) | {"params": preset(name), "backend": backend, **options}
     clean = run_op(**inputs)
-    masked = inputs["token_weights"] == 0
+    masked = ~inputs["mask"]
     assert masked.any()
     inputs["logits"][masked] = torch.nan
     source = inputs["logits"].requires_grad_()
@@ -235,14 +234,15 @@ def test_masked_rows_may_hold_anything(backend, monkeypatch, name, options, shor
 @pytest.mark.parametrize("name", ["grpo", "gspo"])
 def test_no_row_has_a_gradient(backend, mask, name, inplace_backward):
     inputs = make_inputs(LENGTHS) | {"params": preset(name), "backend": backend}
-    inputs["token_weights"] = torch.full((29,), mask == "none").float()
+    inputs["mask"] = torch.full((29,), mask == "none")
     inputs["advantages"] = torch.zeros(len(LENGTHS)) if mask == "none" else inputs["advantages"]
     source = inputs["logits"].requires_grad_()
     inputs |= {"logits": source * 1.0, "inplace_backward": inplace_backward}
-    loss, metrics, logprobs, entropy = run_op(**inputs)
+    loss, statistics, logprobs, entropy = run_op(**inputs)
     loss.backward()
     assert (source.grad == 0).all()
-    assert float(metrics[-1]) == (29 if mask == "none" else 0)
+    active = statistics[STATISTICS.index("active_tokens")]
+    assert float(active) == (29 if mask == "none" else 0)
     assert ((logprobs != 0) == (mask == "none")).all()
     assert ((entropy != 0) == (mask == "none")).all()
 

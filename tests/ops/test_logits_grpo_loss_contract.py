@@ -12,7 +12,9 @@ from torch import Tensor
 
 import lvrpo
 from lvrpo.ops import _backend, _linear_rows
-from lvrpo.ops._policy_loss import scalars_of
+from lvrpo.ops._linear_rows import OUTSIDE
+from lvrpo.ops._numbers import numbers
+from lvrpo.ops._policy_loss import choices_of, numbers_of
 from lvrpo.ops.grpo_loss import LossParams
 
 pytestmark = pytest.mark.usefixtures("poison_empty")
@@ -58,11 +60,12 @@ def test_gradcheck(backend, params, shared_prompts):
 def test_opcheck(backend, params, shared_prompts):
     inputs = make_inputs([2, 3], width=3, vocab=7, shared_prompts=shared_prompts)
     names = ("logits", "token_ids", "row_index", "vocab_range", "old_logprobs", "advantages")
-    names = (*names, "cu_seqlens", "ref_logprobs", "token_weights")
+    names = (*names, "cu_seqlens", "ref_logprobs", "mask", "policy_weights")
     tensors = [inputs.get(name) for name in names]
-    loss = (0.9, 0.0, scalars_of(params), params.sequence_level, True, backend)
+    scalars = numbers(0.9, 0.0, OUTSIDE), numbers_of(params)
+    loss = (False, [0, *map(int, choices_of(params))], params.sequence_level, True, backend)
     op = torch.ops.lvrpo.logits_grpo_loss_fwd.default
-    torch.library.opcheck(op, (torch.empty(5, 7), *tensors, *loss))
+    torch.library.opcheck(op, (torch.empty(5, 7), *tensors, *scalars, *loss))
 
 
 @both_ratios
@@ -210,9 +213,9 @@ def test_rows_without_a_gradient_are_not_read_for_it(monkeypatch, shared_prompts
     inputs = make_inputs(LENGTHS, shared_prompts=shared_prompts) | {"backend": "cpp"}
     inputs["advantages"][2] = 0.0
     rows = inputs.get("row_index", torch.arange(29))
-    weights = inputs["token_weights"].clone()
-    weights[5:14] = 0.0
-    live = torch.zeros(29).index_add(0, rows, weights) > 0
+    pulls = inputs["mask"] * inputs["policy_weights"]
+    pulls[5:14] = 0.0
+    live = torch.zeros(29).index_add(0, rows, pulls) > 0
     expected = gradient_of(inputs)
     backward = _linear_rows.HeadRows.backward
 
@@ -248,7 +251,10 @@ BAD = {
     "token outside the vocabulary": ({"token_ids": torch.tensor([0, 9])}, r"token_ids\[1\] is 9"),
     "range beyond the vocabulary": ({"vocab_range": (0, 10)}, r"vocab_range\[0\] is \[0, 10\]"),
     "row index out of range": ({"row_index": torch.tensor([0, 2])}, r"row_index\[1\] is 2"),
-    "rows and tokens differ": ({"logits": torch.zeros(3, 9)}, "2 token_ids for 3 rows"),
+    "rows and tokens differ": (
+        {"logits": torch.zeros(3, 9)},
+        r"token_ids has shape \(2,\), but the rows of logits have shape \(3,\)",
+    ),
     "shape": ({"logits": torch.zeros(2)}, r"logits has shape \(2,\)"),
     "no column": ({"logits": torch.zeros(2, 0)}, r"logits has shape \(2, 0\)"),
     "integers": ({"logits": torch.zeros(2, 9).long()}, "logits is torch.int64"),
@@ -271,7 +277,8 @@ BAD = {
         r"advantages\[0\] is inf",
     ),
     "offsets": ({"cu_seqlens": torch.tensor([0, 1, 1, 1])}, "cu_seqlens ends at 1, expected 2"),
-    "weight": ({"token_weights": torch.tensor([1.0, -1.0])}, r"token_weights\[1\] is -1.0"),
+    "mask": ({"mask": torch.tensor([1.0, -1.0])}, r"mask\[1\] is -1.0"),
+    "weight": ({"policy_weights": torch.tensor([1.0, -1.0])}, r"policy_weights\[1\] is -1.0"),
     "no reference": ({"params": LossParams(beta=0.1)}, "ref_logprobs is None, but beta is 0.1"),
     "denominator": ({"denominator": 0.0}, "denominator is 0.0"),
     "unknown backend": ({"backend": "cudnn"}, "backend is 'cudnn'"),
