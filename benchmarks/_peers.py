@@ -43,7 +43,7 @@ def with_plain_loss(head: Callable[..., Tensor]) -> Callable[..., Tensor]:
         old_logprobs: Tensor,
         advantages: Tensor,
         cu_seqlens: Tensor,
-        token_weights: Tensor,
+        mask: Tensor,
         params: Any = None,
         **of_head: Any,
     ) -> Tensor:
@@ -52,7 +52,7 @@ def with_plain_loss(head: Callable[..., Tensor]) -> Callable[..., Tensor]:
         ratio = (logprobs - old_logprobs).exp()
         clipped = ratio.clamp(1 - CLIP_LOW, 1 + CLIP_HIGH)
         per_token = -torch.minimum(ratio * advantage, clipped * advantage)
-        return (per_token * token_weights).sum() / token_weights.sum()
+        return (per_token * mask).sum() / mask.sum()
 
     return loss
 
@@ -61,7 +61,7 @@ def without_masked_rows(head: Callable[..., Tensor]) -> Callable[..., Tensor]:
     """linear_grpo_loss by `head`, which sees the active rows only, as in TRL's trainer."""
 
     def loss(**inputs: Any) -> Tensor:
-        active = inputs["token_weights"] != 0
+        active = inputs["mask"]
 
         def active_rows(hidden: Tensor, weight: Tensor, token_ids: Tensor) -> Tensor:
             found = head(hidden[active], weight, token_ids[active])
@@ -195,7 +195,7 @@ def _liger_whole_loss() -> Callable[..., Any]:
             padded("hidden"),
             given["weight"],
             padded("token_ids"),
-            padded("token_weights"),
+            padded("mask"),
             given["advantages"],
             old_per_token_logps=padded("old_logprobs"),
         )[0]

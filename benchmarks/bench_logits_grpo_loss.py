@@ -43,7 +43,7 @@ def bench_logits_grpo_loss(measure, shape, dtype):
         "old_logprobs": lvrpo.gather_logprobs(logits, token_ids) + 0.1 * torch.randn(rows),
         "advantages": torch.randn(count) * (share < live),
         "cu_seqlens": torch.arange(count + 1) * LENGTH,
-        "token_weights": (share < active).float().repeat_interleave(LENGTH),
+        "mask": (share < active).repeat_interleave(LENGTH),
     }
     # Without an entropy bonus: it is a gradient of every row that is let in.
     params = LossParams(entropy_coef=0.01 * (live == 1.0))

@@ -181,7 +181,7 @@ def loss_inputs(logprobs: Tensor, live: float, active: float) -> dict[str, Tenso
         "old_logprobs": logprobs + 0.1 * torch.randn(rows),
         "advantages": torch.randn(sequences) * varies,
         "cu_seqlens": torch.arange(sequences + 1) * LENGTH,
-        "token_weights": (torch.rand(rows) < active).float(),
+        "mask": torch.rand(rows) < active,
     }
 
 
