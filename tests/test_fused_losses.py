@@ -270,6 +270,8 @@ BROKEN: dict[str, tuple[str, float]] = {
     "infinite row": ("rows", math.inf),
     "id": ("token_ids", VOCAB),
     "negative id": ("token_ids", -7),
+    "row index": ("row_index", 14),
+    "negative row index": ("row_index", -1),
 }
 
 
@@ -277,6 +279,8 @@ def with_broken(head: Head, batch: Batch, what: str) -> tuple[dict[str, Any], Te
     """Arguments with something in them that is refused where it is read, and what can be kept."""
     name, value = BROKEN[what]
     inputs = {**batch.tokens, "rows": batch.factors[head.rows]}
+    if name == "row_index":
+        inputs[name] = torch.arange(len(batch.token_ids))
     whole = name == "advantages"
     inputs[name] = inputs[name].clone()
     inputs[name][2 if whole else 4] = value

@@ -17,6 +17,7 @@ from lvrpo.ops import _checks
 from lvrpo.ops._layout import TokenLayout, token_layout
 from lvrpo.ops._loss_metrics import LossMetrics
 from lvrpo.ops._policy_loss import FusedPolicyLoss, LossParams
+from lvrpo.ops._targets import Targets
 
 #: What advantages, masks and weights are given as.
 Numbers = Tensor | Sequence[Any]
@@ -40,6 +41,7 @@ class LossInputs:
         divisor: a denominator that is a tensor: it divides the result of the op, which then needs
             no read from the device.
         denominator: for the op; None for its own count.
+        lost: [] how many tokens that the mask let in were taken out of it; None for none.
     """
 
     layout: TokenLayout
@@ -53,6 +55,7 @@ class LossInputs:
     per_token: bool
     divisor: Tensor | None
     denominator: float | None
+    lost: Tensor | None = None
 
     @property
     def level(self) -> Level:
@@ -72,10 +75,17 @@ class LossInputs:
         found = {name: getattr(self, name) for name in (*names, "denominator", "params")}
         return found | {"cu_seqlens": self.layout.offsets}
 
-    def without(self, masked: Tensor) -> LossInputs:
-        """The same with these tokens [T] masked too; the mask is there then."""
-        mask = ~masked if self.mask is None else self.mask & ~masked
-        return dataclasses.replace(self, mask=mask)
+    def of_targets(self, targets: Targets, strange: Tensor | None) -> LossInputs:
+        """The same without tokens [T] that are ignored, those `strange` among them counted.
+
+        The mask is there then.
+        """
+        asked = targets.token_ids != targets.ignore_index
+        lost = None
+        if strange is not None:
+            lost = (strange if self.mask is None else strange & self.mask).sum()
+        mask = asked if self.mask is None else self.mask & asked
+        return dataclasses.replace(self, mask=mask, lost=lost)
 
     def finish_fused(
         self, loss: Tensor, statistics: Tensor, logprobs: Tensor, entropy: Tensor
@@ -96,6 +106,10 @@ class LossInputs:
             loss = torch.where(positive, loss / divisor.to(loss.dtype), 0.0)
             of_policy = torch.where(positive, statistics[:1] / divisor, 0.0)
             statistics = torch.cat([of_policy, statistics[1:]])
+        if self.lost is not None:
+            number = torch.arange(len(statistics), device=statistics.device)
+            counts = number == LossMetrics.SUMS.index("dropped_tokens")
+            statistics = statistics + self.lost * counts
         metrics = LossMetrics.from_statistics(statistics.detach())
         if _checks.check_values(loss):
             self._refuse(loss, metrics, logprobs)

@@ -49,6 +49,25 @@ class Targets:
         """[R] whether a token uses a row that is not `finite`; to be asked on the host alone."""
         return ~finite if bool(finite.all()) else ~finite & self.used_rows()
 
+    def without_strangers(self, vocab: int) -> tuple[Targets, Tensor | None]:
+        """The targets, those without a row or a column among them ignored; and which [T] they are.
+
+        None where values were read, so that there are none.
+        """
+        if _checks.check_values(self.token_ids):
+            return self, None
+        ids, index = self.token_ids, self.row_index
+        here = (ids >= 0) & (ids < vocab)
+        if index is not None:
+            inside = (index >= 0) & (index < math.prod(self.rows))
+            here, index = here & inside, torch.where(inside, index, 0)
+        if self.ranges is not None:
+            low, high = (self.ranges if index is None else self.ranges[index]).unbind(1)
+            here = here & (ids >= low) & (ids < high)
+        strange = ~here & (ids != self.ignore_index)
+        ids = torch.where(strange, self.ignore_index, ids)
+        return dataclasses.replace(self, token_ids=ids, row_index=index), strange
+
     def settle(
         self, lse: Tensor, of_rows: list[Tensor], refuse: Callable[[Tensor], None]
     ) -> list[Tensor]:

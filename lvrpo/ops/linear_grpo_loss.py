@@ -103,10 +103,10 @@ def linear_grpo_loss(
     pair = vocab_range if _targets.is_pair(vocab_range) else None
     vocab = _inputs.vocab_slice(OP, pair, weight.shape[0])
     _targets.check_scale(OP, temperature, softcap)
-    targets = _targets.as_targets(
+    targets, strange = _targets.as_targets(
         *(OP, "hidden", shaped, weight.shape[0]),
         *(token_ids, row_index, vocab_range, ignore_index),
-    )
+    ).without_strangers(weight.shape[0])
     most = _inputs.rows_at_once(OP, hidden, vocab.high - vocab.low, memory_budget)
     data = loss_inputs(
         OP,
@@ -122,7 +122,7 @@ def linear_grpo_loss(
         entropy=None,
         denominator=denominator,
         params=params,
-    ).without(targets.token_ids == ignore_index)
+    ).of_targets(targets, strange)
     indices = targets.token_ids, targets.row_index, targets.ranges
     chosen = _backend.resolve(OP, (*factors, *indices, *data.tensors()), backend)
     if chosen == "torch":

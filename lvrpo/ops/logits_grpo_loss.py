@@ -99,10 +99,10 @@ def logits_grpo_loss(
             "gradient before a loss scale has multiplied it: float32, float64 or bfloat16"
         )
     _targets.check_scale(OP, temperature, softcap)
-    targets = _targets.as_targets(
+    targets, strange = _targets.as_targets(
         *(OP, "logits", shaped, logits.shape[1]),
         *(token_ids, row_index, vocab_range, ignore_index),
-    )
+    ).without_strangers(logits.shape[1])
     data = loss_inputs(
         OP,
         ("token_ids", targets.token_ids.reshape(targets.tokens)),
@@ -117,7 +117,7 @@ def logits_grpo_loss(
         entropy=None,
         denominator=denominator,
         params=params,
-    ).without(targets.token_ids == ignore_index)
+    ).of_targets(targets, strange)
     indices = targets.token_ids, targets.row_index, targets.ranges
     chosen = _backend.resolve(OP, (logits, *indices, *data.tensors()), backend)
     if chosen == "torch":

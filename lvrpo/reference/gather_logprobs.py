@@ -33,12 +33,15 @@ def gather_logprobs(
     asking = (token_ids != ignore_index) & (row == wanted) & (target == token_ids)
     asking = asking & allowed[row, target]
 
-    # A row that no token uses may hold anything; multiplying by 0 would not keep a NaN away.
+    # A row that no token uses may hold anything, and one that is no distribution has no gradient:
+    # multiplying by 0 would not keep a NaN away.
     used = torch.zeros(len(x), device=x.device).index_add(0, row, asking.float()) > 0
     lse = _scaled(x.detach(), allowed, temperature, softcap).logsumexp(dim=-1)
-    dropped = ~used & ~lse.isfinite()
-    x = x.masked_fill(~allowed | dropped[:, None], 0.0)
+    broken = ~lse.isfinite()
+    dropped = broken & ~used
+    x = x.masked_fill(~allowed | broken[:, None], 0.0)
     log_p = _scaled(x, allowed, temperature, softcap).log_softmax(dim=-1)
+    log_p = log_p.masked_fill(broken[:, None], torch.nan)
 
     logprobs = log_p[row, target].masked_fill(~asking, 0.0)
     if not (return_entropy or return_sum_squares):
