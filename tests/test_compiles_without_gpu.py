@@ -43,7 +43,11 @@ SPILL_BUDGET: dict[str, int] = {
     "_batch_kernel": 8,
     # On 8.6 alone, where more programs fit on an SM.
     "_dlogits_kernel": 8,
+    # An fp64 factor or a pointer, of loops whose registers are full.
     "_terms_kernel": 8,
+    # One program, once a call: sums that wait for its last stores. Every tile that was tried spills
+    # somewhere, and more of them would be read by fewer threads.
+    "_reduce_kernel": 48,
 }
 #: The same of kernels whose products are in fp32, for which there are no tensor cores: each product
 #: takes the registers of a tile more.
