@@ -25,10 +25,13 @@ EXTENSION := .venv/.extension-$(call hash,echo "$(PACKAGES) $(LVRPO_BUILD)"; fin
 # The tests of what has a Triton kernel, and of what is composed of them.
 INTERPRETED := $(wildcard $(patsubst kernels/%.py,tests/ops/test_%*.py,$(wildcard kernels/[a-z]*.py)) tests/ops/test_linear_*.py)
 
-.PHONY: help setup train test bench lint types clean
+# Two cores do twice the work of one, where every process keeps to a thread of its own.
+PARALLEL := OMP_NUM_THREADS=1 $(BIN)/pytest -n auto --dist=worksteal --durations=10
+
+.PHONY: help setup train test test-slow bench lint types clean
 
 help:  ## this list
-	@sed -n 's/^\([a-z]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 16
+	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 16
 	@echo "  Variables: PYTHON=$(PYTHON) TORCH=$(TORCH) RUN=$(RUN) LVRPO_BUILD=$(LVRPO_BUILD)"
 
 setup: $(EXTENSION)  ## virtual environment, packages, C++ extension
@@ -36,11 +39,15 @@ setup: $(EXTENSION)  ## virtual environment, packages, C++ extension
 train: setup  ## warm start and LVRPO on real handwritten digits, then the report
 	$(BIN)/lvrpo train "$(RUN)"
 
-test: setup  ## every test, and the benchmarks at small size
-	$(BIN)/pytest
+test: setup  ## every test but the slow ones, and the benchmarks at small size
+	$(PARALLEL) -m "not slow"
 	@# Triton's kernels on the CPU, in processes of their own: Triton decides when it is imported.
-	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(BIN)/pytest -n auto --disable-warnings -k triton $(INTERPRETED)
+	TRITON_INTERPRET=1 $(PARALLEL) -m "not slow" --disable-warnings -k triton $(INTERPRETED)
 	$(BIN)/pytest benchmarks --benchmark-only
+
+test-slow: setup  ## the rest: long fuzzing, and every case in Triton's interpreter
+	$(PARALLEL) -m slow
+	TRITON_INTERPRET=1 $(PARALLEL) -m slow --disable-warnings -k triton $(INTERPRETED)
 
 bench: setup  ## the benchmarks at full size
 	$(BIN)/pytest benchmarks --benchmark-only --size=full

@@ -38,7 +38,7 @@ FUSED = {"logits_grpo_loss"}
 #: exception is granted here, with the reason it deserves.
 FILE_LINES, FUNCTION_LINES = 350, 80
 FOLDERS = {"csrc/": 500, "kernels/": 500, "tests/": 500}  # longest file, where it is not FILE_LINES
-BUDGETS = {"setup.py": 120, "README.md": 200}
+BUDGETS = {"setup.py": 120, "README.md": 210}
 ONE_FORMULA = (
     "a reference reads from top to bottom like its formula; parts would need names of their own"
 )
