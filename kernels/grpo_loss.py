@@ -73,7 +73,8 @@ def _active(
     asked = inside
     if mask_ptr is not None:
         asked &= tl.load(mask_ptr + t, mask=inside, other=0) != 0
-    active = asked & is_finite(logp) & is_finite(log_ratio) & is_finite(advantage)
+    active = asked & is_finite(logp) & is_finite(log_ratio)
+    has_advantage = is_finite(advantage)
     if ref_ptr is not None:
         active &= is_finite(tl.load(ref_ptr + t, mask=inside, other=0.0))
     if entropy_ptr is not None:
@@ -81,7 +82,9 @@ def _active(
     if policy_weight_ptr is not None:
         weight = tl.load(policy_weight_ptr + t, mask=inside, other=0.0)
         active &= is_finite(weight) & (weight >= 0)
-    return asked, active
+        # Nobody asks for the advantage that a policy weight of 0 leaves out.
+        has_advantage |= weight == 0
+    return asked, active & has_advantage
 
 
 @triton.jit
@@ -353,7 +356,7 @@ def _terms_kernel(
         pulls = active & (weight != 0)
         policy += tl.where(pulls, weight * value, 0.0)
         if SHARES_SLOPE:
-            slope *= share
+            slope = tl.where(share != 0, slope * share, 0.0)
             if SURROGATE == LOG_CLIP:
                 slope = tl.where(low | high, 0.0, slope)
         else:

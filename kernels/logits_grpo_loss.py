@@ -277,6 +277,8 @@ def logits_grpo_loss_fwd(
     dtype = advantages.dtype
     logprobs, lse, entropy = (logits.new_empty(rows, dtype=dtype) for _ in range(3))
     of_tokens = _of_tokens(advantages, cu_seqlens, rows, named["PER_TOKEN"])
+    if policy_weights is not None:  # nobody asks for the advantage that a weight of 0 leaves out
+        of_tokens = torch.where(policy_weights == 0, 0.0, of_tokens)
     asked, mask = mask, _usable(mask, (old_logprobs, of_tokens, ref_logprobs), policy_weights)
     launch(
         _row_loss_kernel,

@@ -177,9 +177,12 @@ LVRPO_MULTIVERSION void count_sequence(const Tokens<acc>& in, int64_t index, int
   for (int64_t t = begin; t < end; ++t) {
     // x - x is 0 for what is finite, else NaN.
     const acc zero = (logp[t] - logp[t]) + (old[t] - old[t]) + (ref[t] - ref[t]) + (entropy[t] - entropy[t]) +
-                     (weight[t] - weight[t]) + (advantage[t] - advantage[t]) + (shared - shared);
+                     (weight[t] - weight[t]);
+    const acc zero_advantage = (advantage[t] - advantage[t]) + (shared - shared);
     const bool asked_for = active[t];
-    const bool on = asked_for && zero == acc(0) && (!weighted || weight[t] >= acc(0));
+    // Nobody asks for the advantage that a policy weight of 0 leaves out.
+    const bool has_advantage = zero_advantage == acc(0) || (weighted && weight[t] == acc(0));
+    const bool on = asked_for && zero == acc(0) && has_advantage && (!weighted || weight[t] >= acc(0));
     active[t] = on;
     asked += asked_for ? 1.0 : 0.0;
     tokens += on ? 1.0 : 0.0;

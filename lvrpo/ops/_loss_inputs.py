@@ -151,6 +151,8 @@ class LossInputs:
             self._refuse_first("policy_weights", weights, bad, "finite and >= 0")
         bad = ~self.advantages.isfinite()
         if self.per_token:
+            if self.policy_weights is not None:
+                asked = asked & (self.policy_weights != 0)
             self._refuse_first("advantages", self.advantages, bad & asked, expected)
         _checks.refuse_first(self.layout.op, "advantages", self.advantages, bad, "a finite number")
 

@@ -58,7 +58,8 @@ def grpo_loss(
     # Leaving out comes first: such a token may hold anything, and 0 * NaN is NaN.
     asked = torch.ones_like(logp, dtype=torch.bool) if mask is None else mask > 0
     active = asked & (weight >= 0)
-    for data in (logp, old, advantage, weight, ent, *([] if ref is None else [ref])):
+    used_advantage = torch.where(weight == 0, 0.0, advantage)
+    for data in (logp, old, used_advantage, weight, ent, *([] if ref is None else [ref])):
         active = active & data.detach().isfinite()
     logp, old, ent = (torch.where(active, x, 0.0) for x in (logp, old, ent))
     # Without old log-probs the ratio is 1, and its gradient that of the log-prob.

@@ -229,6 +229,8 @@ def with_broken(inputs: dict[str, Tensor], what: str) -> tuple[dict[str, Tensor]
     at: Any = 1 if key == "advantages" else (1, 0)
     broken, kept = inputs[key].clone(), inputs["mask"].clone()
     broken[at], kept[at] = value, False
+    if key == "advantages":  # but those that a policy weight of 0 does without
+        kept[at] = inputs["mask"][at] & (inputs["policy_weights"][at] == 0)
     return inputs | {key: broken}, kept
 
 
@@ -237,6 +239,23 @@ def test_the_host_refuses_what_is_not_finite(backend, what):
     bad, _ = with_broken(padded(), what)
     with pytest.raises(ValueError, match=rf"{BROKEN[what][0]}\[1(, 0)?\] is"):
         run(backend, params_of("grpo", beta=0.1, entropy_coef=0.1), **bad)
+
+
+@pytest.mark.parametrize("name", LOSS_PRESETS)
+def test_an_advantage_that_nobody_asks_for_may_be_anything(backend, name):
+    inputs = padded()
+    params = params_of(name, beta=0.1, entropy_coef=0.1)
+    inputs["policy_weights"] = torch.rand(5, COLUMNS)
+    inputs["policy_weights"][1] = 0.0
+    results = []
+    for value in (0.0, math.nan, math.inf):
+        inputs["advantages"][1] = value
+        loss, gradient, metrics = run(backend, params, **inputs)
+        assert float(metrics.dropped_tokens) == 0
+        results.append([loss, gradient])
+    assert all(torch.equal(a, b) for a, b in zip(results[0], results[1], strict=True))
+    for a, b in zip(results[0], results[2], strict=True):
+        torch.testing.assert_close(a, b)
 
 
 @pytest.mark.parametrize("name", ["dapo", "gspo"])
