@@ -285,7 +285,10 @@ def with_broken(head: Head, batch: Batch, what: str) -> tuple[dict[str, Any], Te
     inputs[name] = inputs[name].clone()
     inputs[name][2 if whole else 4] = value
     kept = batch.inputs["mask"].clone()
-    kept[slice(3, 9) if whole else 4] = False
+    at = slice(3, 9) if whole else slice(4, 5)
+    kept[at] = False
+    if whole:  # but for tokens that a policy weight of 0 lets do without
+        kept[at] = batch.inputs["mask"][at] & (batch.inputs["policy_weights"][at] == 0)
     return inputs, kept
 
 
