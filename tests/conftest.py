@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 from collections.abc import Iterator
 
 import pytest
@@ -15,6 +16,19 @@ from lvrpo.testing import interpreter_with_bf16
 def backends() -> list[str]:
     """Triton's is there when its kernels can run: on a GPU, or with TRITON_INTERPRET=1."""
     return ["cpp", "torch"] + ["triton"] * (not _backend.why_unavailable("triton"))
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """In Triton's interpreter two of three cases of a test are slow: it takes seconds for many."""
+    if not _backend.triton_interprets():
+        return
+    cases: collections.Counter[str] = collections.Counter()
+    for item in items:
+        name = item.nodeid.partition("[")[0]
+        if "triton" in item.nodeid:
+            if cases[name] % 3:
+                item.add_marker(pytest.mark.slow)
+            cases[name] += 1
 
 
 @pytest.fixture(params=backends())

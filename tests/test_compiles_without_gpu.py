@@ -99,6 +99,7 @@ def test_every_kernel_is_launched_by_the_cases(op):
     assert {launch.kernel.__name__ for launch in launches_of(op, "every_form")} == jitted
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 @pytest.mark.parametrize("op", OPS)
 def test_compiles_and_fits(op, architecture):

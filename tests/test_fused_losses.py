@@ -182,6 +182,7 @@ def test_tokens_that_are_left_out_may_hold_anything(backend, head, name):
     hold_anything(backend, head, make_batch(head, LENGTHS), params_of(name, **TERMS), head)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["grpo", "gspo"])
 @both_heads
 def test_tokens_that_are_left_out_may_hold_anything_unread(backend, head, name):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import math
 import os
@@ -100,6 +101,14 @@ def as_saved(tensor: Tensor | None) -> Tensor | None:
     if tensor is None or torch.compiler.is_compiling() or torch.is_inference_mode_enabled():
         return tensor
     return tensor.clone() if tensor.is_inference() else tensor
+
+
+def without_autocast(tensor: Tensor) -> contextlib.AbstractContextManager[Any]:
+    """Autocast switched off on the device of `tensor`, also one that has none."""
+    device = tensor.device.type
+    if not torch.is_autocast_enabled(device):
+        return contextlib.nullcontext()
+    return torch.autocast(device, enabled=False)
 
 
 def as_factor(tensor: Tensor) -> Tensor:

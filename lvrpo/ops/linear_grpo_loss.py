@@ -9,7 +9,6 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 
 from lvrpo.ops import _backend, _checks, _targets
@@ -126,7 +125,7 @@ def linear_grpo_loss(
     indices = targets.token_ids, targets.row_index, targets.ranges
     chosen = _backend.resolve(OP, (*factors, *indices, *data.tensors()), backend)
     if chosen == "torch":
-        with torch.autocast(hidden.device.type, enabled=False):
+        with _checks.without_autocast(hidden):
             result = reference_linear_grpo_loss(
                 hidden,
                 weight,

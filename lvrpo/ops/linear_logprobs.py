@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from lvrpo.ops import _backend, _library, _targets
+from lvrpo.ops import _backend, _checks, _library, _targets
 from lvrpo.ops import _linear_inputs as _inputs
 from lvrpo.ops._linear_head import LinearHead, dtypes_of, fake_gradients, split
 from lvrpo.ops._linear_rows import OUTSIDE, HeadRows, Softmax
@@ -152,7 +152,7 @@ def linear_logprobs(
     chosen = _backend.resolve(OP, (hidden, weight, bias, *indices), backend)
     of_rows: list[Tensor]
     if chosen == "torch":
-        with torch.autocast(hidden.device.type, enabled=False):
+        with _checks.without_autocast(hidden):
             logprobs, entropy, *others = reference_linear_logprobs(
                 *(hidden, weight, *indices[:2]),
                 bias=bias,

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 
 from lvrpo.ops import _backend, _checks, _targets
@@ -121,7 +120,7 @@ def logits_grpo_loss(
     indices = targets.token_ids, targets.row_index, targets.ranges
     chosen = _backend.resolve(OP, (logits, *indices, *data.tensors()), backend)
     if chosen == "torch":
-        with torch.autocast(logits.device.type, enabled=False):
+        with _checks.without_autocast(logits):
             result = reference_logits_grpo_loss(
                 logits,
                 targets.token_ids,

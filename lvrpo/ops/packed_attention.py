@@ -118,7 +118,7 @@ def packed_attention(
     if chosen == "flash":
         return _flash_attention.flash_attention(q, k, v, mask, scale, softcap)
     if chosen == "torch":
-        with torch.autocast(q.device.type, enabled=False):
+        with _checks.without_autocast(q):
             return reference_packed_attention(
                 q, k, v, mask, scale=scale, softcap=softcap, return_lse=return_lse
             )

@@ -148,14 +148,21 @@ KLS = {
 }
 
 
-FORMS = [
-    *itertools.product(LOSS_PRESETS, ("no KL", "k3 times ratio"), (20.0, None)),
-    *itertools.product(("grpo", "gspo_token"), KLS, (20.0,)),
-    *itertools.product(("grpo", "gspo"), ("k3 times ratio",), (5.0,)),
+FORMS = dict.fromkeys(
+    [
+        *itertools.product(LOSS_PRESETS, ("no KL",), (20.0, None)),
+        *itertools.product(("grpo", "gspo_token"), KLS, (20.0,)),
+        *itertools.product(("grpo", "gspo"), ("k3 times ratio",), (5.0,)),
+    ]
+)
+MORE = dict.fromkeys(itertools.product(LOSS_PRESETS, ("k3 times ratio",), (20.0, None)))
+CASES = [
+    *FORMS,
+    *(pytest.param(*form, marks=pytest.mark.slow) for form in MORE if form not in FORMS),
 ]
 
 
-@pytest.mark.parametrize(("name", "kl", "limit"), dict.fromkeys(FORMS))
+@pytest.mark.parametrize(("name", "kl", "limit"), CASES)
 def test_value_and_gradient_are_finite_and_right(backend, name, kl, limit):
     length = {"max_length": 4} if name == "dr_grpo" else {}
     params = LossParams.preset(name, log_ratio_limit=limit, **KLS[kl], **length)

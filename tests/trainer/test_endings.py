@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 from trainer.test_resume import assert_same_run, wait_for
-from trainer.tiny import OVERRIDES, command, run_tiny, settings
+from trainer.tiny import OVERRIDES, command, heed_signals, run_tiny, settings
 
 from lvrpo.trainer import loop, state
 from lvrpo.trainer.checkpoint import checkpoints, load_newest
@@ -171,6 +171,7 @@ def start(folder: Path, *overrides: str) -> subprocess.Popen:
     flags = settings([*OVERRIDES, *RARE, reward, *overrides])
     return subprocess.Popen(
         [sys.executable, "-m", "lvrpo.cli", "train", folder / "run", "--no-report", *flags],
+        preexec_fn=heed_signals,
         stderr=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,

@@ -14,6 +14,7 @@ KILLS = 20
 
 
 @pytest.mark.slow
+@pytest.mark.slow
 def test_kill_9_at_random_moments(tmp_path):
     # A server that has imported everything forks the runs: most kills then hit a run, not its
     # imports.

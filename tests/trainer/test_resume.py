@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from trainer.tiny import OVERRIDES, run_tiny, settings
+from trainer.tiny import OVERRIDES, heed_signals, run_tiny, settings
 
 from lvrpo.trainer.checkpoint import load_newest
 from lvrpo.trainer.loop import Listener, Progress
@@ -108,7 +108,8 @@ def test_shuffled_rewards_are_another_run_of_the_same_samples(uninterrupted, tmp
 def start(directory: Path) -> subprocess.Popen:
     command = [sys.executable, "-m", "lvrpo.cli", "train", str(directory), "--no-report"]
     command += settings(OVERRIDES)
-    return subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE)
+    pipes = {"stderr": subprocess.PIPE, "stdout": subprocess.PIPE}
+    return subprocess.Popen(command, preexec_fn=heed_signals, **pipes)
 
 
 def wait_for(path: Path, process: subprocess.Popen) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -56,3 +57,11 @@ def command(*arguments: object, tiny: bool = False) -> Any:
     """`lvrpo ARGUMENTS` in this process, with the tiny configuration if asked for."""
     extra = settings(OVERRIDES) if tiny else []
     return CliRunner().invoke(app, [*map(str, arguments), *extra])
+
+
+def heed_signals() -> None:
+    """For `preexec_fn`: whoever started the tests may ignore some, and a child inherits that."""
+    for signum in (signal.SIGINT, signal.SIGHUP, signal.SIGTERM):
+        signal.signal(
+            signum, signal.SIG_DFL if signum != signal.SIGINT else signal.default_int_handler
+        )
