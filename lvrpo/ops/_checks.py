@@ -103,21 +103,22 @@ def as_saved(tensor: Tensor | None) -> Tensor | None:
     return tensor.clone() if tensor.is_inference() else tensor
 
 
+def autocasts(device: str) -> bool:
+    """Whether autocast is on for devices of this type, some of which have none."""
+    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+
+
 def without_autocast(tensor: Tensor) -> contextlib.AbstractContextManager[Any]:
-    """Autocast switched off on the device of `tensor`, also one that has none."""
+    """Autocast switched off on the device of `tensor`."""
     device = tensor.device.type
-    if not torch.is_autocast_enabled(device):
-        return contextlib.nullcontext()
-    return torch.autocast(device, enabled=False)
+    return torch.autocast(device, enabled=False) if autocasts(device) else contextlib.nullcontext()
 
 
 def as_factor(tensor: Tensor) -> Tensor:
     """`tensor` as autocast gives it to a product: in its dtype while it is on; never fp64."""
     device = tensor.device.type
     narrows = tensor.is_floating_point() and tensor.dtype != torch.float64
-    if not (narrows and torch.is_autocast_enabled(device)):
-        return tensor
-    return tensor.to(torch.get_autocast_dtype(device))
+    return tensor.to(torch.get_autocast_dtype(device)) if narrows and autocasts(device) else tensor
 
 
 def refuse_first(op: str, name: str, values: Tensor, bad: Tensor, expected: str) -> None:

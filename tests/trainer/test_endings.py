@@ -178,7 +178,16 @@ def start(folder: Path, *overrides: str) -> subprocess.Popen:
     )
 
 
-@pytest.mark.parametrize("signals", ["SIGTERM", "SIGHUP", "SIGINT SIGINT", "SIGINT SIGTERM"])
+@pytest.mark.parametrize(
+    "signals",
+    [
+        "SIGTERM",
+        *(
+            pytest.param(names, marks=pytest.mark.slow)
+            for names in ("SIGHUP", "SIGINT SIGINT", "SIGINT SIGTERM")
+        ),
+    ],
+)
 def test_a_signal_while_a_reward_hangs(tmp_path, signals):
     (tmp_path / "hold").touch()
     process = start(tmp_path)
