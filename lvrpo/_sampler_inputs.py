@@ -115,13 +115,14 @@ def advantage_of_token(
     values = as_logprobs(op, {"advantages": advantages}, like)["advantages"]
     shape = tuple(values.shape)
     _checks.check_same_device(op, advantages=values, cu_seqlens=layout.offsets)
-    by_sequence = shape in ((count,), (count, 1))
-    if not by_sequence and shape != layout.shape:
+    by_sequence = _checks.is_shape(shape, (count,)) or _checks.is_shape(shape, (count, 1))
+    by_token = _checks.is_shape(shape, layout.shape)
+    if not by_sequence and not by_token:
         raise ValueError(
             f"{op}: advantages has shape {shape}, expected [{count}] or [{count}, 1] per sequence, "
             f"or {list(layout.shape)}"
         )
-    if by_sequence and shape == layout.shape and len(shape) == 1 and count > 0:
+    if by_sequence and by_token and len(shape) == 1 and count > 0:
         each_has_one = _checks.check_values(layout.offsets) and bool(
             (layout.offsets.diff() == 1).all()
         )

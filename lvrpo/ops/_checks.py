@@ -129,6 +129,13 @@ def refuse_first(op: str, name: str, values: Tensor, bad: Tensor, expected: str)
         raise ValueError(f"{op}: {name}[{index}] is {values[at].tolist()}, expected {expected}")
 
 
+def is_shape(shape: tuple[int, ...], expected: tuple[int, ...]) -> bool:
+    """Whether two shapes are one, compared size by size: a traced size is in no tuple."""
+    return len(shape) == len(expected) and all(
+        have == want for have, want in zip(shape, expected, strict=True)
+    )
+
+
 def check_shape(op: str, name: str, tensor: Tensor, expected: tuple[int | str, ...]) -> None:
     """`expected` holds sizes, or letters for sizes that may be anything."""
     matches = tensor.dim() == len(expected) and all(

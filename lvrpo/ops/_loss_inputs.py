@@ -127,8 +127,9 @@ class LossInputs:
             )
         if not bool(loss.detach().isfinite()):
             raise ValueError(
-                f"{op}: the loss is {float(loss)}, from finite inputs; params.log_ratio_limit is "
-                f"{self.params.log_ratio_limit}, and no limit or a large one lets ratios overflow"
+                f"{op}: the loss is {float(loss.detach())}, from finite inputs; "
+                f"params.log_ratio_limit is {self.params.log_ratio_limit}, and no limit or a large "
+                "one lets ratios overflow"
             )
 
     def _refuse_tokens(self, logprobs: Tensor) -> None:
@@ -233,22 +234,23 @@ def _per_token(
     layout: TokenLayout, advantages: Tensor, level: Level | None, params: LossParams
 ) -> bool:
     """Whether advantages of this shape are per token."""
-    op, shape = layout.op, tuple(advantages.shape)
-    sequences = layout.sequences
+    op, shape, sequences = layout.op, tuple(advantages.shape), layout.sequences
+    # One comparison at a time: a compiled graph has no tuples of sizes that vary.
     fits = {
-        "sequence": shape in ((sequences,), (sequences, 1)),
-        "token": shape == layout.shape,
-    }
-    of_token = "[T]" if len(layout.shape) == 1 else "[B, C]"
-    expected = {
-        "sequence": f"[B] = [{sequences}]",
-        "token": f"{of_token} = {list(layout.shape)}",
+        "sequence": _checks.is_shape(shape, (sequences,))
+        or _checks.is_shape(shape, (sequences, 1)),
+        "token": _checks.is_shape(shape, layout.shape),
     }
     if level is not None and level not in fits:
         raise ValueError(f"{op}: level is {level!r}, expected 'token' or 'sequence', or None")
-    if not any(fits[each] for each in ([level] if level else fits)):
-        wanted = expected[level] if level else " or ".join(expected.values())
-        raise ValueError(f"{op}: advantages has shape {shape}, expected {wanted}")
+    if not (fits[level] if level else fits["sequence"] or fits["token"]):
+        of_token = "[T]" if len(layout.shape) == 1 else "[B, C]"
+        wanted = {
+            "sequence": f"[B] = [{sequences}]",
+            "token": f"{of_token} = {list(layout.shape)}",
+        }
+        expected = wanted[level] if level else f"{wanted['sequence']} or {wanted['token']}"
+        raise ValueError(f"{op}: advantages has shape {shape}, expected {expected}")
     if params.needs_sequence_advantages:
         if not fits["sequence"] or level == "token":
             raise ValueError(
@@ -258,7 +260,7 @@ def _per_token(
         return False
     if level is not None:
         return level == "token"
-    if all(fits.values()) and len(layout.shape) == 1 and sequences > 0:
+    if fits["sequence"] and fits["token"] and len(layout.shape) == 1 and sequences > 0:
         each_has_one = _checks.check_values(layout.offsets) and bool(
             (layout.offsets.diff() == 1).all()
         )

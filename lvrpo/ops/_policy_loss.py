@@ -126,7 +126,7 @@ class LossParams:
                 raise ValueError(f"LossParams: {name} is {getattr(self, name)}, expected >= 0")
         if not 0 <= self.beta < math.inf:
             raise ValueError(f"LossParams: beta is {self.beta}, expected finite and >= 0")
-        if not math.isfinite(self.entropy_coef):
+        if not -math.inf < self.entropy_coef < math.inf:
             raise ValueError(f"LossParams: entropy_coef is {self.entropy_coef}, expected finite")
         for name in ("log_ratio_limit", "kl_log_ratio_limit", "kl_limit"):
             limit = getattr(self, name)

@@ -48,6 +48,10 @@ def fingerprint(config: TrainConfig) -> str:
     return hashlib.sha256(json.dumps(table, sort_keys=True).encode()).hexdigest()[:16]
 
 
+#: The key of a row that says to which step a run went back.
+CHECKPOINT = "checkpoint"
+
+
 def changed_config(run_dir: Path, config: TrainConfig, named: Mapping[str, Any]) -> TrainConfig:
     """The configuration of a run that goes on with the keys of the command line.
 
@@ -113,9 +117,17 @@ def changes_between(old: TrainConfig, new: TrainConfig, step: int, bridge: Bridg
 
 
 def rate_bridge(config: TrainConfig, changes: list[Row]) -> Bridge:
-    """Where the schedule last changed, in policy updates, and the learning rate before it."""
-    rates = [(row["step"] - config.warm_start.steps, row["lr"]) for row in changes if "lr" in row]
-    return rates[-1] if rates else None
+    """Where the schedule last changed, in policy updates, and the learning rate before it.
+
+    What happened after a step that the run went back to has not happened.
+    """
+    rates: list[Row] = []
+    for row in changes:
+        if row["key"] == CHECKPOINT:
+            rates = [rate for rate in rates if rate["step"] <= row["new"]]
+        elif "lr" in row:
+            rates.append(row)
+    return (rates[-1]["step"] - config.warm_start.steps, rates[-1]["lr"]) if rates else None
 
 
 def _flat(config: TrainConfig) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from typing import Any
 
 from lvrpo.trainer.config import TrainConfig
 from lvrpo.trainer.lines import write_atomically
+from lvrpo.trainer.run_directory import RunDirectoryError
 
 INPUTS = "inputs.json"
 Inputs = dict[str, dict[str, Any]]
@@ -54,9 +55,12 @@ def reward_label(spec: str) -> str:
 def compare_inputs(then: Inputs, now: Inputs) -> dict[str, str]:
     """What differs, in words, by the keys of `find_inputs`; paths may."""
     differences = {}
-    for key in sorted(then.keys() & now.keys()):
-        old, new = then[key], now[key]
+    for key, new in sorted(now.items()):
         path = new["path"]
+        if key not in then:
+            differences[key] = f"{INPUTS} has no record of {path}"
+            continue
+        old = then[key]
         if old.get("code") != new.get("code"):
             differences[key] = f"the code in {path} is not what it was when the run began"
         elif old.get("lines") != new.get("lines"):
@@ -81,9 +85,18 @@ def fingerprint_of(inputs: Mapping[str, Any]) -> str:
 
 
 def read_inputs(run_dir: Path) -> Inputs | None:
-    """What `write_inputs` wrote; None when it did not."""
+    """What `write_inputs` wrote; None when it did not.
+
+    Raises:
+        RunDirectoryError: the file is damaged.
+    """
     path = run_dir / INPUTS
-    return dict(json.loads(path.read_bytes())) if path.exists() else None
+    try:
+        return dict(json.loads(path.read_bytes())) if path.exists() else None
+    except (ValueError, TypeError) as error:
+        raise RunDirectoryError(
+            f"{path} is damaged ({error}); delete it and go on by --accept-changes"
+        ) from error
 
 
 def write_inputs(run_dir: Path, inputs: Inputs) -> None:

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from lvrpo.trainer.changes import (
+    CHECKPOINT,
     changed_config,
     changes_between,
     fingerprint,
@@ -154,7 +155,8 @@ def _existing(
         )
     source = check_config(config)
     inputs = find_inputs(config, _rewards(config))
-    changes += changes_between(own, config, step, rate_bridge(own, read_changes(directory)))
+    bridge = rate_bridge(own, read_changes(directory) + changes)
+    changes += changes_between(own, config, step, bridge)
     changes += _accepted(directory, read_inputs(directory) or {}, inputs, step, accept_changes)
     if not dry:
         # In this order a kill in between can only make a record twice.
@@ -203,7 +205,7 @@ def _step_to_resume(
 
 
 def _went_back(newest: int, step: int) -> list[Row]:
-    row: Row = {"step": step, "key": "checkpoint", "old": newest, "new": step}
+    row: Row = {"step": step, "key": CHECKPOINT, "old": newest, "new": step}
     return [] if step == newest else [row]
 
 
@@ -223,7 +225,7 @@ def _accepted(
         {
             "step": step,
             "key": key,
-            "old": fingerprint_of(then[key]),
+            "old": fingerprint_of(then[key]) if key in then else None,
             "new": fingerprint_of(now[key]),
         }
         for key in differences

@@ -170,6 +170,22 @@ def test_advantages_mean_what_is_said_where_sizes_coincide(backend):
     grpo_loss(*arguments, params=LossParams.preset("gspo"), backend=backend)
 
 
+def test_a_batch_of_any_size_is_one_graph(backend):
+    # Down to one sequence, whose size a graph has as a constant next to sizes that vary.
+    torch.compiler.reset()
+
+    def loss_of(logprobs: Tensor, advantages: Tensor, cu_seqlens: Tensor, coef: float) -> Tensor:
+        params = LossParams(entropy_coef=coef)
+        by = {"params": params, "backend": backend, "entropy": logprobs.abs()}
+        return grpo_loss(logprobs, None, advantages, cu_seqlens, **by).loss
+
+    compiled = torch.compile(loss_of, dynamic=True, fullgraph=True, backend="aot_eager")
+    for step, (tokens, sequences) in enumerate(((6, 3), (8, 4), (5, 2), (4, 1))):
+        offsets = torch.linspace(0, tokens, sequences + 1).long()
+        given = -torch.rand(tokens), torch.ones(sequences), offsets, 0.1 + step
+        torch.testing.assert_close(compiled(*given), loss_of(*given))
+
+
 ZEROS = {
     "int": 0,
     "float": 0.0,
