@@ -31,7 +31,7 @@ PARALLEL := OMP_NUM_THREADS=1 $(BIN)/pytest -n auto --dist=worksteal --durations
 .PHONY: help setup train test test-slow bench lint types clean
 
 help:  ## this list
-	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 16
+	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 20
 	@echo "  Variables: PYTHON=$(PYTHON) TORCH=$(TORCH) RUN=$(RUN) LVRPO_BUILD=$(LVRPO_BUILD)"
 
 setup: $(EXTENSION)  ## virtual environment, packages, C++ extension
