@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 
+from lvrpo.ops import _backend
 from lvrpo.ops.normalize_advantages import (
     ADVANTAGE_PRESETS,
     AdvantageParams,
@@ -231,10 +232,13 @@ NUMBERS: dict[str, Callable[[Any], dict[str, Any]]] = {
 @pytest.mark.parametrize("number", NUMBERS)
 def test_a_number_is_not_a_constant_of_a_graph(backend, number):
     """A custom op's float would be: the ninth raises under fullgraph=True."""
-    r = torch.rand(2**3 * 3**2 * 5 * 7 * 11, 2)  # what many sizes divide
+    r = torch.rand(24, 2)
     values: list[Any] = [0.05 + 0.07 * i for i in range(12)]
     if number == "groups":
+        r = torch.rand(2**3 * 3**2 * 5 * 7 * 11, 2)  # what many sizes divide
         values = [2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 14]
+        if _backend.triton_interprets():  # a millisecond for every sample
+            r, values = torch.rand(24, 2), [2, 3, 4, 6, 8, 12]
     if number == "params":
         values = [AdvantageParams.preset("grpo_batch", eps=x, clip=1 + x) for x in values]
 
