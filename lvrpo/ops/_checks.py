@@ -189,10 +189,3 @@ def as_offsets(
     if int(offsets[-1]) != total:
         raise ValueError(f"{op}: {name} ends at {int(offsets[-1])}, expected {total}")
     return offsets
-
-
-def check_offsets(op: str, name: str, offsets: Tensor, total: int) -> None:
-    """int64 [n + 1] offsets that start at 0, never decrease and end at `total`."""
-    check_shape(op, name, offsets, ("n + 1",))
-    check_integer(op, name, offsets)
-    as_offsets(op, name, offsets, total, offsets.device)
