@@ -5,11 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from _providers import Case
+from harness.providers import Case
 from torch import Tensor
 
 from lvrpo.models.flow import FlowSchedule
-from lvrpo.ops.flow_policy_loss import FlowLossParams
+from lvrpo.params.flow import FlowLossParams
 
 PARAMS = FlowLossParams(beta=0.01)
 SCHEDULE = FlowSchedule()

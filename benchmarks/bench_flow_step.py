@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from _providers import Case
+from harness.providers import Case
 from torch import Tensor
 
 from lvrpo.models.flow import FlowSchedule

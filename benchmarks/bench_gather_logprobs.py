@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from _providers import Case
+from harness.providers import Case
 
 SHAPES = {
     "small": {"64 rows, odd vocabulary": (64, 3203)},

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-import _peers
 import torch
-from _providers import Case
+from harness.providers import Case
+from peers import loss_heads
 from torch import Tensor
 
 from lvrpo.ops.grpo_loss import LossParams
@@ -33,7 +33,7 @@ def plain_loss(
     cu_seqlens: Tensor,
 ) -> Tensor:
     """As one writes it, for sequences of one length."""
-    logprobs, entropy = _peers.plain_linear_logprobs(hidden, weight, token_ids, True)
+    logprobs, entropy = loss_heads.plain_linear_logprobs(hidden, weight, token_ids, True)
     ratio = (logprobs - old_logprobs).exp().view(-1, LENGTH)
     advantage = advantages[:, None]
     clipped = ratio.clamp(1 - PARAMS.clip_low, 1 + PARAMS.clip_high)
@@ -50,7 +50,7 @@ def bench_linear_grpo_loss(measure, shape):
     }
     inputs = {
         **head,
-        "old_logprobs": _peers.plain_linear_logprobs(**head) + 0.1 * torch.randn(rows),
+        "old_logprobs": loss_heads.plain_linear_logprobs(**head) + 0.1 * torch.randn(rows),
         "advantages": torch.randn(rows // LENGTH),
         "cu_seqlens": torch.arange(rows // LENGTH + 1) * LENGTH,
     }

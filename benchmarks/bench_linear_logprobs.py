@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-import _peers
 import pytest
 import torch
-from _providers import Case
+from harness.providers import Case
+from peers import loss_heads
 
 # (rows, hidden width, vocabulary), rows of a chunk; None is the default budget
 SHAPES = {
@@ -31,7 +31,7 @@ def bench_linear_logprobs(measure, direction, shape, dtype):
     budget = None if chunk is None else 4 * chunk * vocab
 
     def call(functional: Any, **given: Any) -> Any:
-        if functional is not _peers.plain_linear_logprobs:
+        if functional is not loss_heads.plain_linear_logprobs:
             given["memory_budget"] = budget
         return functional(**given, return_entropy=True)
 
@@ -43,7 +43,7 @@ def bench_linear_logprobs(measure, direction, shape, dtype):
         inputs,
         ("hidden", "weight"),
         call=call,
-        plain=_peers.plain_linear_logprobs,
+        plain=loss_heads.plain_linear_logprobs,
         # One product forward, two more for the gradients.
         flops={"forward": product, "forward+backward": 3 * product},
         scales={

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from _providers import Case, Peer
+from harness.providers import Case, Peer
 from torch import Tensor
 
 import lvrpo

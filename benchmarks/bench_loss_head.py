@@ -9,15 +9,15 @@ from __future__ import annotations
 import math
 from typing import Any
 
-import _peers
 import pytest
 import torch
-from _providers import Case, Peer
+from harness.providers import Case, Peer
+from peers import loss_heads
 from torch import Tensor
 
 import lvrpo
-from lvrpo.ops._policy_loss import LossParams
-from lvrpo.ops.normalize_advantages import AdvantageParams
+from lvrpo.params.advantages import AdvantageParams
+from lvrpo.params.policy_loss import LossParams
 
 BOTH = (torch.float32, torch.bfloat16)
 GROUP = 8  # completions of a prompt
@@ -74,7 +74,9 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 def bench_logprobs_from_logits(measure, direction, case_of, entropy):
     (rows, vocab), dtype = case_of
     logits = (torch.randn(rows, vocab) * 3).to(dtype)
-    some = _peers.FROM_LOGITS_WITH_ENTROPY if entropy else _peers.FROM_LOGITS_WITHOUT_ENTROPY
+    some = (
+        loss_heads.FROM_LOGITS_WITH_ENTROPY if entropy else loss_heads.FROM_LOGITS_WITHOUT_ENTROPY
+    )
     # A log-prob is a difference of numbers as large as the largest logit.
     largest = 1 + float(logits.abs().max())
     inputs = {"logits": logits, "token_ids": torch.randint(0, vocab, (rows,))}
@@ -83,10 +85,10 @@ def bench_logprobs_from_logits(measure, direction, case_of, entropy):
         inputs | {"return_entropy": entropy},
         ("logits",),
         gate=some_rows(inputs) | {"return_entropy": entropy},
-        plain=_peers.plain_gather_logprobs,
+        plain=loss_heads.plain_gather_logprobs,
         # The backward reads the logits again and writes their gradient.
         bytes_moved={"forward": logits.nbytes, "forward+backward": 3 * logits.nbytes},
-        peers={**_peers.FROM_LOGITS, **some},
+        peers={**loss_heads.FROM_LOGITS, **some},
         scales={"out0": largest, "out1": largest, "dlogits": largest / min(rows, GATE_ROWS)},
         shape=f"{rows}x{vocab}{' with entropy' * entropy}",
     )
@@ -101,10 +103,13 @@ def bench_logprobs_from_hidden(measure, direction, case_of):
         inputs | {"return_entropy": entropy},
         ("hidden", "weight"),
         gate=some_rows(inputs) | {"return_entropy": entropy},
-        plain=_peers.plain_linear_logprobs,
+        plain=loss_heads.plain_linear_logprobs,
         # One product forward, two more for the gradients.
         flops=head_flops(rows, width, vocab),
-        peers={**_peers.FROM_HIDDEN, **({} if entropy else _peers.FROM_HIDDEN_WITHOUT_ENTROPY)},
+        peers={
+            **loss_heads.FROM_HIDDEN,
+            **({} if entropy else loss_heads.FROM_HIDDEN_WITHOUT_ENTROPY),
+        },
         scales=head_scales(inputs),
         shape=f"{rows}x{width}x{vocab}{' with entropy' * entropy}",
     )
@@ -134,9 +139,9 @@ def bench_loss_from_logits(measure, case_of):
         ("logits",),
         call=first_of,
         gate=some_rows(inputs),
-        plain=_peers.with_plain_loss(_peers.plain_gather_logprobs),
+        plain=loss_heads.with_plain_loss(loss_heads.plain_gather_logprobs),
         bytes_moved={"forward+backward": 2 * logits.nbytes},
-        peers={**_peers.LOSS_FROM_LOGITS, "two ops": Peer(lambda: two_ops)},
+        peers={**loss_heads.LOSS_FROM_LOGITS, "two ops": Peer(lambda: two_ops)},
         scales={"out0": largest, "dlogits": largest / min(rows, GATE_ROWS)},
     )
     measure(case, "forward+backward")
@@ -146,7 +151,7 @@ def bench_loss_from_hidden(measure, case_of):
     ((rows, width, vocab), live, active), dtype = case_of
     inputs = head_inputs(rows, width, vocab, dtype)
     with torch.no_grad():
-        logprobs = _peers.plain_linear_logprobs(**inputs)
+        logprobs = loss_heads.plain_linear_logprobs(**inputs)
     inputs |= loss_inputs(logprobs, live, active)
     case = Case(
         "linear_grpo_loss",
@@ -154,9 +159,9 @@ def bench_loss_from_hidden(measure, case_of):
         ("hidden", "weight"),
         call=first_of,
         gate=some_rows(inputs),
-        plain=_peers.with_plain_loss(_peers.plain_linear_logprobs),
+        plain=loss_heads.with_plain_loss(loss_heads.plain_linear_logprobs),
         flops=head_flops(rows, width, vocab),
-        peers=_peers.WHOLE_LOSS,
+        peers=loss_heads.WHOLE_LOSS,
         # The loss is a mean of terms of order 1 that cancel.
         scales=head_scales(inputs) | {"out0": 1.0},
         shape=f"{rows}x{width}x{vocab}, live {live:.0%}, active {active:.0%}",

@@ -34,16 +34,16 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
-import _sdpa
 import pytest
 import torch
-from _attention_peers import peers
-from _providers import DEVICE, Case
+from harness.providers import DEVICE, Case
+from peers import sdpa
+from peers.attention import peers
 from torch import Tensor
 
-from lvrpo._mask_schedule import schedule
 from lvrpo.masks import Group, SpanMask
-from lvrpo.positions import position_ids, target_index
+from lvrpo.masks.positions import position_ids, target_index
+from lvrpo.masks.schedule import schedule
 
 
 @dataclass(frozen=True)
@@ -178,7 +178,7 @@ def make_case(shape: Shape, name: str, direction: str) -> Case:
         first,
         ("q", "k", "v"),
         call=None if steady else attend_to_groups,
-        plain=_sdpa.given,
+        plain=sdpa.given,
         compile_plain=False,
         # Two products per visible pair; the backward has five.
         flops={"forward": flops, "forward+backward": 7 * flops // 2},

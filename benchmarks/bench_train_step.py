@@ -18,14 +18,14 @@ import torch
 from torch import Tensor
 
 import lvrpo
-from lvrpo.models.policy import Policy
-from lvrpo.ops import _library
+from lvrpo.backends import library
+from lvrpo.models.unified.policy import Policy
+from lvrpo.runs.setup import Task, load_or_fit_task
 from lvrpo.testing import check_against_plain
 from lvrpo.trainer.config import TrainConfig, load_config
 from lvrpo.trainer.experience import gather_experience
 from lvrpo.trainer.schedule import flow_schedule
 from lvrpo.trainer.state import TrainState
-from lvrpo.trainer.task import Task, load_or_fit_task
 from lvrpo.trainer.update import Experience, Objective, policy_gradient
 
 SIZES = {"small": (4, 4, 3), "full": (32, 32, 7)}  # questions, drawings, rounds
@@ -103,7 +103,7 @@ def steps(request: pytest.FixtureRequest, tmp_path_factory: Any) -> dict[str, St
         ]
     )
     task = load_or_fit_task(config, Path(tmp_path_factory.mktemp("task")))
-    backends = [name for name in BACKENDS if name != "cpp" or not _library.MISSING]
+    backends = [name for name in BACKENDS if name != "cpp" or not library.MISSING]
     steps = {name: Step(config, task, name) for name in backends}
     found, _ = steps["torch"].experience()
     gold = steps["torch"].results(found, double=True)

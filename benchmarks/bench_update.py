@@ -22,27 +22,27 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import _results
 import numpy as np
 import pytest
 import torch
-from _measure import Race, peak_bytes
-from _providers import DEVICE
 from bench_train_step import Step
+from harness import results
+from harness.measure import Race, peak_bytes
+from harness.providers import DEVICE
 from torch import Tensor, nn
 
 import lvrpo
 from lvrpo.data.example import Example
-from lvrpo.data.phrases import scene_words
+from lvrpo.digits.phrases import scene_words
 from lvrpo.models.flow import FlowSchedule
-from lvrpo.models.latents import LinearAutoencoder
-from lvrpo.models.policy import Policy
-from lvrpo.models.tokenizer import Tokenizer
-from lvrpo.models.unified import UnifiedConfig, UnifiedModel
+from lvrpo.models.unified.latents import LinearAutoencoder
+from lvrpo.models.unified.model import UnifiedConfig, UnifiedModel
+from lvrpo.models.unified.policy import Policy
+from lvrpo.models.unified.tokenizer import Tokenizer
+from lvrpo.runs.setup import load_or_fit_task
 from lvrpo.testing import DEFAULT_ULPS, check_against_plain
 from lvrpo.trainer.config import load_config
 from lvrpo.trainer.rollout import Answers, Pictures
-from lvrpo.trainer.task import load_or_fit_task
 from lvrpo.trainer.update import Experience, Objective, pack_experience, policy_gradient
 
 GROUP = 8
@@ -244,10 +244,10 @@ def compare(
     parameters = sum(p.numel() for p in update.policy.model.parameters())
     found: Race = race(f"update {name}", racers, most=20)
     lines = [f"\nupdate of {parameters / 1e6:.3g} M parameters, {name}, {update.tokens} tokens"]
-    fastest = _results.published(found.times["shared"].facts())
+    fastest = results.published(found.times["shared"].facts())
     for provider, racer in racers.items():
         facts, rows, peak = found.times[provider].facts(), racer.rows, peak_bytes(racer)
-        ms = _results.published(facts)
+        ms = results.published(facts)
         rate = update.tokens / ms * 1e3
         publish(
             op="update",

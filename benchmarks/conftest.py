@@ -17,11 +17,11 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import _results
 import pytest
 import torch
-from _measure import Gate, Race, bandwidth, ceilings, peak_bytes, result_bytes, step
-from _providers import DEVICE, Case
+from harness import results
+from harness.measure import Gate, Race, bandwidth, ceilings, peak_bytes, result_bytes, step
+from harness.providers import DEVICE, Case
 
 from lvrpo import info
 
@@ -40,7 +40,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         "--results",
         nargs="?",
         type=Path,
-        const=_results.FOLDER,
+        const=results.FOLDER,
         metavar="DIR",
         help="write DIR/<device>/<date>-<commit>.json (default DIR: benchmarks/results)",
     )
@@ -52,7 +52,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    if config.getoption("--results") and (reason := _results.why_not_publishable()):
+    if config.getoption("--results") and (reason := results.why_not_publishable()):
         raise pytest.UsageError(f"--results: {reason}")
     config.stash[ROWS] = []
     # A benchmark of pytest-benchmark is here a round of all providers; our table has each.
@@ -102,8 +102,8 @@ def publish(request: pytest.FixtureRequest) -> Callable[..., None]:
     config = request.config
 
     def add(**facts: Any) -> None:
-        row = dict.fromkeys(_results.FIELDS) | facts
-        ms = _results.published(row)
+        row = dict.fromkeys(results.FIELDS) | facts
+        ms = results.published(row)
         if ms and (row["bytes_moved"] or row["flops"]):
             found = _ceilings(config)
             ideal = (row["bytes_moved"] or 0) / bandwidth(found)
@@ -189,7 +189,7 @@ def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: di
 
 
 def pytest_benchmark_update_json(config: pytest.Config, output_json: dict) -> None:
-    output_json["header"] = _results.header(_ceilings(config))
+    output_json["header"] = results.header(_ceilings(config))
     output_json["rows"] = config.stash[ROWS]
 
 
@@ -198,16 +198,16 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
     rows = config.stash[ROWS]
     if not rows:
         return
-    device = _results.header(_ceilings(config))["device"]
+    device = results.header(_ceilings(config))["device"]
     terminalreporter.section("median of the rounds [quartiles], times as fast as torch, memory")
     # Above 100 % where torch's matrix product is not the best that the machine can do.
     terminalreporter.write_line(
         f"{device}: {_describe(_ceilings(config))}; per cent of what torch reaches there"
     )
-    for line in _results.table(rows):
+    for line in results.table(rows):
         terminalreporter.write_line(line)
     if folder := config.getoption("--results"):
-        path = _results.write(folder, _results.header(_ceilings(config)), rows)
+        path = results.write(folder, results.header(_ceilings(config)), rows)
         terminalreporter.write_line(f"\nwritten: {path}")
 
 

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from _results import grouped, published, reasons, tflop_per_s, title
+from harness.results import grouped, published, reasons, tflop_per_s, title
 
 
 def markdown(content: Mapping[str, Any]) -> str:

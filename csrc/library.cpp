@@ -44,13 +44,13 @@ STABLE_TORCH_LIBRARY(lvrpo, m) {
       "Tensor q_lo, Tensor q_hi, Tensor rows, Tensor spans, Tensor runs, Tensor? query_tiles, Tensor? key_work, "
       "Tensor? key_parts, Tensor numbers) "
       "-> (Tensor dq, Tensor dk, Tensor dv)");
-  // baseline, scale and whiten count through the choices of lvrpo/ops/_advantage_params.py; numbers are ddof, eps,
+  // baseline, scale and whiten count through the choices of lvrpo/params/advantages.py; numbers are ddof, eps,
   // std_floor and clip, which may be infinite. stats [5, K] are share, constant_groups, mean, std, applicable.
   m.def(
       "normalize_advantages(Tensor rewards, Tensor offsets, Tensor weights, Tensor? lengths, bool decoupled, "
       "int baseline, int scale, int whiten, Tensor numbers) "
       "-> (Tensor values, Tensor per_reward, Tensor stats, Tensor all_zero)");
-  // The ints count through the choices of lvrpo/ops/_policy_loss.py, whose choices_of and numbers_of make the lists of
+  // The ints count through the choices of lvrpo/params/policy_loss.py, whose choices_of and numbers_of make the lists of
   // ints and numbers. mask is bool; advantages are [T] or [B], as advantage_per_token says. statistics are the sums
   // and then the extremes of its LossMetrics, fp64. dlogprobs and dentropy are the derivatives of the loss: its backward only scales them.
   m.def(

@@ -3,8 +3,8 @@
 import triton
 import triton.language as tl
 
-from lvrpo._mask_schedule import TILE as SCHEDULED
 from lvrpo.kernels._primitives import LOG2E, as_scalar, tanh
+from lvrpo.masks.schedule import TILE as SCHEDULED
 
 #: Rows or keys of a tile of the schedule.
 TILE = tl.constexpr(SCHEDULED)

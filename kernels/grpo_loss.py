@@ -11,7 +11,7 @@ import triton.language as tl
 
 from lvrpo.kernels._launch import LaunchConfig, cdiv, launch
 from lvrpo.kernels._log_ratio import is_saturated, saturate
-from lvrpo.kernels._policy_loss import (
+from lvrpo.kernels._policy_terms import (
     GAMMA,
     LOG_CLIP,
     LOG_GAMMA_FLOOR,

@@ -11,7 +11,7 @@ import triton.language as tl
 
 from lvrpo.kernels._launch import LaunchConfig, launch
 from lvrpo.kernels._log_ratio import is_saturated, saturate
-from lvrpo.kernels._policy_loss import CLIP, RATIO_NONE, is_finite, kl_term, surrogate_term
+from lvrpo.kernels._policy_terms import CLIP, RATIO_NONE, is_finite, kl_term, surrogate_term
 from lvrpo.kernels._primitives import LN2, LOG2E, as_scalar, capped_logit
 from lvrpo.kernels.gather_logprobs import logit_gradient, row_statistics, token_logprob
 from lvrpo.kernels.grpo_loss import CHOICES, NUMBERS, by_name, five_scalars, grpo_loss_fwd

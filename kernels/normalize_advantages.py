@@ -36,7 +36,7 @@ from lvrpo.kernels._advantages import (
 )
 from lvrpo.kernels._launch import LaunchConfig, cdiv, launch
 from lvrpo.kernels._primitives import as_scalar
-from lvrpo.ops._advantage_params import Baseline, Scale, Whiten
+from lvrpo.params.advantages import Baseline, Scale, Whiten
 
 TILE = 256  # numbers in a tile: 2 fp64 per thread, so that four programs share an SM
 # Every program adds up what all programs of the pass before left behind: more of them would add

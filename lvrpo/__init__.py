@@ -3,35 +3,28 @@
 Importing it needs torch only. The model is in `lvrpo.models`, the training loop in `lvrpo.trainer`.
 """
 
-from lvrpo.masks import SpanMask, Tile
-from lvrpo.ops._loss_metrics import LossMetrics
-from lvrpo.ops._policy_loss import FusedPolicyLoss, LossParams, PolicyLoss
-from lvrpo.ops.flow_policy_loss import (
-    FlowLossMetrics,
-    FlowLossParams,
-    FlowPolicyLoss,
-    flow_policy_loss,
-)
-from lvrpo.ops.flow_step import StepCoefficients, flow_step
-from lvrpo.ops.gather_logprobs import gather_logprobs
-from lvrpo.ops.grpo_loss import grpo_loss
-from lvrpo.ops.linear_grpo_loss import linear_grpo_loss
-from lvrpo.ops.linear_logprobs import linear_logprobs
-from lvrpo.ops.logits_grpo_loss import logits_grpo_loss
-from lvrpo.ops.normalize_advantages import (
-    AdvantageParams,
-    Advantages,
-    AdvantageStats,
-    normalize_advantages,
-)
-from lvrpo.ops.packed_attention import packed_attention
-from lvrpo.positions import (
+from lvrpo.masks import (
+    SpanMask,
     TargetIndex,
+    Tile,
     bagel_position_ids,
     mrope_position_ids,
     position_ids,
     target_index,
 )
+from lvrpo.ops.flow_policy_loss import flow_policy_loss
+from lvrpo.ops.flow_step import flow_step
+from lvrpo.ops.gather_logprobs import gather_logprobs
+from lvrpo.ops.grpo_loss import grpo_loss
+from lvrpo.ops.linear_grpo_loss import linear_grpo_loss
+from lvrpo.ops.linear_logprobs import linear_logprobs
+from lvrpo.ops.logits_grpo_loss import logits_grpo_loss
+from lvrpo.ops.normalize_advantages import normalize_advantages
+from lvrpo.ops.packed_attention import packed_attention
+from lvrpo.params.advantages import AdvantageParams, Advantages, AdvantageStats
+from lvrpo.params.flow import FlowLossMetrics, FlowLossParams, FlowPolicyLoss, StepCoefficients
+from lvrpo.params.loss_metrics import LossMetrics
+from lvrpo.params.policy_loss import FusedPolicyLoss, LossParams, PolicyLoss
 from lvrpo.sampler_correction import (
     Rejection,
     SamplerCorrection,

@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lvrpo.ops import _checks
-from lvrpo.ops._layout import TokenLayout, token_layout
-from lvrpo.reference._precision import widen
+from lvrpo import checks
+from lvrpo.dtypes import widen
+from lvrpo.token_layout import TokenLayout, token_layout
 
 #: What log-probs, masks and advantages are given as.
 Numbers = Tensor | Sequence[Any]
@@ -62,10 +62,10 @@ def as_logprobs(op: str, given: dict[str, Any], like: Tensor | None = None) -> d
     device = tensors[0].device if tensors else torch.device("cpu")
     found = {}
     for name, value in given.items():
-        tensor = _checks.as_tensor(op, name, value, device)
+        tensor = checks.as_tensor(op, name, value, device)
         if tensor is not value and not tensor.is_floating_point():
             tensor = tensor.to(torch.get_default_dtype())
-        _checks.check_floating(op, name, tensor)
+        checks.check_floating(op, name, tensor)
         found[name] = tensor.detach()
     return found
 
@@ -74,17 +74,17 @@ def as_active(op: str, like: Tensor, mask: Numbers | None) -> Tensor:
     """The mask as bool, in the shape of `like`."""
     if mask is None:
         return torch.ones_like(like, dtype=torch.bool)
-    active = _checks.as_tensor(op, "mask", mask, like.device)
-    _checks.check_shape(op, "mask", active, tuple(like.shape))
-    _checks.check_same_device(op, **{"mask": active, "the tokens": like})
-    return _checks.as_mask(op, "mask", active)
+    active = checks.as_tensor(op, "mask", mask, like.device)
+    checks.check_shape(op, "mask", active, tuple(like.shape))
+    checks.check_same_device(op, **{"mask": active, "the tokens": like})
+    return checks.as_mask(op, "mask", active)
 
 
 def without(op: str, name: str, values: Tensor, active: Tensor, bad: Tensor) -> Tensor:
     """The active tokens that are not bad; the first that is, is refused where values are read."""
-    if _checks.check_values(values):
+    if checks.check_values(values):
         expected = "a finite number where the mask lets the token in"
-        _checks.refuse_first(op, name, values, active & bad, expected)
+        checks.refuse_first(op, name, values, active & bad, expected)
     return active & ~bad
 
 
@@ -98,10 +98,10 @@ def token_inputs(
     tensors = as_logprobs(op, given)
     name, first = next(iter(tensors.items()))
     layout = token_layout(op, name, first, cu_seqlens)
-    _checks.check_same_device(op, **tensors, cu_seqlens=layout.offsets)
+    checks.check_same_device(op, **tensors, cu_seqlens=layout.offsets)
     active = as_active(op, first, mask)
     for name, tensor in tensors.items():
-        _checks.check_shape(op, name, tensor, layout.shape)
+        checks.check_shape(op, name, tensor, layout.shape)
         bad = tensor.isinf() if name == "sampler_logprobs" else ~tensor.isfinite()
         active = without(op, name, tensor, active, bad)
     return layout, [layout.flatten(*named) for named in tensors.items()], active.reshape(-1)
@@ -114,16 +114,16 @@ def advantage_of_token(
     op, count = layout.op, layout.sequences
     values = as_logprobs(op, {"advantages": advantages}, like)["advantages"]
     shape = tuple(values.shape)
-    _checks.check_same_device(op, advantages=values, cu_seqlens=layout.offsets)
-    by_sequence = _checks.is_shape(shape, (count,)) or _checks.is_shape(shape, (count, 1))
-    by_token = _checks.is_shape(shape, layout.shape)
+    checks.check_same_device(op, advantages=values, cu_seqlens=layout.offsets)
+    by_sequence = checks.is_shape(shape, (count,)) or checks.is_shape(shape, (count, 1))
+    by_token = checks.is_shape(shape, layout.shape)
     if not by_sequence and not by_token:
         raise ValueError(
             f"{op}: advantages has shape {shape}, expected [{count}] or [{count}, 1] per sequence, "
             f"or {list(layout.shape)}"
         )
     if by_sequence and by_token and len(shape) == 1 and count > 0:
-        each_has_one = _checks.check_values(layout.offsets) and bool(
+        each_has_one = checks.check_values(layout.offsets) and bool(
             (layout.offsets.diff() == 1).all()
         )
         if not each_has_one:

@@ -105,8 +105,8 @@ def train(
     overrides += [] if seed is None else [f"run.seed={seed}"]
     overrides += ["run.shuffle_rewards=true"] if shuffle_rewards else []
     with one_line_errors(debug):
-        from lvrpo.trainer.run import describe_run, open_run, run_training
-        from lvrpo.trainer.signals import Stopped
+        from lvrpo.runs.commands import describe_run, open_run, run_training
+        from lvrpo.runs.signals import Stopped
 
         if print_config:
             from lvrpo.trainer.config import load_config, to_toml
@@ -151,7 +151,7 @@ def evaluate(
     debug: Debug = False,
 ) -> None:
     """Score the newest checkpoint on held-out prompts, with 95 % intervals."""
-    from lvrpo.trainer.inference import evaluate_run
+    from lvrpo.runs.inference import evaluate_run
 
     with one_line_errors(debug):
         found = evaluate_run(run, items=items, seed=seed, data=data)
@@ -176,7 +176,7 @@ def sample(
     debug: Debug = False,
 ) -> None:
     """Draw a prompt, or answer a question about an image file."""
-    from lvrpo.trainer.inference import answer_question, draw_prompt
+    from lvrpo.runs.inference import answer_question, draw_prompt
 
     said: Sequence[object]
     with one_line_errors(debug):
@@ -214,7 +214,7 @@ def info() -> None:
 
 
 def _write_report(run: Path, compare: list[Path], output: Path | None = None) -> None:
-    from lvrpo.trainer.report import write_report
+    from lvrpo.report.page import write_report
 
     typer.echo(f"report: {write_report(run, compare=compare, output=output)}")
 
@@ -234,7 +234,7 @@ def one_line_errors(debug: bool) -> Iterator[None]:
     except Exception as error:
         if debug:
             raise
-        from lvrpo.trainer.errors import USER_ERRORS
+        from lvrpo.runs.errors import USER_ERRORS
 
         if isinstance(error, OSError) and error.filename and error.strerror:
             fail(f"{error.filename}: {error.strerror}")

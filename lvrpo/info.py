@@ -20,7 +20,9 @@ import torch
 
 import lvrpo
 import lvrpo.ops
-from lvrpo.ops import _backend, _flash_varlen, _library
+from lvrpo import backends
+from lvrpo.backends import library
+from lvrpo.backends.flash import varlen
 
 
 def environment() -> dict[str, Any]:
@@ -42,11 +44,11 @@ def environment() -> dict[str, Any]:
         for index in range(torch.cuda.device_count()):
             major, minor = torch.cuda.get_device_capability(index)
             facts["gpus"].append(f"{torch.cuda.get_device_name(index)} (sm_{major}{minor})")
-    if _library.EXTENSION is not None:
+    if library.EXTENSION is not None:
         facts["extension"] = {
-            "file": _library.EXTENSION.__file__,
-            "cpu_capability": _library.EXTENSION.cpu_capability(),
-            **_library.EXTENSION.build_info(),
+            "file": library.EXTENSION.__file__,
+            "cpu_capability": library.EXTENSION.cpu_capability(),
+            **library.EXTENSION.build_info(),
         }
     return facts
 
@@ -74,15 +76,15 @@ def _git(*arguments: str) -> str | None:
 
 def op_names() -> list[str]:
     """Every op of this version: the modules of `lvrpo.ops`."""
-    modules = (module.name for module in pkgutil.iter_modules(lvrpo.ops.__path__))
+    modules = (m.name for m in pkgutil.iter_modules(lvrpo.ops.__path__) if not m.ispkg)
     return sorted(name for name in modules if not name.startswith("_"))
 
 
 def backends_of(op: str) -> list[str]:
     """The backends that `op` has in this build; "torch" is the reference and always there."""
-    kernels = [name for name in _backend.BACKENDS if name != "torch"]
-    found = [name for name in kernels if _library.implements(name, op)]
-    if _library.MISSING:
+    kernels = [name for name in backends.BACKENDS if name != "torch"]
+    found = [name for name in kernels if library.implements(name, op)]
+    if library.MISSING:
         found.remove("cpp")
     return [*found, "torch"]
 
@@ -162,7 +164,7 @@ def describe() -> str:
         f"gpu        {', '.join(facts['gpus']) or 'none visible to torch'}",
     ]
     if extension is None:
-        lines.append(f"lvrpo._C   missing: {_library.MISSING}")
+        lines.append(f"lvrpo._C   missing: {library.MISSING}")
     else:
         lines += [
             f"lvrpo._C   {extension['file']}",
@@ -172,14 +174,14 @@ def describe() -> str:
         ]
 
     lines += ["", "Backends, in order of preference:"]
-    for backend in _backend.BACKENDS:
+    for backend in backends.BACKENDS:
         available = "available"
         if backend == "flash":
-            found = _flash_varlen.installed()
+            found = varlen.installed()
             available += ": " + ", ".join(f"{x.name} ({version})" for x, version in found.items())
-        if backend == "triton" and _backend.triton_interprets():
-            available += f" in the interpreter, but for bf16: {_backend.NO_BF16}"
-        lines.append(f"  {backend:8} {_backend.why_unavailable(backend) or available}")
+        if backend == "triton" and backends.triton_interprets():
+            available += f" in the interpreter, but for bf16: {backends.NO_BF16}"
+        lines.append(f"  {backend:8} {backends.why_unavailable(backend) or available}")
 
     width = max(len(op) for op in op_names())
     lines += ["", "Ops:"]

@@ -15,6 +15,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from lvrpo import checks
 from lvrpo._sampler_inputs import (
     Numbers,
     Sequences,
@@ -22,16 +23,15 @@ from lvrpo._sampler_inputs import (
     entropy_inputs,
     token_inputs,
 )
-from lvrpo._sampler_params import (
+from lvrpo.dtypes import number, widen
+from lvrpo.params.log_ratio import LOG_RATIO_LIMIT
+from lvrpo.params.sampler_correction import (
     SAMPLER_CORRECTION_PRESETS,
     Rejection,
     SamplerCorrection,
     SamplerCorrectionParams,
     SamplerCorrectionStats,
 )
-from lvrpo.ops import _checks
-from lvrpo.reference._log_ratio import LOG_RATIO_LIMIT
-from lvrpo.reference._precision import number, widen
 
 __all__ = [
     "SAMPLER_CORRECTION_PRESETS",
@@ -158,10 +158,10 @@ def off_policy_sequence_mask(
     layout, (new, sampler), active = token_inputs(op, given, cu_seqlens, mask)
     sequences = Sequences(layout, active)
     advantage = advantage_of_token(layout, sequences, advantages, new)
-    if _checks.check_values(advantage):
+    if checks.check_values(advantage):
         bad = layout.restore(active & ~advantage.isfinite())
         expected = "finite numbers where the mask lets the token in"
-        _checks.refuse_first(op, "advantages, by token", layout.restore(advantage), bad, expected)
+        checks.refuse_first(op, "advantages, by token", layout.restore(advantage), bad, expected)
     new = widen(new)
     drift = -_gap(new, sampler, active & ~sampler.isnan())
     far = sequences.to_tokens(sequences.mean(drift) > threshold)

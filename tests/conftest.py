@@ -8,19 +8,18 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from lvrpo import info
-from lvrpo.ops import _backend
+from lvrpo import backends, info
 from lvrpo.testing import interpreter_with_bf16
 
 
-def backends() -> list[str]:
+def runnable() -> list[str]:
     """Triton's is there when its kernels can run: on a GPU, or with TRITON_INTERPRET=1."""
-    return ["cpp", "torch"] + ["triton"] * (not _backend.why_unavailable("triton"))
+    return ["cpp", "torch"] + ["triton"] * (not backends.why_unavailable("triton"))
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """In Triton's interpreter seven of eight cases of a test are slow: many take seconds."""
-    if not _backend.triton_interprets():
+    if not backends.triton_interprets():
         return
     cases: collections.Counter[str] = collections.Counter()
     for item in items:
@@ -31,17 +30,17 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             cases[name] += 1
 
 
-@pytest.fixture(params=backends())
+@pytest.fixture(params=runnable())
 def backend(request: pytest.FixtureRequest) -> Iterator[str]:
     """Name of a backend; on a GPU, the tensors that a test of Triton makes are on it."""
     name, stem = str(request.param), request.path.stem.removeprefix("test_")
     ops = [op for op in info.op_names() if stem.startswith(op)]
-    reasons = [_backend.why_unavailable(name)] if name != "torch" else []
+    reasons = [backends.why_unavailable(name)] if name != "torch" else []
     if ops:
-        reasons += _backend.why_not(name, max(ops, key=len), [])
+        reasons += backends.why_not(name, max(ops, key=len), [])
     if any(reasons):
         pytest.skip(f"backend {name}: {'; '.join(filter(None, reasons))}")
-    if name == "triton" and not _backend.triton_interprets():
+    if name == "triton" and not backends.triton_interprets():
         with torch.device("cuda"):
             yield name
     else:
@@ -50,7 +49,7 @@ def backend(request: pytest.FixtureRequest) -> Iterator[str]:
 
 @pytest.fixture(autouse=True, scope="session")
 def _interpreter_with_bf16() -> Iterator[None]:
-    if _backend.why_unavailable("triton") or not _backend.triton_interprets():
+    if backends.why_unavailable("triton") or not backends.triton_interprets():
         yield
         return
     with interpreter_with_bf16():

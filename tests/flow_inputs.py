@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from lvrpo.models.flow import FlowSchedule
-from lvrpo.ops.flow_policy_loss import FlowLossMetrics, FlowLossParams
+from lvrpo.params.flow import FlowLossMetrics, FlowLossParams
 
 OPTIONAL = ("velocity_ref", "mask", "policy_weights", "denominator")
 # Wide enough that both sides clip and both sides pass.

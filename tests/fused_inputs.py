@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 import lvrpo
-from lvrpo.ops._policy_loss import FusedPolicyLoss, LossParams
+from lvrpo.params.policy_loss import FusedPolicyLoss, LossParams
 
 VOCAB = 7
 Tensors = Mapping[str, Tensor]

@@ -10,7 +10,7 @@ import torch
 import torch.distributed
 from torch import Tensor
 
-from lvrpo.ops._metrics import Maximum, Mean, Metrics, Minimum, Total
+from lvrpo.params.metrics import Maximum, Mean, Metrics, Minimum, Total
 
 
 class Sample(Metrics):

@@ -5,14 +5,12 @@ from __future__ import annotations
 import importlib.util
 from itertools import pairwise
 
-import _attention_peers
-import _sdpa
-import _unshared_attention
 import bench_packed_attention
 import pytest
 import torch
-from _measure import Gate
-from _providers import Case
+from harness.measure import Gate
+from harness.providers import Case
+from peers import attention, sdpa, unshared
 from torch.nn.functional import scaled_dot_product_attention
 
 from lvrpo.masks import SpanMask
@@ -51,9 +49,9 @@ def varlen_by_sdpa(q, k, v, cu_q, cu_k, max_q, max_k, causal):
 
 
 EVERYWHERE = {
-    "sdpa built": _sdpa.built,
-    "unshared sdpa": _unshared_attention.padded,
-    "unshared varlen": _unshared_attention.varlen(varlen_by_sdpa),
+    "sdpa built": sdpa.built,
+    "unshared sdpa": unshared.padded,
+    "unshared varlen": unshared.varlen(varlen_by_sdpa),
 }
 
 
@@ -73,14 +71,14 @@ def gate(mask):
 def test_peers_attend_as_the_mask_says(name):
     mask = LAYOUTS[name]
     rule = gate(mask)
-    for attend in (_sdpa.given, *EVERYWHERE.values()):
+    for attend in (sdpa.given, *EVERYWHERE.values()):
         assert rule.grade(attend) == ("float32", "")
     if mask.modes == (TEXT,):
-        assert rule.grade(_sdpa.plain_text) == ("float32", "")
+        assert rule.grade(sdpa.plain_text) == ("float32", "")
     installed = importlib.util.find_spec("prefix_grouper")
-    if installed and not _attention_peers.why_not_prefix_grouper(mask):
+    if installed and not attention.why_not_prefix_grouper(mask):
         for varlen in (None, varlen_by_sdpa):
-            assert rule.grade(_attention_peers.prefix_grouper(varlen)) == ("float32", "")
+            assert rule.grade(attention.prefix_grouper(varlen)) == ("float32", "")
 
 
 def test_a_peer_that_forgets_an_image_is_found_out():
@@ -90,21 +88,21 @@ def test_a_peer_that_forgets_an_image_is_found_out():
     def all_causal(q, k, v, mask):
         lengths = [end - start for start, end in pairwise(mask.span_offsets)]
         text = SpanMask.from_spans(lengths, mask.parents, [TEXT] * mask.num_spans)
-        return _unshared_attention.padded(q, k, v, text)
+        return unshared.padded(q, k, v, text)
 
     assert rule.grade(all_causal)[0] is None
 
 
 def test_what_a_peer_builds_is_kept_for_one_mask():
     masks = [LAYOUTS[name] for name in list(LAYOUTS)[:2]]
-    first = _unshared_attention._padded(masks[0])
-    assert _unshared_attention._padded(masks[0]) is first
-    _unshared_attention._padded(masks[1])
-    assert _unshared_attention._padded(masks[0]) is not first
+    first = unshared._padded(masks[0])
+    assert unshared._padded(masks[0]) is first
+    unshared._padded(masks[1])
+    assert unshared._padded(masks[0]) is not first
 
 
 def test_prefix_grouper_is_offered_where_it_applies():
-    reasons = {n: _attention_peers.why_not_prefix_grouper(mask) for n, mask in LAYOUTS.items()}
+    reasons = {n: attention.why_not_prefix_grouper(mask) for n, mask in LAYOUTS.items()}
     assert [name for name, reason in reasons.items() if not reason] == ["text of two groups"]
     assert "causal" in reasons["an image, texts of several lengths"]
     assert "completion" in reasons["plain text"]

@@ -9,13 +9,12 @@ import sys
 import time
 from pathlib import Path
 
-import _measure
-import _peers
-import _results
 import plot
 import pytest
 import torch
-from _providers import Case, Peer
+from harness import measure, results
+from harness.providers import Case, Peer
+from peers import loss_heads
 
 from lvrpo import info
 
@@ -30,24 +29,24 @@ def make_case(dtype=torch.float32, **changes):
         "op": "gather_logprobs",
         "inputs": {"logits": logits, "token_ids": token_ids, "return_entropy": True},
         "differentiable": ("logits",),
-        "plain": _peers.plain_gather_logprobs,
+        "plain": loss_heads.plain_gather_logprobs,
         "scales": {"out0": 20.0, "out1": 20.0, "dlogits": 20.0 / ROWS},
     }
     return Case(**fields | changes)
 
 
 def test_gate_knows_right_from_wrong():
-    gate = _measure.Gate(make_case(), "forward+backward")
+    gate = measure.Gate(make_case(), "forward+backward")
 
     def biased(**inputs):
-        logprobs, entropy = _peers.plain_gather_logprobs(**inputs)
+        logprobs, entropy = loss_heads.plain_gather_logprobs(**inputs)
         return logprobs, entropy + 1e-3
 
     def without_gradient_of_entropy(**inputs):
-        logprobs, entropy = _peers.plain_gather_logprobs(**inputs)
+        logprobs, entropy = loss_heads.plain_gather_logprobs(**inputs)
         return logprobs, entropy.detach()
 
-    assert gate.grade(_peers.plain_gather_logprobs) == ("float32", "")
+    assert gate.grade(loss_heads.plain_gather_logprobs) == ("float32", "")
     for wrong, named in ((biased, "out1"), (without_gradient_of_entropy, "dlogits")):
         precision, sentence = gate.grade(wrong)
         assert precision is None
@@ -56,13 +55,13 @@ def test_gate_knows_right_from_wrong():
 
 def test_gate_tells_narrow_arithmetic_from_wide():
     case = make_case(torch.bfloat16)
-    gate = _measure.Gate(case, "forward+backward")
+    gate = measure.Gate(case, "forward+backward")
 
     def wide(logits, **inputs):
-        return _peers.plain_gather_logprobs(logits.float(), **inputs)
+        return loss_heads.plain_gather_logprobs(logits.float(), **inputs)
 
     assert gate.grade(wide) == ("float32", "")
-    assert gate.grade(_peers.plain_gather_logprobs) == ("bfloat16", "")
+    assert gate.grade(loss_heads.plain_gather_logprobs) == ("bfloat16", "")
     assert gate.grade(case.bind("torch")) == ("bfloat16", "")
     assert gate.grade(lambda **inputs: tuple(x * 1.05 for x in wide(**inputs)))[0] is None
 
@@ -70,7 +69,7 @@ def test_gate_tells_narrow_arithmetic_from_wide():
 def test_every_round_starts_with_another_function():
     order = []
     functions = {name: lambda name=name: order.append(name) for name in "abc"}
-    race = _measure.Race(functions, seconds=0.0)
+    race = measure.Race(functions, seconds=0.0)
     order.clear()
     for _ in range(4):
         race.round()
@@ -79,7 +78,7 @@ def test_every_round_starts_with_another_function():
 
 
 def test_each_function_is_timed_on_its_own():
-    race = _measure.Race({"quick": lambda: None, "slow": lambda: time.sleep(0.01)}, seconds=0.0)
+    race = measure.Race({"quick": lambda: None, "slow": lambda: time.sleep(0.01)}, seconds=0.0)
     for _ in range(race.rounds):
         race.round()
     quick, slow = (race.times[name].facts() for name in ("quick", "slow"))
@@ -102,11 +101,11 @@ def test_all_providers_of_a_round_take_the_same_turn(direction):
     def provider(name):
         def run(**inputs):
             met[name].append(len(inputs["logits"]))
-            return _peers.plain_gather_logprobs(**inputs)
+            return loss_heads.plain_gather_logprobs(**inputs)
 
-        return _measure.step(run, case, direction)
+        return measure.step(run, case, direction)
 
-    race = _measure.Race({name: provider(name) for name in met}, seconds=0.0)
+    race = measure.Race({name: provider(name) for name in met}, seconds=0.0)
     assert met["a"] == list(rows[: race.WARM_UP])  # and none before the clock
     for _ in range(2):
         race.round()
@@ -116,7 +115,7 @@ def test_all_providers_of_a_round_take_the_same_turn(direction):
 KNOWN_CASES = """
 import sys, torch
 sys.path[:0] = {path}
-import _measure
+from harness import measure
 count = {mebibytes} * 2**20 // 4
 
 def two_and_a_half():
@@ -133,7 +132,7 @@ def outside_of_torch():
 for function in (two_and_a_half, outside_of_torch, lambda: None):
     function()
     # Other pages of the process may become resident meanwhile, which only adds.
-    print(min(_measure.peak_bytes(function) for _ in range(5)))
+    print(min(measure.peak_bytes(function) for _ in range(5)))
 """
 
 
@@ -163,7 +162,7 @@ def test_a_peer_that_is_not_installed_says_so():
 
 def make_row(**changes):
     names = ("op", "direction", "shape", "dtype", "provider")
-    row = dict.fromkeys(_results.FIELDS) | dict.fromkeys(names, "x") | {"correct": True}
+    row = dict.fromkeys(results.FIELDS) | dict.fromkeys(names, "x") | {"correct": True}
     times = ("wall_ms", "quartile_low_ms", "quartile_high_ms", "min_ms")
     return row | dict.fromkeys(times, 2.0) | {"precision": "float32"} | changes
 
@@ -172,7 +171,7 @@ NOTHING = dict.fromkeys(("wall_ms", "quartile_low_ms", "quartile_high_ms"))
 
 
 def test_the_table_is_loud_about_what_is_missing():
-    lines = _results.table(
+    lines = results.table(
         [
             make_row(provider="torch", wall_ms=4.0),
             make_row(provider="cpp", peak_bytes=2**20, fraction_of_ceiling=0.5),
@@ -194,7 +193,7 @@ def test_the_table_is_loud_about_what_is_missing():
 def test_the_table_has_rates_where_there_are_flops():
     forward = make_row(direction="forward", flops=6 * 10**9, first_call_ms=4000.0)
     both = {"direction": "forward+backward", "flops": 21 * 10**9}
-    lines = _results.table(
+    lines = results.table(
         [
             forward,
             make_row(**both, wall_ms=8.0, device_ms=7.0, host_ms=0.25),
@@ -212,14 +211,14 @@ def test_the_table_has_rates_where_there_are_flops():
 def test_results_are_refused_for_a_checkout_with_changes(monkeypatch):
     for commit, reason in ((None, "no commit"), ("abc-dirty", "uncommitted"), ("abc", "")):
         monkeypatch.setattr(info, "commit", lambda commit=commit: commit)
-        assert reason in _results.why_not_publishable()
-        assert bool(reason) == bool(_results.why_not_publishable())
+        assert reason in results.why_not_publishable()
+        assert bool(reason) == bool(results.why_not_publishable())
 
 
 def test_results_of_one_commit_share_a_file(tmp_path):
     head = {"device": "AMD EPYC (TM)", "commit": "0123456789abcdef"}
-    first = _results.write(tmp_path, head, [make_row(provider="a"), make_row(provider="b")])
-    again = _results.write(tmp_path, head, [make_row(provider="b", wall_ms=1.0)])
+    first = results.write(tmp_path, head, [make_row(provider="a"), make_row(provider="b")])
+    again = results.write(tmp_path, head, [make_row(provider="b", wall_ms=1.0)])
     assert first == again
     assert first.parent.name == "amd-epyc-tm"
     assert first.stem.endswith("-0123456789ab")
@@ -255,7 +254,7 @@ def test_a_run_writes_rows_under_a_header(tmp_path):
     assert rows["loops"]["correct"] is True
     assert rows["loops"]["result_bytes"] == 48 * 8 * 4
     assert 0 < rows["loops"]["fraction_of_ceiling"] < 1
-    assert all(set(_results.FIELDS) <= row.keys() for row in rows.values())
+    assert all(set(results.FIELDS) <= row.keys() for row in rows.values())
     assert "loops" in done.stdout
     table = plot.markdown(content)
     for provider in ("torch", "loops"):

@@ -16,8 +16,8 @@ from fused_inputs import VOCAB, Batch, Head, both_heads, make_batch, offsets, pa
 from plain_losses import softmax_terms
 from torch import Tensor
 
-from lvrpo.ops import _backend
-from lvrpo.ops._policy_loss import LOSS_PRESETS, FusedPolicyLoss, LossParams
+from lvrpo import backends
+from lvrpo.params.policy_loss import LOSS_PRESETS, FusedPolicyLoss, LossParams
 from lvrpo.testing import check_against_plain
 
 pytestmark = pytest.mark.usefixtures("poison_empty")
@@ -96,7 +96,7 @@ def far_expected(head: Head, params: LossParams, dtype: torch.dtype, every: int)
 def test_far_from_the_old_policy_loss_and_gradients_are_finite_and_right(
     backend, head, name, kl, dtype
 ):
-    every = 13 if _backend.triton_interprets() else 1
+    every = 13 if backends.triton_interprets() else 1
     params = params_of(name, entropy_coef=0.01, **KLS[kl])
     factors, given, gold, plain = far_expected(head, params, dtype, every)
     result, gradients = head.run(

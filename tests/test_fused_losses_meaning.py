@@ -11,7 +11,7 @@ from plain_losses import softmax_terms
 from torch import Tensor
 
 import lvrpo
-from lvrpo.ops._policy_loss import LOSS_PRESETS, LossParams
+from lvrpo.params.policy_loss import LOSS_PRESETS, LossParams
 from lvrpo.sampler_correction import SamplerCorrectionParams
 
 LENGTHS = [3, 0, 6, 1, 4]

@@ -5,8 +5,8 @@ import subprocess
 import sys
 
 import lvrpo
-from lvrpo import info
-from lvrpo.ops import _backend, _library
+from lvrpo import backends, info
+from lvrpo.backends import library
 
 
 def test_command_prints_the_report():
@@ -15,13 +15,13 @@ def test_command_prints_the_report():
     )
     assert f"lvrpo      {lvrpo.__version__}" in result.stdout
     assert result.stderr == ""
-    for name in [*_backend.BACKENDS, *info.op_names()]:
+    for name in [*backends.BACKENDS, *info.op_names()]:
         assert f"\n  {name} " in result.stdout
 
 
 def test_a_missing_extension_says_why(monkeypatch):
-    monkeypatch.setattr(_library, "EXTENSION", None)
-    monkeypatch.setattr(_library, "MISSING", "no compiler was found")
+    monkeypatch.setattr(library, "EXTENSION", None)
+    monkeypatch.setattr(library, "MISSING", "no compiler was found")
     report = info.describe()
     assert "lvrpo._C   missing: no compiler was found" in report
     assert "cpp      no compiler was found" in report
@@ -29,7 +29,7 @@ def test_a_missing_extension_says_why(monkeypatch):
 
 def test_every_op_has_the_reference_and_the_compiled_backend():
     for op in info.op_names():
-        expected = {"torch"} if _library.MISSING else {"cpp", "torch"}
+        expected = {"torch"} if library.MISSING else {"cpp", "torch"}
         assert expected <= set(info.backends_of(op)), op
 
 

@@ -8,9 +8,9 @@ import sys
 
 import pytest
 
-from lvrpo.ops import _backend
+from lvrpo import backends
 
-pytestmark = pytest.mark.skipif(not _backend.TRITON_INSTALLED, reason="triton is not installed")
+pytestmark = pytest.mark.skipif(not backends.TRITON_INSTALLED, reason="triton is not installed")
 
 SCRIPT = """
 import torch

@@ -107,8 +107,8 @@ def test_a_package_that_a_package_needs(tmp_path):
 
 @pytest.mark.parametrize(
     ("package", "module"),
-    [("numpy", "lvrpo.data"), ("numpy", "lvrpo.rewards"), ("einops", "lvrpo.models.unified")]
-    + [(package, "lvrpo.trainer.report") for package in ("matplotlib", "jinja2", "tensorboard")],
+    [("numpy", "lvrpo.data"), ("numpy", "lvrpo.rewards"), ("einops", "lvrpo.models.unified.model")]
+    + [(package, "lvrpo.report.page") for package in ("matplotlib", "jinja2", "tensorboard")],
 )
 def test_importing_names_what_to_install_too(package, module):
     result = without(package, f"import {module}")

@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from lvrpo.ops import _library
+from lvrpo.backends import library
 
 ROOT = Path(__file__).parents[1]
 
@@ -115,7 +115,7 @@ torch.testing.assert_close(logprobs, expected)
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(bool(_library.MISSING), reason=_library.MISSING)
+@pytest.mark.skipif(bool(library.MISSING), reason=library.MISSING)
 def test_wheel_with_the_extension_runs_outside_the_repository(sdist, tmp_path):
     wheel = build_wheel(sdist, tmp_path, LVRPO_BUILD="cpu")
     with zipfile.ZipFile(wheel) as archive:

@@ -91,7 +91,7 @@ def configurations() -> list[tuple[str, str]]:
 def test_toml_blocks_are_configurations(page, text, tmp_path):
     """Known keys and values in their bounds; what needs no file of the reader's would start."""
     config = pytest.importorskip("lvrpo.trainer.config", reason="the trainer's extra is missing")
-    from lvrpo.trainer.preflight import check_config
+    from lvrpo.runs.preflight import check_config
 
     (tmp_path / "page.toml").write_text(text, encoding="utf-8")
     loaded = config.load_config(tmp_path / "page.toml")

@@ -14,7 +14,7 @@ import pytest
 
 import lvrpo
 from lvrpo import info
-from lvrpo.ops import _library
+from lvrpo.backends import library
 
 ROOT = Path(__file__).parents[1]
 
@@ -30,7 +30,7 @@ LAYERS = (
 )
 #: Ops that run the kernels of others and have none of their own, so that a backend or a loss that
 #: is added there is theirs at once. What they add, GEMMs in chunks, is torch's on every device.
-COMPOSED = set(_library.COMPOSED)
+COMPOSED = set(library.COMPOSED)
 KERNEL_LAYERS = {"csrc/cpu/{}.cpp"}
 #: Among them those with a Triton kernel, which runs the device functions of the others on one row.
 FUSED = {"logits_grpo_loss"}

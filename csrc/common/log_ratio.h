@@ -1,7 +1,7 @@
 // Where log-ratios stop, for every loss that has ratios.
 #pragma once
 
-#include "common/simd.h"
+#include "cpu/simd.h"
 
 namespace lvrpo {
 

@@ -12,7 +12,7 @@ namespace lvrpo {
 // What is left of a group after subtracting its mean is rounding below this share of its largest reward.
 inline constexpr double ROUNDING = 0x1p-40;
 
-// In the order of lvrpo/ops/_advantage_params.py.
+// In the order of lvrpo/params/advantages.py.
 enum Baseline { MEAN, LEAVE_ONE_OUT, LENGTH, SECOND_BEST, NO_BASELINE };
 enum Scale { GROUP, OTHERS, BATCH, NONZERO, UNSCALED };
 enum Whiten { AS_IS, PER_SEQUENCE, PER_TOKEN };

@@ -13,7 +13,7 @@
 #include "common/check.h"
 #include "common/dispatch.h"
 #include "common/log_ratio.h"
-#include "common/simd.h"
+#include "cpu/simd.h"
 #include "cpu/latents.h"
 
 namespace lvrpo {

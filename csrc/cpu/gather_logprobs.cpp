@@ -13,7 +13,7 @@
 
 #include "common/check.h"
 #include "common/dispatch.h"
-#include "common/huge_pages.h"
+#include "cpu/huge_pages.h"
 #include "cpu/gather_logprobs_rows.h"
 
 namespace lvrpo {

@@ -7,8 +7,8 @@
 #include <limits>
 #include <type_traits>
 
-#include "common/convert.h"
-#include "common/simd.h"
+#include "cpu/convert.h"
+#include "cpu/simd.h"
 
 namespace lvrpo {
 

@@ -9,8 +9,8 @@
 
 #include "common/check.h"
 #include "common/dispatch.h"
-#include "common/policy_loss.h"
-#include "common/simd.h"
+#include "common/policy_terms.h"
+#include "cpu/simd.h"
 
 namespace lvrpo {
 namespace {
@@ -372,7 +372,7 @@ struct Aggregate {
   }
 };
 
-// Sums and then extremes of LossMetrics in lvrpo/ops/_policy_loss.py, minima with their sign turned.
+// Sums and then extremes of LossMetrics in lvrpo/params/policy_loss.py, minima with their sign turned.
 struct Statistics {
   double policy_loss = 0, kl = 0, entropy = 0;
   double low = 0, high = 0, cap = 0;

@@ -4,8 +4,8 @@
 #include <algorithm>
 #include <cstdint>
 
-#include "common/span_layout.h"
-#include "common/tile_gemm.h"
+#include "cpu/span_layout.h"
+#include "cpu/tile_gemm.h"
 
 namespace lvrpo {
 

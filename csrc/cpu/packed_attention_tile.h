@@ -6,8 +6,8 @@
 #include <limits>
 #include <type_traits>
 
-#include "common/simd.h"
-#include "common/tile_gemm.h"
+#include "cpu/simd.h"
+#include "cpu/tile_gemm.h"
 #include "cpu/packed_attention_keys.h"
 
 namespace lvrpo {

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from lvrpo.data.example import Example
-from lvrpo.models.groups import pack_groups
-from lvrpo.models.policy import Policy
+from lvrpo.models.packs import pack_groups
+from lvrpo.models.unified.policy import Policy
 from lvrpo.ops.gather_logprobs import gather_logprobs
 
 

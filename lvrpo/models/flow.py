@@ -17,8 +17,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from lvrpo.ops.flow_policy_loss import FlowLossParams
-from lvrpo.ops.flow_step import StepCoefficients
+from lvrpo.params.flow import FlowLossParams, StepCoefficients
 
 Dynamics = Literal["flow_sde", "dance_sde", "cps", "ode"]
 DYNAMICS: tuple[str, ...] = get_args(Dynamics)

@@ -13,9 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lvrpo.ops import _checks
+from lvrpo import checks
 from lvrpo.ops._numbers import numbers
-from lvrpo.ops.flow_step import StepCoefficients, check_coefficients
+from lvrpo.ops.flow_step import check_coefficients
+from lvrpo.params.flow import StepCoefficients
 
 LATENTS = ("velocity", "velocity_old", "noise", "velocity_ref")
 
@@ -70,8 +71,8 @@ class FlowInputs:
         """
         check_coefficients(op, self.coeffs, len(self.velocity), self.mask)
         std = self.coeffs.std
-        _checks.check_same_device(op, **self.latents(), **self.samples(), coeffs=std)
-        if not _checks.check_values(std):
+        checks.check_same_device(op, **self.latents(), **self.samples(), coeffs=std)
+        if not checks.check_values(std):
             return
         active = self._active()
         if self.denominator is not None:
@@ -80,10 +81,10 @@ class FlowInputs:
         if self.policy_weights is not None:
             weights = self.policy_weights
             bad = active & ~(torch.isfinite(weights) & (weights >= 0))
-            _checks.refuse_first(op, "policy_weights", weights, bad, "a finite number >= 0")
+            checks.refuse_first(op, "policy_weights", weights, bad, "a finite number >= 0")
             pushes = active & (weights > 0)
         bad = pushes & ~torch.isfinite(self.advantages)
-        _checks.refuse_first(op, "advantages", self.advantages, bad, "a finite number")
+        checks.refuse_first(op, "advantages", self.advantages, bad, "a finite number")
         self._refuse_step(op, "std", active, "is of a deterministic step", "log-probability")
         if divides_by_dt:
             self._refuse_step(op, "dt", pushes, "is of a step of no length", 'loss of "guard"')
@@ -118,10 +119,10 @@ class FlowInputs:
 
 def per_sample(op: str, name: str, value: Tensor | Sequence[float], velocity: Tensor) -> Tensor:
     """One number per sample, from a list or a tensor [N] or [N, 1], as [N]."""
-    tensor = _checks.as_tensor(op, name, value, velocity.device)
+    tensor = checks.as_tensor(op, name, value, velocity.device)
     if tensor.shape == (velocity.shape[0], 1):
         return tensor.reshape(-1)
-    _checks.check_shape(op, name, tensor, (velocity.shape[0],))
+    checks.check_shape(op, name, tensor, (velocity.shape[0],))
     return tensor
 
 
@@ -132,7 +133,7 @@ def as_denominator(op: str, denominator: Tensor | float | None) -> Tensor | None
     if not isinstance(denominator, Tensor):
         return numbers(denominator).reshape(())
     if denominator.numel() != 1:
-        _checks.check_shape(op, "denominator", denominator, ())
+        checks.check_shape(op, "denominator", denominator, ())
     return denominator.detach().reshape(())
 
 

@@ -12,17 +12,18 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from lvrpo.ops import _fused_loss, _library
-from lvrpo.ops import _linear_inputs as _inputs
-from lvrpo.ops._fused_loss import LossCall
-from lvrpo.ops._linear_head import LinearHead, dtypes_of, fake_gradients
-from lvrpo.ops._linear_plan import plan_rows
-from lvrpo.ops._linear_rows import OUTSIDE, HeadRows, Softmax
+from lvrpo.backends import library
 from lvrpo.ops._loss_inputs import LossInputs
-from lvrpo.ops._loss_metrics import STATISTICS
 from lvrpo.ops._numbers import numbers
-from lvrpo.ops._policy_loss import choices_of, numbers_of
-from lvrpo.ops._targets import Targets
+from lvrpo.ops.grpo_loss import choices_of, numbers_of
+from lvrpo.ops.head import budget as _inputs
+from lvrpo.ops.head import loss as _fused_loss
+from lvrpo.ops.head.gemm import LinearHead, dtypes_of, fake_gradients
+from lvrpo.ops.head.loss import LossCall
+from lvrpo.ops.head.plan import plan_rows
+from lvrpo.ops.head.rows import OUTSIDE, HeadRows, Softmax
+from lvrpo.ops.head.targets import Targets
+from lvrpo.params.loss_metrics import STATISTICS
 
 
 def fused_loss(
@@ -139,7 +140,7 @@ def _fwd_fake(
     )
 
 
-@_library.compose("linear_grpo_loss_fwd", _fwd_fake)
+@library.compose("linear_grpo_loss_fwd", _fwd_fake)
 def _fwd(
     hidden: Tensor,
     weight: Tensor,

@@ -13,15 +13,17 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from lvrpo.ops import _fused_loss, _library, _linear_inputs
-from lvrpo.ops._fused_loss import LossCall
-from lvrpo.ops._linear_head import Chunk, Rows
-from lvrpo.ops._linear_rows import OUTSIDE, HeadRows, Softmax
+from lvrpo.backends import library
 from lvrpo.ops._loss_inputs import LossInputs
-from lvrpo.ops._loss_metrics import STATISTICS
 from lvrpo.ops._numbers import numbers
-from lvrpo.ops._policy_loss import choices_of, numbers_of
-from lvrpo.ops._targets import Targets, any_of
+from lvrpo.ops.grpo_loss import choices_of, numbers_of
+from lvrpo.ops.head import budget as _linear_inputs
+from lvrpo.ops.head import loss as _fused_loss
+from lvrpo.ops.head.gemm import Chunk, Rows
+from lvrpo.ops.head.loss import LossCall
+from lvrpo.ops.head.rows import OUTSIDE, HeadRows, Softmax
+from lvrpo.ops.head.targets import Targets, any_of
+from lvrpo.params.loss_metrics import STATISTICS
 
 #: Bytes of logits that are read for nothing rather than call a kernel before them and one after.
 SKIPPED_BYTES = 1 << 20
@@ -145,7 +147,7 @@ def _fwd_fake(
     )
 
 
-@_library.compose("logits_grpo_loss_fwd", _fwd_fake, mutates=["dlogits"])
+@library.compose("logits_grpo_loss_fwd", _fwd_fake, mutates=["dlogits"])
 def _fwd(
     dlogits: Tensor,  # [R, V], may be the logits; or [0, 0], for no gradient
     logits: Tensor,

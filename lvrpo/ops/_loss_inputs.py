@@ -13,11 +13,11 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from lvrpo.ops import _checks
-from lvrpo.ops._layout import TokenLayout, token_layout
-from lvrpo.ops._loss_metrics import LossMetrics
-from lvrpo.ops._policy_loss import FusedPolicyLoss, LossParams
-from lvrpo.ops._targets import Targets
+from lvrpo import checks
+from lvrpo.ops.head.targets import Targets
+from lvrpo.params.loss_metrics import LossMetrics
+from lvrpo.params.policy_loss import FusedPolicyLoss, LossParams
+from lvrpo.token_layout import TokenLayout, token_layout
 
 #: What advantages, masks and weights are given as.
 Numbers = Tensor | Sequence[Any]
@@ -111,7 +111,7 @@ class LossInputs:
             counts = number == LossMetrics.SUMS.index("dropped_tokens")
             statistics = statistics + self.lost * counts
         metrics = LossMetrics.from_statistics(statistics.detach())
-        if _checks.check_values(loss):
+        if checks.check_values(loss):
             self._refuse(loss, metrics, logprobs)
         return loss, metrics
 
@@ -155,11 +155,11 @@ class LossInputs:
             if self.policy_weights is not None:
                 asked = asked & (self.policy_weights != 0)
             self._refuse_first("advantages", self.advantages, bad & asked, expected)
-        _checks.refuse_first(self.layout.op, "advantages", self.advantages, bad, "a finite number")
+        checks.refuse_first(self.layout.op, "advantages", self.advantages, bad, "a finite number")
 
     def _refuse_first(self, name: str, values: Tensor, bad: Tensor, expected: str) -> None:
         restore = self.layout.restore
-        _checks.refuse_first(self.layout.op, name, restore(values), restore(bad), expected)
+        checks.refuse_first(self.layout.op, name, restore(values), restore(bad), expected)
 
 
 def loss_inputs(
@@ -193,22 +193,22 @@ def loss_inputs(
     flat: dict[str, Tensor | None] = {}
     for key, tensor in given.items():
         if tensor is not None:
-            tensor = _checks.as_tensor(op, key, tensor, device)
-            _checks.check_floating(op, key, tensor)
+            tensor = checks.as_tensor(op, key, tensor, device)
+            checks.check_floating(op, key, tensor)
             tensor = layout.flatten(key, tensor)
             tensor = (tensor if key == "entropy" else tensor.detach()).to(dtype)
         flat[key] = tensor
     for key, value in (("mask", mask), ("policy_weights", policy_weights)):
         flat[key] = None
         if value is not None:
-            flat[key] = layout.flatten(key, _checks.as_tensor(op, key, value, device)).detach()
+            flat[key] = layout.flatten(key, checks.as_tensor(op, key, value, device)).detach()
     if flat["mask"] is not None:
-        flat["mask"] = _checks.as_mask(op, "mask", flat["mask"])
+        flat["mask"] = checks.as_mask(op, "mask", flat["mask"])
     if flat["policy_weights"] is not None:
         flat["policy_weights"] = flat["policy_weights"].to(dtype)
-    values = _checks.as_tensor(op, "advantages", advantages, device).detach()
+    values = checks.as_tensor(op, "advantages", advantages, device).detach()
     per_token = _per_token(layout, values, level, params)
-    _checks.check_same_device(
+    checks.check_same_device(
         op, **{name: like}, **flat, advantages=values, cu_seqlens=layout.offsets
     )
     if params.beta > 0 and ref_logprobs is None:
@@ -218,12 +218,12 @@ def loss_inputs(
     if isinstance(denominator, Tensor):
         divisor, denominator = denominator.detach().reshape(()).double(), 1.0
     # The reference saves what it is given; entropy is differentiated, and not of that kind.
-    saved = {key: x if key == "entropy" else _checks.as_saved(x) for key, x in flat.items()}
+    saved = {key: x if key == "entropy" else checks.as_saved(x) for key, x in flat.items()}
     return LossInputs(
-        dataclasses.replace(layout, offsets=_checks.as_saved(layout.offsets)),
+        dataclasses.replace(layout, offsets=checks.as_saved(layout.offsets)),
         params,
         **saved,
-        advantages=_checks.as_saved(values.reshape(-1).to(dtype)),
+        advantages=checks.as_saved(values.reshape(-1).to(dtype)),
         per_token=per_token,
         divisor=divisor,
         denominator=denominator,
@@ -237,9 +237,8 @@ def _per_token(
     op, shape, sequences = layout.op, tuple(advantages.shape), layout.sequences
     # One comparison at a time: a compiled graph has no tuples of sizes that vary.
     fits = {
-        "sequence": _checks.is_shape(shape, (sequences,))
-        or _checks.is_shape(shape, (sequences, 1)),
-        "token": _checks.is_shape(shape, layout.shape),
+        "sequence": checks.is_shape(shape, (sequences,)) or checks.is_shape(shape, (sequences, 1)),
+        "token": checks.is_shape(shape, layout.shape),
     }
     if level is not None and level not in fits:
         raise ValueError(f"{op}: level is {level!r}, expected 'token' or 'sequence', or None")
@@ -261,7 +260,7 @@ def _per_token(
     if level is not None:
         return level == "token"
     if fits["sequence"] and fits["token"] and len(layout.shape) == 1 and sequences > 0:
-        each_has_one = _checks.check_values(layout.offsets) and bool(
+        each_has_one = checks.check_values(layout.offsets) and bool(
             (layout.offsets.diff() == 1).all()
         )
         if not each_has_one:
@@ -277,7 +276,7 @@ def _check_denominator(op: str, denominator: float | Tensor | None) -> None:
         if denominator.numel() != 1:
             shape = tuple(denominator.shape)
             raise ValueError(f"{op}: denominator has shape {shape}, expected one number")
-        if not _checks.check_values(denominator):
+        if not checks.check_values(denominator):
             return
         denominator = float(denominator)
     if denominator is not None and not 0 <= denominator < math.inf:

@@ -7,131 +7,33 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from lvrpo.ops import _backend, _checks, _library
+from lvrpo import backends, checks
+from lvrpo.backends import library
+from lvrpo.dtypes import widen
 from lvrpo.ops._flow_inputs import FlowInputs, as_denominator, per_sample
-from lvrpo.ops._metrics import Maximum, Mean, Metrics, Minimum, Total
 from lvrpo.ops._numbers import numbers
-from lvrpo.ops.flow_step import StepCoefficients, check_latents
-from lvrpo.reference._log_ratio import LOG_RATIO_LIMIT
-from lvrpo.reference._precision import widen
+from lvrpo.ops.flow_step import check_latents
+from lvrpo.params.flow import (
+    KL_FORMS,
+    VARIANTS,
+    FlowLossMetrics,
+    FlowLossParams,
+    FlowPolicyLoss,
+    StepCoefficients,
+)
 from lvrpo.reference.flow_policy_loss import flow_policy_loss as reference_flow_policy_loss
 
 OP = "flow_policy_loss"
-Variant = Literal["ppo", "guard", "dppo"]
-KlForm = Literal["velocity_mse", "gaussian", "no_dt", "dmu2"]
-# The position of a name is its number in csrc/cpu/flow_policy_loss.cpp.
-VARIANTS: tuple[str, ...] = get_args(Variant)
-KL_FORMS: tuple[str, ...] = get_args(KlForm)
-
-
-@dataclass(frozen=True)
-class FlowLossParams:
-    """The objective; element means over an image unless said otherwise.
-
-    Attributes:
-        variant: how the update is kept near the old policy.
-            "ppo": max(-A rho, -A clip(rho, 1 - clip_low, 1 + clip_high)).
-            "guard": the same with log rho = mean(z dmu), which has no bias and does not grow as the
-            std shrinks, divided by |dt| (GRPO-Guard).
-            "dppo": -A rho, dropped when KL(new, old) >= tau and rho has already moved in the
-            direction of the advantage (Flow-DPPO).
-        clip_low: clip range below 1. Compare it with `lvrpo.models.flow.noise_floor`.
-        clip_high: clip range above 1.
-        adv_clip: advantages are clamped to +- this; None for no clamp.
-        log_ratio_scale: "mean" takes log rho as an element mean, the D-th root of the true ratio;
-            a number kappa takes kappa times the true log-ratio of the image, so 1.0 is the sum over
-            elements and 1 / D is "mean".
-        log_ratio_limit: |log rho| saturates at this, with gradient 0 beyond; None for no limit,
-            where a ratio may overflow.
-        tau: KL threshold of "dppo", in nats per element (not scaled by `log_ratio_scale`).
-        kl: which distance to the reference `beta` weighs, dv = velocity - velocity_ref.
-            "velocity_mse": dv^2. "gaussian": (c_v dv)^2 / (2 std^2), the exact KL of the step.
-            "no_dt": the exact KL times |dt|. "dmu2": (c_v dv)^2.
-        beta: weight of that distance; > 0 needs `velocity_ref`.
-    """
-
-    variant: Variant = "ppo"
-    clip_low: float = 1e-4
-    clip_high: float = 1e-4
-    adv_clip: float | None = 5.0
-    log_ratio_scale: float | Literal["mean"] = "mean"
-    log_ratio_limit: float | None = LOG_RATIO_LIMIT
-    tau: float = 1e-5
-    kl: KlForm = "velocity_mse"
-    beta: float = 0.0
-
-    def __post_init__(self) -> None:
-        scale = self.log_ratio_scale
-        scaled = scale == "mean" or (isinstance(scale, (int, float)) and 0 < scale < math.inf)
-        limit = self.log_ratio_limit
-        for name, fits, expected in (
-            ("variant", self.variant in VARIANTS, f"one of {', '.join(VARIANTS)}"),
-            ("kl", self.kl in KL_FORMS, f"one of {', '.join(KL_FORMS)}"),
-            ("clip_low", 0 <= self.clip_low <= 1, "[0, 1]"),
-            *((name, getattr(self, name) >= 0, ">= 0") for name in ("clip_high", "tau")),
-            ("beta", 0 <= self.beta < math.inf, "finite and >= 0"),
-            ("adv_clip", self.adv_clip is None or self.adv_clip > 0, "> 0, or None for no clamp"),
-            ("log_ratio_scale", scaled, "'mean' or a finite number > 0"),
-            ("log_ratio_limit", limit is None or limit > 0, "> 0, or None for no limit"),
-        ):
-            if not fits:
-                value = getattr(self, name)
-                raise ValueError(f"FlowLossParams: {name} is {value!r}, expected {expected}")
-
-
 _DEFAULT = FlowLossParams()
 
 
-class FlowLossMetrics(Metrics):
-    """Detached fp32 scalars over the active samples, whatever weights and denominator are.
-
-    Those of micro-batches or ranks become those of the whole by `FlowLossMetrics.merge(parts)` and
-    `metrics.all_reduce()`. Each is finite where the inputs are. With no active sample means are 0
-    and the ratio extremes 1.
-
-    Attributes:
-        policy_loss: mean of the policy term times its weight.
-        kl_velocity_mse, kl_gaussian, kl_no_dt, kl_dmu2: mean distances to the reference, that
-            `FlowLossParams.kl` names; 0 without one.
-        kl_old: exact KL to the sampling policy, mean (c_v (v - v_old))^2 / (2 std^2).
-        ratio_mean: of rho.
-        abs_log_ratio: mean |log rho|, before it saturates.
-        clip_fraction_low: share with A < 0 whose ratio is where the policy gradient is cut.
-        clip_fraction_high: share with A > 0 whose ratio is where the policy gradient is cut.
-        active_samples: how many samples count.
-        ratio_min, ratio_max: over the active samples.
-    """
-
-    policy_loss = Mean("active_samples")
-    kl_velocity_mse = Mean("active_samples")
-    kl_gaussian = Mean("active_samples")
-    kl_no_dt = Mean("active_samples")
-    kl_dmu2 = Mean("active_samples")
-    kl_old = Mean("active_samples")
-    ratio_mean = Mean("active_samples")
-    abs_log_ratio = Mean("active_samples")
-    clip_fraction_low = Mean("active_samples")
-    clip_fraction_high = Mean("active_samples")
-    active_samples = Total()
-    ratio_min = Minimum(otherwise=1.0)
-    ratio_max = Maximum(otherwise=1.0)
-
-
-class FlowPolicyLoss(NamedTuple):
-    """Result of `flow_policy_loss`: a scalar to call backward on, and what the pass measured."""
-
-    loss: Tensor
-    metrics: FlowLossMetrics
-
-
-@_checks.replaced(sample_weights=_checks.MASK_AND_WEIGHTS)
+@checks.replaced(sample_weights=checks.MASK_AND_WEIGHTS)
 def flow_policy_loss(
     velocity: Tensor,
     velocity_old: Tensor,
@@ -188,7 +90,7 @@ def flow_policy_loss(
     masked = None if mask is None else per_sample(OP, "mask", mask, velocity)
     weights = policy_weights
     if weights is not None:
-        weights = _checks.as_saved(per_sample(OP, "policy_weights", weights, velocity))
+        weights = checks.as_saved(per_sample(OP, "policy_weights", weights, velocity))
     inputs = FlowInputs(
         velocity,
         velocity_old,
@@ -196,7 +98,7 @@ def flow_policy_loss(
         coeffs,
         per_sample(OP, "advantages", advantages, velocity),
         velocity_ref,
-        None if masked is None else _checks.as_mask(OP, "mask", masked),
+        None if masked is None else checks.as_mask(OP, "mask", masked),
         weights,
         as_denominator(OP, denominator),
     )
@@ -204,7 +106,7 @@ def flow_policy_loss(
         raise ValueError(f"{OP}: velocity_ref is None, but params.beta is {params.beta}")
     inputs.check(OP, divides_by_dt=params.variant == "guard")
     tensors = *inputs.latents().values(), *inputs.samples().values(), coeffs.std
-    chosen = _backend.resolve(OP, tensors, backend)
+    chosen = backends.resolve(OP, tensors, backend)
     if chosen == "torch":
         loss, named = reference_flow_policy_loss(**inputs.arguments(), params=params)
         metrics = FlowLossMetrics.of(named)
@@ -212,7 +114,7 @@ def flow_policy_loss(
         loss, sums, extremes = _apply(inputs, params)
         metrics = FlowLossMetrics(sums, extremes)
     # Saturation makes a finite loss of an infinite velocity, but not a finite distance.
-    if _checks.check_values(loss) and not bool(torch.isfinite(metrics.sums.sum() + loss.detach())):
+    if checks.check_values(loss) and not bool(torch.isfinite(metrics.sums.sum() + loss.detach())):
         inputs.refuse_non_finite(OP)
     return FlowPolicyLoss(loss, metrics)
 
@@ -227,7 +129,7 @@ def _apply(inputs: FlowInputs, params: FlowLossParams) -> tuple[Tensor, Tensor, 
     return _FlowPolicyLoss.apply(  # type: ignore[no-untyped-call,no-any-return]
         inputs.velocity,
         *(
-            _checks.as_saved(data(x))
+            checks.as_saved(data(x))
             for x in (inputs.velocity_old, inputs.noise, inputs.velocity_ref)
         ),
         *(data(x) for x in (coeffs.c_v, coeffs.std, coeffs.dt, inputs.advantages)),
@@ -292,7 +194,7 @@ class _FlowPolicyLoss(torch.autograd.Function):
         return dvelocity, *[None] * 14
 
 
-@_library.register("flow_policy_loss_fwd")
+@library.register("flow_policy_loss_fwd")
 def _fwd_fake(velocity: Tensor, velocity_old: Tensor, *_: Any) -> tuple[Tensor, ...]:
     return (
         velocity_old.new_empty(()),
@@ -302,7 +204,7 @@ def _fwd_fake(velocity: Tensor, velocity_old: Tensor, *_: Any) -> tuple[Tensor, 
     )
 
 
-@_library.register("flow_policy_loss_bwd")
+@library.register("flow_policy_loss_bwd")
 def _bwd_fake(dloss: Tensor, velocity: Tensor, *_: Any) -> Tensor:
     return velocity.new_empty(velocity.shape)
 

@@ -6,53 +6,20 @@ so one op serves every dynamics. Derivation: docs/ops/flow_step.md.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import fields
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from lvrpo.ops import _backend, _checks, _library
-from lvrpo.reference._precision import widen
+from lvrpo import backends, checks
+from lvrpo.backends import library
+from lvrpo.dtypes import widen
+from lvrpo.params.flow import StepCoefficients
 from lvrpo.reference.flow_step import flow_step as reference_flow_step
 
 OP = "flow_step"
-
-
-@dataclass(frozen=True)
-class StepCoefficients:
-    """x_next = c_x x + c_v v + std z, one entry per image: fp32 or fp64 [n].
-
-    `lvrpo.models.flow.FlowSchedule` makes them for every known dynamics.
-
-    Attributes:
-        c_x: factor of the latent.
-        c_v: factor of the velocity, in units of time (negative: time runs from 1 to 0).
-        std: standard deviation of the noise; 0 marks a deterministic step.
-        t: time before the step, 1 is noise and 0 is data.
-        dt: length of the step, negative.
-    """
-
-    c_x: Tensor
-    c_v: Tensor
-    std: Tensor
-    t: Tensor
-    dt: Tensor
-
-    def __len__(self) -> int:
-        return len(self.std)
-
-    def to(self, *args: Any, **kwargs: Any) -> StepCoefficients:
-        """As `Tensor.to`."""
-        return StepCoefficients(*(c.to(*args, **kwargs) for c in self._tensors()))
-
-    def select(self, index: Tensor | slice) -> StepCoefficients:
-        """The entries at `index`: int64 positions (repeats allowed), a bool mask or a slice."""
-        return StepCoefficients(*(c[index] for c in self._tensors()))
-
-    def _tensors(self) -> tuple[Tensor, ...]:
-        return tuple(getattr(self, field.name) for field in fields(self))
 
 
 def flow_step(
@@ -90,16 +57,16 @@ def flow_step(
             for a stochastic step or a std is negative or not finite.
     """
     _check(velocity, x_t, coeffs, noise)
-    chosen = _backend.resolve(OP, (velocity, x_t, noise, coeffs.std), backend)
+    chosen = backends.resolve(OP, (velocity, x_t, noise, coeffs.std), backend)
     if chosen == "torch":
-        kept = StepCoefficients(*map(_checks.as_saved, coeffs._tensors()))
-        return reference_flow_step(velocity, x_t, kept, _checks.as_saved(noise))
+        kept = StepCoefficients(*map(checks.as_saved, coeffs._tensors()))
+        return reference_flow_step(velocity, x_t, kept, checks.as_saved(noise))
     dtype = widen(velocity).dtype
     data = (noise, coeffs.c_x, coeffs.c_v, coeffs.std)
     return _FlowStep.apply(  # type: ignore[no-untyped-call,no-any-return]
         velocity,
         x_t.to(dtype),
-        *(None if x is None else _checks.as_saved(x.detach().to(dtype)) for x in data),
+        *(None if x is None else checks.as_saved(x.detach().to(dtype)) for x in data),
     )
 
 
@@ -126,12 +93,12 @@ class _FlowStep(torch.autograd.Function):
         return dvelocity.to(ctx.velocity_dtype), dx_t, None, None, None, None
 
 
-@_library.register("flow_step_fwd")
+@library.register("flow_step_fwd")
 def _fwd_fake(velocity: Tensor, x_t: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
     return x_t.new_empty(x_t.shape), x_t.new_empty(x_t.shape[0])
 
 
-@_library.register("flow_step_bwd")
+@library.register("flow_step_bwd")
 def _bwd_fake(dx_next: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
     return dx_next.new_empty(dx_next.shape), dx_next.new_empty(dx_next.shape)
 
@@ -146,20 +113,20 @@ def check_coefficients(
         if values.dtype not in (torch.float32, torch.float64):
             raise ValueError(f"{op}: {name} is {values.dtype}, expected torch.float32 or float64")
         if values.shape != (1,):
-            _checks.check_shape(op, name, values, (samples,))
+            checks.check_shape(op, name, values, (samples,))
     if len({getattr(coeffs, field.name).shape for field in fields(coeffs)}) > 1:
         lengths = ", ".join(f"{f.name} {len(getattr(coeffs, f.name))}" for f in fields(coeffs))
         raise ValueError(f"{op}: coeffs fields have different lengths: {lengths}")
-    if _checks.check_values(coeffs.std):
+    if checks.check_values(coeffs.std):
         bad = ~(torch.isfinite(coeffs.std) & (coeffs.std >= 0))
         bad = bad if mask is None else bad & mask
         std = coeffs.std.expand(bad.shape)
-        _checks.refuse_first(op, "coeffs.std", std, bad, "a finite number >= 0")
+        checks.refuse_first(op, "coeffs.std", std, bad, "a finite number >= 0")
 
 
 def check_latents(op: str, velocity: Tensor, **others: Tensor | None) -> None:
     """[N, ...] floating latents of one shape, with at least one element per sample."""
-    _checks.check_floating(op, "velocity", velocity)
+    checks.check_floating(op, "velocity", velocity)
     if velocity.dim() < 2 or (velocity.shape[0] > 0 and velocity.numel() == 0):
         raise ValueError(
             f"{op}: velocity has shape {tuple(velocity.shape)}, expected [N, ...] with at least "
@@ -167,15 +134,15 @@ def check_latents(op: str, velocity: Tensor, **others: Tensor | None) -> None:
         )
     for name, tensor in others.items():
         if tensor is not None:
-            _checks.check_floating(op, name, tensor)
-            _checks.check_shape(op, name, tensor, tuple(velocity.shape))
+            checks.check_floating(op, name, tensor)
+            checks.check_shape(op, name, tensor, tuple(velocity.shape))
 
 
 def _check(velocity: Tensor, x_t: Tensor, coeffs: StepCoefficients, noise: Tensor | None) -> None:
     check_latents(OP, velocity, x_t=x_t, noise=noise)
     check_coefficients(OP, coeffs, len(velocity))
-    _checks.check_same_device(OP, velocity=velocity, x_t=x_t, noise=noise, coeffs=coeffs.std)
-    if noise is None and len(velocity) and _checks.check_values(coeffs.std):
+    checks.check_same_device(OP, velocity=velocity, x_t=x_t, noise=noise, coeffs=coeffs.std)
+    if noise is None and len(velocity) and checks.check_values(coeffs.std):
         stochastic = coeffs.std > 0
         if bool(stochastic.any()):
             at = int(stochastic.nonzero()[0])

@@ -11,10 +11,12 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from lvrpo.ops import _backend, _checks, _library, _targets
+from lvrpo import backends, checks
+from lvrpo.backends import library
+from lvrpo.dtypes import widen
 from lvrpo.ops._numbers import numbers
-from lvrpo.ops._targets import Ids, VocabRange
-from lvrpo.reference._precision import widen
+from lvrpo.ops.head import targets as _targets
+from lvrpo.ops.head.targets import Ids, VocabRange
 from lvrpo.reference.gather_logprobs import gather_logprobs as reference_gather_logprobs
 
 OP = "gather_logprobs"
@@ -135,10 +137,10 @@ def gather_logprobs(
         *(token_ids, row_index, vocab_range, ignore_index),
     )
     indices = targets.token_ids, targets.row_index, targets.ranges
-    chosen = _backend.resolve(OP, (logits, *indices), backend)
+    chosen = backends.resolve(OP, (logits, *indices), backend)
     of_rows: list[Tensor]
     if chosen == "torch":
-        if _checks.check_values(logits):
+        if checks.check_values(logits):
             finite = (_largest(logits, targets.ranges, softcap) / temperature).isfinite()
             _refuse_rows(targets.unusable(finite), logits, targets.ranges, softcap)
         results = reference_gather_logprobs(
@@ -183,7 +185,7 @@ class _GatherLogprobs(torch.autograd.Function):
         backend: str,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         inputs = logits, token_ids, row_index, vocab_range, numbers
-        logprobs, lse, entropy, sum_squares = _library.op("gather_logprobs_fwd", backend)(
+        logprobs, lse, entropy, sum_squares = library.op("gather_logprobs_fwd", backend)(
             *inputs, with_entropy, with_sum_squares
         )
         ctx.save_for_backward(*inputs, lse, entropy)
@@ -199,7 +201,7 @@ class _GatherLogprobs(torch.autograd.Function):
         # Raises if the logits were changed since the forward.
         logits, token_ids, row_index, vocab_range, numbers, lse, entropy = ctx.saved_tensors
         dlogits = logits.detach() if ctx.inplace else logits.new_empty(logits.shape)
-        _library.op("gather_logprobs_bwd", ctx.backend)(
+        library.op("gather_logprobs_bwd", ctx.backend)(
             dlogits,
             dlogprobs,
             dentropy if ctx.with_entropy else None,
@@ -216,7 +218,7 @@ class _GatherLogprobs(torch.autograd.Function):
         return dlogits, *[None] * 8
 
 
-@_library.register("gather_logprobs_fwd", triton=OP)
+@library.register("gather_logprobs_fwd", triton=OP)
 def _fwd_fake(
     logits: Tensor,
     token_ids: Tensor,
@@ -236,7 +238,7 @@ def _fwd_fake(
     )
 
 
-@_library.register("gather_logprobs_bwd", triton=OP, mutates=["dlogits"])
+@library.register("gather_logprobs_bwd", triton=OP, mutates=["dlogits"])
 def _bwd_fake(
     dlogits: Tensor,
     dlogprobs: Tensor,

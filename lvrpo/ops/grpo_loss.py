@@ -5,24 +5,31 @@ T packed tokens or [B, C] padded ones, B sequences. Derivation: docs/ops/grpo_lo
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from lvrpo.ops import _backend, _checks, _library
+from lvrpo import backends, checks
+from lvrpo.backends import library
+from lvrpo.dtypes import widen
 from lvrpo.ops._loss_inputs import Level, Numbers, loss_inputs
-from lvrpo.ops._loss_metrics import STATISTICS, LossMetrics
-from lvrpo.ops._policy_loss import (
+from lvrpo.ops._numbers import numbers
+from lvrpo.params.loss_metrics import STATISTICS, LossMetrics
+from lvrpo.params.policy_loss import (
+    KL,
     LOSS_PRESETS,
+    Aggregation,
+    KLFactor,
+    KLGradient,
     LossParams,
     PolicyLoss,
-    choices_of,
-    numbers_of,
+    Ratio,
+    Surrogate,
 )
-from lvrpo.reference._precision import widen
 from lvrpo.reference.grpo_loss import grpo_loss as reference_grpo_loss
 
 OP = "grpo_loss"
@@ -31,7 +38,7 @@ __all__ = ["LOSS_PRESETS", "LossMetrics", "LossParams", "PolicyLoss", "grpo_loss
 _DEFAULT = LossParams()
 
 
-@_checks.replaced(token_weights=_checks.MASK_AND_WEIGHTS)
+@checks.replaced(token_weights=checks.MASK_AND_WEIGHTS)
 def grpo_loss(
     logprobs: Tensor,
     old_logprobs: Tensor | None,
@@ -91,7 +98,7 @@ def grpo_loss(
             overflow without `params.log_ratio_limit`. Where values are not read, such a token is
             dropped, and counted in `metrics.dropped_tokens`.
     """
-    _checks.check_floating(OP, "logprobs", logprobs)
+    checks.check_floating(OP, "logprobs", logprobs)
     logp = widen(logprobs)
     data = loss_inputs(
         OP,
@@ -111,7 +118,7 @@ def grpo_loss(
     if params.entropy_coef != 0 and entropy is None:
         raise ValueError(f"{OP}: entropy is None, but entropy_coef is {params.entropy_coef}")
     logp = logp.reshape(-1)
-    chosen = _backend.resolve(OP, (logprobs, *data.tensors()), backend)
+    chosen = backends.resolve(OP, (logprobs, *data.tensors()), backend)
     if chosen == "torch":
         result = reference_grpo_loss(logp, entropy=data.entropy, **data.for_reference())
     else:
@@ -139,7 +146,58 @@ def loss_op(backend: str) -> Callable[..., tuple[Tensor, Tensor, Tensor, Tensor]
     tensors in the dtype of `logprobs`. Returns loss, statistics, and the derivatives of the loss by
     `logprobs` and `entropy`; nothing is checked and nothing is differentiable.
     """
-    return _library.op("grpo_loss_fwd", backend)
+    return library.op("grpo_loss_fwd", backend)
+
+
+def choices_of(params: LossParams) -> tuple[int, ...]:
+    """The names among the parameters as numbers, in the order of `lvrpo::grpo_loss_fwd`."""
+    return (
+        get_args(Ratio).index(params.ratio),
+        get_args(Surrogate).index(params.surrogate),
+        get_args(KL).index(params.kl),
+        get_args(KLFactor).index(params.kl_factor),
+        get_args(KLGradient).index(params.kl_gradient),
+        get_args(Aggregation).index(params.aggregation),
+        params.count_empty,
+    )
+
+
+#: What `numbers_of` holds, in this order; `Numbers` in csrc/common/policy_terms.h is the same list.
+NUMBERS = (
+    *("clip_low", "clip_high", "ratio_cap", "log_ratio_limit"),
+    *("shape_pos_0", "shape_pos_1", "shape_neg_0", "shape_neg_1"),
+    *("beta", "kl_log_ratio_limit", "kl_limit", "entropy_coef"),
+    *("max_length", "denominator"),
+)
+
+
+def numbers_of(params: LossParams, denominator: float | None = None) -> Tensor:
+    """The numbers among the parameters as fp64 on the host: an absent bound is infinite.
+
+    A `denominator` of None, for the op's own count, is -1.
+    """
+    shape: tuple[float, ...] = (0.0, 0.0, 0.0, 0.0)
+    if params.surrogate == "sigmoid":
+        shape = (params.gate_pos, 0.0, params.gate_neg, 0.0)
+    elif params.surrogate == "gamma":
+        shape = (*params.gamma_pos, *params.gamma_neg)
+    return numbers(
+        params.clip_low,
+        params.clip_high,
+        _or_infinity(params.ratio_cap),
+        _or_infinity(params.log_ratio_limit),
+        *shape,
+        params.beta,
+        _or_infinity(params.kl_log_ratio_limit),
+        _or_infinity(params.kl_limit),
+        params.entropy_coef,
+        params.max_length or 1,
+        -1.0 if denominator is None else denominator,
+    )
+
+
+def _or_infinity(bound: float | None) -> float:
+    return math.inf if bound is None else bound
 
 
 class _GrpoLoss(torch.autograd.Function):
@@ -182,7 +240,7 @@ class _GrpoLoss(torch.autograd.Function):
         return dloss * dlogprobs, to_entropy, *[None] * 9
 
 
-@_library.register("grpo_loss_fwd", triton=OP)
+@library.register("grpo_loss_fwd", triton=OP)
 def _fwd_fake(
     logprobs: Tensor,
     old_logprobs: Tensor | None,

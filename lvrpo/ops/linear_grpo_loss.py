@@ -11,20 +11,21 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from lvrpo.ops import _backend, _checks, _targets
-from lvrpo.ops import _linear_inputs as _inputs
-from lvrpo.ops._linear_head import dtypes_of
+from lvrpo import backends, checks
 from lvrpo.ops._linear_loss import fused_loss
 from lvrpo.ops._loss_inputs import Level, Numbers, loss_inputs
-from lvrpo.ops._policy_loss import FusedPolicyLoss, LossParams
-from lvrpo.ops._targets import Ids, VocabRange
+from lvrpo.ops.head import budget as _inputs
+from lvrpo.ops.head import targets as _targets
+from lvrpo.ops.head.gemm import dtypes_of
+from lvrpo.ops.head.targets import Ids, VocabRange
+from lvrpo.params.policy_loss import FusedPolicyLoss, LossParams
 from lvrpo.reference.linear_grpo_loss import linear_grpo_loss as reference_linear_grpo_loss
 
 OP = "linear_grpo_loss"
 _DEFAULT = LossParams()
 
 
-@_checks.replaced(token_weights=_checks.MASK_AND_WEIGHTS)
+@checks.replaced(token_weights=checks.MASK_AND_WEIGHTS)
 def linear_grpo_loss(
     hidden: Tensor,
     weight: Tensor,
@@ -123,9 +124,9 @@ def linear_grpo_loss(
         params=params,
     ).of_targets(targets, strange)
     indices = targets.token_ids, targets.row_index, targets.ranges
-    chosen = _backend.resolve(OP, (*factors, *indices, *data.tensors()), backend)
+    chosen = backends.resolve(OP, (*factors, *indices, *data.tensors()), backend)
     if chosen == "torch":
-        with _checks.without_autocast(hidden):
+        with checks.without_autocast(hidden):
             result = reference_linear_grpo_loss(
                 hidden,
                 weight,

@@ -13,12 +13,14 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from lvrpo.ops import _backend, _checks, _library, _targets
-from lvrpo.ops import _linear_inputs as _inputs
-from lvrpo.ops._linear_head import LinearHead, dtypes_of, fake_gradients, split
-from lvrpo.ops._linear_rows import OUTSIDE, HeadRows, Softmax
+from lvrpo import backends, checks
+from lvrpo.backends import library
 from lvrpo.ops._numbers import numbers
-from lvrpo.ops._targets import Ids, VocabRange
+from lvrpo.ops.head import budget as _inputs
+from lvrpo.ops.head import targets as _targets
+from lvrpo.ops.head.gemm import LinearHead, dtypes_of, fake_gradients, split
+from lvrpo.ops.head.rows import OUTSIDE, HeadRows, Softmax
+from lvrpo.ops.head.targets import Ids, VocabRange
 from lvrpo.reference.linear_logprobs import linear_logprobs as reference_linear_logprobs
 
 OP = "linear_logprobs"
@@ -149,10 +151,10 @@ def linear_logprobs(
     )
     most = _inputs.rows_at_once(OP, hidden, vocab.high - vocab.low, memory_budget)
     indices = targets.token_ids, targets.row_index, targets.ranges
-    chosen = _backend.resolve(OP, (hidden, weight, bias, *indices), backend)
+    chosen = backends.resolve(OP, (hidden, weight, bias, *indices), backend)
     of_rows: list[Tensor]
     if chosen == "torch":
-        with _checks.without_autocast(hidden):
+        with checks.without_autocast(hidden):
             logprobs, entropy, *others = reference_linear_logprobs(
                 *(hidden, weight, *indices[:2]),
                 bias=bias,
@@ -243,7 +245,7 @@ def _fwd_fake(
     )
 
 
-@_library.compose("linear_logprobs_fwd", _fwd_fake)
+@library.compose("linear_logprobs_fwd", _fwd_fake)
 def _fwd(
     hidden: Tensor,
     weight: Tensor,
@@ -288,7 +290,7 @@ def _bwd_fake(
     return fake_gradients(hidden, weight, bias, needs, hidden.dtype)
 
 
-@_library.compose("linear_logprobs_bwd", _bwd_fake)
+@library.compose("linear_logprobs_bwd", _bwd_fake)
 def _bwd(
     dlogprobs: Tensor,
     dentropy: Tensor | None,

@@ -10,18 +10,19 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from lvrpo.ops import _backend, _checks, _targets
+from lvrpo import backends, checks
 from lvrpo.ops._logits_loss import dtypes_of, fused_loss
 from lvrpo.ops._loss_inputs import Level, Numbers, loss_inputs
-from lvrpo.ops._policy_loss import FusedPolicyLoss, LossParams
-from lvrpo.ops._targets import Ids, VocabRange
+from lvrpo.ops.head import targets as _targets
+from lvrpo.ops.head.targets import Ids, VocabRange
+from lvrpo.params.policy_loss import FusedPolicyLoss, LossParams
 from lvrpo.reference.logits_grpo_loss import logits_grpo_loss as reference_logits_grpo_loss
 
 OP = "logits_grpo_loss"
 _DEFAULT = LossParams()
 
 
-@_checks.replaced(token_weights=_checks.MASK_AND_WEIGHTS)
+@checks.replaced(token_weights=checks.MASK_AND_WEIGHTS)
 def logits_grpo_loss(
     logits: Tensor,
     token_ids: Ids,
@@ -118,9 +119,9 @@ def logits_grpo_loss(
         params=params,
     ).of_targets(targets, strange)
     indices = targets.token_ids, targets.row_index, targets.ranges
-    chosen = _backend.resolve(OP, (logits, *indices, *data.tensors()), backend)
+    chosen = backends.resolve(OP, (logits, *indices, *data.tensors()), backend)
     if chosen == "torch":
-        with _checks.without_autocast(logits):
+        with checks.without_autocast(logits):
             result = reference_logits_grpo_loss(
                 logits,
                 targets.token_ids,

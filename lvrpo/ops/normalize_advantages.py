@@ -5,7 +5,6 @@ B samples, K rewards, P groups. Derivation: docs/ops/normalize_advantages.md.
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Sequence
 from typing import Any, get_args
@@ -13,69 +12,22 @@ from typing import Any, get_args
 import torch
 from torch import Tensor
 
-from lvrpo.ops import _backend, _checks, _library
-from lvrpo.ops._advantage_params import (
-    ADVANTAGE_PRESETS,
+from lvrpo import backends, checks
+from lvrpo.backends import library
+from lvrpo.ops._numbers import numbers
+from lvrpo.params.advantages import (
     AdvantageParams,
+    Advantages,
+    AdvantageStats,
     Baseline,
     Scale,
     Whiten,
 )
-from lvrpo.ops._numbers import numbers
 from lvrpo.reference.normalize_advantages import normalize_advantages as reference_advantages
-
-__all__ = [
-    "ADVANTAGE_PRESETS",
-    "AdvantageParams",
-    "AdvantageStats",
-    "Advantages",
-    "normalize_advantages",
-]
 
 OP = "normalize_advantages"
 _DEFAULT = AdvantageParams()
 _CPU = torch.device("cpu")
-
-
-@dataclasses.dataclass(frozen=True)
-class AdvantageStats:
-    """What each of the K rewards did; [K] tensors, NaN for a reward that applied to no sample.
-
-    A sample that no reward scored counts in none of them but `applicable`.
-
-    Attributes:
-        share: part of the advantages' variance that comes from the reward: the covariance of its
-            contribution with the advantage over the variance of the advantage, both about zero.
-            Sums to 1, or is 0 throughout when every advantage is. Negative where a reward opposes
-            the others.
-        constant_groups: fraction of the groups it applied to in which it did not vary.
-        mean: of the raw reward over the samples it applied to.
-        std: likewise.
-        applicable: fraction of all samples it applied to; never NaN unless the batch is empty.
-        all_zero: bool scalar, every advantage is zero and the batch teaches nothing.
-    """
-
-    share: Tensor
-    constant_groups: Tensor
-    mean: Tensor
-    std: Tensor
-    applicable: Tensor
-    all_zero: Tensor
-
-
-@dataclasses.dataclass(frozen=True)
-class Advantages:
-    """Result of `normalize_advantages`.
-
-    Attributes:
-        values: [B], the advantage of every sample.
-        per_reward: [B, K], what each reward contributed; its rows add up to `values`.
-        stats: per-reward diagnostics of the batch.
-    """
-
-    values: Tensor
-    per_reward: Tensor
-    stats: AdvantageStats
 
 
 def normalize_advantages(
@@ -122,13 +74,13 @@ def normalize_advantages(
     offsets = _as_offsets(groups, table)
     factors = _as_weights(weights, table)
     tokens = _as_lengths(lengths, table, params)
-    _checks.check_same_device(OP, rewards=table, groups=offsets, weights=factors, lengths=tokens)
+    checks.check_same_device(OP, rewards=table, groups=offsets, weights=factors, lengths=tokens)
     tensors = (table, offsets, factors, tokens)
-    chosen = _backend.resolve(OP, tensors, backend)
+    chosen = backends.resolve(OP, tensors, backend)
     if chosen == "torch":
         values, per_reward, *stats = reference_advantages(*tensors, params=params)
     else:
-        values, per_reward, columns, all_zero = _library.op(OP, chosen)(
+        values, per_reward, columns, all_zero = library.op(OP, chosen)(
             *tensors,
             params.combine == "decoupled",
             get_args(Baseline).index(params.baseline),
@@ -148,7 +100,7 @@ def normalize_advantages(
     return Advantages(values, per_reward, AdvantageStats(*stats))
 
 
-@_library.register(OP, triton=OP)
+@library.register(OP, triton=OP)
 def _fake(
     rewards: Tensor,
     offsets: Tensor,
@@ -170,15 +122,15 @@ def _fake(
 def _as_table(rewards: Any, *others: Any) -> tuple[Tensor, bool]:
     """[B, K], and whether it holds integers: as fp64, which keeps them apart, for fp32 results."""
     devices = [x.device for x in others if isinstance(x, Tensor)]
-    rewards = _checks.as_tensor(OP, "rewards", rewards, devices[0] if devices else _CPU)
+    rewards = checks.as_tensor(OP, "rewards", rewards, devices[0] if devices else _CPU)
     if rewards.is_complex():
         raise ValueError(f"{OP}: rewards is {rewards.dtype}, expected a real dtype")
     if rewards.dim() not in (1, 2):
         raise ValueError(f"{OP}: rewards has shape {tuple(rewards.shape)}, expected [B] or [B, K]")
     # A cheap pass first: where every reward is a finite number, so is their sum.
-    if _checks.check_values(rewards) and not bool(rewards.sum().isfinite()):
+    if checks.check_values(rewards) and not bool(rewards.sum().isfinite()):
         expected = "a finite number, or NaN where the reward does not apply"
-        _checks.refuse_first(OP, "rewards", rewards, rewards.isinf(), expected)
+        checks.refuse_first(OP, "rewards", rewards, rewards.isinf(), expected)
     exact = not rewards.is_floating_point()
     table = rewards.double() if exact else rewards.detach()
     return (table if table.dim() == 2 else table[:, None]), exact
@@ -187,7 +139,7 @@ def _as_table(rewards: Any, *others: Any) -> tuple[Tensor, bool]:
 def _as_offsets(groups: Tensor | Sequence[int] | int, rewards: Tensor) -> Tensor:
     batch = rewards.shape[0]
     if isinstance(groups, (Tensor, Sequence)):
-        return _checks.as_offsets(OP, "groups", groups, batch, rewards.device)
+        return checks.as_offsets(OP, "groups", groups, batch, rewards.device)
     if groups < 1 or batch % groups != 0:
         raise ValueError(f"{OP}: groups is {groups}, expected a size >= 1 that divides B = {batch}")
     return torch.arange(0, batch + 1, groups, device=rewards.device)
@@ -199,9 +151,9 @@ def _as_weights(weights: Tensor | Sequence[float] | None, rewards: Tensor) -> Te
         return rewards.new_ones(count, dtype=torch.float64)
     if not isinstance(weights, Tensor):
         weights = numbers(*weights).to(rewards.device, non_blocking=True)
-    _checks.check_shape(OP, "weights", weights, (count,))
+    checks.check_shape(OP, "weights", weights, (count,))
     factors = weights.detach().double()
-    if not _checks.check_values(weights):
+    if not checks.check_values(weights):
         return factors.nan_to_num(0.0, 0.0, 0.0)
     if not bool(factors.isfinite().all()):
         raise ValueError(f"{OP}: weights is {factors.tolist()}, expected finite numbers")
@@ -219,10 +171,10 @@ def _as_lengths(
             f"{OP}: lengths is None, expected [B] numbers of tokens for {field} "
             f"{getattr(params, field)!r}"
         )
-    tokens = _checks.as_tensor(OP, "lengths", lengths, rewards.device)
-    _checks.check_shape(OP, "lengths", tokens, (rewards.shape[0],))
-    tokens = _checks.as_index(OP, "lengths", tokens)
-    if not _checks.check_values(tokens):
+    tokens = checks.as_tensor(OP, "lengths", lengths, rewards.device)
+    checks.check_shape(OP, "lengths", tokens, (rewards.shape[0],))
+    tokens = checks.as_index(OP, "lengths", tokens)
+    if not checks.check_values(tokens):
         return tokens.clamp(min=0)
-    _checks.refuse_first(OP, "lengths", tokens, tokens < 0, ">= 0")
+    checks.refuse_first(OP, "lengths", tokens, tokens < 0, ">= 0")
     return tokens

@@ -14,9 +14,12 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from lvrpo._mask_schedule import Schedule, schedule
+from lvrpo import backends, checks
+from lvrpo.backends import library
+from lvrpo.backends.flash import attention as _flash_attention
 from lvrpo.masks import SpanMask
-from lvrpo.ops import _backend, _checks, _flash_attention, _library
+from lvrpo.masks.schedule import schedule
+from lvrpo.masks.tables import Schedule
 from lvrpo.ops._numbers import numbers
 from lvrpo.reference.packed_attention import packed_attention as reference_packed_attention
 
@@ -100,7 +103,7 @@ def packed_attention(
     """
     scale = q.shape[-1] ** -0.5 if scale is None and q.dim() and q.shape[-1] else scale
     scale = 1.0 if scale is None else scale + 0.0
-    q, k, v = (_checks.as_factor(x) for x in (q, k, v))
+    q, k, v = (checks.as_factor(x) for x in (q, k, v))
     _check(q, k, v, mask, scale, softcap)
     if dropout_p != 0:
         raise ValueError(f"{OP}: dropout_p is {dropout_p}, expected 0: there is no dropout")
@@ -111,14 +114,14 @@ def packed_attention(
         "triton": f"its heads are up to {widest} wide, got {width}" if width > widest else "",
         "flash": lambda: _flash_attention.why_not(q, k, v, mask, scale, softcap, return_lse),
     }
-    chosen = _backend.resolve(OP, (q, k, v), backend, limits)
+    chosen = backends.resolve(OP, (q, k, v), backend, limits)
     if torch.is_grad_enabled():
         # A cache that a rollout filled is a constant like any other.
-        q, k, v = (_checks.as_saved(x) for x in (q, k, v))
+        q, k, v = (checks.as_saved(x) for x in (q, k, v))
     if chosen == "flash":
         return _flash_attention.flash_attention(q, k, v, mask, scale, softcap)
     if chosen == "torch":
-        with _checks.without_autocast(q):
+        with checks.without_autocast(q):
             return reference_packed_attention(
                 q, k, v, mask, scale=scale, softcap=softcap, return_lse=return_lse
             )
@@ -135,7 +138,7 @@ class _PackedAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, Tensor]:
         *tensors, values, ctx.backend = inputs
-        out, lse = _library.op("packed_attention_fwd", ctx.backend)(*tensors[:9], values)
+        out, lse = library.op("packed_attention_fwd", ctx.backend)(*tensors[:9], values)
         ctx.save_for_backward(*tensors[:3], out, lse, values, *tensors[3:])
         ctx.set_materialize_grads(False)
         return out, lse
@@ -148,7 +151,7 @@ class _PackedAttention(torch.autograd.Function):
         dout = torch.zeros_like(out) if dout is None else dout
         if not any(ctx.needs_input_grad[1:3]):
             tables = _with_constant_keys(*tables)
-        gradients = _library.op("packed_attention_bwd", ctx.backend)(
+        gradients = library.op("packed_attention_bwd", ctx.backend)(
             dout, dlse, q, k, v, out, lse, *tables, values
         )
         return (*gradients, *[None] * 10)
@@ -164,7 +167,7 @@ def _with_constant_keys(*tables: Tensor | None) -> tuple[Tensor | None, ...]:
     return (*head, spans, runs, query_tiles, key_work, key_parts)
 
 
-@_library.register("packed_attention_fwd", triton=OP)
+@library.register("packed_attention_fwd", triton=OP)
 def _fwd_fake(
     q: Tensor,
     k: Tensor,
@@ -182,7 +185,7 @@ def _fwd_fake(
     return out, q.new_empty(q.shape[:2], dtype=lse_dtype)
 
 
-@_library.register("packed_attention_bwd", triton=OP)
+@library.register("packed_attention_bwd", triton=OP)
 def _bwd_fake(
     dout: Tensor,
     dlse: Tensor | None,
@@ -210,14 +213,14 @@ def _check(q: Tensor, k: Tensor, v: Tensor, mask: SpanMask, scale: float, softca
         ("k", k, ("L", "Hkv", "D")),
         ("v", v, ("L", "Hkv", "Dv")),
     ):
-        _checks.check_shape(OP, name, tensor, shape)
-        if tensor.dtype not in _backend.FLOATING:
+        checks.check_shape(OP, name, tensor, shape)
+        if tensor.dtype not in backends.FLOATING:
             raise ValueError(f"{OP}: {name} is {tensor.dtype}, expected fp32, fp64, bf16 or fp16")
         if tensor.dtype != q.dtype:
             raise ValueError(f"{OP}: {name} is {tensor.dtype}, q is {q.dtype}")
     if not isinstance(mask, SpanMask):
         raise ValueError(f"{OP}: mask is a {type(mask).__name__}, expected a SpanMask")
-    _checks.check_same_device(OP, q=q, k=k, v=v, mask=mask.q_lo)
+    checks.check_same_device(OP, q=q, k=k, v=v, mask=mask.q_lo)
     if q.shape[0] != mask.num_queries:
         raise ValueError(f"{OP}: q has {q.shape[0]} rows, the mask {mask.num_queries} queries")
     for name, tensor in (("k", k), ("v", v)):

@@ -4,10 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from lvrpo.reference._precision import number
-
-#: The default: e^20 = 4.9e8 is past any clip range, and finite in every dtype of a loss.
-LOG_RATIO_LIMIT = 20.0
+from lvrpo.dtypes import number
 
 
 def saturate(log_ratio: Tensor, limit: float | None) -> Tensor:

@@ -13,11 +13,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from lvrpo.reference._log_ratio import LOG_RATIO_LIMIT, saturate
-from lvrpo.reference._precision import number
+from lvrpo.dtypes import number
+from lvrpo.params.log_ratio import LOG_RATIO_LIMIT
+from lvrpo.reference._log_ratio import saturate
 
 if TYPE_CHECKING:
-    from lvrpo.ops._policy_loss import LossParams
+    from lvrpo.params.policy_loss import LossParams
 
 #: VESPO's smallest ratio of a sequence.
 GAMMA_FLOOR = 1e-8

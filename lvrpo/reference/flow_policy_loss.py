@@ -7,13 +7,12 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from lvrpo.dtypes import number, widen
 from lvrpo.reference._log_ratio import saturate
-from lvrpo.reference._precision import number, widen
 from lvrpo.reference.flow_step import per_sample
 
 if TYPE_CHECKING:
-    from lvrpo.ops.flow_policy_loss import FlowLossParams
-    from lvrpo.ops.flow_step import StepCoefficients
+    from lvrpo.params.flow import FlowLossParams, StepCoefficients
 
 
 def flow_policy_loss(

@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from lvrpo.reference._precision import widen
+from lvrpo.dtypes import widen
 
 if TYPE_CHECKING:
-    from lvrpo.ops.flow_step import StepCoefficients
+    from lvrpo.params.flow import StepCoefficients
 
 
 def per_sample(values: Tensor, like: Tensor) -> Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lvrpo.reference._precision import widen
+from lvrpo.dtypes import widen
 
 
 def gather_logprobs(

@@ -8,7 +8,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from lvrpo.reference._log_ratio import LOG_RATIO_LIMIT, saturate
+from lvrpo.dtypes import widen
+from lvrpo.params.log_ratio import LOG_RATIO_LIMIT
+from lvrpo.reference._log_ratio import saturate
 from lvrpo.reference._policy_terms import (
     Sequences,
     Tokens,
@@ -18,10 +20,9 @@ from lvrpo.reference._policy_terms import (
     level_of,
     surrogate,
 )
-from lvrpo.reference._precision import widen
 
 if TYPE_CHECKING:
-    from lvrpo.ops._policy_loss import LossParams
+    from lvrpo.params.policy_loss import LossParams
 
 
 def grpo_loss(

@@ -10,7 +10,7 @@ from lvrpo.reference.linear_logprobs import project
 from lvrpo.reference.logits_grpo_loss import logits_grpo_loss
 
 if TYPE_CHECKING:
-    from lvrpo.ops._policy_loss import LossParams
+    from lvrpo.params.policy_loss import LossParams
 
 
 def linear_grpo_loss(

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lvrpo.reference._precision import widen
+from lvrpo.dtypes import widen
 from lvrpo.reference.gather_logprobs import gather_logprobs
 
 

@@ -11,7 +11,7 @@ from lvrpo.reference.gather_logprobs import gather_logprobs
 from lvrpo.reference.grpo_loss import grpo_loss
 
 if TYPE_CHECKING:
-    from lvrpo.ops._policy_loss import LossParams
+    from lvrpo.params.policy_loss import LossParams
 
 
 def logits_grpo_loss(

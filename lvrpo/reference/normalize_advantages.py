@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from lvrpo.reference._precision import number
+from lvrpo.dtypes import number
 
 if TYPE_CHECKING:
-    from lvrpo.ops._advantage_params import AdvantageParams
+    from lvrpo.params.advantages import AdvantageParams
 
 #: A group whose rewards differ by less than this share of their size is constant: what is left
 #: after subtracting the mean is rounding, and dividing it by its own spread would make it signal.

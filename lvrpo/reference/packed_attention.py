@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from lvrpo.reference._precision import widen
+from lvrpo.dtypes import widen
 
 if TYPE_CHECKING:
     from lvrpo.masks import SpanMask

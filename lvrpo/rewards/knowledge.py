@@ -10,7 +10,7 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
-from lvrpo.data.phrases import questions_about
+from lvrpo.digits.phrases import questions_about
 from lvrpo.rewards.samples import Samples
 
 #: (images [N, C, H, W], N questions, N answers) to [N], the probability of each answer in [0, 1].

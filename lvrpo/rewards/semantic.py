@@ -9,7 +9,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from lvrpo.rewards.dual_encoder import DualEncoder, key_phrases, pool_similarity
+from lvrpo.digits.encoder import DualEncoder, key_phrases, pool_similarity
 from lvrpo.rewards.samples import Samples
 
 

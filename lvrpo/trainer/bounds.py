@@ -13,8 +13,8 @@ from collections.abc import Mapping
 from typing import Any, get_args
 
 from lvrpo.models.flow import DYNAMICS
-from lvrpo.ops._policy_loss import LOSS_PRESETS
-from lvrpo.ops.flow_policy_loss import KL_FORMS
+from lvrpo.params.flow import KL_FORMS
+from lvrpo.params.policy_loss import LOSS_PRESETS
 from lvrpo.rewards.combine import Truncated
 
 

@@ -10,18 +10,18 @@ from typing import Any
 import torch
 
 from lvrpo.data.example import Example
+from lvrpo.intervals import clustered_mean
 from lvrpo.models.flow import FlowSchedule
-from lvrpo.models.policy import Policy
+from lvrpo.models.unified.policy import Policy
 from lvrpo.rewards.samples import FinishReason, Samples
+from lvrpo.runs.inputs import reward_label
+from lvrpo.runs.log import GalleryItem
+from lvrpo.runs.rewards import used_rewards
+from lvrpo.runs.scores import reward_row
+from lvrpo.runs.setup import Task
 from lvrpo.trainer.config import RolloutSection
 from lvrpo.trainer.experience import score_samples
-from lvrpo.trainer.inputs import reward_label
-from lvrpo.trainer.records import GalleryItem
-from lvrpo.trainer.rewards import used_rewards
 from lvrpo.trainer.rollout import sample_answers, sample_pictures
-from lvrpo.trainer.scores import reward_row
-from lvrpo.trainer.statistics import clustered_mean
-from lvrpo.trainer.task import Task
 
 #: Prompts evaluated at once; bounds the memory, changes no number.
 CHUNK = 256

@@ -13,14 +13,15 @@ from lvrpo import random
 from lvrpo.data.example import Example
 from lvrpo.data.example import Task as TaskName
 from lvrpo.models.flow import FlowSchedule
-from lvrpo.models.policy import Policy
-from lvrpo.ops.normalize_advantages import AdvantageParams, normalize_advantages
+from lvrpo.models.unified.policy import Policy
+from lvrpo.ops.normalize_advantages import normalize_advantages
+from lvrpo.params.advantages import AdvantageParams
 from lvrpo.rewards.combine import Reward, RewardError, score
 from lvrpo.rewards.samples import Samples
+from lvrpo.runs.inputs import reward_label
+from lvrpo.runs.setup import Task
 from lvrpo.trainer.config import RewardSection, TrainConfig
-from lvrpo.trainer.inputs import reward_label
 from lvrpo.trainer.rollout import sample_answers, sample_pictures
-from lvrpo.trainer.task import Task
 from lvrpo.trainer.update import Experience
 
 

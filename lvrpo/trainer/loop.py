@@ -17,24 +17,24 @@ from pathlib import Path
 from typing import Any
 
 from lvrpo.models.flow import FlowSchedule
-from lvrpo.models.policy import Policy
-from lvrpo.trainer.changes import rate_bridge
-from lvrpo.trainer.checkpoint import (
+from lvrpo.models.unified.policy import Policy
+from lvrpo.runs.changes import rate_bridge
+from lvrpo.runs.checkpoint import (
     CheckpointError,
     checkpoints,
     load_newest,
     save_checkpoint,
     step_of,
 )
+from lvrpo.runs.log import RunWriter, read_changes, read_evals, save_gallery
+from lvrpo.runs.setup import Task
+from lvrpo.runs.signals import Signals
 from lvrpo.trainer.config import TrainConfig
 from lvrpo.trainer.evaluate import evaluate
 from lvrpo.trainer.experience import gather_experience
-from lvrpo.trainer.records import RunWriter, read_changes, read_evals, save_gallery
 from lvrpo.trainer.rollout import DivergedError
 from lvrpo.trainer.schedule import flow_schedule
-from lvrpo.trainer.signals import Signals
 from lvrpo.trainer.state import TrainState, load_weights
-from lvrpo.trainer.task import Task
 from lvrpo.trainer.update import Objective, policy_gradient
 from lvrpo.trainer.warm_start import supervised_gradient
 

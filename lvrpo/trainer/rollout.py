@@ -20,8 +20,8 @@ from torch import Tensor
 from lvrpo import random
 from lvrpo.data.example import Example
 from lvrpo.models.flow import FlowSchedule
-from lvrpo.models.policy import CachedPass, Policy, take_rows
-from lvrpo.models.tokenizer import EOS
+from lvrpo.models.unified.policy import CachedPass, Policy, take_rows
+from lvrpo.models.unified.tokenizer import EOS
 from lvrpo.ops.flow_step import flow_step
 from lvrpo.ops.gather_logprobs import gather_logprobs
 from lvrpo.rewards.samples import FinishReason

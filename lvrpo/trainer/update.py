@@ -10,19 +10,15 @@ import torch
 from torch import Tensor
 
 from lvrpo.models.flow import FlowSchedule
-from lvrpo.models.groups import Pack, PictureGroup, pack_groups
-from lvrpo.models.policy import Policy
-from lvrpo.models.unified import UnifiedModel
-from lvrpo.ops._loss_metrics import LossMetrics
-from lvrpo.ops._policy_loss import LossParams, PolicyLoss
-from lvrpo.ops.flow_policy_loss import (
-    FlowLossMetrics,
-    FlowLossParams,
-    FlowPolicyLoss,
-    flow_policy_loss,
-)
+from lvrpo.models.packs import Pack, PictureGroup, pack_groups
+from lvrpo.models.unified.model import UnifiedModel
+from lvrpo.models.unified.policy import Policy
+from lvrpo.ops.flow_policy_loss import flow_policy_loss
 from lvrpo.ops.gather_logprobs import gather_logprobs
 from lvrpo.ops.grpo_loss import grpo_loss
+from lvrpo.params.flow import FlowLossMetrics, FlowLossParams, FlowPolicyLoss
+from lvrpo.params.loss_metrics import LossMetrics
+from lvrpo.params.policy_loss import LossParams, PolicyLoss
 from lvrpo.trainer.config import TrainConfig
 from lvrpo.trainer.rollout import Answers, Pictures
 

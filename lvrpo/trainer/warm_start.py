@@ -10,8 +10,8 @@ from torch import Tensor
 from lvrpo import random
 from lvrpo.data.example import Example, Picture
 from lvrpo.models.flow import interpolate, velocity_target
-from lvrpo.models.groups import pack_groups
-from lvrpo.models.policy import Policy
+from lvrpo.models.packs import pack_groups
+from lvrpo.models.unified.policy import Policy
 from lvrpo.ops.gather_logprobs import gather_logprobs
 
 

@@ -17,12 +17,11 @@ import torch
 from torch import Tensor
 
 import lvrpo
-from lvrpo.ops import _backend
-from lvrpo.ops._advantage_params import AdvantageParams
-from lvrpo.ops._metrics import Metrics
-from lvrpo.ops._policy_loss import LossParams
-from lvrpo.ops.flow_policy_loss import FlowLossParams
-from lvrpo.ops.flow_step import StepCoefficients
+from lvrpo import backends
+from lvrpo.params.advantages import AdvantageParams
+from lvrpo.params.flow import FlowLossParams, StepCoefficients
+from lvrpo.params.metrics import Metrics
+from lvrpo.params.policy_loss import LossParams
 
 #: How many values of every number are tried.
 VALUES = 12
@@ -65,7 +64,7 @@ class Call:
 
     def inputs(self, backend: str, dtype: torch.dtype = torch.float32) -> Inputs:
         """Fresh leaves; skips the test where the op has no such backend."""
-        reasons = _backend.why_not(backend, self.op, [])
+        reasons = backends.why_not(backend, self.op, [])
         if reasons:
             pytest.skip(f"backend {backend}: {'; '.join(reasons)}")
         return self.with_leaves(self.make(dtype)) | {"backend": backend}

@@ -7,8 +7,7 @@ from collections.abc import Iterator
 import torch
 
 from lvrpo.kernels import grpo_loss as kernels
-from lvrpo.ops._policy_loss import choices_of, numbers_of
-from lvrpo.ops.grpo_loss import LossParams
+from lvrpo.ops.grpo_loss import LossParams, choices_of, numbers_of
 
 
 def call(

@@ -7,10 +7,9 @@ from collections.abc import Iterator
 import torch
 
 from lvrpo.kernels import logits_grpo_loss as kernels
-from lvrpo.ops._linear_rows import OUTSIDE
 from lvrpo.ops._numbers import numbers
-from lvrpo.ops._policy_loss import choices_of, numbers_of
-from lvrpo.ops.grpo_loss import LossParams
+from lvrpo.ops.grpo_loss import LossParams, choices_of, numbers_of
+from lvrpo.ops.head.rows import OUTSIDE
 
 
 def call(

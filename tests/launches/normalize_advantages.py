@@ -8,13 +8,13 @@ from typing import get_args
 import torch
 
 from lvrpo.kernels import normalize_advantages as kernels
-from lvrpo.ops._advantage_params import (
+from lvrpo.ops._numbers import numbers
+from lvrpo.params.advantages import (
     AdvantageParams,
     Baseline,
     Scale,
     Whiten,
 )
-from lvrpo.ops._numbers import numbers
 
 
 def call(groups, samples, rewards, dtype, params) -> None:

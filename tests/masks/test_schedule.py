@@ -11,9 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from masks.layouts import masks
 
-from lvrpo import _mask_schedule
 from lvrpo.masks import SpanMask
-from lvrpo.positions import position_ids, target_index
+from lvrpo.masks import schedule as _mask_schedule
+from lvrpo.masks.positions import position_ids, target_index
 
 
 def small(tile: int, rows: int = 1 << 20, parts: int = 1 << 20):

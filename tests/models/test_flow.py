@@ -9,8 +9,8 @@ from torch import Tensor
 
 import lvrpo.models.flow as flow
 from lvrpo.models.flow import FlowSchedule
-from lvrpo.ops.flow_policy_loss import FlowLossParams
 from lvrpo.ops.flow_step import flow_step
+from lvrpo.params.flow import FlowLossParams
 
 # The data are N(0, 0.5^2), for which the velocity is linear in x and known.
 DATA_VARIANCE = 0.25

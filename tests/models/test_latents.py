@@ -4,10 +4,10 @@ import numpy as np
 import pytest
 import torch
 
-from lvrpo.data.digits import digit_pools
-from lvrpo.data.scenes import SceneConfig, scene_examples
-from lvrpo.models.latents import LinearAutoencoder
-from lvrpo.rewards.judge import digit_judge
+from lvrpo.digits.judge import digit_judge
+from lvrpo.digits.pictures import digit_pools
+from lvrpo.digits.scenes import SceneConfig, scene_examples
+from lvrpo.models.unified.latents import LinearAutoencoder
 
 
 @pytest.fixture(scope="module")

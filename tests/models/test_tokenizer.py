@@ -4,9 +4,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lvrpo.data.phrases import scene_words
-from lvrpo.data.scenes import SceneConfig, scene_examples
-from lvrpo.models.tokenizer import (
+from lvrpo.digits.phrases import scene_words
+from lvrpo.digits.scenes import SceneConfig, scene_examples
+from lvrpo.models.unified.tokenizer import (
     BOS,
     CONTROL_TOKENS,
     EOS,

@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 import torch
 
-from lvrpo.data.scenes import SceneConfig, scene_examples
-from lvrpo.models.latents import LinearAutoencoder
-from lvrpo.models.policy import CachedPass, Policy, take_rows
-from lvrpo.models.tokenizer import Tokenizer
-from lvrpo.models.unified import UnifiedConfig, UnifiedModel
+from lvrpo.digits.scenes import SceneConfig, scene_examples
+from lvrpo.models.unified.latents import LinearAutoencoder
+from lvrpo.models.unified.model import UnifiedConfig, UnifiedModel
+from lvrpo.models.unified.policy import CachedPass, Policy, take_rows
+from lvrpo.models.unified.tokenizer import Tokenizer
 
 # The torch backend in fp64: these tests are about layouts, and then equality is to rounding.
 TINY = UnifiedConfig(
@@ -20,7 +20,7 @@ TINY = UnifiedConfig(
 
 @pytest.fixture
 def policy() -> Policy:
-    from lvrpo.data.phrases import scene_words
+    from lvrpo.digits.phrases import scene_words
 
     torch.manual_seed(0)
     model = UnifiedModel(TINY).double()
@@ -159,7 +159,7 @@ def test_vision_layers_do_not_mix_images(question):
     other = scene_examples(SceneConfig(), "train", "understand", 2, 1)[1]
 
     def read(pictures: list[np.ndarray]) -> torch.Tensor:
-        from lvrpo.models.packing import PackBuilder
+        from lvrpo.models.unified.layout import PackBuilder
 
         builder = PackBuilder(config)
         for pixels in pictures:

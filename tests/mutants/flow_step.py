@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lvrpo.ops.flow_step import StepCoefficients
+from lvrpo.params.flow import StepCoefficients
 from lvrpo.reference.flow_step import flow_step as reference
 
 

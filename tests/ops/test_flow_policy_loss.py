@@ -11,13 +11,9 @@ from mutants.flow_policy_loss import MUTANTS, VARIANT_MUTANTS
 from torch import Tensor
 
 from lvrpo.models.flow import FlowSchedule
-from lvrpo.ops.flow_policy_loss import (
-    KL_FORMS,
-    VARIANTS,
-    FlowLossParams,
-    flow_policy_loss,
-)
-from lvrpo.ops.flow_step import StepCoefficients, flow_step
+from lvrpo.ops.flow_policy_loss import flow_policy_loss
+from lvrpo.ops.flow_step import flow_step
+from lvrpo.params.flow import KL_FORMS, VARIANTS, FlowLossParams, StepCoefficients
 from lvrpo.reference.flow_policy_loss import flow_policy_loss as reference
 from lvrpo.testing import check_op
 

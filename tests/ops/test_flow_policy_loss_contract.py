@@ -14,14 +14,10 @@ from flow_inputs import as_tuple, make_inputs, params_of
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 
+from lvrpo import checks
 from lvrpo.models.flow import FlowSchedule
-from lvrpo.ops import _checks
-from lvrpo.ops.flow_policy_loss import (
-    VARIANTS,
-    FlowLossMetrics,
-    FlowLossParams,
-    flow_policy_loss,
-)
+from lvrpo.ops.flow_policy_loss import flow_policy_loss
+from lvrpo.params.flow import VARIANTS, FlowLossMetrics, FlowLossParams
 from lvrpo.reference.flow_policy_loss import flow_policy_loss as reference
 
 pytestmark = pytest.mark.usefixtures("poison_empty")
@@ -45,7 +41,7 @@ def test_a_sample_that_does_not_count_is_ignored_whatever_it_holds(
     for name in ("std", "dt", "c_v"):
         getattr(inputs["coeffs"], name)[~kept] = junk
     if unread:
-        monkeypatch.setattr(_checks, "check_values", lambda _: False)
+        monkeypatch.setattr(checks, "check_values", lambda _: False)
     inputs["velocity"].requires_grad_()
     alone["velocity"].requires_grad_()
     ours = as_tuple(flow_policy_loss, backend=backend)(**inputs)
@@ -102,7 +98,7 @@ def test_an_unchecked_deterministic_step_has_no_weight(backend, monkeypatch):
     inputs["coeffs"].std[2] = 0.0
     expected = as_tuple(reference)(**inputs | {"mask": torch.arange(8) != 2})
     # As on a GPU or under torch.compile.
-    monkeypatch.setattr(_checks, "check_values", lambda _: False)
+    monkeypatch.setattr(checks, "check_values", lambda _: False)
     ours = as_tuple(flow_policy_loss, backend=backend)(**inputs)
     torch.testing.assert_close(ours, expected)
     assert ours[11] == 7
@@ -164,7 +160,7 @@ def test_nothing_is_active_in_a_graph(backend, zero):
 
 @pytest.mark.parametrize("denominator", [0.0, -1.0, math.nan])
 def test_an_unchecked_denominator_that_is_refused_elsewhere(backend, denominator, monkeypatch):
-    monkeypatch.setattr(_checks, "check_values", lambda _: False)
+    monkeypatch.setattr(checks, "check_values", lambda _: False)
     inputs = make_inputs((4, 6), torch.float32) | {"denominator": denominator}
     velocity = inputs["velocity"].requires_grad_()
     loss, metrics = flow_policy_loss(**inputs, backend=backend)
@@ -191,7 +187,7 @@ UNCHECKED = {
 def test_what_is_refused_where_values_are_read_has_no_weight_elsewhere(
     backend, name, value, monkeypatch
 ):
-    monkeypatch.setattr(_checks, "check_values", lambda _: False)
+    monkeypatch.setattr(checks, "check_values", lambda _: False)
     inputs = make_inputs((8, 4, 12), torch.float32, params_of("guard"))
     inputs |= {"mask": None, "policy_weights": torch.ones(8), "denominator": 8}
     dropped = torch.arange(8) == 2

@@ -17,8 +17,9 @@ from hypothesis import strategies as st
 from mpmath import mpf
 from torch import Tensor
 
-from lvrpo.ops.flow_policy_loss import KL_FORMS, VARIANTS, FlowLossParams, flow_policy_loss
-from lvrpo.ops.flow_step import StepCoefficients, flow_step
+from lvrpo.ops.flow_policy_loss import flow_policy_loss
+from lvrpo.ops.flow_step import flow_step
+from lvrpo.params.flow import KL_FORMS, VARIANTS, FlowLossParams, StepCoefficients
 from lvrpo.reference._log_ratio import saturate
 
 MANY = settings(

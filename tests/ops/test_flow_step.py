@@ -10,7 +10,8 @@ from mutants.flow_step import MUTANTS
 from torch import Tensor
 
 from lvrpo.models.flow import FlowSchedule
-from lvrpo.ops.flow_step import StepCoefficients, flow_step
+from lvrpo.ops.flow_step import flow_step
+from lvrpo.params.flow import StepCoefficients
 from lvrpo.reference.flow_step import flow_step as reference
 from lvrpo.testing import check_op
 

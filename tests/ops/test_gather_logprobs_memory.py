@@ -8,7 +8,8 @@ import pytest
 import torch
 
 import lvrpo
-from lvrpo.ops import _backend, _library
+from lvrpo import backends
+from lvrpo.backends import library
 from lvrpo.ops._numbers import numbers
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
@@ -16,7 +17,7 @@ pytestmark = pytest.mark.usefixtures("poison_empty")
 
 
 kernels = pytest.mark.parametrize(
-    "backend", [b for b in ("cpp", "triton") if not _backend.why_unavailable(b)], indirect=True
+    "backend", [b for b in ("cpp", "triton") if not backends.why_unavailable(b)], indirect=True
 )
 
 
@@ -27,12 +28,12 @@ def target_ids():
 def backward_into(dlogits, logits, backend, softcap=0.0, vocab_range=None):
     """The op's backward after its forward, with fixed upstream gradients."""
     given, ids = numbers(1.3, softcap, -100), target_ids()
-    _, lse, entropy, _ = _library.op("gather_logprobs_fwd", backend)(
+    _, lse, entropy, _ = library.op("gather_logprobs_fwd", backend)(
         logits, ids, None, vocab_range, given, True, False
     )
     dlogprobs, dentropy = torch.linspace(-1, 2, 8).to(lse).view(2, 4)
     saved = (logits, ids, None, vocab_range, lse, entropy)
-    _library.op("gather_logprobs_bwd", backend)(dlogits, dlogprobs, dentropy, *saved, given)
+    library.op("gather_logprobs_bwd", backend)(dlogits, dlogprobs, dentropy, *saved, given)
     return dlogits
 
 

@@ -16,7 +16,7 @@ from plain_softmax import softmax_terms
 from torch import Tensor
 
 import lvrpo
-from lvrpo.ops import _backend
+from lvrpo import backends
 from lvrpo.testing import check_against_plain
 
 FULL = {"return_entropy": True, "return_sum_squares": True}
@@ -118,7 +118,7 @@ def check_rows(op, inputs: dict[str, Any], keep: Tensor, name: str = "") -> None
 )
 @settings(max_examples=60, deadline=None)
 def test_a_row_that_no_token_uses_may_hold_anything(seed, value, form, dtype, softcap, name):
-    if _backend.why_unavailable(name):
+    if backends.why_unavailable(name):
         return
     inputs, keep = poisoned(seed, value, *form, dtype)
     inputs |= {"temperature": 0.7} | ({} if softcap is None else {"softcap": softcap})

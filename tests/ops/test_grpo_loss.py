@@ -21,15 +21,14 @@ from loss_inputs import (
 from mutants.grpo_loss import MUTANTS, VARIANT_MUTANTS
 from torch import Tensor
 
-from lvrpo.ops import _backend
-from lvrpo.ops._policy_loss import choices_of, numbers_of
-from lvrpo.ops.grpo_loss import LOSS_PRESETS, LossParams, grpo_loss, loss_op
+from lvrpo import backends
+from lvrpo.ops.grpo_loss import LOSS_PRESETS, LossParams, choices_of, grpo_loss, loss_op, numbers_of
 from lvrpo.testing import check_op
 
 pytestmark = pytest.mark.usefixtures("poison_empty")
 
 # Lengths of the sequences. The interpreter of Triton takes milliseconds per sequence.
-SEQUENCES = 12 if _backend.triton_interprets() else 260  # more than one thread's share
+SEQUENCES = 12 if backends.triton_interprets() else 260  # more than one thread's share
 SHAPES = {
     "one token": [1],
     "ragged, some empty": [3, 0, 7, 1, 0],
@@ -62,7 +61,7 @@ def test_matches_reference_in_every_shape(backend, shape, name):
 
 
 @settings(
-    max_examples=5 if _backend.triton_interprets() else 40,
+    max_examples=5 if backends.triton_interprets() else 40,
     deadline=None,
     suppress_health_check=[HealthCheck.function_scoped_fixture],
 )
@@ -279,12 +278,12 @@ def test_gradcheck(backend, params):
 
     leaves = logprobs.requires_grad_(), entropy.requires_grad_()
     # Along one random direction where every evaluation is slow.
-    torch.autograd.gradcheck(function, leaves, fast_mode=_backend.triton_interprets())
+    torch.autograd.gradcheck(function, leaves, fast_mode=backends.triton_interprets())
 
 
 @pytest.mark.parametrize(
     "backend",
-    [name for name in ("cpp", "triton") if not _backend.why_unavailable(name)],
+    [name for name in ("cpp", "triton") if not backends.why_unavailable(name)],
     indirect=True,
 )
 def test_opcheck(backend):

@@ -6,8 +6,7 @@ import pytest
 import torch
 from loss_inputs import INF
 
-from lvrpo.ops._policy_loss import choices_of, numbers_of
-from lvrpo.ops.grpo_loss import LOSS_PRESETS, LossParams, grpo_loss
+from lvrpo.ops.grpo_loss import LOSS_PRESETS, LossParams, choices_of, grpo_loss, numbers_of
 
 NAN_AT_1 = torch.tensor([0.0, math.nan])
 BAD = {

@@ -12,11 +12,12 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
 import lvrpo
-from lvrpo.ops import _backend, _linear_head, _linear_plan
-from lvrpo.ops._linear_rows import OUTSIDE
+from lvrpo import backends
 from lvrpo.ops._numbers import numbers
-from lvrpo.ops._policy_loss import choices_of, numbers_of
-from lvrpo.ops.grpo_loss import LossParams
+from lvrpo.ops.grpo_loss import LossParams, choices_of, numbers_of
+from lvrpo.ops.head import gemm
+from lvrpo.ops.head import plan as _linear_plan
+from lvrpo.ops.head.rows import OUTSIDE
 
 pytestmark = pytest.mark.usefixtures("poison_empty")
 
@@ -25,7 +26,7 @@ ALL_TERMS = PARAMS["grpo, all terms"]
 GSPO = PARAMS["gspo, all terms"]
 HEAD = ("hidden", "weight", "bias")
 needs_kernels = pytest.mark.skipif(
-    bool(_backend.why_unavailable("cpp")), reason=_backend.why_unavailable("cpp")
+    bool(backends.why_unavailable("cpp")), reason=backends.why_unavailable("cpp")
 )
 
 
@@ -154,7 +155,7 @@ def test_autocast_is_a_cast_of_the_factors(backend):
 def gemms(monkeypatch):
     """Names of the GEMMs that ran, and how many rows each saw."""
     seen: dict[str, int] = {"project": 0, "dhidden": 0, "dweight": 0}
-    matmul = _linear_head._matmul
+    matmul = gemm._matmul
 
     def count(out: Tensor, left: Tensor, right: Tensor, *, plus: Tensor | None) -> None:
         vocab, width = 61, 12
@@ -162,7 +163,7 @@ def gemms(monkeypatch):
         seen[name or "dweight"] += left.shape[0] if name else left.shape[1]
         matmul(out, left, right, plus=plus)
 
-    monkeypatch.setattr(_linear_head, "_matmul", count)
+    monkeypatch.setattr(gemm, "_matmul", count)
     return seen
 
 
@@ -258,8 +259,8 @@ def test_factors_that_stay_narrow(monkeypatch):
 
     inputs = make_loss_inputs(LENGTHS, torch.bfloat16) | {"params": ALL_TERMS}
     expected = gradients_of(inputs)
-    monkeypatch.setattr(_linear_head, "dtypes_of", lambda _: (torch.bfloat16, torch.float32))
-    monkeypatch.setattr(_linear_head, "_matmul", widening)
+    monkeypatch.setattr(gemm, "dtypes_of", lambda _: (torch.bfloat16, torch.float32))
+    monkeypatch.setattr(gemm, "_matmul", widening)
     for ours, wide in zip(gradients_of(inputs), expected, strict=True):
         assert ours.dtype == torch.bfloat16
         assert (ours - wide).float().norm() < 2**-7 * wide.float().norm()

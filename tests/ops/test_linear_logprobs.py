@@ -12,8 +12,9 @@ from mutants.linear_logprobs import MUTANTS
 from torch import Tensor
 
 import lvrpo
-from lvrpo.ops import _backend, _linear_head
+from lvrpo import backends
 from lvrpo.ops._numbers import numbers
+from lvrpo.ops.head import gemm
 from lvrpo.reference.linear_logprobs import linear_logprobs
 from lvrpo.testing import check_op
 
@@ -28,7 +29,7 @@ SHAPES = {
 }
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 needs_kernels = pytest.mark.skipif(
-    bool(_backend.why_unavailable("cpp")), reason=_backend.why_unavailable("cpp")
+    bool(backends.why_unavailable("cpp")), reason=backends.why_unavailable("cpp")
 )
 
 
@@ -84,7 +85,7 @@ def test_without_bias(backend):
 
 
 def test_a_narrow_weight_is_converted_in_tiles(monkeypatch):
-    monkeypatch.setitem(_linear_head.TILE_BYTES, "cpu", 4 * 13 * 10)
+    monkeypatch.setitem(gemm.TILE_BYTES, "cpu", 4 * 13 * 10)
     check(lvrpo.linear_logprobs, make_inputs(7, 13, 101, None, torch.bfloat16))
 
 

@@ -15,7 +15,7 @@ from plain_softmax import softmax_terms
 from torch import Tensor
 
 import lvrpo
-from lvrpo.ops import _backend
+from lvrpo import backends
 from lvrpo.testing import check_against_plain
 
 IGNORED = -100
@@ -114,7 +114,7 @@ def check_rows(op, inputs: dict[str, Any], keep: Tensor, name: str = "") -> None
 )
 @settings(max_examples=60, deadline=None)
 def test_a_row_that_no_token_uses_may_hold_anything(seed, value, form, dtype, softcap, most, name):
-    if _backend.why_unavailable(name):
+    if backends.why_unavailable(name):
         return
     inputs, keep = poisoned(seed, value, *form, dtype)
     inputs |= {"temperature": 0.7, "memory_budget": most * VOCAB * 8}

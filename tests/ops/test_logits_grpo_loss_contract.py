@@ -11,11 +11,11 @@ from loss_inputs import PARAMS, stops_a_gradient
 from torch import Tensor
 
 import lvrpo
-from lvrpo.ops import _backend, _linear_rows
-from lvrpo.ops._linear_rows import OUTSIDE
+from lvrpo import backends
 from lvrpo.ops._numbers import numbers
-from lvrpo.ops._policy_loss import choices_of, numbers_of
-from lvrpo.ops.grpo_loss import LossParams
+from lvrpo.ops.grpo_loss import LossParams, choices_of, numbers_of
+from lvrpo.ops.head import rows as _linear_rows
+from lvrpo.ops.head.rows import OUTSIDE
 
 pytestmark = pytest.mark.usefixtures("poison_empty")
 
@@ -25,10 +25,10 @@ GSPO = PARAMS["gspo, all terms"]
 both_ratios = pytest.mark.parametrize("params", [ALL_TERMS, GSPO], ids=["token", "gspo"])
 both_rows = pytest.mark.parametrize("shared_prompts", [False, True], ids=["own rows", "shared"])
 needs_kernels = pytest.mark.skipif(
-    bool(_backend.why_unavailable("cpp")), reason=_backend.why_unavailable("cpp")
+    bool(backends.why_unavailable("cpp")), reason=backends.why_unavailable("cpp")
 )
 kernels = pytest.mark.parametrize(
-    "backend", [b for b in ("cpp", "triton") if not _backend.why_unavailable(b)], indirect=True
+    "backend", [b for b in ("cpp", "triton") if not backends.why_unavailable(b)], indirect=True
 )
 
 

@@ -12,12 +12,8 @@ from hypothesis import strategies as st
 from mutants.normalize_advantages import BEST_MUTANTS, LENGTH_MUTANTS, MUTANTS
 from torch import Tensor
 
-from lvrpo.ops.normalize_advantages import (
-    ADVANTAGE_PRESETS,
-    AdvantageParams,
-    Advantages,
-    normalize_advantages,
-)
+from lvrpo.ops.normalize_advantages import normalize_advantages
+from lvrpo.params.advantages import ADVANTAGE_PRESETS, AdvantageParams, Advantages
 from lvrpo.reference.normalize_advantages import normalize_advantages as reference
 from lvrpo.testing import check_op
 

@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from mutants.normalize_advantages import OTHERS_MUTANTS
 from torch import Tensor
 
-from lvrpo.ops.normalize_advantages import AdvantageParams, normalize_advantages
+from lvrpo.ops.normalize_advantages import normalize_advantages
+from lvrpo.params.advantages import AdvantageParams
 from lvrpo.reference.normalize_advantages import normalize_advantages as reference
 from lvrpo.testing import check_op
 

@@ -14,11 +14,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from lvrpo.ops.normalize_advantages import (
-    ADVANTAGE_PRESETS,
-    AdvantageParams,
-    normalize_advantages,
-)
+from lvrpo.ops.normalize_advantages import normalize_advantages
+from lvrpo.params.advantages import ADVANTAGE_PRESETS, AdvantageParams
 
 pytestmark = pytest.mark.usefixtures("poison_empty")
 

@@ -11,9 +11,9 @@ from mutants.packed_attention import MUTANTS, reference
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from lvrpo._mask_schedule import schedule
+from lvrpo import backends
 from lvrpo.masks import SpanMask
-from lvrpo.ops import _backend
+from lvrpo.masks.schedule import schedule
 from lvrpo.ops._numbers import numbers
 from lvrpo.ops.packed_attention import packed_attention
 from lvrpo.testing import DEFAULT_ULPS, check_op
@@ -24,7 +24,7 @@ pytestmark = pytest.mark.usefixtures("poison_empty")
 @pytest.fixture(autouse=True)
 def _fewer_programs(monkeypatch):
     """Each costs the interpreter as much as its whole tile; the shapes still take several."""
-    if not _backend.why_unavailable("triton") and _backend.triton_interprets():
+    if not backends.why_unavailable("triton") and backends.triton_interprets():
         kernels = importlib.import_module("lvrpo.kernels.packed_attention")
         larger = {256: kernels._tiles(64, 64, 1)}
         monkeypatch.setattr(kernels, "WIDE", dict.fromkeys(kernels.WIDE, larger))
@@ -366,7 +366,7 @@ def test_heads_that_no_kernel_holds_go_to_another_backend():
     q = torch.randn(3, 1, 300)
     mask = SpanMask.from_cu_seqlens([0, 3])
     assert packed_attention(q, q, q, mask).shape == q.shape
-    if not _backend.why_unavailable("triton"):
+    if not backends.why_unavailable("triton"):
         q = torch.zeros(3, 1, 300, device=torch.get_default_device())
         for dtype, widest in ((torch.float32, 256), (torch.float64, 128)):
             x = q.to(dtype)

@@ -21,13 +21,14 @@ from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils.checkpoint import checkpoint
 
+from lvrpo import backends
+from lvrpo.backends.flash import attention as _flash_attention
 from lvrpo.masks import SpanMask
-from lvrpo.ops import _backend, _flash_attention
 from lvrpo.ops.packed_attention import packed_attention
 from lvrpo.testing import DEFAULT_ULPS, check_against_plain
 
 LAYOUT = [4, 3, 2, 5, 3], [-1, 0, 0, 2, -1], ["causal", "full", "causal", "causal", "full"]
-INTERPRETS = _backend.triton_interprets()
+INTERPRETS = backends.triton_interprets()
 NOTHING = (math.nan, math.inf, -math.inf, 1e38)
 
 Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -74,7 +75,7 @@ def attention(request: pytest.FixtureRequest) -> Iterator[Attention]:
             softcap=0.0,
         )
         return
-    if request.param != "torch" and (reason := _backend.why_unavailable(request.param)):
+    if request.param != "torch" and (reason := backends.why_unavailable(request.param)):
         pytest.skip(reason)
     device = "cuda" if request.param == "triton" and not INTERPRETS else "cpu"
     with torch.device(device):

@@ -24,8 +24,11 @@ from ops.test_packed_attention import (
 )
 from torch import Tensor
 
+from lvrpo import backends
+from lvrpo.backends.flash import attention as _flash_attention
+from lvrpo.backends.flash import plan as _flash_plan
+from lvrpo.backends.flash import varlen as flash_varlen
 from lvrpo.masks import SpanMask
-from lvrpo.ops import _backend, _flash_attention, _flash_plan, _flash_varlen
 from lvrpo.ops.packed_attention import packed_attention
 from lvrpo.reference.packed_attention import packed_attention as reference
 from lvrpo.testing import DEFAULT_ULPS, check_op
@@ -33,11 +36,11 @@ from lvrpo.testing import DEFAULT_ULPS, check_op
 gather_attention = _flash_attention.gather_attention
 
 
-def runnable() -> list[_flash_varlen.Implementation]:
-    if _flash_varlen.why_unavailable():
+def runnable() -> list[flash_varlen.Implementation]:
+    if flash_varlen.why_unavailable():
         return []
     major, _ = torch.cuda.get_device_capability()
-    return [found for found in _flash_varlen.installed() if not found.why_not(major, 64, 0, False)]
+    return [found for found in flash_varlen.installed() if not found.why_not(major, 64, 0, False)]
 
 
 def varlen_attention(
@@ -88,7 +91,7 @@ def emulated(
     *,
     scale: float | None = None,
     softcap: float = 0.0,
-    varlen: _flash_varlen.Varlen = varlen_attention,
+    varlen: flash_varlen.Varlen = varlen_attention,
 ) -> Tensor:
     scale = q.shape[2] ** -0.5 if scale is None else scale
     return gather_attention(q, k, v, mask, varlen=varlen, scale=scale, softcap=softcap)
@@ -108,7 +111,7 @@ def check(function: Any, inputs: dict[str, Any], on_tensor_cores: bool = False) 
 
 
 @pytest.fixture(params=["plain torch", *[found.name for found in runnable()]])
-def varlen(request: pytest.FixtureRequest) -> Iterator[_flash_varlen.Varlen]:
+def varlen(request: pytest.FixtureRequest) -> Iterator[flash_varlen.Varlen]:
     """The attention above and every installed one, whose tensors are on the GPU."""
     found = {implementation.name: implementation for implementation in runnable()}
     if request.param == "plain torch":
@@ -383,7 +386,7 @@ def test_refused_with_a_reason(change, message):
 
 def test_runs_only_by_name_and_on_a_gpu():
     q = torch.randn(3, 1, 8)
-    assert _backend.resolve("packed_attention", [q], None) != "flash"
+    assert backends.resolve("packed_attention", [q], None) != "flash"
     with pytest.raises(ValueError, match=r"flash: (torch sees no NVIDIA GPU|it takes fp16)"):
         packed_attention(q, q, q, PAIR, backend="flash")
     if runnable():
@@ -395,4 +398,4 @@ def test_runs_only_by_name_and_on_a_gpu():
 
 def test_no_other_op_has_it():
     with pytest.raises(ValueError, match="flash: grpo_loss has no flash kernel"):
-        _backend.resolve("grpo_loss", [torch.zeros(1)], "flash")
+        backends.resolve("grpo_loss", [torch.zeros(1)], "flash")

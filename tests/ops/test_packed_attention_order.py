@@ -19,8 +19,8 @@ from ops.test_packed_attention import (
 )
 from torch import Tensor
 
-from lvrpo import _mask_schedule
 from lvrpo.masks import SpanMask
+from lvrpo.masks import schedule as _mask_schedule
 from lvrpo.ops.packed_attention import packed_attention
 from lvrpo.reference.packed_attention import packed_attention as reference
 from lvrpo.testing import check_op

@@ -12,11 +12,11 @@ import pytest
 import torch
 
 from lvrpo import info
+from lvrpo.backends.flash import varlen
+from lvrpo.backends.flash.attention import gather_attention
 from lvrpo.masks import SpanMask
-from lvrpo.ops import _flash_varlen
-from lvrpo.ops._flash_attention import gather_attention
 
-FA4, FA3, FA2, TORCH = _flash_varlen.IMPLEMENTATIONS
+FA4, FA3, FA2, TORCH = varlen.IMPLEMENTATIONS
 
 
 def flash_attn_2(  # 2.8.3; since 2.6
@@ -158,7 +158,7 @@ def test_arguments_of_flash_attn(version, with_lse):
     calls: list[dict[str, Any]] = []
     result = (torch.ones(1), torch.zeros(1)) if with_lse else torch.ones(1)
     function = recorded(inspect.signature(version), result, calls)
-    assert _flash_varlen.call_flash_attn(function, *ARGUMENTS, True, 0.3, 5.0) == 1
+    assert varlen.call_flash_attn(function, *ARGUMENTS, True, 0.3, 5.0) == 1
     names = ("q", "k", "v", "cu_seqlens_q", "cu_seqlens_k", "max_seqlen_q", "max_seqlen_k")
     assert calls == [
         dict(zip(names, ARGUMENTS, strict=True))
@@ -173,7 +173,7 @@ def test_arguments_of_torch(version, causal, window):
         version = pytest.importorskip("torch.nn.attention.varlen").varlen_attn
     calls: list[dict[str, Any]] = []
     function = recorded(inspect.signature(version), torch.ones(1), calls)
-    assert _flash_varlen.call_torch(function, *ARGUMENTS, causal, 0.3, 0.0) == 1
+    assert varlen.call_torch(function, *ARGUMENTS, causal, 0.3, 0.0) == 1
     names = ("query", "key", "value", "cu_seq_q", "cu_seq_k", "max_q", "max_k")
     expected = dict(zip(names, ARGUMENTS, strict=True)) | {"scale": 0.3, "window_size": window}
     if version is not torch_2_11:
@@ -235,25 +235,25 @@ def environment(monkeypatch):
             return versions[package.replace("-", "_")]
 
         monkeypatch.setattr(importlib.metadata, "version", version)
-        _flash_varlen.installed.cache_clear()
+        varlen.installed.cache_clear()
 
     yield install
     monkeypatch.undo()
-    _flash_varlen.installed.cache_clear()
+    varlen.installed.cache_clear()
 
 
 def test_the_first_that_can_is_chosen(environment):
     environment(flash_attn="2.8.3.post2", flash_attn_4="4.0.0b36", torch="2.13.0+cu130")
-    assert list(_flash_varlen.installed()) == [FA4, FA2, TORCH]
-    assert _flash_varlen.choose(9, 128, 0.0, backward=True) == (FA4, "")
-    assert _flash_varlen.choose(9, 256, 0.0, backward=True) == (FA2, "")
-    assert _flash_varlen.choose(8, 64, 5.0, backward=True) == (FA2, "")
+    assert list(varlen.installed()) == [FA4, FA2, TORCH]
+    assert varlen.choose(9, 128, 0.0, backward=True) == (FA4, "")
+    assert varlen.choose(9, 256, 0.0, backward=True) == (FA2, "")
+    assert varlen.choose(8, 64, 5.0, backward=True) == (FA2, "")
 
 
 def test_why_none_can(environment):
     environment(flash_attn="2.5.9", flash_attn_3="3.0.0", torch="2.11.0")
-    assert list(_flash_varlen.installed()) == [FA3, TORCH]
-    assert _flash_varlen.choose(8, 64, 5.0, backward=False) == (
+    assert list(varlen.installed()) == [FA3, TORCH]
+    assert varlen.choose(8, 64, 5.0, backward=False) == (
         None,
         "flash-attn 3 is not for compute capability 8.x; torch's varlen_attn has no softcap",
     )
@@ -264,28 +264,28 @@ def test_what_is_missing(environment, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.version, "cuda", "13.0")
     missing = "no flash attention is installed (pip install lvrpo[flash], or torch >= 2.11)"
-    assert _flash_varlen.why_unavailable() == missing
+    assert varlen.why_unavailable() == missing
     environment(flash_attn="2.8.3")
-    assert _flash_varlen.why_unavailable() == ""
+    assert varlen.why_unavailable() == ""
     assert "\n  flash    available: flash-attn 2 (2.8.3)\n" in info.describe()
     monkeypatch.setattr(torch.version, "cuda", None)
-    assert _flash_varlen.why_unavailable() == "torch sees no NVIDIA GPU"
+    assert varlen.why_unavailable() == "torch sees no NVIDIA GPU"
 
 
 def test_either_module_of_flash_attn_3_is_loaded(monkeypatch):
     calls: list[dict[str, Any]] = []
     function = recorded(inspect.signature(flash_attn_3), torch.ones(1), calls)
     module = SimpleNamespace(flash_attn_varlen_func=function)
-    _flash_varlen._import.cache_clear()
+    varlen._import.cache_clear()
     monkeypatch.setitem(sys.modules, "flash_attn_3", SimpleNamespace(__path__=[]))
     monkeypatch.setitem(sys.modules, "flash_attn_3.flash_attn_interface", module)
     assert FA3.load()(*ARGUMENTS, True, 0.3, 0.0) == 1
     assert len(calls) == 1
-    _flash_varlen._import.cache_clear()
+    varlen._import.cache_clear()
 
 
 def test_one_that_does_not_load_is_not_replaced_by_another(monkeypatch):
-    _flash_varlen._import.cache_clear()
+    varlen._import.cache_clear()
     monkeypatch.setitem(sys.modules, "flash_attn", None)
     with pytest.raises(ImportError):
         FA2.load()

@@ -6,14 +6,14 @@ import torch
 from safetensors.torch import save_file
 
 from lvrpo.data.example import Example
-from lvrpo.data.scenes import SceneConfig, generator, scene_examples, with_label_noise
-from lvrpo.rewards.combine import Samples
-from lvrpo.rewards.dual_encoder import (
+from lvrpo.digits.encoder import (
     DualEncoder,
     key_phrases,
     pool_similarity,
     train_dual_encoder,
 )
+from lvrpo.digits.scenes import SceneConfig, generator, scene_examples, with_label_noise
+from lvrpo.rewards.combine import Samples
 from lvrpo.rewards.semantic import SemanticReward
 
 

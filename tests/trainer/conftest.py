@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from trainer.tiny import command
+from runs.tiny import command
 
 
 @pytest.fixture(scope="session")

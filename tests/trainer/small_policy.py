@@ -6,13 +6,13 @@ import torch
 from torch import Tensor
 
 from lvrpo.data.example import Example, Task
-from lvrpo.data.phrases import scene_words
-from lvrpo.data.scenes import SceneConfig, scene_examples
+from lvrpo.digits.phrases import scene_words
+from lvrpo.digits.scenes import SceneConfig, scene_examples
 from lvrpo.models.flow import FlowSchedule
-from lvrpo.models.latents import LinearAutoencoder
-from lvrpo.models.policy import Policy
-from lvrpo.models.tokenizer import Tokenizer
-from lvrpo.models.unified import UnifiedConfig, UnifiedModel
+from lvrpo.models.unified.latents import LinearAutoencoder
+from lvrpo.models.unified.model import UnifiedConfig, UnifiedModel
+from lvrpo.models.unified.policy import Policy
+from lvrpo.models.unified.tokenizer import Tokenizer
 from lvrpo.trainer.rollout import Answers, Pictures, sample_answers, sample_pictures
 from lvrpo.trainer.update import Experience
 

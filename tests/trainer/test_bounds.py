@@ -6,8 +6,8 @@ import dataclasses
 import typing
 
 import pytest
-from trainer.test_resume import Stop, stop_after
-from trainer.tiny import OVERRIDES, command, run_tiny, settings
+from runs.test_resume import Stop, stop_after
+from runs.tiny import OVERRIDES, command, run_tiny, settings
 
 from lvrpo.trainer.bounds import BOUNDS, CHOICES
 from lvrpo.trainer.config import ConfigError, TrainConfig, load_config
@@ -135,7 +135,7 @@ def test_a_model_that_no_machine_holds(tmp_path):
 
 @pytest.mark.parametrize("preset", ["dapo", "gspo", "cispo"])
 def test_a_bound_that_is_not_set_stays_the_preset_s(preset):
-    from lvrpo.ops._policy_loss import LossParams
+    from lvrpo.params.policy_loss import LossParams
     from lvrpo.trainer.update import Objective
 
     own = LossParams.preset(preset)

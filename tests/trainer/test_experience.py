@@ -7,18 +7,18 @@ import threading
 
 import pytest
 import torch
-from trainer.tiny import OVERRIDES, run_tiny, tiny_config
+from runs.tiny import OVERRIDES, run_tiny, tiny_config
 
-from lvrpo.models.tokenizer import EOS
+from lvrpo.models.unified.tokenizer import EOS
 from lvrpo.rewards.combine import FunctionReward, RewardError
+from lvrpo.runs.log import read_evals, read_metrics
+from lvrpo.runs.setup import Task, load_or_fit_task
 from lvrpo.trainer import experience
 from lvrpo.trainer.config import load_config
 from lvrpo.trainer.experience import gather_experience, shuffle_within_groups
 from lvrpo.trainer.loop import Listener
-from lvrpo.trainer.records import read_evals, read_metrics
 from lvrpo.trainer.rollout import Answers
 from lvrpo.trainer.schedule import flow_schedule
-from lvrpo.trainer.task import Task, load_or_fit_task
 
 REWARDS = torch.arange(12.0)[:, None] * torch.tensor([1.0, -1.0])  # 3 groups of 4, 2 rewards
 

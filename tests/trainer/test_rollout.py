@@ -18,8 +18,8 @@ from trainer.small_policy import (
     small_policy,
 )
 
-from lvrpo.models.groups import pack_groups
-from lvrpo.models.tokenizer import EOS
+from lvrpo.models.packs import pack_groups
+from lvrpo.models.unified.tokenizer import EOS
 from lvrpo.ops.flow_step import flow_step
 from lvrpo.ops.gather_logprobs import gather_logprobs
 from lvrpo.testing import check_against_plain

@@ -6,11 +6,11 @@ import math
 
 import pytest
 import torch
-from trainer.tiny import tiny_config
+from runs.tiny import tiny_config
 
-from lvrpo.trainer.errors import USER_ERRORS
+from lvrpo.runs.errors import USER_ERRORS
+from lvrpo.runs.setup import load_or_fit_task
 from lvrpo.trainer.state import DivergedError, TrainState
-from lvrpo.trainer.task import load_or_fit_task
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])

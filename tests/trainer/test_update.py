@@ -11,9 +11,9 @@ from torch import Tensor
 from trainer.small_policy import GROUP, SCHEDULE, experience, small_policy
 
 from lvrpo import grpo_loss
-from lvrpo.models.policy import Policy
-from lvrpo.ops._policy_loss import LossParams
-from lvrpo.ops.flow_policy_loss import FlowLossParams
+from lvrpo.models.unified.policy import Policy
+from lvrpo.params.flow import FlowLossParams
+from lvrpo.params.policy_loss import LossParams
 from lvrpo.trainer.config import load_config
 from lvrpo.trainer.loop import SELF_TEST_TOLERANCE, SelfTestError, check_ratio
 from lvrpo.trainer.update import (

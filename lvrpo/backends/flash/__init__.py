@@ -1,0 +1,1 @@
+"""`packed_attention` over calls of flash-attn."""

@@ -1,0 +1,225 @@
+"""Lay groups out for training: each prompt once, its completions as its children.
+
+Text: the last prompt row predicts the first token of all completions, and row t of a child predicts
+its token t + 1. Pictures: every noisy picture (a denoising step of a sample, or a draw of noise in
+supervised training) is a leaf under the prompt, so one forward pass evaluates all of them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lvrpo.data.example import Example
+from lvrpo.masks.positions import target_index
+from lvrpo.models.unified.layout import PackBuilder
+from lvrpo.models.unified.model import PackedBatch
+from lvrpo.models.unified.policy import Policy
+
+#: A prompt and the tokens of each of its completions.
+TextGroup = tuple[Example, Sequence[Sequence[int]]]
+#: A prompt and how many noisy pictures hang below it.
+PictureGroup = tuple[Example, int]
+
+
+@dataclass(frozen=True)
+class Pack:
+    """One packed buffer: S completions with T tokens, and M noisy pictures.
+
+    R text hidden states predict the targets. The slices say which completions, tokens and pictures,
+    counted over all groups in order.
+    """
+
+    batch: PackedBatch
+    token_ids: Tensor  # [T] int64 targets
+    predictors: Tensor  # [R] int64, ascending: the text hidden states that predict a target
+    row_index: Tensor  # [T] int64: which of the predictors each target has
+    cu_seqlens: Tensor  # [S + 1] int64 into T
+    completions: slice
+    tokens: slice
+    pictures: slice
+
+    @property
+    def predictor(self) -> Tensor:
+        """[T] int64: which text hidden state predicts each target."""
+        return self.predictors[self.row_index]
+
+    def to(self, device: torch.device | str) -> Pack:
+        """The same pack with its tensors on `device`."""
+        batch = {name: value.to(device) for name, value in vars(self.batch).items()}
+        names = ("token_ids", "predictors", "row_index", "cu_seqlens")
+        moved = {name: getattr(self, name).to(device) for name in names}
+        return dataclasses.replace(self, batch=PackedBatch(**batch), **moved)
+
+
+def pack_groups(
+    policy: Policy,
+    texts: Sequence[TextGroup],
+    pictures: Sequence[PictureGroup] = (),
+    latents: Tensor | None = None,
+    timesteps: Tensor | None = None,
+    max_rows: int = 1 << 30,
+    *,
+    share_prompts: bool = True,
+) -> Iterator[Pack]:
+    """Fill packs with groups, in order, up to `max_rows` rows each.
+
+    A group stays whole if it fits into one pack: the pack before it is closed where it would
+    overflow. A larger group is divided between its completions, and each part has the prompt again.
+    So only a completion that is too long on its own, with its prompt, makes a pack too long.
+
+    Args:
+        policy: lays out the prompts.
+        texts: groups of completions; a completion has at least one token.
+        pictures: groups of noisy pictures.
+        latents: [M_total, tokens, latent_dim], all noisy pictures in order.
+        timesteps: [M_total], their times.
+        max_rows: token budget.
+        share_prompts: False lays the prompt out again for every completion, as trainers without
+            shared prefixes do: what sharing is compared with.
+
+    Raises:
+        ValueError: a group is empty, a completion has no tokens, or the latents or their times are
+            not those of the pictures; names it.
+    """
+    _check(policy, texts, pictures, latents, timesteps, max_rows)
+    pack = _OpenPack(policy, 0, 0, 0)
+    for part in _parts(policy, texts, pictures, max_rows if share_prompts else 0):
+        if pack.builder.rows and pack.builder.rows + part.rows > max_rows:
+            yield pack.close(latents, timesteps)
+            pack = pack.next()
+        pack.add(part)
+    if pack.builder.rows:
+        yield pack.close(latents, timesteps)
+
+
+@dataclass(frozen=True)
+class _Part:
+    """A prompt with as many of its completions as a pack has room for."""
+
+    prompt: PackBuilder
+    rows: int
+    texts: Sequence[Sequence[int]] = ()
+    pictures: int = 0
+
+
+def _parts(
+    policy: Policy, texts: Sequence[TextGroup], pictures: Sequence[PictureGroup], most: int
+) -> Iterator[_Part]:
+    for example, completions in texts:
+        prompt = _prompt(policy, example)
+        lengths = [len(tokens) - 1 for tokens in completions]
+        for some, rows in _divide(prompt.rows, lengths, most):
+            yield _Part(prompt, rows, texts=completions[some])
+    for example, count in pictures:
+        prompt = _prompt(policy, example)
+        for some, rows in _divide(prompt.rows, [policy.latent_shape[0]] * count, most):
+            yield _Part(prompt, rows, pictures=some.stop - some.start)
+
+
+def _prompt(policy: Policy, example: Example) -> PackBuilder:
+    builder = policy.builder()
+    policy.add_prompt(builder, example)
+    return builder
+
+
+def _divide(prompt: int, lengths: Sequence[int], most: int) -> Iterator[tuple[slice, int]]:
+    """Which completions, one at least, fit below a prompt into `most` rows, and their rows."""
+    first, rows = 0, prompt
+    for i, length in enumerate(lengths):
+        if i > first and rows + length > most:
+            yield slice(first, i), rows
+            first, rows = i, prompt
+        rows += length
+    yield slice(first, len(lengths)), rows
+
+
+class _OpenPack:
+    def __init__(self, policy: Policy, completion: int, token: int, picture: int) -> None:
+        self.policy = policy
+        self.builder = policy.builder()
+        self.first = completion, token, picture
+        self.token_ids: list[int] = []
+        self.text_spans: list[int] = []
+        self.pictures = 0
+
+    def add(self, part: _Part) -> None:
+        prompt = self.builder.append(part.prompt)
+        for tokens in part.texts:
+            self.text_spans.append(self.builder.text(tokens[:-1], prompt))
+            self.token_ids.extend(tokens)
+        for _ in range(part.pictures):
+            self.builder.noise(*self.policy.latent_grid, parent=prompt)
+        self.pictures += part.pictures
+
+    def _end(self) -> tuple[int, int, int]:
+        completion, token, picture = self.first
+        return (
+            completion + len(self.text_spans),
+            token + len(self.token_ids),
+            picture + self.pictures,
+        )
+
+    def next(self) -> _OpenPack:
+        return _OpenPack(self.policy, *self._end())
+
+    def close(self, latents: Tensor | None, timesteps: Tensor | None) -> Pack:
+        completions, tokens, pictures = map(slice, self.first, self._end())
+        if self.pictures:
+            assert latents is not None
+            assert timesteps is not None
+            per_picture = self.policy.latent_shape[0]
+            batch = self.builder.build(
+                latents[pictures].flatten(0, 1),
+                timesteps[pictures].repeat_interleave(per_picture),
+            )
+        else:
+            batch = self.builder.build()
+        targets = target_index(batch.mask, self.text_spans, last_has_row=False)
+        # A row that predicts several completions' tokens is projected on the vocabulary once.
+        rows, row_index = targets.row_index.unique(return_inverse=True)
+        return Pack(
+            batch=batch,
+            token_ids=torch.tensor(self.token_ids, dtype=torch.int64),
+            predictors=torch.searchsorted(batch.text_rows, rows),
+            row_index=row_index,
+            cu_seqlens=targets.cu_seqlens,
+            completions=completions,
+            tokens=tokens,
+            pictures=pictures,
+        )
+
+
+def _check(
+    policy: Policy,
+    texts: Sequence[TextGroup],
+    pictures: Sequence[PictureGroup],
+    latents: Tensor | None,
+    timesteps: Tensor | None,
+    max_rows: int,
+) -> None:
+    if max_rows < 1:
+        raise ValueError(f"pack_groups: max_rows is {max_rows}, expected at least 1")
+    for i, (example, completions) in enumerate(texts):
+        if not len(completions):
+            raise ValueError(f"pack_groups: texts[{i}] ({example.uid}) has no completions")
+        for j, tokens in enumerate(completions):
+            if not len(tokens):
+                where = f"completion {j} of texts[{i}] ({example.uid})"
+                raise ValueError(f"pack_groups: {where} has no tokens, not even an end token")
+    for i, (example, count) in enumerate(pictures):
+        if count < 1:
+            where = f"pictures[{i}] ({example.uid})"
+            raise ValueError(f"pack_groups: {where} has {count} pictures, expected at least 1")
+    total = sum(count for _, count in pictures)
+    for name, tensor, shape in (
+        ("latents", latents, (total, *policy.latent_shape)),
+        ("timesteps", timesteps, (total,)),
+    ):
+        found = None if tensor is None else tuple(tensor.shape)
+        if found != shape and (total or found is not None):
+            raise ValueError(f"pack_groups: {name} has shape {found}, expected {shape}")

@@ -1,0 +1,1 @@
+"""A small unified model that reads and draws: a mixture of transformers."""

@@ -1,0 +1,188 @@
+"""The row kernels on the logits of a linear head, a chunk of rows at a time.
+
+R rows, T tokens, V columns. An order of rows may differ from that of the input: a chunk [begin,
+end) is of the order.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from lvrpo.backends import library
+from lvrpo.ops.head.gemm import Chunk, Rows
+from lvrpo.ops.head.targets import any_of
+
+#: Inside the head: a token that is not among the targets of a chunk.
+OUTSIDE = -1
+
+
+@dataclasses.dataclass(frozen=True)
+class Softmax:
+    """What turns logits into probabilities, and who computes it.
+
+    Attributes:
+        numbers: of `lvrpo::gather_logprobs_fwd`, with OUTSIDE as ignore_index.
+        backend: "cpp" or "triton".
+    """
+
+    numbers: Tensor
+    backend: str
+
+
+class Head(Protocol):
+    """Where the logits of a chunk come from and their gradient goes: see `LinearHead`."""
+
+    rows: int
+    like: Tensor
+
+    def project(self, rows: Rows, count: int) -> Tensor:
+        """The logits of the first `count` of `rows`."""
+
+    def gradient_buffer(self, rows: Rows, count: int) -> Tensor:
+        """Where the gradient of these logits is to be written."""
+
+    def backward(self, rows: Rows, dlogits: Tensor, asked: Tensor) -> None:
+        """Hand on the gradient of the logits of `rows`."""
+
+
+class HeadRows:
+    """What is known of the rows and tokens of a head, filled chunk by chunk; 0 before.
+
+    With `row_index` a chunk works on all T tokens, its own being the ones that are not ignored:
+    where they are cannot be known without waiting for a GPU, and T numbers are nothing next to one
+    row of logits.
+    """
+
+    def __init__(
+        self,
+        head: Head,
+        softmax: Softmax,
+        token_ids: Tensor,  # [T], counted from the first column of the slice in use
+        row_index: Tensor | None,  # [T]
+        vocab_range: Tensor | None,  # [R, 2]
+        order: Tensor | None = None,  # [R] rows in the order of the chunks
+    ) -> None:
+        self.head, self.softmax = head, softmax
+        rows, like = head.rows, head.like
+        self.token_ids, self.row_index, self.vocab_range = token_ids, row_index, vocab_range
+        self.order = order
+        self.logprobs = like.new_zeros(token_ids.shape)
+        self.lse, self.entropy = like.new_zeros(rows), like.new_zeros(rows)
+        self.sum_squares = like.new_zeros(rows)
+        if row_index is not None:
+            self._position = row_index if order is None else inverse(order)[row_index]
+
+    def entropy_of_tokens(self) -> Tensor:
+        """[T] the entropy of each token's row."""
+        return self.entropy if self.row_index is None else self.entropy[self.row_index]
+
+    def rows_of(self, chunk: Chunk) -> Rows:
+        """The rows of a chunk, as indices into the input."""
+        return slice(*chunk) if self.order is None else self.order[slice(*chunk)]
+
+    def forward(
+        self, chunk: Chunk, with_entropy: bool = True, with_sum_squares: bool = False
+    ) -> Tensor:
+        """The logits of a chunk, valid until the next one's, after noting what they say."""
+        rows, own = self.rows_of(chunk), self._own(chunk)
+        logits = self.head.project(rows, chunk[1] - chunk[0])
+        logprobs, lse, entropy, sum_squares = self._op("gather_logprobs_fwd")(
+            logits,
+            *self._arguments(rows, chunk, own),
+            self.softmax.numbers,
+            with_entropy,
+            with_sum_squares,
+        )
+        if own is None:
+            self.logprobs[rows] = logprobs
+        else:
+            self.logprobs = torch.where(own, logprobs, self.logprobs)
+        self.lse[rows] = lse
+        if with_entropy:
+            self.entropy[rows] = entropy
+        if with_sum_squares:
+            self.sum_squares[rows] = sum_squares
+        return logits
+
+    def backward(
+        self,
+        chunk: Chunk,
+        dlogprobs: Tensor,  # [T]
+        dentropy: Tensor | None,  # [R]
+        logits: Tensor | None = None,
+    ) -> None:
+        """Add a chunk's part to the gradients of the head; None for logits projects them again."""
+        rows, own = self.rows_of(chunk), self._own(chunk)
+        count = chunk[1] - chunk[0]
+        if logits is None:
+            logits = self.head.project(rows, count)
+        dlogits = self.head.gradient_buffer(rows, count)
+        # Tokens of other chunks may have a gradient that is not a number yet.
+        of_chunk = dlogprobs[rows] if own is None else torch.where(own, dlogprobs, 0.0)
+        token_ids, row_index, ranges = self._arguments(rows, chunk, own)
+        # A token that sends nothing back is no target: a row without one need not be read.
+        token_ids = torch.where(of_chunk == 0, OUTSIDE, token_ids)
+        asked = any_of(token_ids != OUTSIDE, row_index, count)
+        if dentropy is not None:
+            dentropy = dentropy[rows]
+            asked = asked | (dentropy != 0)
+        self._op("gather_logprobs_bwd")(
+            dlogits,
+            of_chunk,
+            dentropy,
+            logits,
+            token_ids,
+            row_index,
+            ranges,
+            self.lse[rows],
+            None if dentropy is None else self.entropy[rows],
+            self.softmax.numbers,
+        )
+        self.head.backward(rows, dlogits, asked)
+
+    def sum_over_rows(self, values: Tensor) -> Tensor:
+        """[R] from [T], in the order of the tokens on every device."""
+        if self.row_index is None:
+            return values
+        by_row, tokens_per_row = self._tokens_by_row
+        return torch.segment_reduce(values[by_row], "sum", lengths=tokens_per_row, unsafe=True)
+
+    @functools.cached_property
+    def _tokens_by_row(self) -> tuple[Tensor, Tensor]:
+        """Tokens [T] sorted by row, and how many each row has [R]."""
+        assert self.row_index is not None
+        in_order, by_row = self.row_index.sort(stable=True)
+        bounds = torch.arange(len(self.lse) + 1, device=by_row.device)
+        return by_row, torch.searchsorted(in_order, bounds).diff()
+
+    def _op(self, name: str) -> Callable[..., Any]:
+        return library.op(name, self.softmax.backend)
+
+    def _own(self, chunk: Chunk) -> Tensor | None:
+        """[T] whether a token is of this chunk; None when its tokens are its rows."""
+        if self.row_index is None:
+            return None
+        return (self._position >= chunk[0]) & (self._position < chunk[1])
+
+    def _arguments(
+        self, rows: Rows, chunk: Chunk, own: Tensor | None
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """token_ids, row_index and vocab_range as the row kernels take them."""
+        ranges = None if self.vocab_range is None else self.vocab_range[rows]
+        if own is None:
+            return self.token_ids[rows], None, ranges
+        token_ids = torch.where(own, self.token_ids, OUTSIDE)
+        return token_ids, torch.where(own, self._position - chunk[0], 0), ranges
+
+
+def inverse(order: Tensor) -> Tensor:
+    """Where in `order` each index is."""
+    return torch.empty_like(order).index_copy_(
+        0, order, torch.arange(len(order), device=order.device)
+    )

@@ -1,0 +1,342 @@
+"""Which figures a report has: from the keys of a run's log to charts.
+
+A chart is left out when the log has none of its keys; a user's own names are read off the keys.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import matplotlib as mpl
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from lvrpo.intervals import wilson_interval
+from lvrpo.report.drawing import WIDTH, Chart, Line, Panel, Theme, colours_of, duration, line_chart
+from lvrpo.runs.log import Row
+from lvrpo.runs.scores import Score, eval_scores
+
+TASKS = {"understand": "Understanding", "generate": "Generation"}
+MODALITIES = {"text": "Text tokens", "image": "Image flow steps"}
+
+
+def task_name(task: str) -> str:
+    """The heading of a task; a user's own task keeps its name."""
+    return TASKS.get(task, task or "All tasks")
+
+
+def training_charts(metrics: Sequence[Row], evals: Sequence[Row]) -> list[Chart]:
+    """Every chart that the logs have data for, the most telling first."""
+    rows = in_phase(metrics, "grpo")
+    wanted = [
+        _eval_chart(evals),
+        _reward_chart(rows),
+        _score_chart(rows),
+        _share_chart(rows),
+        _constant_chart(rows),
+        _kl_chart(rows),
+        _ratio_chart(rows),
+        _optimiser_chart(rows),
+        _warm_start_chart(in_phase(metrics, "warm_start")),
+    ]
+    return [chart for chart in wanted if chart]
+
+
+def _warm_start_chart(rows: Sequence[Row]) -> Chart | None:
+    """The supervised losses before the reinforcement learning."""
+    headings = {
+        "text": "Text: cross-entropy, nats per token",
+        "image": "Image: squared error of the velocity",
+    }
+    panels = [
+        Panel(heading, _lines(rows, {f"loss/{modality}": modality}))
+        for modality, heading in headings.items()
+    ]
+    reading = "Both should fall and flatten: what imitation cannot teach is left to rewards."
+    return line_chart("warm-start", "Supervised warm start", reading, panels)
+
+
+def _eval_chart(evals: Sequence[Row]) -> Chart | None:
+    """The headline scores of every evaluation, when there are more than before and after."""
+    if len(evals) < 3:
+        return None
+    headline = [
+        {score.name: score for score in eval_scores(row) if score.total and not score.kind}
+        for row in evals
+    ]
+    panels: dict[str, list[Line]] = {}
+    for name in dict.fromkeys(name for scores in headline for name in scores):
+        task, measure = name.rsplit("/", 1)
+        found = [
+            (row["step"], s[name]) for row, s in zip(evals, headline, strict=True) if name in s
+        ]
+        bounds = np.array([wilson_interval(s.successes, s.total) for _, s in found])
+        panels.setdefault(task, []).append(
+            Line(
+                measure,
+                steps=np.array([step for step, _ in found]),
+                values=np.array([_rate(score) for _, score in found]),
+                low=bounds[:, 0],
+                high=bounds[:, 1],
+            )
+        )
+    return line_chart(
+        "held-out",
+        "Held-out scores during training",
+        "Measured on data the training never saw, with 95 % intervals; a score that rises in "
+        "training and not here is being memorised or cheated.",
+        [Panel(task_name(task), found, percent=True) for task, found in panels.items()],
+    )
+
+
+def time_chart(metrics: Sequence[Row]) -> Chart | None:
+    """The mean seconds of every stage of a GRPO step; None when nothing was timed."""
+    rows = in_phase(metrics, "grpo")
+    names = {key for row in rows for key in row if key.count("/") == 1 and key.startswith("time/")}
+    means = {key.removeprefix("time/"): _mean(rows, key) for key in names}
+    total = means.pop("total", 0.0) or sum(means.values())
+    if not total:
+        return None
+    rest = total - sum(means.values())
+    if means and rest > 0.01 * total:
+        means["the rest"] = rest
+    means = means or {"whole step": total}
+    return stage_chart(sorted(means.items(), key=lambda stage: -stage[1]), total)
+
+
+def in_phase(rows: Sequence[Row], phase: str) -> list[Row]:
+    """The rows of one phase; a row that names none is of GRPO."""
+    return [row for row in rows if row.get("phase", "grpo") == phase]
+
+
+def change_chart(before: Sequence[Score], after: Sequence[Score], names: Sequence[str]) -> Chart:
+    """Every score before and after with its 95 % interval, one row each.
+
+    Args:
+        before: scores of the first evaluation.
+        after: the same scores of the last one, in the same order.
+        names: the label of each row.
+    """
+    rates = [
+        f"{n}: {_rate(b):.1%} to {_rate(a):.1%}"
+        for n, b, a in zip(names, before, after, strict=True)
+    ]
+
+    def draw(theme: Theme) -> Figure:
+        figure = Figure(figsize=(2.1 * WIDTH, 0.6 + 0.4 * len(names)), layout="constrained")
+        axes = figure.subplots()
+        for row, (old, new) in enumerate(zip(before, after, strict=True)):
+            colour = colours_of([new.task], theme)[0]
+            _draw_rate(axes, old, row - 0.15, theme.muted, filled=False)
+            _draw_rate(axes, new, row + 0.15, colour, filled=True)
+        axes.set_yticks(range(len(names)), list(names))
+        axes.set_ylim(len(names) - 0.45, -0.75)
+        axes.set_xlim(0, 1)
+        axes.xaxis.set_major_formatter(mpl.ticker.PercentFormatter(1.0, decimals=0))
+        axes.tick_params(axis="y", length=0, labelcolor=theme.ink)
+        axes.grid(visible=False, axis="y")
+        axes.spines[["left", "bottom"]].set_visible(False)
+        for offset, text, style in ((-0.15, "before", "muted"), (0.15, "after", "ink")):
+            score = (before if text == "before" else after)[0]
+            axes.annotate(
+                text,
+                (wilson_interval(score.successes, score.total).high, offset),
+                xytext=(6, 0),
+                textcoords="offset points",
+                va="center",
+                fontsize=9,
+                color=getattr(theme, style),
+            )
+        return figure
+
+    return Chart(
+        "before-after",
+        "Held-out scores before and after",
+        "The dot is the measured rate, the bar its 95 % interval; if the bars of a pair do not "
+        "overlap, the change is larger than chance explains.",
+        "Held-out scores before and after. " + "; ".join(rates) + ".",
+        draw,
+    )
+
+
+def stage_chart(stages: Sequence[tuple[str, float]], total: float) -> Chart:
+    """Seconds per stage of a step as horizontal bars, in the order given."""
+
+    def draw(theme: Theme) -> Figure:
+        figure = Figure(figsize=(WIDTH, 0.4 + 0.32 * len(stages)), layout="constrained")
+        axes = figure.subplots()
+        seconds = [value for _, value in stages]
+        axes.barh(range(len(stages)), seconds, height=0.62, color=theme.lines[0])
+        for row, value in enumerate(seconds):
+            text = f" {duration(value)}  ({value / total:.0%})"
+            axes.text(value, row, text, va="center", fontsize=9.5, color=theme.ink)
+        axes.set_yticks(range(len(stages)), [name for name, _ in stages])
+        axes.set_ylim(len(stages) - 0.45, -0.55)
+        axes.set_xlim(0, max(seconds) * 1.25 or 1)
+        axes.tick_params(axis="y", length=0, labelcolor=theme.ink)
+        axes.grid(visible=False)
+        axes.set_xticks([])
+        axes.spines[:].set_visible(False)
+        return figure
+
+    said = ", ".join(f"{name} {duration(value)} ({value / total:.0%})" for name, value in stages)
+    return Chart(
+        "time-per-stage",
+        "Where the time of a step goes",
+        f"Mean over all steps, slowest stage first; one step takes {duration(total)}.",
+        f"Where the time of a step goes. {said}.",
+        draw,
+    )
+
+
+def _lines(rows: Sequence[Row], keys: Mapping[str, str], *, exact: bool = False) -> list[Line]:
+    """The lines of {key: name} that have a finite value."""
+    steps = np.array([row["step"] for row in rows])
+    found = (
+        Line(name, steps, np.array([_number(row.get(key)) for row in rows]), exact=exact)
+        for key, name in keys.items()
+    )
+    return [line for line in found if np.isfinite(line.values).any()]
+
+
+def _mean(rows: Sequence[Row], key: str) -> float:
+    """The mean of `key` over all rows, 0 where a row lacks it, so that means of parts add up."""
+    return sum(v for v in (_number(row.get(key)) for row in rows) if math.isfinite(v)) / len(rows)
+
+
+def _number(value: Any) -> float:
+    """The value of a log entry as a float, NaN when it is absent or no number."""
+    return float(value) if isinstance(value, (int, float)) else math.nan
+
+
+def _by_task(rows: Sequence[Row], prefix: str) -> dict[str, dict[str, str]]:
+    """{task: {key: name}} of the keys "<prefix>/<task>/<name>"; task "" for "<prefix>/<name>"."""
+    found: dict[str, dict[str, str]] = {}
+    for key in dict.fromkeys(key for row in rows for key in row):
+        head, _, rest = key.partition("/")
+        if head == prefix and rest:
+            task, slash, name = rest.partition("/")  # a user's reward may be named by a path
+            found.setdefault(task if slash else "", {})[key] = (name or task).rpartition("/")[2]
+    order = sorted(found, key=lambda task: [*TASKS, task].index(task))
+    return {task: found[task] for task in order}
+
+
+def _reward_chart(rows: Sequence[Row]) -> Chart | None:
+    panels = [
+        Panel(task_name(t), _lines(rows, keys)) for t, keys in _by_task(rows, "reward").items()
+    ]
+    return line_chart(
+        "rewards",
+        "Rewards",
+        "Mean reward of the sampled outputs: faint is each step, bold a running mean. Rising is "
+        "what training optimises; held-out scores say whether it is real.",
+        panels,
+    )
+
+
+def _score_chart(rows: Sequence[Row]) -> Chart | None:
+    measures = ("strict", "partial", "gold")
+    panels = [
+        Panel(heading, _lines(rows, {f"{each}/{task}": each for each in measures}), percent=True)
+        for task, heading in TASKS.items()
+    ]
+    return line_chart(
+        "scores",
+        "Scores of the sampled outputs",
+        "Strict: all of the request is right; partial: its share that is; gold: a judge that no "
+        "reward comes from. If strict rises and gold does not, the reward is being gamed.",
+        panels,
+    )
+
+
+def _share_chart(rows: Sequence[Row]) -> Chart | None:
+    panels = [
+        Panel(
+            task_name(task),
+            _lines([r for r in rows if any(_number(r.get(k)) > 0 for k in keys)], keys),
+            percent=True,
+            stacked=True,
+        )
+        for task, keys in _by_task(rows, "share").items()
+    ]
+    return line_chart(
+        "reward-shares",
+        "Each reward's share of the advantage variance",
+        "The height of a band is how much that reward decides which outputs are reinforced; a "
+        "reward with a thin band is drowned by the others. Steps without a signal are left out.",
+        panels,
+    )
+
+
+def _constant_chart(rows: Sequence[Row]) -> Chart | None:
+    groups = _lines(rows, {f"constant_groups/{task}": task for task in TASKS})
+    return line_chart(
+        "constant-groups",
+        "Groups without a signal",
+        "Share of prompts whose outputs all earned the same reward and so teach nothing; near "
+        "100 % the task is solved, or far too hard.",
+        [Panel("Constant groups", groups, percent=True)],
+    )
+
+
+def _kl_chart(rows: Sequence[Row]) -> Chart | None:
+    panels = [
+        Panel(heading, _lines(rows, {f"kl/{modality}": modality}))
+        for modality, heading in MODALITIES.items()
+    ]
+    return line_chart(
+        "kl",
+        "Distance from the warm start (KL)",
+        "How far the policy has moved from the model it started as; a slow rise is learning, a "
+        "sudden jump is a run going wrong. The two scales differ and are not comparable.",
+        panels,
+    )
+
+
+def _ratio_chart(rows: Sequence[Row]) -> Chart | None:
+    panels = [
+        Panel(
+            f"{heading}: largest ratio, minus 1",
+            [
+                dataclasses.replace(each, values=each.values - 1)
+                for each in _lines(rows, {f"ratio/{modality}/max": modality})
+            ],
+        )
+        for modality, heading in MODALITIES.items()
+    ]
+    clips = _lines(rows, {f"clip/{modality}": modality for modality in MODALITIES})
+    return line_chart(
+        "ratio",
+        "Ratio of new to old policy, and clipping",
+        "Zero (a ratio of 1) means that the outputs were sampled by the very weights being "
+        "updated; the clipped share is what the update ignores.",
+        [*panels, Panel("Clipped share", clips, percent=True)],
+    )
+
+
+def _optimiser_chart(rows: Sequence[Row]) -> Chart | None:
+    return line_chart(
+        "optimiser",
+        "Size of the updates",
+        "Gradient norm before clipping, and learning rate; a norm of zero means that nothing is "
+        "being learned, a spike is worth a look at that step.",
+        [
+            Panel("Gradient norm", _lines(rows, {"grad_norm": "norm"})),
+            Panel("Learning rate", _lines(rows, {"lr": "rate"}, exact=True)),
+        ],
+    )
+
+
+def _draw_rate(axes: Axes, score: Score, height: float, colour: str, *, filled: bool) -> None:
+    low, high = wilson_interval(score.successes, score.total)
+    axes.plot([low, high], [height, height], color=colour, linewidth=2.4, alpha=0.55)
+    face = colour if filled else axes.get_facecolor()
+    axes.plot(_rate(score), height, "o", markersize=6, markerfacecolor=face, markeredgecolor=colour)
+
+
+def _rate(score: Score) -> float:
+    return score.successes / score.total

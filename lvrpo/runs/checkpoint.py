@@ -1,0 +1,211 @@
+"""Checkpoints that survive anything: written whole or not at all, verified when read.
+
+A checkpoint is a folder `checkpoints/step-00000120` with `tensors.safetensors` and `state.json`. It
+is written under a temporary name, flushed to the disk and renamed, so a folder of that name is
+complete; `state.json` holds the SHA-256 of the tensors.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from lvrpo.runs.files import write_atomically
+
+FORMAT = "lvrpo-checkpoint-2"
+_TENSORS, _STATE = "tensors.safetensors", "state.json"
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint that cannot be written or read; one line naming it."""
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """What `load_checkpoint` returns."""
+
+    path: Path
+    step: int
+    tensors: dict[str, Tensor]
+    state: dict[str, Any]
+    fingerprint: str  # of the whole: of state.json, which holds that of the tensors
+
+    def require(self, made_with: Mapping[str, str]) -> None:
+        """See that it was made with what the run has now, by the fingerprints in its state.
+
+        Raises:
+            CheckpointError: it was not; the message names the first that differs.
+        """
+        for name, expected in made_with.items():
+            found = self.state.get(name)
+            if found != expected:
+                what = _MADE_WITH.get(name, f"another {name}")
+                raise CheckpointError(
+                    f"{self.path} is foreign: it was made with {what} ({found}, this run has "
+                    f"{expected}); put this run's own back, or start a new run"
+                )
+
+
+#: What a fingerprint in a checkpoint's state is of.
+_MADE_WITH = {"fingerprint": "another configuration", "task": "another task/ folder"}
+
+
+def save_checkpoint(
+    folder: Path, step: int, tensors: Mapping[str, Tensor], state: Mapping[str, Any], keep: int
+) -> Path:
+    """Write `folder/step-<step>` and then delete all but the newest `keep` checkpoints.
+
+    Raises:
+        CheckpointError: the disk is full or not writable; earlier checkpoints are untouched.
+    """
+    final = folder / f"step-{step:08d}"
+    temporary = folder / f".writing-{step:08d}"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for leftover in (*folder.glob(".writing-*"), *folder.glob(".deleting-*")):
+            shutil.rmtree(leftover)
+        temporary.mkdir()
+        write_tensors(temporary / _TENSORS, tensors)
+        content = {
+            "format": FORMAT,
+            "step": step,
+            "sha256": sha256(temporary / _TENSORS),
+            **state,
+        }
+        write_text(temporary / _STATE, json.dumps(content, indent=1, sort_keys=True) + "\n")
+        if final.exists():
+            _delete(final)
+        os.replace(temporary, final)
+        _sync_folder(folder)
+    except OSError as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise CheckpointError(_write_failed(final, error)) from error
+    for old in checkpoints(folder)[:-keep]:
+        _delete(old)
+    return final
+
+
+def _delete(path: Path) -> None:
+    """Rename first: a kill in the middle must not leave a part under a checkpoint's name."""
+    hidden = path.with_name(f".deleting-{path.name}")
+    os.replace(path, hidden)
+    shutil.rmtree(hidden)
+
+
+def checkpoints(folder: Path) -> list[Path]:
+    """Complete checkpoints, oldest first."""
+    return sorted(path for path in folder.glob("step-" + 8 * "[0-9]") if path.is_dir())
+
+
+def load_checkpoint(path: Path) -> Checkpoint:
+    """Read and verify one checkpoint.
+
+    Raises:
+        CheckpointError: it is missing, not an lvrpo checkpoint, or its checksum does not match.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        text = (path / _STATE).read_bytes()
+        state = json.loads(text)
+    except OSError as error:
+        reason = f"{error.strerror}: {_STATE}"
+        raise CheckpointError(f"{path} is not a checkpoint: {reason}") from error
+    except ValueError as error:
+        raise CheckpointError(f"{path} is corrupt: {_STATE} is not JSON") from error
+    if not isinstance(state, dict) or state.get("format") != FORMAT:
+        found = state.get("format") if isinstance(state, dict) else type(state).__name__
+        raise CheckpointError(f"{path} is foreign: its format is {found!r}, expected {FORMAT!r}")
+    step = state.get("step")
+    if not isinstance(step, int) or isinstance(step, bool) or step < 0:
+        raise CheckpointError(f"{path} is corrupt: the step in {_STATE} is {step!r}")
+    try:
+        digest = sha256(path / _TENSORS)
+        expected = str(state.get("sha256"))
+        if digest != expected:
+            raise CheckpointError(
+                f"{path} is corrupt: the checksum of {_TENSORS} is {digest[:12]}..., expected "
+                f"{expected[:12]}..."
+            )
+        tensors = load_file(path / _TENSORS)
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{path} is corrupt: {_TENSORS}: {error}") from error
+    return Checkpoint(path, step, tensors, state, hashlib.sha256(text).hexdigest()[:16])
+
+
+def load_newest(folder: Path) -> Checkpoint | None:
+    """The newest checkpoint of a run, or None when there is none yet.
+
+    Raises:
+        CheckpointError: see `load_checkpoint`; the message names the one before it.
+    """
+    found = checkpoints(folder)
+    if not found:
+        return None
+    try:
+        return load_checkpoint(found[-1])
+    except CheckpointError as error:
+        if len(found) == 1:
+            raise
+        step = step_of(found[-2])
+        raise CheckpointError(
+            f"{error}; `lvrpo train {folder.parent} --resume-at {step}` deletes it and goes on "
+            f"after step {step}"
+        ) from error
+
+
+def step_of(path: Path) -> int:
+    """The step in a checkpoint's name."""
+    return int(path.name.removeprefix("step-"))
+
+
+def delete_after(folder: Path, step: int) -> None:
+    """Delete the checkpoints of later steps, the newest first."""
+    for path in reversed(checkpoints(folder)):
+        if step_of(path) > step:
+            _delete(path)
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Write a safetensors file atomically and flush it to the disk."""
+    from safetensors.torch import save
+
+    write_atomically(path, save({name: t.detach().contiguous() for name, t in tensors.items()}))
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file atomically and flush it to the disk."""
+    write_atomically(path, text.encode())
+
+
+def sha256(path: Path) -> str:
+    """Hex digest of a file."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _sync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _write_failed(path: Path, error: OSError) -> str:
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return f"{path}: no space left on the disk; the checkpoints before it are kept"
+    return f"{path}: {error.strerror or error}; the checkpoints before it are kept"

@@ -1,0 +1,85 @@
+"""What the commands do with a run directory: open it, train in it, and load what it learned."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from lvrpo.data.example import TASKS
+from lvrpo.models.unified.policy import Policy
+from lvrpo.runs.changes import fingerprint
+from lvrpo.runs.checkpoint import load_newest
+from lvrpo.runs.directory import RunDirectoryError
+from lvrpo.runs.environment import write_environment
+from lvrpo.runs.inputs import reward_label
+from lvrpo.runs.opening import OpenRun as OpenRun
+from lvrpo.runs.opening import open_run as open_run
+from lvrpo.runs.progress import ProgressView
+from lvrpo.runs.setup import Task, load_or_fit_task
+from lvrpo.trainer.config import TrainConfig, load_config
+from lvrpo.trainer.loop import Listener, train
+from lvrpo.trainer.state import load_weights
+
+
+def describe_run(run: OpenRun) -> list[str]:
+    """What `run_training` would do, in lines; nothing is created."""
+    config, rollout = run.config, run.config.rollout
+    total = config.warm_start.steps + config.run.steps
+    done = run.step
+    lines = [f"{run.directory}: after step {done} of {total}" if done else f"{run.directory}: new"]
+    lines += [
+        f"  {change['key']}: {change['new']} in place of {change['old']}" for change in run.changes
+    ]
+    for task in TASKS:
+        weights = getattr(config.rewards, task).items()
+        rewards = ", ".join(f"{weight:g} {reward_label(name)}" for name, weight in weights)
+        prompts = getattr(rollout, f"{task}_prompts")
+        if prompts:
+            lines.append(f"  {task}: {prompts} prompts x {rollout.group_size} samples; {rewards}")
+    steps = f"{config.warm_start.steps} warm-start steps, {config.run.steps} policy updates"
+    return [*lines, f"  data: {config.data.source}", f"  {steps}"]
+
+
+def run_training(run: OpenRun) -> None:
+    """Train to the end, with a progress bar.
+
+    Raises:
+        Stopped: a signal ended the run.
+    """
+    config = run.config
+    if config.run.threads:
+        torch.set_num_threads(config.run.threads)
+    with ProgressView(config.warm_start.steps) as view:
+        for change in run.changes:
+            view.message(f"{change['key']}: {change['new']} in place of {change['old']}")
+        view.message("preparing data and rewards")
+        task = load_or_fit_task(config, run.directory, run.source)
+        if not (run.directory / "environment.json").exists():
+            write_environment(run.directory, seed=config.run.seed, **run.facts, **task.facts())
+        for line in task.notes():
+            view.message(line)
+        listener = Listener(view.progress, view.message, view.evaluation)
+        train(config, task, run.directory, listener)
+
+
+def load_policy(directory: Path) -> tuple[TrainConfig, Task, Policy]:
+    """The averaged weights of a run's newest checkpoint, ready to sample from.
+
+    Raises:
+        RunDirectoryError: not a run, or no checkpoint yet.
+        CheckpointError: the checkpoint is damaged.
+    """
+    if not (directory / "config.toml").exists():
+        raise RunDirectoryError(f"{directory} is not a run: it has no config.toml")
+    config = load_config(directory / "config.toml")
+    if load_newest(directory / "task") is None:
+        raise RunDirectoryError(f"{directory} has no checkpoint yet: lvrpo train {directory}")
+    task = load_or_fit_task(config, directory)
+    newest = load_newest(directory / "checkpoints")
+    if newest is None:
+        raise RunDirectoryError(f"{directory} has no checkpoint yet: lvrpo train {directory}")
+    newest.require({"fingerprint": fingerprint(config), "task": task.fingerprint})
+    model = task.new_model()
+    load_weights(model, newest, "average.")
+    return config, task, task.policy(model.requires_grad_(False))

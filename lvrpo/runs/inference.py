@@ -1,0 +1,300 @@
+"""What the commands ask of a trained run: a score on held-out data, a drawing, an answer."""
+
+from __future__ import annotations
+
+import difflib
+import itertools
+import json
+import math
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from lvrpo.data.example import TASKS, Example
+from lvrpo.data.jsonl import DataError, load_picture
+from lvrpo.intervals import wilson_interval
+from lvrpo.models.unified.policy import Policy
+from lvrpo.models.unified.tokenizer import words_of
+from lvrpo.rewards.combine import RewardError
+from lvrpo.runs.changes import fingerprint
+from lvrpo.runs.checkpoint import load_newest
+from lvrpo.runs.commands import load_policy
+from lvrpo.runs.directory import RunDirectoryError
+from lvrpo.runs.log import Row
+from lvrpo.runs.progress import ProgressView
+from lvrpo.runs.scores import eval_rewards, eval_scores
+from lvrpo.runs.setup import Task
+from lvrpo.trainer.evaluate import evaluate
+from lvrpo.trainer.rollout import sample_answers, sample_pictures
+from lvrpo.trainer.schedule import flow_schedule
+from lvrpo.trainer.state import load_weights
+
+#: First words that tell a question, and a request to draw, in English.
+_QUESTIONS = frozenset(
+    ("what", "which", "who", "where", "when", "why", "how", "is", "are", "does", "do", "can", "has")
+)
+_REQUESTS = frozenset(("draw", "paint", "sketch", "create", "generate", "render", "make"))
+_NAMED = 5  # unknown words that are told one by one
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Scores of a run on held-out prompts.
+
+    Args:
+        row: counts, keyed as a row of evals.jsonl.
+        notes: what a reader of the scores should know.
+    """
+
+    row: Row
+    notes: list[str]
+
+    def lines(self) -> list[str]:
+        """One line per score and reward, with its 95 % interval."""
+        rates = [
+            f"{name:<32} {each['rate']:6.1%}  [{each['low']:.1%}, {each['high']:.1%}]  "
+            f"of {each['total']}"
+            for name, each in self.scores().items()
+        ]
+        means = [
+            f"{name:<32} {each['mean']:6.4g}  [{each['low']:.4g}, {each['high']:.4g}]  "
+            f"of {each['count']}"
+            for name, each in self.rewards().items()
+        ]
+        return rates + means
+
+    def to_json(self) -> str:
+        """Scores and rewards; an interval that too few prompts tell of is null."""
+        found = {"scores": self.scores(), "rewards": self.rewards()}
+        for reward in found["rewards"].values():
+            reward |= {key: None for key in ("low", "high") if math.isnan(reward[key])}
+        return json.dumps(found, indent=1, allow_nan=False)
+
+    def rewards(self) -> dict[str, dict[str, Any]]:
+        """{"reward/<task>/<name>": mean, low and high of its 95 % interval, count}."""
+        found = {}
+        for (task, name), mean in eval_rewards(self.row).items():
+            low, high = mean.interval()
+            values = {"mean": mean.value, "low": low, "high": high, "count": mean.count}
+            found[f"reward/{task}/{name}"] = values
+        return found
+
+    def scores(self) -> dict[str, dict[str, Any]]:
+        """{"<task>/<measure>": rate, low and high of its 95 % interval, total}."""
+        found = {}
+        for score in eval_scores(self.row):
+            low, high = wilson_interval(score.successes, score.total)
+            rate = score.successes / score.total
+            found[score.name] = {"rate": rate, "low": low, "high": high, "total": score.total}
+        return found
+
+
+def evaluate_run(directory: Path, *, items: int, seed: int, data: Path | None) -> Evaluation:
+    """Score the newest checkpoint of a run on held-out prompts, or on a JSONL file.
+
+    Args:
+        directory: of the run.
+        items: questions and drawing prompts, each.
+        seed: of the samples.
+        data: a JSONL file instead of the run's own held-out prompts.
+
+    Raises:
+        DataError: the file is wrong, or no rule and no answer tells what is right in it.
+    """
+    config, task, policy = load_policy(directory)
+    notes = []
+    if data is not None:
+        task.use_evaluation_file(data)
+        texts = [
+            text
+            for name in TASKS
+            for example in task.evaluation_examples(name, items)
+            for text in (example.prompt, example.answer or "")
+        ]
+        notes = _foreign_note(task.tokenizer.words, texts, data)
+    reference = _reference(directory, task, notes)
+    with ProgressView(0) as view:
+        row, _ = evaluate(
+            policy,
+            task,
+            config.rollout,
+            flow_schedule(config.rollout),
+            reference=reference,
+            items=items,
+            gallery_items=0,
+            seed=seed,
+            progress=partial(view.evaluation, ""),
+        )
+    if not eval_scores(row) and not eval_rewards(row):
+        where = data or config.data.eval_source or "the held-out data"
+        raise DataError(
+            f"{where}: nothing to judge, no example has an answer, a rule or a reward of this run's"
+        )
+    return Evaluation(row, notes)
+
+
+def _reference(directory: Path, task: Task, notes: list[str]) -> Policy | None:
+    """The policy that rewards are computed with; None, and a note, where that cannot be."""
+    saved = load_newest(directory / "reference")
+    if saved is None:
+        notes.append("the warm start goes on: rewards are not measured yet")
+        return None
+    saved.require({"fingerprint": fingerprint(task.config), "task": task.fingerprint})
+    model = task.new_model()
+    load_weights(model, saved, "")
+    reference = task.policy(model.requires_grad_(False))
+    try:
+        task.rewards(reference)
+    except RewardError as error:
+        notes.append(f"rewards are not measured: {error}")
+        return None
+    return reference
+
+
+def _foreign_note(known: Iterable[str], texts: Sequence[str], data: Path) -> list[str]:
+    """Say it where a file speaks of other things than the run was trained on."""
+    counts = Counter(word for text in texts for word in words_of(text))
+    known = set(known)
+    unknown = [word for word, _ in counts.most_common() if word not in known]
+    if not unknown:
+        return []
+    share = sum(counts[word] for word in unknown) / counts.total()
+    named = ", ".join(repr(word) for word in unknown[:_NAMED])
+    return [
+        f"{share:.0%} of the words of {data} are none of this run's training data ({named}"
+        f"{', ...' if len(unknown) > _NAMED else ''}): the scores say what it makes of them"
+    ]
+
+
+def prompt_notes(known: Sequence[str], prompt: str, *, about_a_picture: bool) -> list[str]:
+    """What a model is likely to have misunderstood of a prompt.
+
+    Args:
+        known: the words of its training data.
+        prompt: what it was given.
+        about_a_picture: whether a picture came with it, so that it is answered and not drawn.
+
+    Raises:
+        DataError: the prompt is empty.
+    """
+    words, vocabulary = words_of(prompt), set(known)
+    if not prompt.strip():
+        raise DataError(f"the prompt is {prompt!r}, expected what to draw, or a question")
+    unknown = [word for word in dict.fromkeys(words) if word not in vocabulary]
+    notes = []
+    for word in unknown[:_NAMED]:
+        near = difflib.get_close_matches(word.lower(), known, n=3)
+        hint = f", which has {', '.join(map(repr, near))}" if near else ""
+        notes.append(f"{word!r} is no word of the training data{hint}: it is spelled in bytes")
+    if len(unknown) > _NAMED:
+        notes.append(f"and {len(unknown) - _NAMED} more words are none of the training data")
+    if not words:
+        notes.append("the prompt has no words: it is spelled in bytes")
+    first = words[0].lower() if words else ""
+    is_question = first in _QUESTIONS or prompt.rstrip().endswith(
+        ("?", "\N{FULLWIDTH QUESTION MARK}")
+    )
+    if is_question and not about_a_picture:
+        notes.append("this reads like a question; it is drawn, as there is no --image to ask about")
+    if first in _REQUESTS and about_a_picture:
+        notes.append("this reads like a request to draw; with --image it is answered in words")
+    return notes
+
+
+def output_paths(output: Path | None, count: int) -> list[Path]:
+    """Where drawings go; no file is ever replaced.
+
+    Args:
+        output: the file, or for several drawings `name-1.png`, `name-2.png`, ...; None for the
+            first free ones of drawing.png, drawing-2.png, ... here.
+        count: of drawings.
+
+    Raises:
+        RunDirectoryError: a file is there already, its folder is not, or its ending is no format
+            of pictures that can be written.
+    """
+    if output is None:
+        names = (Path(f"drawing{f'-{i}' if i > 1 else ''}.png") for i in itertools.count(1))
+        return list(itertools.islice((path for path in names if not path.exists()), count))
+    from PIL import Image
+
+    formats = Image.registered_extensions()
+    if formats.get(output.suffix.lower()) not in Image.SAVE:
+        raise RunDirectoryError(
+            f"{output}: cannot be written: {output.suffix or 'a name without an ending'!r} is no "
+            "format of pictures, expected .png or another that Pillow writes"
+        )
+    if not output.parent.is_dir():
+        raise RunDirectoryError(f"{output}: cannot be written: no folder {output.parent}")
+    numbers = range(1, count + 1)
+    paths = [output] if count == 1 else [output.with_stem(f"{output.stem}-{i}") for i in numbers]
+    for path in paths:
+        if path.exists():
+            raise RunDirectoryError(f"{path}: is there already, expected the name of a new file")
+    return paths
+
+
+def draw_prompt(
+    directory: Path, prompt: str, *, count: int, seed: int, output: Path | None
+) -> tuple[list[Path], list[str]]:
+    """Draw a prompt `count` times into files, see `output_paths`.
+
+    Returns:
+        The files, and what to know about them.
+    """
+    output_paths(output, count)  # whatever cannot be written is said before anything is drawn
+    config, task, policy = load_policy(directory)
+    notes = prompt_notes(task.tokenizer.words, prompt, about_a_picture=False)
+    example = Example("generate", "command line", prompt)
+    schedule = flow_schedule(config.rollout)
+    drawn = sample_pictures(policy, [example], count, schedule, seed=seed, step=0).images
+    paths = output_paths(output, count)
+    for picture, path in zip(drawn.numpy(), paths, strict=True):
+        try:
+            save_enlarged(picture, path)
+        except (OSError, ValueError) as error:
+            raise RunDirectoryError(f"{path}: cannot be written: {error}") from error
+    return paths, notes
+
+
+def save_enlarged(picture: np.ndarray, path: Path) -> None:
+    """Write a [C, H, W] picture, small ones with pixels as squares."""
+    from PIL import Image
+
+    pixels = (picture * 255).round().astype(np.uint8)
+    image = Image.fromarray(pixels[0] if len(pixels) == 1 else pixels.transpose(1, 2, 0))
+    scale = max(1, 128 // image.height)
+    size = image.width * scale, image.height * scale
+    image.resize(size, Image.Resampling.NEAREST).save(path)
+
+
+def answer_question(
+    directory: Path, question: str, image: Path, *, count: int, seed: int
+) -> tuple[list[str], list[str]]:
+    """Sample `count` answers to a question about an image file.
+
+    Returns:
+        The answers, and what to know about them.
+    """
+    config, task, policy = load_policy(directory)
+    notes = prompt_notes(task.tokenizer.words, question, about_a_picture=True)
+    try:
+        pixels = load_picture(image, task.vocabulary.picture_shape)
+    except Exception as error:  # Pillow raises a different class for every broken format
+        raise DataError(f"{image}: cannot be read: {error}") from error
+    example = Example("understand", "command line", question, image=pixels, answer="")
+    answers = sample_answers(
+        policy,
+        [example],
+        count,
+        max_tokens=config.rollout.max_answer_tokens,
+        temperature=config.rollout.temperature,
+        seed=seed,
+        step=0,
+    ).texts
+    return answers, notes

@@ -1,0 +1,274 @@
+"""The logs of a run directory, and the only code that reads or writes them.
+
+    metrics.jsonl      one flat JSON object per step; keys are joined by slashes
+    evals.jsonl        one flat JSON object per evaluation on held-out data
+    changes.jsonl      one object per key that was changed, or input accepted, on the way
+    gallery/           the same prompts and seeds at several times: <label>.json and its PNGs
+    tensorboard/       the same scalars for TensorBoard, one run per phase
+
+A run killed at any moment and resumed leaves the same `metrics.jsonl` as one that was not, up to
+the keys under "time/": everything measured by a clock belongs there. Keys: docs/report.md.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+import re
+import shutil
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Literal
+
+import numpy as np
+
+from lvrpo.runs.files import Row as Row
+from lvrpo.runs.files import append_row, flush_to_disk, keep_rows, read_rows, write_atomically
+from lvrpo.runs.scores import eval_rewards, eval_scores
+
+PHASES = ("warm_start", "grpo")
+
+METRICS = "metrics.jsonl"
+EVALS = "evals.jsonl"
+CHANGES = "changes.jsonl"
+GALLERY = "gallery"
+TENSORBOARD = "tensorboard"
+
+
+class RunWriter:
+    """Appends rows to the logs of one run; a context manager.
+
+    Args:
+        run_dir: made if absent.
+        resume_from: the last step whose effect is in the weights the run goes on from. Later rows
+            are cut off, and so is a last line that a kill left half-written; -1 keeps no row of
+            `phase`. None: a new run.
+        phase: the phase `resume_from` counts in. Rows of earlier phases stay, of later ones go, so
+            steps may be counted through or anew in each phase.
+        tensorboard: also write `tensorboard/`.
+
+    Raises:
+        ValueError: a new run in a directory that has a log, or a log that is damaged in the middle.
+    """
+
+    def __init__(
+        self,
+        run_dir: str | Path,
+        *,
+        resume_from: int | None = None,
+        phase: str = "grpo",
+        tensorboard: bool = True,
+    ) -> None:
+        self.run_dir = Path(run_dir)
+        self.run_dir.mkdir(parents=True, exist_ok=True)
+        self.notes: list[str] = []  # what was mended
+        self._purge: dict[str, int] = {}
+        self._scalars: dict[str, Any] = {}
+        self._tensorboard = tensorboard
+        if resume_from is None:
+            if (self.run_dir / METRICS).exists():
+                raise ValueError(
+                    f"{self.run_dir} already has a log ({METRICS}): resume that run, or give "
+                    "another directory"
+                )
+            return
+        last = _position({"step": resume_from, "phase": phase})
+        for name in (METRICS, EVALS):
+            dropped = keep_rows(self.run_dir / name, lambda row: _position(row) <= last)
+            if dropped:
+                self.notes.append(f"dropped {dropped} bytes of a damaged last line of {name}")
+        self._purge[phase] = resume_from + 1
+        for later in PHASES[PHASES.index(phase) + 1 :]:
+            shutil.rmtree(self.run_dir / TENSORBOARD / later, ignore_errors=True)
+
+    def write_metrics(self, row: Mapping[str, Any]) -> None:
+        """Append one step: "step", optionally "phase" (default "grpo"), and any scalars.
+
+        0-d tensors and arrays become numbers; NaN and infinities become null, read back as NaN.
+        """
+        plain = _plain_row(row)
+        append_row(self.run_dir / METRICS, plain)
+        self._add_scalars(plain, {k: v for k, v in plain.items() if k != "step"})
+
+    def write_eval(self, row: Mapping[str, Any]) -> None:
+        """Append one evaluation: "step", "label", and counts such as "generate/strict".
+
+        A row of the same step and label is replaced: an evaluation made again after a resume counts
+        once.
+        """
+        plain = _plain_row(row)
+        path, name = self.run_dir / EVALS, (plain["step"], plain.get("label"))
+        keep_rows(path, lambda old: (old["step"], old.get("label")) != name)
+        append_row(path, plain)
+        rates = {f"eval/{s.name}": s.successes / s.total for s in eval_scores(plain) if s.total}
+        means = {f"eval/reward/{t}/{name}": m.value for (t, name), m in eval_rewards(plain).items()}
+        self._add_scalars(plain, rates | means)
+
+    def flush(self) -> None:
+        """Wait until every row would survive a power failure, as a checkpoint does."""
+        for name in (METRICS, EVALS):
+            flush_to_disk(self.run_dir / name)
+
+    def close(self) -> None:
+        """Flush TensorBoard's events; the JSON lines are on disk already."""
+        for writer in self._scalars.values():
+            writer.close()
+        self._scalars.clear()
+
+    def __enter__(self) -> RunWriter:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        at: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def _add_scalars(self, row: Row, values: Mapping[str, Any]) -> None:
+        if not self._tensorboard:
+            return
+        phase = row.get("phase", "grpo")
+        if phase not in self._scalars:
+            from torch.utils.tensorboard import SummaryWriter  # slow import, needed only here
+
+            self._scalars[phase] = SummaryWriter(
+                str(self.run_dir / TENSORBOARD / phase), purge_step=self._purge.get(phase)
+            )
+        for key, value in values.items():
+            if isinstance(value, (int, float)) and not isinstance(value, bool):
+                self._scalars[phase].add_scalar(key, value, row["step"])
+
+
+def read_metrics(run_dir: str | Path) -> list[Row]:
+    """Every complete row of metrics.jsonl in order; [] when there is none.
+
+    Raises:
+        ValueError: a line that is not a JSON object with a step, by file and line number.
+    """
+    return [row for _, row in read_rows(Path(run_dir) / METRICS)]
+
+
+def read_evals(run_dir: str | Path) -> list[Row]:
+    """Every complete row of evals.jsonl in order; as `read_metrics`."""
+    return [row for _, row in read_rows(Path(run_dir) / EVALS)]
+
+
+def read_changes(run_dir: str | Path) -> list[Row]:
+    """Every change of a run in order: "step", "key", "old", "new", and "lr" where it matters."""
+    return [row for _, row in read_rows(Path(run_dir) / CHANGES)]
+
+
+def write_changes(run_dir: str | Path, changes: Iterable[Row]) -> None:
+    """Append to changes.jsonl."""
+    path = Path(run_dir) / CHANGES
+    keep_rows(path, lambda row: True)
+    for change in changes:
+        append_row(path, change)
+    flush_to_disk(path)
+
+
+@dataclass(frozen=True)
+class GalleryItem:
+    """One prompt with what the model made of it.
+
+    Attributes:
+        task: "understand" or "generate".
+        uid: of the prompt, the same before and after.
+        prompt: as the model read it.
+        seed: of the sampling, the same before and after.
+        image: [C, H, W] floats in [0, 1], C 1 or 3: the picture drawn, or the one asked about.
+        answer: the model's words (understand).
+        expected: the right answer, or the requirement in words.
+        right: the judge's verdict; None where no rule tells.
+    """
+
+    task: Literal["understand", "generate"]
+    uid: str
+    prompt: str
+    seed: int
+    image: np.ndarray
+    answer: str | None
+    expected: str | None
+    right: bool | None
+
+
+def save_gallery(run_dir: str | Path, label: str, items: Iterable[GalleryItem]) -> Path:
+    """Write gallery/<label>.json, whose pictures are PNGs beside it; returns its path.
+
+    Raises:
+        ValueError: an image that is not [1 or 3, H, W].
+    """
+    folder = Path(run_dir) / GALLERY
+    folder.mkdir(parents=True, exist_ok=True)
+    stem = re.sub(r"[^A-Za-z0-9]+", "-", label).strip("-").lower() or "gallery"
+    rows = []
+    for number, item in enumerate(items):
+        name = f"{stem}-{number:03d}.png"
+        (folder / name).write_bytes(to_png(item))
+        rows.append({**asdict(item), "image": name})
+    path = folder / f"{stem}.json"
+    write_atomically(path, json.dumps({"label": label, "items": rows}, indent=1).encode())
+    return path
+
+
+def to_png(item: GalleryItem) -> bytes:
+    """The item's picture as a PNG of its own size, values cut to [0, 1]."""
+    from PIL import Image
+
+    image = np.asarray(item.image, dtype=np.float32)
+    if image.ndim != 3 or image.shape[0] not in (1, 3):
+        raise ValueError(
+            f"gallery: image of {item.uid} has shape {image.shape}, expected [1 or 3, H, W]"
+        )
+    pixels = np.rint(np.nan_to_num(image).clip(0, 1) * 255).astype(np.uint8)
+    buffer = io.BytesIO()
+    Image.fromarray(pixels[0] if len(pixels) == 1 else pixels.transpose(1, 2, 0)).save(
+        buffer, "PNG"
+    )
+    return buffer.getvalue()
+
+
+def load_gallery(run_dir: str | Path) -> dict[str, list[GalleryItem]]:
+    """The saved galleries by label, pictures as [C, H, W] floats; {} when there are none."""
+    from PIL import Image
+
+    galleries: dict[str, list[GalleryItem]] = {}
+    for path in sorted((Path(run_dir) / GALLERY).glob("*.json")):
+        saved = json.loads(path.read_bytes())
+        items = []
+        for row in saved["items"]:
+            with Image.open(path.parent / row["image"]) as picture:
+                pixels = np.asarray(picture, dtype=np.float32) / 255
+            image = pixels[None] if pixels.ndim == 2 else pixels.transpose(2, 0, 1)
+            items.append(GalleryItem(**{**row, "image": image}))
+        galleries[saved["label"]] = items
+    return galleries
+
+
+def _position(row: Mapping[str, Any]) -> tuple[int, int]:
+    return PHASES.index(row.get("phase", "grpo")), row["step"]
+
+
+def _plain_row(row: Mapping[str, Any]) -> Row:
+    if not isinstance(row.get("step"), int):
+        raise ValueError(f"a log row needs an int step, got {row.get('step')!r}")
+    if row.get("phase", "grpo") not in PHASES:
+        raise ValueError(f"phase of a log row is {row['phase']!r}, expected one of {PHASES}")
+    return {key: _plain(key, value) for key, value in row.items()}
+
+
+def _plain(key: str, value: Any) -> Any:
+    if isinstance(value, (list, tuple)):
+        return [_plain(key, each) for each in value]
+    if hasattr(value, "item"):  # a 0-d tensor, or a numpy scalar
+        value = value.item()
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if value is None or isinstance(value, (bool, int, str)):
+        return value
+    raise ValueError(f"{key} of a log row is a {type(value).__name__}, expected a scalar")

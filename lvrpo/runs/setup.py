@@ -1,0 +1,332 @@
+"""What a run learns: its prompts, its rewards, and the frozen parts of its policy."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from functools import partial
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lvrpo import random
+from lvrpo.data.example import Example
+from lvrpo.data.example import Task as TaskName
+from lvrpo.data.jsonl import JsonlExamples
+from lvrpo.data.sources import JsonlSource, SceneSource, Source, take
+from lvrpo.digits.checks import RuleChecks, RuleReward, check_samples
+from lvrpo.digits.encoder import DualEncoder, train_dual_encoder
+from lvrpo.digits.judge import digit_judge, gold_reader, reader_accuracy
+from lvrpo.digits.pictures import digit_pools
+from lvrpo.models.answering import answer_probability
+from lvrpo.models.unified.latents import LinearAutoencoder
+from lvrpo.models.unified.model import UnifiedConfig, UnifiedModel
+from lvrpo.models.unified.policy import Policy
+from lvrpo.models.unified.tokenizer import Tokenizer
+from lvrpo.rewards.combine import Reward
+from lvrpo.rewards.knowledge import KnowledgeReward
+from lvrpo.rewards.samples import Samples
+from lvrpo.rewards.semantic import SemanticReward
+from lvrpo.runs.changes import fingerprint
+from lvrpo.runs.checkpoint import Checkpoint, load_checkpoint, load_newest, save_checkpoint
+from lvrpo.runs.rewards import own_reward, used_rewards
+from lvrpo.runs.vocabulary import Vocabulary, pictures_to_fit
+from lvrpo.trainer.config import ConfigError, TrainConfig
+from lvrpo.trainer.schedule import noise_floor_note
+
+
+class Task:
+    """Everything of a run that is fixed before its first step.
+
+    Vocabulary, autoencoder and r_sem's encoder are made from training data once and kept in the run
+    directory, so that nothing depends on what becomes of the data. Without a `source` the data is
+    read when a prompt is asked for; without a `vocabulary` it is that of the source. `fingerprint`
+    is of the saved parts, so that checkpoints made with others can be told.
+    """
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        source: Source | None,
+        autoencoder: LinearAutoencoder,
+        encoder: DualEncoder | None,
+        vocabulary: Vocabulary | None = None,
+        fingerprint: str = "",
+    ) -> None:
+        self.config, self._source = config, source
+        self.vocabulary = vocabulary or Vocabulary.of(self.source)
+        self.tokenizer = Tokenizer(self.vocabulary.words)
+        self.autoencoder, self.encoder = autoencoder, encoder
+        self.fingerprint = fingerprint
+        self._evaluation_file: JsonlExamples | None = None
+        self._rewards: dict[TaskName, list[Reward]] | None = None
+
+    @property
+    def source(self) -> Source:
+        """Where the prompts come from; reads the data files if nobody has."""
+        if self._source is None:
+            self._source = Source.from_config(self.config.data)
+        return self._source
+
+    def model_config(self) -> UnifiedConfig:
+        """The model's shape: the configuration's sizes, the data's channels and vocabulary."""
+        section = self.config.model
+        channels, *sides = self.vocabulary.picture_shape
+        patch = min(section.image_patch, section.latent_patch)
+        return UnifiedConfig(
+            vocab_size=len(self.tokenizer),
+            hidden=section.hidden,
+            layers=section.layers,
+            heads=section.heads,
+            kv_heads=section.kv_heads,
+            head_dim=section.head_dim,
+            mlp=section.mlp,
+            vision_layers=section.vision_layers,
+            image_channels=channels,
+            image_patch=section.image_patch,
+            latent_dim=section.latent_dim,
+            max_grid=max(UnifiedConfig.max_grid, max(sides) // patch),
+        )
+
+    def new_model(self) -> UnifiedModel:
+        """A model initialised from the run's seed; torch's own random state is left alone."""
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(self.config.run.seed)
+            return UnifiedModel(self.model_config())
+
+    def policy(self, model: UnifiedModel) -> Policy:
+        """A model with the frozen parts around it."""
+        _, height, width = self.vocabulary.picture_shape
+        patch = self.config.model.latent_patch
+        return Policy(
+            model=model,
+            tokenizer=self.tokenizer,
+            autoencoder=self.autoencoder,
+            latent_grid=(height // patch, width // patch),
+            answer_range=self.vocabulary.answer_range,
+            backend=self.config.run.backend or None,
+        )
+
+    def training_examples(self, task: TaskName, count: int, step: int) -> list[Example]:
+        """Prompts of one policy step."""
+        return self.source.examples("train", task, count, self._seed("policy", step))
+
+    def warm_start_examples(self, step: int) -> tuple[list[Example], list[list[Example]]]:
+        """Questions, and groups of drawings of one prompt, of one supervised step.
+
+        Some of their labels are wrong on purpose, independently within a group.
+        """
+        section, seed = self.config.warm_start, self._seed("warm start", step)
+        questions = self.source.labelled(
+            "understand", section.understand_batch, section.label_noise_understand, seed
+        )
+        drawings = self.source.labelled(
+            "generate",
+            section.generate_batch,
+            section.label_noise_generate,
+            seed,
+            copies=section.noise_draws,
+        )
+        return [group[0] for group in questions], drawings
+
+    def evaluation_examples(self, task: TaskName, count: int) -> list[Example]:
+        """Held-out prompts: the same for every seed, before and after."""
+        if self._evaluation_file is not None:
+            return take(self._evaluation_file, task, count)
+        return self.source.examples("test", task, count, 0)
+
+    def _seed(self, *ids: int | str) -> int:
+        return int(random.stream(self.config.run.seed, *ids).integers(1 << 62))
+
+    def rewards(self, reference: Policy) -> Mapping[TaskName, list[Reward]]:
+        """The rewards of each sampled task, in the order of the configuration's weights."""
+        if self._rewards is None:
+            self._rewards = {
+                task: [self._reward(name, reference) for name in weights]
+                for task, weights in used_rewards(self.config).items()
+            }
+        return self._rewards
+
+    def _reward(self, name: str, reference: Policy) -> Reward:
+        if name == "r_ins":
+            return RuleReward(strict_weight=self.config.rewards.strict_weight)
+        if name == "r_sem":
+            assert self.encoder is not None  # check_rewards
+            pool: Any = self.config.rewards.semantic_pool
+            return SemanticReward(self.encoder, pool=pool)
+        if name == "r_kn":
+            scenes = self.config.data.source == "scenes"
+            learned = self.config.data.questions if scenes else None
+            return KnowledgeReward(partial(answer_probability, reference), kinds=learned)
+        return own_reward(name)
+
+    def facts(self) -> dict[str, Any]:
+        """What every result is reported with: how good the judge itself is."""
+        if self.config.data.source != "scenes":
+            return {}
+        return {
+            "judge_accuracy": reader_accuracy(digit_judge()),
+            "judge_total": len(digit_pools()["test"].labels),
+            "gold_accuracy": reader_accuracy(gold_reader()),
+        }
+
+    def notes(self) -> list[str]:
+        """Lines worth reading before the first step."""
+        elements = self.autoencoder.tokens * self.autoencoder.dim
+        draws = self.config.rollout.generate_prompts
+        floor = [noise_floor_note(self.config, elements)] if draws else []
+        return [*floor, *self.source.notes(), *self._cut_answers_note(), *self._no_rule_notes()]
+
+    def _cut_answers_note(self) -> list[str]:
+        if not isinstance(self.source, JsonlSource):
+            return []
+        answers = [row["answer"] for row in self.source.files["train"].rows if "answer" in row]
+        most = self.config.rollout.max_answer_tokens
+        cut = [answer for answer in answers if len(self.tokenizer.encode(answer)) > most]
+        if not cut:
+            return []
+        return [
+            f"WARNING: {len(cut)} of {len(answers)} training answers, {cut[0]!r} for one, are "
+            f"longer than rollout.max_answer_tokens = {most} and can never be given"
+        ]
+
+    def _no_rule_notes(self) -> list[str]:
+        if not isinstance(self.source, JsonlSource):
+            return []
+        drawings = [r for r in self.source.files["train"].rows if r["task"] == "generate"]
+        without = [row for row in drawings if "rule" not in row]
+        names = [n for n in used_rewards(self.config).get("generate", {}) if n in ("r_ins", "r_kn")]
+        if not without:
+            return []
+        return [
+            f"WARNING: {name} has no score for {len(without)} of {len(drawings)} drawing prompts, "
+            f"which have no 'rule', {without[0]['prompt']!r} for one"
+            for name in names
+        ]
+
+    def use_evaluation_file(self, path: Path) -> None:
+        """Evaluate on a JSONL file instead of the test split; no other data is read."""
+        self._evaluation_file = JsonlExamples(path, self.vocabulary.picture_shape)
+
+    def is_right(self, samples: Samples) -> Tensor:
+        """[B] 1 where everything is right, 0 where not, NaN where no rule tells."""
+        return self._checks(samples).strict
+
+    def _checks(self, samples: Samples) -> RuleChecks:
+        """What the rules say; an answer that was cut is not right, unless it is scored as it is."""
+        checks = check_samples(samples)
+        if self.config.rewards.truncated != "keep":
+            checks.strict[samples.truncated] = 0.0
+        return checks
+
+    def measure(self, samples: Samples) -> dict[str, float]:
+        """Strict, partial and gold scores of a batch: watched in training, never trained on."""
+        task = samples.examples[0].task
+        checks = self._checks(samples)
+        metrics = {f"strict/{task}": _mean(checks.strict)}
+        if task == "generate":
+            metrics["partial/generate"] = _mean(checks.partial)
+            metrics["gold/generate"] = _mean(check_samples(samples, gold_reader()).strict)
+        return {name: value for name, value in metrics.items() if not math.isnan(value)}
+
+    def count(self, samples: Samples) -> dict[str, Any]:
+        """How many samples are right, in all and by kind of prompt, as a row of evals.jsonl.
+
+        Samples that no rule tells about are left out; nothing is said where there are no others.
+        """
+        task = samples.examples[0].task
+        measure = "correct" if task == "understand" else "strict"
+        checks = self._checks(samples)
+        row: dict[str, Any] = {}
+        by_kind: dict[str, list[int]] = {"": list(range(len(samples)))}
+        for i, example in enumerate(samples.examples):
+            if example.kind:
+                by_kind.setdefault(example.kind, []).append(i)
+        if len(by_kind) == 2:  # a single kind is the whole
+            by_kind = {"": by_kind[""]}
+        for kind, members in by_kind.items():
+            strict = checks.strict[members]
+            total = int((~strict.isnan()).sum())
+            prefix = f"{task}/{kind}" if kind else task
+            if total:
+                row[f"{prefix}/{measure}"] = int(strict.nansum())
+                row[f"{prefix}/total"] = total
+        if row and task == "generate":
+            row["generate/gold"] = int(check_samples(samples, gold_reader()).strict.nansum())
+            row["generate/partial"] = float(checks.partial.nanmean())
+        return row
+
+
+def _mean(values: Tensor) -> float:
+    return float(values.nanmean())
+
+
+def load_or_fit_task(config: TrainConfig, run_dir: Path, source: Source | None = None) -> Task:
+    """The task of a run: read from `run_dir/task`, or made from the training data and kept there.
+
+    Args:
+        config: of the run.
+        run_dir: its directory.
+        source: of the prompts, when the caller has it already.
+
+    Raises:
+        CheckpointError: `task/` is damaged, or of a run of another configuration.
+    """
+    saved = load_newest(run_dir / "task")
+    if saved is not None:
+        return _saved_task(config, saved, source)
+    source = source or Source.from_config(config.data)
+    section = config.model
+    autoencoder = LinearAutoencoder.fit(
+        pictures_to_fit(source), section.latent_patch, section.latent_dim
+    )
+    tensors = {f"autoencoder.{name}": t for name, t in autoencoder.state_dict().items()}
+    encoder: DualEncoder | None = None
+    if _wants_encoder(config) and isinstance(source, SceneSource):
+        encoder = train_dual_encoder(source.config, seed=config.run.seed)
+        tensors |= {f"encoder.{name}": t for name, t in encoder.state_dict().items()}
+    vocabulary = Vocabulary.of(source)
+    state = {
+        "fingerprint": fingerprint(config),
+        "vocabulary": dataclasses.asdict(vocabulary),
+        "encoder_words": list(encoder.words) if encoder is not None else [],
+    }
+    path = save_checkpoint(run_dir / "task", 0, tensors, state, keep=1)
+    return Task(config, source, autoencoder, encoder, vocabulary, load_checkpoint(path).fingerprint)
+
+
+def _saved_task(config: TrainConfig, saved: Checkpoint, source: Source | None) -> Task:
+    saved.require({"fingerprint": fingerprint(config)})
+    vocabulary = Vocabulary.from_json(saved.state["vocabulary"])
+    section = config.model
+    autoencoder = LinearAutoencoder(
+        *vocabulary.picture_shape, patch=section.latent_patch, dim=section.latent_dim
+    )
+    autoencoder.load_state_dict(_with_prefix(saved.tensors, "autoencoder."))
+    encoder: DualEncoder | None = None
+    if saved.state["encoder_words"]:
+        encoder = DualEncoder(saved.state["encoder_words"], *vocabulary.picture_shape)
+        encoder.load_state_dict(_with_prefix(saved.tensors, "encoder."))
+        encoder.eval().requires_grad_(False)
+    elif _wants_encoder(config):
+        raise ConfigError(
+            f"{saved.path} has no encoder of r_sem, which its run did not use; leave r_sem out of "
+            "rewards.generate, or start a new run"
+        )
+    return Task(config, source, autoencoder, encoder, vocabulary, saved.fingerprint)
+
+
+def _wants_encoder(config: TrainConfig) -> bool:
+    return "r_sem" in chain.from_iterable(used_rewards(config).values())
+
+
+def _with_prefix(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {
+        name.removeprefix(prefix): tensor
+        for name, tensor in tensors.items()
+        if name.startswith(prefix)
+    }

@@ -1,0 +1,84 @@
+"""The two ways in which sequences of tokens come: packed [T], or padded [B, C].
+
+T packed tokens, B sequences, C columns.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from lvrpo import checks
+
+
+@dataclasses.dataclass(frozen=True)
+class TokenLayout:
+    """How the tokens of a call are laid out.
+
+    Attributes:
+        op: who asks, for the errors.
+        shape: of a tensor with one number per token: (T,) or (B, C).
+        offsets: [B + 1] int64, where the sequences begin and end in the flattened tokens.
+    """
+
+    op: str
+    shape: tuple[int, ...]
+    offsets: Tensor
+
+    @property
+    def tokens(self) -> int:
+        """T, or B * C."""
+        return self.shape[0] if len(self.shape) == 1 else self.shape[0] * self.shape[1]
+
+    @property
+    def sequences(self) -> int:
+        """B."""
+        return self.offsets.shape[0] - 1
+
+    def flatten(self, name: str, tensor: Tensor) -> Tensor:
+        """One number per token as [T].
+
+        Raises:
+            ValueError: the tensor has another shape.
+        """
+        checks.check_shape(self.op, name, tensor, self.shape)
+        return tensor.reshape(-1)
+
+    def restore(self, tensor: Tensor) -> Tensor:
+        """[T] in the shape that the caller has."""
+        return tensor.reshape(self.shape)
+
+
+def token_layout(
+    op: str, name: str, tensor: Tensor, cu_seqlens: Tensor | Sequence[int] | None
+) -> TokenLayout:
+    """The layout that a tensor with one number per token, and offsets or their absence, say.
+
+    Raises:
+        ValueError: packed tokens without offsets, padded ones with them, or offsets that do not
+            fit.
+    """
+    if tensor.dim() not in (1, 2):
+        raise ValueError(
+            f"{op}: {name} has shape {tuple(tensor.shape)}, expected [T] with cu_seqlens, or [B, C]"
+        )
+    if tensor.dim() == 1:
+        if cu_seqlens is None:
+            raise ValueError(
+                f"{op}: cu_seqlens is None, but {name} has shape {tuple(tensor.shape)}; packed "
+                "tokens [T] need the [B + 1] offsets of their sequences (padded ones are [B, C])"
+            )
+        total = tensor.shape[0]
+        offsets = checks.as_offsets(op, "cu_seqlens", cu_seqlens, total, tensor.device)
+        return TokenLayout(op, (total,), offsets)
+    if cu_seqlens is not None:
+        raise ValueError(
+            f"{op}: cu_seqlens is given, but {name} has shape {tuple(tensor.shape)}, a sequence a "
+            "row; expected None, with mask= saying which tokens of the rows count"
+        )
+    sequences, columns = tensor.shape
+    offsets = torch.arange(sequences + 1, device=tensor.device) * columns
+    return TokenLayout(op, (sequences, columns), offsets)

@@ -1,0 +1,373 @@
+"""The logs of a run: exact under kills and resumes, strict about damage, true intervals."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from lvrpo import info
+from lvrpo.intervals import (
+    Interval,
+    clustered_mean,
+    compare_means,
+    compare_rates,
+    wilson_interval,
+)
+from lvrpo.runs.environment import environment, read_environment, write_environment
+from lvrpo.runs.log import (
+    GalleryItem,
+    RunWriter,
+    load_gallery,
+    read_evals,
+    read_metrics,
+    save_gallery,
+)
+from lvrpo.runs.scores import eval_rewards, eval_scores, reward_row
+
+
+def write_steps(writer: RunWriter, steps: range, phase: str = "grpo") -> None:
+    for step in steps:
+        writer.write_metrics({"step": step, "phase": phase, "loss/total": 1 / step})
+
+
+def log_bytes(run_dir: Path) -> bytes:
+    return (run_dir / "metrics.jsonl").read_bytes()
+
+
+@pytest.fixture
+def whole(tmp_path: Path) -> bytes:
+    """The log of a run that nobody interrupted: five warm-start steps, eight GRPO steps."""
+    with RunWriter(tmp_path / "whole", tensorboard=False) as writer:
+        write_steps(writer, range(1, 6), "warm_start")
+        write_steps(writer, range(1, 9))
+    return log_bytes(tmp_path / "whole")
+
+
+def test_rows_come_back_as_written(tmp_path: Path) -> None:
+    row = {"step": 3, "phase": "grpo", "kl/text": 0.1 + 0.2, "alarm": ["one", "two"], "n": 7}
+    with RunWriter(tmp_path, tensorboard=False) as writer:
+        writer.write_metrics(row)
+    assert read_metrics(tmp_path) == [row]
+    assert read_evals(tmp_path) == []
+
+
+def test_tensors_become_numbers_and_nan_stays_valid_json(tmp_path: Path) -> None:
+    row = {"step": 1, "a": torch.tensor(0.5), "b": np.float32(0.25), "c": math.inf, "d": math.nan}
+    with RunWriter(tmp_path, tensorboard=False) as writer:
+        writer.write_metrics(row)
+    assert b"NaN" not in log_bytes(tmp_path)
+    assert b"Infinity" not in log_bytes(tmp_path)
+    (read,) = read_metrics(tmp_path)
+    assert (read["a"], read["b"]) == (0.5, 0.25)
+    assert math.isnan(read["c"])
+    assert math.isnan(read["d"])
+
+
+@pytest.mark.parametrize(
+    ("row", "named"),
+    [
+        ({"loss": 1.0}, "int step"),
+        ({"step": 1, "phase": "sft"}, "'sft'"),
+        ({"step": 1, "nested": {"a": 1}}, "nested of a log row is a dict"),
+    ],
+)
+def test_a_row_that_could_not_be_read_back_is_refused(
+    tmp_path: Path, row: dict[str, object], named: str
+) -> None:
+    writer = RunWriter(tmp_path, tensorboard=False)
+    with pytest.raises(ValueError, match=named):
+        writer.write_metrics(row)
+    assert read_metrics(tmp_path) == []
+
+
+@pytest.mark.parametrize("cut", [1, 10, 60])
+def test_a_half_written_line_is_dropped(tmp_path: Path, whole: bytes, cut: int) -> None:
+    (tmp_path / "metrics.jsonl").write_bytes(whole[:-cut])
+    steps = [row["step"] for row in read_metrics(tmp_path)]
+    assert steps[-1] < 8
+    assert steps == [1, 2, 3, 4, 5, 1, 2, 3, 4, 5, 6, 7, 8][: len(steps)]
+
+
+@pytest.mark.parametrize(
+    ("phase", "step", "behind"),  # what the checkpoint holds, and how many rows lie behind it
+    [("warm_start", 0, 0), ("warm_start", 3, 3), ("grpo", 0, 5), ("grpo", 4, 9), ("grpo", 8, 13)],
+)
+def test_a_killed_and_resumed_run_leaves_the_same_log(
+    tmp_path: Path, whole: bytes, phase: str, step: int, behind: int
+) -> None:
+    earliest = len(b"\n".join(whole.split(b"\n")[:behind])) + 1
+    for killed_at in range(earliest, len(whole) + 1, 29):
+        (tmp_path / "metrics.jsonl").write_bytes(whole[:killed_at])
+        with RunWriter(tmp_path, resume_from=step, phase=phase, tensorboard=False) as writer:
+            if phase == "warm_start":
+                write_steps(writer, range(step + 1, 6), phase)
+            write_steps(writer, range(1 if phase == "warm_start" else step + 1, 9))
+        assert log_bytes(tmp_path) == whole
+
+
+def test_a_new_run_does_not_overwrite_a_log(tmp_path: Path, whole: bytes) -> None:
+    (tmp_path / "metrics.jsonl").write_bytes(whole)
+    with pytest.raises(ValueError, match="already has a log"):
+        RunWriter(tmp_path)
+    assert log_bytes(tmp_path) == whole
+
+
+def test_damage_in_the_middle_names_file_and_line(tmp_path: Path, whole: bytes) -> None:
+    lines = whole.split(b"\n")
+    lines[2] = lines[2][:-5]
+    (tmp_path / "metrics.jsonl").write_bytes(b"\n".join(lines))
+    with pytest.raises(ValueError, match=r"metrics\.jsonl, line 3: "):
+        read_metrics(tmp_path)
+
+
+def test_an_evaluation_made_again_counts_once(tmp_path: Path) -> None:
+    with RunWriter(tmp_path, tensorboard=False) as writer:
+        for correct in (3, 4):
+            writer.write_eval(
+                {"step": 0, "label": "warm start", "a/correct": correct, "a/total": 9}
+            )
+        writer.write_eval({"step": 8, "label": "after", "a/correct": 5, "a/total": 9})
+    assert [row["a/correct"] for row in read_evals(tmp_path)] == [4, 5]
+
+
+def test_a_full_disk_leaves_no_part_of_a_row(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class FullDisk:
+        def __init__(self, file: object) -> None:
+            self.file = file
+
+        def __enter__(self) -> FullDisk:
+            return self
+
+        def __exit__(self, *_: object) -> None:
+            self.file.close()
+
+        def write(self, data: bytes) -> int:
+            return self.file.write(data[:4])
+
+        def __getattr__(self, name: str) -> object:
+            return getattr(self.file, name)
+
+    with RunWriter(tmp_path, tensorboard=False) as writer:
+        write_steps(writer, range(1, 3))
+        before = log_bytes(tmp_path)
+        open_file = Path.open
+        with monkeypatch.context() as patch:
+            patch.setattr(Path, "open", lambda *args, **kw: FullDisk(open_file(*args, **kw)))
+            with pytest.raises(OSError, match="No space left"):
+                write_steps(writer, range(3, 4))
+    assert log_bytes(tmp_path) == before
+
+
+def test_scores_are_found_by_their_totals() -> None:
+    row = {
+        "step": 1,
+        "label": "after",
+        "generate/strict": 30,
+        "generate/partial": 0.5,
+        "generate/total": 100,
+        "generate/pair/strict": 7,
+        "generate/pair/total": 20,
+        "understand/correct": 3,
+        "generate/note": "x",
+        "generate/broken": math.nan,
+    }
+    found = {score.name: (score.successes, score.total) for score in eval_scores(row)}
+    assert found == {
+        "generate/strict": (30, 100),
+        "generate/partial": (50, 100),
+        "generate/pair/strict": (7, 20),
+    }
+
+
+def test_tensorboard_has_the_scalars_of_each_phase(tmp_path: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    with RunWriter(tmp_path) as writer:
+        write_steps(writer, range(1, 3), "warm_start")
+        write_steps(writer, range(1, 5))
+    with RunWriter(tmp_path, resume_from=2) as writer:
+        writer.write_metrics({"step": 3, "loss/total": 9.0})
+        writer.write_eval({"step": 3, "label": "after", "a/correct": 3, "a/total": 4})
+    events = EventAccumulator(str(tmp_path / "tensorboard" / "grpo")).Reload()
+    assert [event.step for event in events.Scalars("loss/total")] == [1, 2, 3]
+    assert events.Scalars("eval/a/correct")[0].value == 0.75
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_a_gallery_comes_back(tmp_path: Path, channels: int) -> None:
+    image = np.random.default_rng(0).integers(0, 256, (channels, 4, 6)).astype(np.float32) / 255
+    item = GalleryItem("understand", "u1", "how many?", 5, image, "2", "3", False)
+    path = save_gallery(tmp_path, "warm start", [item])
+    assert path.name == "warm-start.json"
+    assert json.loads(path.read_bytes())["label"] == "warm start"
+    (read,) = load_gallery(tmp_path)["warm start"]
+    np.testing.assert_array_equal(read.image, image)
+    assert {**asdict(read), "image": 0} == {**asdict(item), "image": 0}
+
+
+def test_a_picture_of_another_shape_is_refused_by_name(tmp_path: Path) -> None:
+    item = GalleryItem("generate", "g7", "", 0, np.zeros((4, 4)), None, None, True)
+    with pytest.raises(ValueError, match="image of g7 has shape"):
+        save_gallery(tmp_path, "after", [item])
+
+
+def test_the_environment_is_written_even_without_git(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PATH", "")
+    found = environment(seed=3)
+    assert found["commit"] is None
+    assert found["seed"] == 3
+    assert found["versions"]["torch"] == torch.__version__
+    write_environment(tmp_path, judge_accuracy=0.98)
+    assert read_environment(tmp_path)["judge_accuracy"] == 0.98
+    assert read_environment(tmp_path / "nowhere") == {}
+
+
+def test_the_commit_of_a_foreign_checkout_is_not_ours(monkeypatch: pytest.MonkeyPatch) -> None:
+    answers = {"ls-files": None, "describe": "f" * 12}
+    monkeypatch.setattr(info, "_git", lambda *a: answers[a[0]])
+    assert environment()["commit"] is None
+
+
+# Wilson: R's prop.test(correct = FALSE). Newcombe: his 1998 paper, table II, method 10.
+@pytest.mark.parametrize(
+    ("successes", "total", "low", "high"),
+    [
+        (81, 263, 0.2553, 0.3662),
+        (15, 148, 0.0624, 0.1605),
+        (0, 20, 0.0, 0.1611),
+        (1, 29, 0.0061, 0.1718),
+        (29, 29, 0.8830, 1.0),
+    ],
+)
+def test_wilson_matches_published_values(
+    successes: int, total: int, low: float, high: float
+) -> None:
+    found = wilson_interval(successes, total)
+    assert [round(bound, 4) for bound in found] == [low, high]
+
+
+@pytest.mark.parametrize(
+    ("after", "before", "low", "high"),
+    [
+        ((56, 70), (48, 80), 0.0524, 0.3339),
+        ((9, 10), (3, 10), 0.1705, 0.8090),
+        ((10, 10), (0, 20), 0.6791, 1.0),
+        ((10, 10), (0, 10), 0.6075, 1.0),
+    ],
+)
+def test_newcombe_matches_published_values(
+    after: tuple[int, int], before: tuple[int, int], low: float, high: float
+) -> None:
+    found = compare_rates(before, after).interval
+    assert [round(bound, 4) for bound in found] == [low, high]
+    mirrored = compare_rates(after, before).interval
+    assert [round(-bound, 4) for bound in reversed(mirrored)] == [low, high]
+
+
+def test_intervals_at_the_edges() -> None:
+    assert wilson_interval(0, 0) == Interval(0, 1)
+    with pytest.raises(ValueError, match="successes is 5"):
+        wilson_interval(5, 4)
+    with pytest.raises(ValueError, match="a total is 0"):
+        compare_rates((0, 0), (1, 2))
+    assert compare_rates((280, 1000), (390, 1000)).apart
+    close = compare_rates((280, 1000), (325, 1000))
+    assert close.excludes_zero
+    assert not close.apart
+
+
+def test_wilson_covers_as_often_as_it_says() -> None:
+    for rate in (0.05, 0.3, 0.8):
+        counts = np.arange(101)
+        chances = np.array([math.comb(100, k) * rate**k * (1 - rate) ** (100 - k) for k in counts])
+        covered = [(b := wilson_interval(int(k), 100)).low <= rate <= b.high for k in counts]
+        assert 0.93 < chances[covered].sum() < 0.98
+
+
+def plain_error(scores: list[float], clusters: list[int]) -> float:
+    """The cluster-robust standard error of a mean, in the textbook's steps."""
+    mean, names = sum(scores) / len(scores), sorted(set(clusters))
+    total = 0.0
+    for name in names:
+        deviation = sum(s - mean for s, c in zip(scores, clusters, strict=True) if c == name)
+        total += deviation * deviation
+    return math.sqrt(total * len(names) / (len(names) - 1)) / len(scores)
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.lists(st.tuples(st.floats(-1e6, 1e6), st.integers(0, 9)), min_size=1, max_size=60))
+def test_the_error_of_a_mean_takes_a_prompt_as_one_draw(pairs) -> None:
+    scores, clusters = [s for s, _ in pairs], [c for _, c in pairs]
+    found = clustered_mean(scores, clusters)
+    scale = max(1.0, max(map(abs, scores)))
+    assert found.count == len(pairs)
+    assert found.value == pytest.approx(float(np.mean(scores)), abs=1e-9 * scale)
+    if len(set(clusters)) < 2:
+        assert math.isnan(found.error)
+        return
+    assert found.error == pytest.approx(plain_error(scores, clusters), abs=1e-9 * scale)
+    alone = clustered_mean(scores, range(len(scores)))
+    usual = float(np.std(scores, ddof=1)) / math.sqrt(len(scores))
+    assert alone.error == pytest.approx(usual, abs=1e-9 * scale)
+
+
+def test_repeating_every_sample_does_not_narrow_the_interval() -> None:
+    scores = np.random.default_rng(0).normal(size=50).tolist()
+    once = clustered_mean(scores, range(50))
+    again = clustered_mean(scores * 20, [*range(50)] * 20)
+    assert again.error == pytest.approx(once.error, rel=1e-12)
+    assert clustered_mean(scores * 20, range(1000)).error < 0.3 * once.error
+
+
+def test_intervals_of_means_cover_as_often_as_they_say() -> None:
+    """40 prompts of 1 to 8 samples each, which share most of their noise."""
+    rng, covered, changes = np.random.default_rng(1), 0, 0
+    for _ in range(1000):
+        sizes = rng.integers(1, 9, (2, 40))
+        means = []
+        for side in sizes:
+            shared = rng.normal(size=40)
+            scores = [shared[i] + 0.3 * rng.normal() for i in range(40) for _ in range(side[i])]
+            means.append(clustered_mean(scores, np.repeat(range(40), side).tolist()))
+        low, high = means[0].interval()
+        covered += low <= 0 <= high
+        low, high = compare_means(*means).interval
+        changes += low <= 0 <= high
+    # The normal interval of 40 clusters is a little short of 95 %.
+    assert 900 <= covered <= 970
+    assert 910 <= changes <= 975
+
+
+def test_rewards_of_an_evaluation_come_back(tmp_path: Path) -> None:
+    name = "mine/my_rewards.py:colour"
+    mean = clustered_mean([0.25, 0.5, -3.0], [0, 1, 2])
+    lone = clustered_mean([2.0], [0])
+    with RunWriter(tmp_path, tensorboard=False) as writer:
+        row = {"step": 3, "label": "after", "generate/strict": 1, "generate/total": 3}
+        writer.write_eval(
+            row | reward_row("generate", name, mean) | reward_row("understand", "total", lone)
+        )
+    (row,) = read_evals(tmp_path)
+    found = eval_rewards(row)
+    assert found["generate", name] == mean
+    assert (found["understand", "total"].value, found["understand", "total"].count) == (2.0, 1)
+    assert math.isnan(found["understand", "total"].error)
+    assert [score.name for score in eval_scores(row)] == ["generate/strict"]
+
+
+@pytest.mark.parametrize("scores", [[], [1.0]])
+def test_a_mean_of_nothing_is_refused(scores: list[float]) -> None:
+    with pytest.raises(ValueError, match=r"clustered_mean: \d scores of 2 clusters"):
+        clustered_mean(scores, [0, 1])

@@ -1,0 +1,314 @@
+"""A user's own questions, pictures and reward, from the file to the drawing."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import settings as hypothesis_settings
+from hypothesis import strategies as st
+from PIL import Image
+from runs.own_data import write_own_data
+from runs.tiny import OVERRIDES, command, settings, tiny_config
+
+from lvrpo.data.sources import JsonlSource, Source, common_words
+from lvrpo.models.unified.tokenizer import Tokenizer
+from lvrpo.report import charts
+from lvrpo.runs.log import load_gallery, read_evals, read_metrics
+from lvrpo.runs.preflight import check_config
+from lvrpo.runs.scores import eval_rewards
+from lvrpo.runs.setup import load_or_fit_task
+from lvrpo.trainer.config import ConfigError, DataSection
+
+
+@pytest.fixture(scope="module")
+def own(tmp_path_factory) -> Path:
+    """A folder with the data, and the finished run on it."""
+    folder = tmp_path_factory.mktemp("own")
+    overrides = settings([*OVERRIDES, *write_own_data(folder)])
+    result = command("train", folder / "run", *overrides)
+    assert result.exit_code == 0, result.output
+    return folder
+
+
+def test_the_run_learns_from_the_users_reward(own):
+    rows = read_metrics(own / "run")
+    assert [row["phase"] for row in rows] == ["warm_start"] * 3 + ["grpo"] * 3
+    for row in rows[3:]:
+        assert 0 <= row["reward/generate/reward.py:brightness"] <= 1
+        assert row["share/generate/reward.py:brightness"] == pytest.approx(1, abs=1e-4)
+        assert row["grad_norm"] > 0
+    panels = charts._by_task(rows, "reward")
+    assert {task: list(names.values()) for task, names in panels.items()} == {
+        "understand": ["r_ins"],
+        "generate": ["reward.py:brightness"],
+    }
+
+
+def test_drawings_without_a_rule_are_neither_right_nor_wrong(own):
+    for row in read_evals(own / "run"):
+        assert row["understand/total"] == 3
+        assert not any(key.startswith("generate") for key in row)
+    verdicts = {
+        (item.task, item.right) for items in load_gallery(own / "run").values() for item in items
+    }
+    assert ("generate", None) in verdicts
+    assert verdicts <= {("generate", None), ("understand", True), ("understand", False)}
+    page = (own / "run" / "report.html").read_text()
+    assert "draw a dark square number 0 of test" in page
+
+
+def test_drawings_without_a_rule_are_scored_by_the_users_reward_before_and_after(own):
+    name = "reward.py:brightness"
+    before, after = (eval_rewards(row) for row in read_evals(own / "run"))
+    for means in (before, after):
+        assert set(means) == {("understand", "r_ins"), ("generate", name)}
+        assert means["generate", name].count == 3
+        assert 0 <= means["generate", name].value <= 1
+    # The gallery holds the last evaluation's drawings, at 8 bits: one of the three is here.
+    pictures = [item for item in load_gallery(own / "run")["after"] if item.task == "generate"]
+    assert len(pictures) == 1
+    page = (own / "run" / "report.html").read_text()
+    assert "reward.py:brightness" in page
+    assert "Rewards, mean over the held-out samples" in page
+    result = command("eval", own / "run")
+    line = next(line for line in result.stdout.splitlines() if name in line)
+    assert f" {after['generate', name].value:.4g} " in line
+    assert line.endswith("of 3")
+
+
+def test_drawings_alone_have_a_result(tmp_path):
+    """No question, no rule: the user's reward is all that can tell."""
+    overrides = write_own_data(tmp_path)
+    for name in ("train.jsonl", "test.jsonl"):
+        rows = (tmp_path / name).read_text().splitlines(keepends=True)
+        (tmp_path / name).write_text("".join(row for row in rows if "answer" not in row))
+    config = [*OVERRIDES, *overrides, "rollout.understand_prompts=0", "run.gallery_items=6"]
+    result = command("train", tmp_path / "run", *settings(config))
+    assert result.exit_code == 0, result.output
+    assert "digits" not in result.stderr
+    _, after = read_evals(tmp_path / "run")
+    ((key, mean),) = eval_rewards(after).items()
+    assert key[0] == "generate"
+    # By hand: how light the three drawings are, against what their prompts ask for.
+    scores = [
+        1 - abs(("light" in item.prompt) - float(item.image.mean()))
+        for item in load_gallery(tmp_path / "run")["after"]
+    ]
+    assert len(scores) == mean.count == 3
+    assert mean.value == pytest.approx(np.mean(scores), abs=1 / 255)
+    assert mean.error == pytest.approx(np.std(scores, ddof=1) / np.sqrt(3), abs=1 / 255)
+    page = (tmp_path / "run" / "report.html").read_text()
+    assert "cannot say whether the model got better" not in page
+    shown = command("eval", tmp_path / "run").stdout
+    assert shown.startswith("reward/generate/")
+
+
+def test_eval_on_another_file(own, tmp_path):
+    result = command("eval", own / "run", "--data", own / "test.jsonl")
+    assert result.exit_code == 0, result.output
+    assert result.stdout.startswith("understand/correct ")
+    assert "generate/strict" not in result.stdout  # no rule, nothing to count
+    # A file with a rule, relative to its own folder.
+    rule = {"kind": "layout", "rows": 2, "cols": 2, "digits": [3, None, None, None]}
+    row = {"task": "generate", "prompt": "draw 3 at top-left", "rule": rule}
+    (tmp_path / "rules.jsonl").write_text(json.dumps(row))
+    result = command("eval", own / "run", "--data", tmp_path / "rules.jsonl")
+    assert "generate/strict" in result.stdout
+    assert "of 1" in result.stdout
+
+
+def test_sample_draws_in_colour_and_answers(own, tmp_path):
+    result = command("sample", own / "run", "draw a dark square", "-o", tmp_path / "drawn.png")
+    assert result.exit_code == 0, result.output
+    with Image.open(tmp_path / "drawn.png") as picture:
+        assert (picture.mode, picture.size) == ("RGB", (128, 128))
+    result = command(
+        "sample", own / "run", "is it dark or light", "--image", own / "test-q0.png", "-n", 4
+    )
+    assert result.exit_code == 0, result.output
+    assert len(result.stdout.split("\n")) == 5
+
+
+def source_of(folder: Path, *changes: str) -> Source:
+    return check_config(tiny_config(*write_own_data(folder), *changes))
+
+
+def test_every_prompt_comes_once_before_any_comes_again(tmp_path):
+    source = source_of(tmp_path)
+    for count in (1, 6, 7, 12):
+        drawn = [example.uid for example in source.examples("train", "generate", count, 3)]
+        times = [drawn.count(uid) for uid in set(drawn)]
+        assert len(drawn) == count
+        assert max(times) - min(times) <= 1 or count < 6
+        assert max(times) == -(-count // 6)
+    orders = [[e.uid for e in source.examples("train", "generate", 6, seed)] for seed in (1, 1, 2)]
+    assert orders[0] == orders[1] != orders[2]
+
+
+class Numbers:
+    """A file of a thousand million lines."""
+
+    def __getitem__(self, index: int) -> int:
+        return index
+
+
+@hypothesis_settings(max_examples=200, deadline=None)
+@given(lines=st.integers(1, 40), count=st.integers(0, 100), seed=st.integers(0, 5))
+def test_a_prompt_comes_again_only_after_all_others(lines, count, seed):
+    source = object.__new__(JsonlSource)
+    source.files = {"train": Numbers()}
+    drawn = source._draw(range(lines), "generate", count, seed)
+    assert len(drawn) == count
+    assert drawn == source._draw(range(lines), "generate", count, seed)
+    for start in range(0, count, lines):
+        part = drawn[start : start + lines]
+        assert len(set(part)) == len(part)
+
+
+def test_a_draw_costs_what_is_drawn_and_favours_no_line():
+    source = object.__new__(JsonlSource)
+    source.files = {"train": Numbers()}
+    # A permutation of these would take 8 GB.
+    drawn = source._draw(range(10**9), "generate", 64, 0)
+    assert len(set(drawn)) == 64
+    counts = np.zeros((3, 10), int)
+    for seed in range(2000):
+        for place, line in enumerate(source._draw(range(10), "generate", 3, seed)):
+            counts[place, line] += 1
+    # 2000 draws, a tenth each: six standard deviations of a binomial.
+    assert np.abs(counts - 200).max() < 6 * np.sqrt(2000 * 0.1 * 0.9)
+
+
+def test_the_same_wording_in_both_files_is_a_note(tmp_path):
+    overrides = write_own_data(tmp_path)
+    for name in ("train", "test"):
+        path = tmp_path / f"{name}.jsonl"
+        path.write_text(re.sub(r" number \d of \w+", "", path.read_text()))
+    config = tiny_config(*overrides)
+    source = check_config(config)
+    (note,) = source.notes()
+    assert note.startswith("3 of 3 held-out drawing prompts are training prompts word for word")
+    assert "'draw a dark square' for one" in note
+    assert note in load_or_fit_task(config, tmp_path / "run", source).notes()
+    # The same target as well is an overlap.
+    (tmp_path / "test-t0.png").write_bytes((tmp_path / "train-t0.png").read_bytes())
+    with pytest.raises(
+        ConfigError, match="'test:2' of test is also 'train:2' of train: the same w"
+    ):
+        check_config(config)
+
+
+def test_labels_of_a_file_are_taken_as_they_are(tmp_path):
+    groups = source_of(tmp_path).labelled("understand", 6, 1.0, 0, copies=2)
+    shown = {example.prompt for group in groups for example in group}
+    assert shown == {"is it dark or light"}
+    for first, second in groups:
+        assert first is second
+        assert (first.image.mean() > 0.5) == (first.answer == "light")
+
+
+def test_words_of_the_training_file_are_tokens_and_the_rest_is_spelled(tmp_path):
+    source = source_of(tmp_path)
+    tokenizer = Tokenizer(source.words)
+    low, high = source.answer_range(tokenizer)
+    assert all(low <= token < high for token in tokenizer.encode("dark light \u00e9tude"))
+    assert len(tokenizer.encode("dark light")) == 2
+    assert common_words(["b a a", "a-c b!"]) == ["a", "b", "a-c"]
+    assert common_words(["рубашка", "t-shirt рубашка"]) == ["рубашка", "t-shirt"]
+
+
+def test_questions_alone_are_enough(tmp_path):
+    """Without target pictures the latents are fitted on the pictures that are asked about."""
+    overrides = write_own_data(tmp_path)
+    for name in ("train.jsonl", "test.jsonl"):
+        rows = (tmp_path / name).read_text().splitlines(keepends=True)
+        (tmp_path / name).write_text("".join(row for row in rows if "answer" in row))
+    config = tiny_config(*overrides, "rollout.generate_prompts=0")
+    task = load_or_fit_task(config, tmp_path / "run", check_config(config))
+    pictures = np.stack([e.image for e in task.source.examples("train", "understand", 6, 0)])
+    assert task.autoencoder.mean.mean() == pytest.approx(pictures.mean(), abs=0.02)
+    result = command("train", tmp_path / "run2", *settings([*OVERRIDES, *overrides]))
+    assert "set rollout.generate_prompts = 0 to train without it" in result.stderr
+    # A reward of drawings that cannot be used is no obstacle where nothing is drawn.
+    unused = "rewards.generate={ r_sem = 1.0 }"
+    config = settings([*OVERRIDES, *overrides, "rollout.generate_prompts=0", unused])
+    result = command("train", tmp_path / "run2", *config)
+    assert result.exit_code == 0, result.output
+
+
+def test_notes_count_the_latents_of_the_users_pictures_and_answers_that_are_cut(tmp_path):
+    def notes(*changes: str) -> list[str]:
+        config = tiny_config(*write_own_data(tmp_path), *changes)
+        folder = tmp_path / f"run {len(changes)}"
+        return load_or_fit_task(config, folder, check_config(config)).notes()
+
+    (floor,) = notes()
+    (finer,) = notes("model.latent_patch=4")
+    assert floor != finer
+    rows = (tmp_path / "train.jsonl").read_text()
+    assert "max_answer_tokens" not in floor
+    config = tiny_config(*write_own_data(tmp_path))
+    (tmp_path / "train.jsonl").write_text(rows.replace('"dark"', '"a b c d e"'))
+    _, cut = load_or_fit_task(config, tmp_path / "run 3", check_config(config)).notes()
+    assert cut.startswith("WARNING: 3 of 6 training answers, 'a b c d e' for one, are longer than")
+
+
+def test_nothing_to_imitate(tmp_path):
+    overrides = write_own_data(tmp_path)
+    row = {"task": "generate", "prompt": "draw a light square"}
+    (tmp_path / "train.jsonl").write_text(json.dumps(row))
+    with pytest.raises(ConfigError, match=r"warm_start.steps is 3, but .* no answer and no target"):
+        check_config(tiny_config(*overrides, "rollout.understand_prompts=0"))
+
+
+def without_targets(folder: Path, *, questions: bool) -> list[str]:
+    """Own data whose drawing prompts of the training are prompts alone."""
+    overrides = write_own_data(folder)
+    rows = [json.loads(row) for row in (folder / "train.jsonl").read_text().splitlines()]
+    kept = [row for row in rows if questions or row["task"] == "generate"]
+    for row in kept:
+        row.pop("target", None)
+    (folder / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in kept))
+    return overrides
+
+
+def test_prompts_alone_can_be_drawn_beside_questions(tmp_path):
+    overrides = without_targets(tmp_path, questions=True)
+    result = command("train", tmp_path / "run", *settings([*OVERRIDES, *overrides]))
+    assert result.exit_code == 0, result.output
+    assert any("reward/generate/" in key for key in read_metrics(tmp_path / "run")[-1])
+
+
+def test_without_any_picture_the_data_is_named_before_the_run_exists(tmp_path):
+    overrides = without_targets(tmp_path, questions=False)
+    alone = ["rollout.understand_prompts=0", "warm_start.steps=0"]
+    result = command("train", tmp_path / "run", *settings([*OVERRIDES, *overrides, *alone]))
+    assert result.exit_code == 2
+    assert "data.source is " in result.stderr
+    assert "expected a 'target' with some drawing prompts" in result.stderr
+    assert not (tmp_path / "run").exists()
+
+
+def test_pictures_larger_than_the_default_grid(tmp_path):
+    config = tiny_config(
+        *write_own_data(tmp_path), "data.height=96", "data.width=64", "model.latent_patch=4"
+    )
+    task = load_or_fit_task(config, tmp_path / "run", check_config(config))
+    assert task.model_config().max_grid == 24
+    policy = task.policy(task.new_model())
+    assert policy.latent_grid == (24, 16)
+    builder = policy.builder()
+    builder.noise(
+        *policy.latent_grid, parent=policy.add_prompt(builder, task.source.files["train"][0])
+    )
+    builder.build()
+
+
+def test_a_data_section_names_its_source():
+    with pytest.raises(ConfigError, match=r"data.eval_source is empty.*mine\.jsonl"):
+        Source.from_config(DataSection(source="mine.jsonl"))

@@ -1,0 +1,67 @@
+"""The smallest run that goes through every stage, in seconds, and the command that starts it."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from typer.testing import CliRunner
+
+from lvrpo.cli import app
+from lvrpo.runs.commands import open_run
+from lvrpo.runs.setup import load_or_fit_task
+from lvrpo.trainer.config import TrainConfig, load_config
+from lvrpo.trainer.loop import Listener, train
+
+OVERRIDES = [
+    "run.steps=3",
+    "run.checkpoint_every=2",
+    "run.eval_items=8",
+    "run.gallery_items=2",
+    "model.hidden=16",
+    "model.layers=1",
+    "model.heads=2",
+    "model.kv_heads=1",
+    "model.head_dim=8",
+    "model.mlp=16",
+    "warm_start.steps=3",
+    "warm_start.understand_batch=4",
+    "warm_start.generate_batch=4",
+    "rollout.group_size=3",
+    "rollout.understand_prompts=2",
+    "rollout.generate_prompts=2",
+    "rollout.denoise_steps=4",
+    "rollout.stochastic_steps=2",
+    "rewards.generate={ r_ins = 1.0 }",
+]
+
+
+def tiny_config(*overrides: str) -> TrainConfig:
+    return load_config(overrides=[*OVERRIDES, *overrides])
+
+
+def run_tiny(directory: Path, *overrides: str, listener: Listener | None = None) -> bool:
+    with open_run(directory, None, [*OVERRIDES, *overrides]) as run:
+        task = load_or_fit_task(run.config, directory, run.source)
+        train(run.config, task, directory, listener or Listener())
+    return True
+
+
+def settings(overrides: Iterable[str]) -> list[str]:
+    return [argument for override in overrides for argument in ("--set", override)]
+
+
+def command(*arguments: object, tiny: bool = False) -> Any:
+    """`lvrpo ARGUMENTS` in this process, with the tiny configuration if asked for."""
+    extra = settings(OVERRIDES) if tiny else []
+    return CliRunner().invoke(app, [*map(str, arguments), *extra])
+
+
+def heed_signals() -> None:
+    """For `preexec_fn`: whoever started the tests may ignore some, and a child inherits that."""
+    for signum in (signal.SIGINT, signal.SIGHUP, signal.SIGTERM):
+        signal.signal(
+            signum, signal.SIG_DFL if signum != signal.SIGINT else signal.default_int_handler
+        )
