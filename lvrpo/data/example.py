@@ -10,12 +10,12 @@ from typing import Any, Literal, NamedTuple, TypeAlias, get_args
 import numpy as np
 from numpy.typing import NDArray
 
-Task: TypeAlias = Literal["understand", "generate"]
+Skill: TypeAlias = Literal["understand", "generate"]
 Picture: TypeAlias = NDArray[np.float32]  # [C, H, W] in [0, 1]
 #: What one cell of a canvas holds: a digit, or None for an empty cell.
 Cell: TypeAlias = int | None
 
-TASKS: tuple[Task, ...] = get_args(Task)
+SKILLS: tuple[Skill, ...] = get_args(Skill)
 Relation: TypeAlias = Literal["above", "below", "left of", "right of"]
 RELATIONS: tuple[Relation, ...] = get_args(Relation)
 _MIRRORED: dict[Relation, Relation] = {"below": "above", "right of": "left of"}
@@ -214,7 +214,7 @@ class Example:
         extra: columns of the user's own, for rewards of the user's own.
     """
 
-    task: Task
+    task: Skill
     uid: str
     prompt: str
     image: Picture | None = None
@@ -225,8 +225,8 @@ class Example:
     extra: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        if self.task not in TASKS:
-            raise ValueError(f"Example {self.uid!r}: task is {self.task!r}, expected {TASKS}")
+        if self.task not in SKILLS:
+            raise ValueError(f"Example {self.uid!r}: task is {self.task!r}, expected {SKILLS}")
         if self.task == "understand":
             self._require("image", "answer")
             self._refuse("rule", "target")

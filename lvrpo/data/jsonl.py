@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, overload
 import numpy as np
 from numpy.typing import NDArray
 
-from lvrpo.data.example import TASKS, Example, Identity, LayoutRule, Picture, Rule, rule_from_json
+from lvrpo.data.example import SKILLS, Example, Identity, LayoutRule, Picture, Rule, rule_from_json
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -137,8 +137,8 @@ class JsonlExamples(Sequence[Example]):
             if not values.get(name, "some").strip():
                 raise self._error(line, name, f"is {values[name]!r}, expected at least one word")
         task = values["task"]
-        if task not in TASKS:
-            raise self._error(line, "task", f"is {task!r}, expected one of {', '.join(TASKS)}")
+        if task not in SKILLS:
+            raise self._error(line, "task", f"is {task!r}, expected one of {', '.join(SKILLS)}")
         for name in _NEEDED[task]:
             if name not in values:
                 raise self._error(line, name, f"is missing, task {task!r} needs it")

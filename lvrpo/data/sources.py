@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Sequence
 
 from lvrpo import random
-from lvrpo.data.example import TASKS, Example, Task, check_identities_disjoint
+from lvrpo.data.example import SKILLS, Example, Skill, check_identities_disjoint
 from lvrpo.data.jsonl import JsonlExamples
 from lvrpo.digits.phrases import scene_words
 from lvrpo.digits.pictures import Split
@@ -30,12 +30,12 @@ class Source(ABC):
         return JsonlSource(section)
 
     @abstractmethod
-    def examples(self, split: Split, task: Task, count: int, seed: int) -> list[Example]:
+    def examples(self, split: Split, task: Skill, count: int, seed: int) -> list[Example]:
         """`count` prompts of one task; fewer where the evaluation file has fewer."""
 
     @abstractmethod
     def labelled(
-        self, task: Task, count: int, noise: float, seed: int, copies: int = 1
+        self, task: Skill, count: int, noise: float, seed: int, copies: int = 1
     ) -> list[list[Example]]:
         """`count` training prompts to imitate, each as `copies` examples.
 
@@ -64,12 +64,12 @@ class SceneSource(Source):
         self.words = scene_words()
         self.picture_shape = self.config.picture_shape
 
-    def examples(self, split: Split, task: Task, count: int, seed: int) -> list[Example]:
+    def examples(self, split: Split, task: Skill, count: int, seed: int) -> list[Example]:
         """See `Source`."""
         return scene_examples(self.config, split, task, count, seed)
 
     def labelled(
-        self, task: Task, count: int, noise: float, seed: int, copies: int = 1
+        self, task: Skill, count: int, noise: float, seed: int, copies: int = 1
     ) -> list[list[Example]]:
         """See `Source`."""
         rng = random.stream(seed, "label noise", task)
@@ -105,12 +105,12 @@ class JsonlSource(Source):
         )
         rows = self.files["train"].rows
         self.words = common_words([row[text] for row in rows for text in _TEXTS if text in row])
-        self._prompts = {task: _positions(self.files["train"], task) for task in TASKS}
+        self._prompts = {task: _positions(self.files["train"], task) for task in SKILLS}
         self._labelled = {
-            task: [i for i in self._prompts[task] if _LABELS[task] in rows[i]] for task in TASKS
+            task: [i for i in self._prompts[task] if _LABELS[task] in rows[i]] for task in SKILLS
         }
 
-    def examples(self, split: Split, task: Task, count: int, seed: int) -> list[Example]:
+    def examples(self, split: Split, task: Skill, count: int, seed: int) -> list[Example]:
         """See `Source`; within one draw a training prompt comes again only after all others."""
         if split == "test":
             return take(self.files["test"], task, count)
@@ -122,7 +122,7 @@ class JsonlSource(Source):
         return self._draw(self._prompts[task], task, count, seed)
 
     def labelled(
-        self, task: Task, count: int, noise: float, seed: int, copies: int = 1
+        self, task: Skill, count: int, noise: float, seed: int, copies: int = 1
     ) -> list[list[Example]]:
         """See `Source`; the file's labels are taken as they are."""
         if not self._labelled[task]:
@@ -130,7 +130,7 @@ class JsonlSource(Source):
         drawn = self._draw(self._labelled[task], task, count, seed)
         return [[example] * copies for example in drawn]
 
-    def _draw(self, positions: Sequence[int], task: Task, count: int, seed: int) -> list[Example]:
+    def _draw(self, positions: Sequence[int], task: Skill, count: int, seed: int) -> list[Example]:
         if not count:
             return []
         generator = random.stream(seed, "draw", task)
@@ -175,14 +175,14 @@ class JsonlSource(Source):
 
 
 _TEXTS = ("prompt", "answer")
-_LABELS: dict[Task, str] = {"understand": "answer", "generate": "target"}
+_LABELS: dict[Skill, str] = {"understand": "answer", "generate": "target"}
 
 
-def _positions(file: JsonlExamples, task: Task) -> list[int]:
+def _positions(file: JsonlExamples, task: Skill) -> list[int]:
     return [i for i, row in enumerate(file.rows) if row["task"] == task]
 
 
-def take(file: JsonlExamples, task: Task, count: int) -> list[Example]:
+def take(file: JsonlExamples, task: Skill, count: int) -> list[Example]:
     """The first `count` examples of one task."""
     return [file[i] for i in _positions(file, task)[:count]]
 

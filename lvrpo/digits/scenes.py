@@ -14,7 +14,7 @@ from typing import Any, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from lvrpo.data.example import Example, Rule, Task
+from lvrpo.data.example import Example, Rule, Skill
 from lvrpo.digits.pictures import (
     SIDE,
     Split,
@@ -92,7 +92,7 @@ class SceneConfig:
 
 
 def scene_examples(
-    config: SceneConfig, split: Split, task: Task, count: int, seed: int
+    config: SceneConfig, split: Split, task: Skill, count: int, seed: int
 ) -> list[Example]:
     """`count` examples of one task, the same for the same arguments.
 
@@ -196,7 +196,7 @@ def _wrong_answer(example: Example, rng: np.random.Generator) -> str:
 
 
 def _draft(
-    config: SceneConfig, split: Split, task: Task, count: int, rng: np.random.Generator
+    config: SceneConfig, split: Split, task: Skill, count: int, rng: np.random.Generator
 ) -> list[Draft]:
     drafts: list[Draft] = []
     builders = QUESTIONS if task == "understand" else REQUESTS
@@ -220,7 +220,9 @@ def _prompt_split(rule: Rule) -> Split:
     return split_of(rule.key.encode(), _PROMPT_SHARES)
 
 
-def _draws(config: SceneConfig, task: Task, rng: np.random.Generator) -> Iterator[tuple[str, Draw]]:
+def _draws(
+    config: SceneConfig, task: Skill, rng: np.random.Generator
+) -> Iterator[tuple[str, Draw]]:
     names, weights = zip(*getattr(config, task), strict=True)
     amounts = config.question_digits if task == "understand" else config.request_digits
     amounts = amounts[: config.cells]

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from lvrpo.data.example import TASKS
+from lvrpo.data.example import SKILLS
 from lvrpo.models.unified.policy import Policy
 from lvrpo.runs.changes import fingerprint
 from lvrpo.runs.checkpoint import load_newest
@@ -31,7 +31,7 @@ def describe_run(run: OpenRun) -> list[str]:
     lines += [
         f"  {change['key']}: {change['new']} in place of {change['old']}" for change in run.changes
     ]
-    for task in TASKS:
+    for task in SKILLS:
         weights = getattr(config.rewards, task).items()
         rewards = ", ".join(f"{weight:g} {reward_label(name)}" for name, weight in weights)
         prompts = getattr(rollout, f"{task}_prompts")

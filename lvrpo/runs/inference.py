@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from lvrpo.data.example import TASKS, Example
+from lvrpo.data.example import SKILLS, Example
 from lvrpo.data.jsonl import DataError, load_picture
 from lvrpo.intervals import wilson_interval
 from lvrpo.models.unified.policy import Policy
@@ -112,7 +112,7 @@ def evaluate_run(directory: Path, *, items: int, seed: int, data: Path | None) -
         task.use_evaluation_file(data)
         texts = [
             text
-            for name in TASKS
+            for name in SKILLS
             for example in task.evaluation_examples(name, items)
             for text in (example.prompt, example.answer or "")
         ]

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 
 import torch
 
-from lvrpo.data.example import TASKS
+from lvrpo.data.example import SKILLS
 from lvrpo.data.sources import JsonlSource, Source
 from lvrpo.models.unified.latents import LinearAutoencoder
 from lvrpo.models.unified.model import UnifiedConfig, UnifiedModel
@@ -102,7 +102,7 @@ def _check_memory(shape: UnifiedConfig) -> None:
 def _source_with_prompts(config: TrainConfig) -> Source:
     source = Source.from_config(config.data)
     to_imitate = []
-    for task in TASKS:
+    for task in SKILLS:
         prompts = getattr(config.rollout, f"{task}_prompts")
         source.examples("train", task, min(1, prompts), 0)
         batch = getattr(config.warm_start, f"{task}_batch")

@@ -10,8 +10,7 @@ from itertools import chain
 
 import torch
 
-from lvrpo.data.example import Example
-from lvrpo.data.example import Task as TaskName
+from lvrpo.data.example import Example, Skill
 from lvrpo.data.sources import SceneSource, Source
 from lvrpo.digits.encoder import DualEncoder
 from lvrpo.digits.phrases import scene_words
@@ -86,7 +85,7 @@ def _drawings(examples: list[Example], source: Source) -> Samples:
     )
 
 
-def _nothing_to_say(task: TaskName, names: list[str], examples: list[Example]) -> str:
+def _nothing_to_say(task: Skill, names: list[str], examples: list[Example]) -> str:
     first = examples[0]
     needs = "; r_ins and r_kn need drawings with a 'rule'" if task == "generate" else ""
     labels = ", ".join(map(reward_label, names))

@@ -5,8 +5,7 @@ from __future__ import annotations
 import functools
 from itertools import chain
 
-from lvrpo.data.example import TASKS
-from lvrpo.data.example import Task as TaskName
+from lvrpo.data.example import SKILLS, Skill
 from lvrpo.data.sources import SceneSource, Source
 from lvrpo.rewards.combine import load_reward
 from lvrpo.runs.inputs import reward_label
@@ -19,11 +18,11 @@ BUILT_IN = ("r_ins", "r_sem", "r_kn")
 own_reward = functools.cache(load_reward)
 
 
-def used_rewards(config: TrainConfig) -> dict[TaskName, dict[str, float]]:
+def used_rewards(config: TrainConfig) -> dict[Skill, dict[str, float]]:
     """Rewards with their weights, of the tasks that have prompts in a step."""
     return {
         task: getattr(config.rewards, task)
-        for task in TASKS
+        for task in SKILLS
         if getattr(config.rollout, f"{task}_prompts")
     }
 

@@ -14,8 +14,7 @@ import torch
 from torch import Tensor
 
 from lvrpo import random
-from lvrpo.data.example import Example
-from lvrpo.data.example import Task as TaskName
+from lvrpo.data.example import Example, Skill
 from lvrpo.data.jsonl import JsonlExamples
 from lvrpo.data.sources import JsonlSource, SceneSource, Source, take
 from lvrpo.digits.checks import RuleChecks, RuleReward, check_samples
@@ -63,7 +62,7 @@ class Task:
         self.autoencoder, self.encoder = autoencoder, encoder
         self.fingerprint = fingerprint
         self._evaluation_file: JsonlExamples | None = None
-        self._rewards: dict[TaskName, list[Reward]] | None = None
+        self._rewards: dict[Skill, list[Reward]] | None = None
 
     @property
     def source(self) -> Source:
@@ -111,7 +110,7 @@ class Task:
             backend=self.config.run.backend or None,
         )
 
-    def training_examples(self, task: TaskName, count: int, step: int) -> list[Example]:
+    def training_examples(self, task: Skill, count: int, step: int) -> list[Example]:
         """Prompts of one policy step."""
         return self.source.examples("train", task, count, self._seed("policy", step))
 
@@ -133,7 +132,7 @@ class Task:
         )
         return [group[0] for group in questions], drawings
 
-    def evaluation_examples(self, task: TaskName, count: int) -> list[Example]:
+    def evaluation_examples(self, task: Skill, count: int) -> list[Example]:
         """Held-out prompts: the same for every seed, before and after."""
         if self._evaluation_file is not None:
             return take(self._evaluation_file, task, count)
@@ -142,7 +141,7 @@ class Task:
     def _seed(self, *ids: int | str) -> int:
         return int(random.stream(self.config.run.seed, *ids).integers(1 << 62))
 
-    def rewards(self, reference: Policy) -> Mapping[TaskName, list[Reward]]:
+    def rewards(self, reference: Policy) -> Mapping[Skill, list[Reward]]:
         """The rewards of each sampled task, in the order of the configuration's weights."""
         if self._rewards is None:
             self._rewards = {

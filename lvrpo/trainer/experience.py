@@ -10,8 +10,7 @@ import torch
 from torch import Tensor
 
 from lvrpo import random
-from lvrpo.data.example import Example
-from lvrpo.data.example import Task as TaskName
+from lvrpo.data.example import Example, Skill
 from lvrpo.models.flow import FlowSchedule
 from lvrpo.models.unified.policy import Policy
 from lvrpo.ops.normalize_advantages import normalize_advantages
@@ -68,21 +67,21 @@ def gather_experience(
         )
     metrics["time/rollout"] = clock.lap()
 
-    samples: dict[TaskName, Samples] = {}
+    samples: dict[Skill, Samples] = {}
     if answers is not None:
         examples = _repeat(answers.examples, rollout.group_size)
         samples["understand"] = Samples.of_texts(examples, answers.texts, answers.finish_reasons)
     if pictures is not None:
         examples = _repeat(pictures.examples, rollout.group_size)
         samples["generate"] = Samples.of_images(examples, pictures.images)
-    tables: dict[TaskName, Tensor] = {}
+    tables: dict[Skill, Tensor] = {}
     for modality, sampled in samples.items():
         rewards = task.rewards(reference)[modality]
         tables[modality], reported = score_samples(rewards, sampled, modality, config.rewards)
         _merge(metrics, reported | task.measure(sampled))
     metrics["time/rewards"] = clock.lap()
 
-    advantages: dict[TaskName, Tensor] = {}
+    advantages: dict[Skill, Tensor] = {}
     for modality, table in tables.items():
         if config.run.shuffle_rewards:
             table = shuffle_within_groups(table, rollout.group_size, seed, step, modality)
@@ -100,7 +99,7 @@ def gather_experience(
 
 
 def score_samples(
-    rewards: Sequence[Reward], samples: Samples, modality: TaskName, section: RewardSection
+    rewards: Sequence[Reward], samples: Samples, modality: Skill, section: RewardSection
 ) -> tuple[Tensor, dict[str, Any]]:
     """The table of scores of one task, as `[rewards]` of the configuration says.
 
@@ -155,7 +154,7 @@ def _merge(metrics: dict[str, Any], found: dict[str, Any]) -> None:
 
 
 def _advantages(
-    rewards: Tensor, modality: TaskName, config: TrainConfig
+    rewards: Tensor, modality: Skill, config: TrainConfig
 ) -> tuple[Tensor, dict[str, Any]]:
     weights = getattr(config.rewards, modality)
     result = normalize_advantages(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lvrpo.data.example import Example, Task
+from lvrpo.data.example import Example, Skill
 from lvrpo.digits.phrases import scene_words
 from lvrpo.digits.scenes import SceneConfig, scene_examples
 from lvrpo.models.flow import FlowSchedule
@@ -43,7 +43,7 @@ def small_policy(
     return Policy(model, tokenizer, autoencoder, (2, 2), tokenizer.word_token_range, backend)
 
 
-def prompts(task: Task, count: int, seed: int = 0) -> list[Example]:
+def prompts(task: Skill, count: int, seed: int = 0) -> list[Example]:
     return scene_examples(SceneConfig(), "train", task, count, seed)
 
 
