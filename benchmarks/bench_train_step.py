@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 import lvrpo
-from lvrpo.backends import library
+from lvrpo import backends
 from lvrpo.models.unified.policy import Policy
 from lvrpo.runs.setup import Task, load_or_fit_task
 from lvrpo.testing import check_against_plain
@@ -29,7 +29,11 @@ from lvrpo.trainer.state import TrainState
 from lvrpo.trainer.update import Experience, Objective, policy_gradient
 
 SIZES = {"small": (4, 4, 3), "full": (32, 32, 7)}  # questions, drawings, rounds
-BACKENDS = ("torch", "cpp")
+#: Those that run on the host; the references first, which the others are held to.
+BACKENDS = sorted(
+    (x for x in backends.ALL if x.device in ("", "cpu") and not x.why_unavailable()),
+    key=lambda backend: backend.device,
+)
 
 
 class Step:
@@ -103,8 +107,7 @@ def steps(request: pytest.FixtureRequest, tmp_path_factory: Any) -> dict[str, St
         ]
     )
     task = load_or_fit_task(config, Path(tmp_path_factory.mktemp("task")))
-    backends = [name for name in BACKENDS if name != "cpp" or not library.MISSING]
-    steps = {name: Step(config, task, name) for name in backends}
+    steps = {backend.name: Step(config, task, backend.name) for backend in BACKENDS}
     found, _ = steps["torch"].experience()
     gold = steps["torch"].results(found, double=True)
     plain = steps["torch"].results(found)
@@ -134,7 +137,7 @@ def bench_train_step(race: Any, publish: Any, steps: dict[str, Step], rounds: in
             shape=shape,
             dtype="float32",
             provider=name,
-            provider_version=lvrpo.__version__ if name == "cpp" else torch.__version__,
+            provider_version=torch.__version__ if name == "torch" else lvrpo.__version__,
             correct=True,
             precision="float32",
             rounds=found.rounds,

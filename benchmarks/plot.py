@@ -13,6 +13,11 @@ from typing import Any
 
 from harness.results import grouped, published, reasons, tflop_per_s, title
 
+from lvrpo import backends
+
+#: Backends with kernels; the references are what they are compared with.
+OURS = {backend.name for backend in backends.ALL if backend.device}
+
 
 def markdown(content: Mapping[str, Any]) -> str:
     """One table; the device and the versions under it."""
@@ -59,7 +64,7 @@ def figure(content: Mapping[str, Any], path: Path) -> None:
     )
     for (name, rows), axis in zip(groups.items(), axes[:, 0], strict=True):
         names = [row["provider"] for row in rows]
-        ours = [name in ("cpp", "triton", "cuda") for name in names]
+        ours = [name in OURS for name in names]
         low = [max((published(row) or 0) - row["quartile_low_ms"], 0) for row in rows]
         high = [max(row["quartile_high_ms"] - (published(row) or 0), 0) for row in rows]
         axis.barh(

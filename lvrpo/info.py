@@ -22,7 +22,6 @@ import lvrpo
 import lvrpo.ops
 from lvrpo import backends
 from lvrpo.backends import library
-from lvrpo.backends.flash import varlen
 
 
 def environment() -> dict[str, Any]:
@@ -81,12 +80,8 @@ def op_names() -> list[str]:
 
 
 def backends_of(op: str) -> list[str]:
-    """The backends that `op` has in this build; "torch" is the reference and always there."""
-    kernels = [name for name in backends.BACKENDS if name != "torch"]
-    found = [name for name in kernels if library.implements(name, op)]
-    if library.MISSING:
-        found.remove("cpp")
-    return [*found, "torch"]
+    """The backends that `op` has in this build, in order of preference."""
+    return [backend.name for backend in backends.ALL if backend.implements(op)]
 
 
 def optional_packages() -> dict[str, dict[str, str | None]]:
@@ -174,14 +169,9 @@ def describe() -> str:
         ]
 
     lines += ["", "Backends, in order of preference:"]
-    for backend in backends.BACKENDS:
-        available = "available"
-        if backend == "flash":
-            found = varlen.installed()
-            available += ": " + ", ".join(f"{x.name} ({version})" for x, version in found.items())
-        if backend == "triton" and backends.triton_interprets():
-            available += f" in the interpreter, but for bf16: {backends.NO_BF16}"
-        lines.append(f"  {backend:8} {backends.why_unavailable(backend) or available}")
+    for backend in backends.ALL:
+        available = backend.why_unavailable() or f"available{backend.about()}"
+        lines.append(f"  {backend.name:8} {available}")
 
     width = max(len(op) for op in op_names())
     lines += ["", "Ops:"]

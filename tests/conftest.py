@@ -7,14 +7,10 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from runnable import RUNNABLE
 
 from lvrpo import backends, info
 from lvrpo.testing import interpreter_with_bf16
-
-
-def runnable() -> list[str]:
-    """Triton's is there when its kernels can run: on a GPU, or with TRITON_INTERPRET=1."""
-    return ["cpp", "torch"] + ["triton"] * (not backends.why_unavailable("triton"))
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -30,17 +26,16 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             cases[name] += 1
 
 
-@pytest.fixture(params=runnable())
+@pytest.fixture(params=RUNNABLE)
 def backend(request: pytest.FixtureRequest) -> Iterator[str]:
-    """Name of a backend; on a GPU, the tensors that a test of Triton makes are on it."""
+    """Name of a backend; where it needs a GPU, the tensors that the test makes are on it."""
     name, stem = str(request.param), request.path.stem.removeprefix("test_")
     ops = [op for op in info.op_names() if stem.startswith(op)]
-    reasons = [backends.why_unavailable(name)] if name != "torch" else []
-    if ops:
-        reasons += backends.why_not(name, max(ops, key=len), [])
-    if any(reasons):
-        pytest.skip(f"backend {name}: {'; '.join(filter(None, reasons))}")
-    if name == "triton" and not backends.triton_interprets():
+    found = backends.named(name)
+    reasons = found.why_not(max(ops, key=len)) if ops else []
+    if reasons:
+        pytest.skip(f"backend {name}: {'; '.join(reasons)}")
+    if found.device == "cuda":
         with torch.device("cuda"):
             yield name
     else:
@@ -49,7 +44,7 @@ def backend(request: pytest.FixtureRequest) -> Iterator[str]:
 
 @pytest.fixture(autouse=True, scope="session")
 def _interpreter_with_bf16() -> Iterator[None]:
-    if backends.why_unavailable("triton") or not backends.triton_interprets():
+    if "triton" not in RUNNABLE or not backends.triton_interprets():
         yield
         return
     with interpreter_with_bf16():

@@ -15,7 +15,7 @@ def test_command_prints_the_report():
     )
     assert f"lvrpo      {lvrpo.__version__}" in result.stdout
     assert result.stderr == ""
-    for name in [*backends.BACKENDS, *info.op_names()]:
+    for name in [*(x.name for x in backends.ALL), *info.op_names()]:
         assert f"\n  {name} " in result.stdout
 
 

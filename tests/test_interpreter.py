@@ -8,9 +8,9 @@ import sys
 
 import pytest
 
-from lvrpo import backends
+from lvrpo.backends.triton import INSTALLED
 
-pytestmark = pytest.mark.skipif(not backends.TRITON_INSTALLED, reason="triton is not installed")
+pytestmark = pytest.mark.skipif(not INSTALLED, reason="triton is not installed")
 
 SCRIPT = """
 import torch

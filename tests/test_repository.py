@@ -30,7 +30,7 @@ LAYERS = (
 )
 #: Ops that run the kernels of others and have none of their own, so that a backend or a loss that
 #: is added there is theirs at once. What they add, GEMMs in chunks, is torch's on every device.
-COMPOSED = set(library.COMPOSED)
+COMPOSED = set(library.COMPOSITES)
 KERNEL_LAYERS = {"csrc/cpu/{}.cpp"}
 #: Among them those with a Triton kernel, which runs the device functions of the others on one row.
 FUSED = {"logits_grpo_loss"}

@@ -94,9 +94,9 @@ class Case:
         """
         tensors = [value for value in self.inputs.values() if isinstance(value, Tensor)]
         found = {"torch": ""}
-        for backend in backends.BACKENDS:
-            if backend != "torch" and (backend != "cpp" or DEVICE == "cpu"):
-                found[backend] = "; ".join(backends.why_not(backend, self.op, tensors))
+        for backend in backends.ALL:
+            if backend.name not in found and (backend.device != "cpu" or DEVICE == "cpu"):
+                found[backend.name] = "; ".join(backend.why_not(self.op, tensors))
         if size != "small" and self.compile_plain:
             found["torch.compile"] = ""
         for name, peer in self.peers.items():

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from lvrpo import backends
 from lvrpo.backends import library
 from lvrpo.ops._loss_inputs import LossInputs
 from lvrpo.ops._numbers import numbers
@@ -140,7 +141,7 @@ def _fwd_fake(
     )
 
 
-@library.compose("linear_grpo_loss_fwd", _fwd_fake)
+@library.composite("linear_grpo_loss_fwd", _fwd_fake, of=["gather_logprobs", "grpo_loss"])
 def _fwd(
     hidden: Tensor,
     weight: Tensor,
@@ -176,7 +177,7 @@ def _fwd(
         tokens, len(hidden), most, gradient=any(needs), whole_sequences=whole_sequences
     )
     head = LinearHead(hidden, weight, bias, (low, high), plan.chunks(), needs)
-    softmax = Softmax(head_numbers, backend)
+    softmax = Softmax(head_numbers, backends.named(backend))
     rows = HeadRows(head, softmax, token_ids, row_index, vocab_range, plan.order)
     results = _fused_loss.run(rows, plan, loss_call, entropy_bonus)
     dhidden, dweight, dbias = head.finish()

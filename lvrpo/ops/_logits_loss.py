@@ -5,7 +5,6 @@ R rows, V vocabulary, T tokens, B sequences.
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from lvrpo import backends
 from lvrpo.backends import library
 from lvrpo.ops._loss_inputs import LossInputs
 from lvrpo.ops._numbers import numbers
@@ -147,7 +147,9 @@ def _fwd_fake(
     )
 
 
-@library.compose("logits_grpo_loss_fwd", _fwd_fake, mutates=["dlogits"])
+@library.composite(
+    "logits_grpo_loss_fwd", _fwd_fake, of=["gather_logprobs", "grpo_loss"], mutates=["dlogits"]
+)
 def _fwd(
     dlogits: Tensor,  # [R, V], may be the logits; or [0, 0], for no gradient
     logits: Tensor,
@@ -170,17 +172,18 @@ def _fwd(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     data = old_logprobs, advantages, cu_seqlens, ref_logprobs, mask, policy_weights
     gradient = dlogits.numel() > 0
-    if backend == "triton" and gradient and row_index is None and not per_sequence:
-        kernels = importlib.import_module("lvrpo.kernels.logits_grpo_loss")
+    runs_on = backends.named(backend)
+    fused = runs_on.fused("logits_grpo_loss")
+    if fused is not None and gradient and row_index is None and not per_sequence:
         results: tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
-        results = kernels.logits_grpo_loss_fwd(
+        results = fused(
             *(dlogits, logits, token_ids, vocab_range, *data),
             *(head_numbers, loss_numbers, has_softcap, *choices),
         )
         return results
     loss_call = LossCall(*data, loss_numbers, choices)
     head = GivenLogits(logits.detach(), dlogits)
-    rows = HeadRows(head, Softmax(head_numbers, backend), token_ids, row_index, vocab_range)
+    rows = HeadRows(head, Softmax(head_numbers, runs_on), token_ids, row_index, vocab_range)
     seen = any_of(mask, row_index, len(logits))
     shortest = max(1, SKIPPED_BYTES // max(1, logits.shape[1] * logits.itemsize))
     # On a GPU nothing is read that is there.

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from lvrpo import backends, checks
-from lvrpo.backends import library
+from lvrpo.backends import Backend, library
 from lvrpo.dtypes import widen
 from lvrpo.ops._flow_inputs import FlowInputs, as_denominator, per_sample
 from lvrpo.ops._numbers import numbers
@@ -107,11 +107,12 @@ def flow_policy_loss(
     inputs.check(OP, divides_by_dt=params.variant == "guard")
     tensors = *inputs.latents().values(), *inputs.samples().values(), coeffs.std
     chosen = backends.resolve(OP, tensors, backend)
-    if chosen == "torch":
-        loss, named = reference_flow_policy_loss(**inputs.arguments(), params=params)
+    functional = chosen.functional(OP, reference_flow_policy_loss)
+    if functional is not None:
+        loss, named = functional(**inputs.arguments(), params=params)
         metrics = FlowLossMetrics.of(named)
     else:
-        loss, sums, extremes = _apply(inputs, params)
+        loss, sums, extremes = _apply(inputs, params, chosen)
         metrics = FlowLossMetrics(sums, extremes)
     # Saturation makes a finite loss of an infinite velocity, but not a finite distance.
     if checks.check_values(loss) and not bool(torch.isfinite(metrics.sums.sum() + loss.detach())):
@@ -119,7 +120,9 @@ def flow_policy_loss(
     return FlowPolicyLoss(loss, metrics)
 
 
-def _apply(inputs: FlowInputs, params: FlowLossParams) -> tuple[Tensor, Tensor, Tensor]:
+def _apply(
+    inputs: FlowInputs, params: FlowLossParams, backend: Backend
+) -> tuple[Tensor, Tensor, Tensor]:
     dtype = widen(inputs.velocity).dtype
 
     def data(x: Tensor | None) -> Tensor | None:
@@ -140,6 +143,7 @@ def _apply(inputs: FlowInputs, params: FlowLossParams) -> tuple[Tensor, Tensor, 
         VARIANTS.index(params.variant),
         KL_FORMS.index(params.kl),
         params.beta > 0,
+        backend,
     )
 
 
@@ -162,8 +166,9 @@ class _FlowPolicyLoss(torch.autograd.Function):
         variant: int,
         kl: int,
         pulls: bool,
+        backend: Backend,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        loss, sums, extremes, directions = torch.ops.lvrpo.flow_policy_loss_fwd(
+        loss, sums, extremes, directions = backend.op("flow_policy_loss_fwd")(
             velocity,
             velocity_old,
             noise,
@@ -180,6 +185,7 @@ class _FlowPolicyLoss(torch.autograd.Function):
             kl,
         )
         reference = velocity_ref if pulls else None
+        ctx.backend = backend
         ctx.save_for_backward(velocity, velocity_old, noise, reference, directions)
         ctx.mark_non_differentiable(sums, extremes)
         return loss, sums, extremes
@@ -188,14 +194,29 @@ class _FlowPolicyLoss(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, dloss: Tensor, *_: Tensor) -> tuple[Any, ...]:
         velocity, velocity_old, noise, velocity_ref, directions = ctx.saved_tensors
-        dvelocity = torch.ops.lvrpo.flow_policy_loss_bwd(
+        dvelocity = ctx.backend.op("flow_policy_loss_bwd")(
             dloss, velocity, velocity_old, noise, velocity_ref, directions
         )
-        return dvelocity, *[None] * 14
+        return dvelocity, *[None] * 15
 
 
-@library.register("flow_policy_loss_fwd")
-def _fwd_fake(velocity: Tensor, velocity_old: Tensor, *_: Any) -> tuple[Tensor, ...]:
+@library.register("flow_policy_loss_fwd", kernels=OP)
+def _fwd_fake(
+    velocity: Tensor,
+    velocity_old: Tensor,
+    noise: Tensor,
+    velocity_ref: Tensor | None,
+    c_v: Tensor,
+    std: Tensor,
+    dt: Tensor,
+    advantages: Tensor,
+    mask: Tensor | None,
+    policy_weights: Tensor | None,
+    denominator: Tensor | None,
+    numbers: Tensor,
+    variant: int,
+    kl: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return (
         velocity_old.new_empty(()),
         velocity_old.new_empty(len(FlowLossMetrics.SUMS), dtype=torch.float64),
@@ -204,8 +225,15 @@ def _fwd_fake(velocity: Tensor, velocity_old: Tensor, *_: Any) -> tuple[Tensor, 
     )
 
 
-@library.register("flow_policy_loss_bwd")
-def _bwd_fake(dloss: Tensor, velocity: Tensor, *_: Any) -> Tensor:
+@library.register("flow_policy_loss_bwd", kernels=OP)
+def _bwd_fake(
+    dloss: Tensor,
+    velocity: Tensor,
+    velocity_old: Tensor,
+    noise: Tensor,
+    velocity_ref: Tensor | None,
+    directions: Tensor,
+) -> Tensor:
     return velocity.new_empty(velocity.shape)
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from lvrpo import backends, checks
-from lvrpo.backends import library
+from lvrpo.backends import Backend, library
 from lvrpo.dtypes import widen
 from lvrpo.params.flow import StepCoefficients
 from lvrpo.reference.flow_step import flow_step as reference_flow_step
@@ -58,15 +58,18 @@ def flow_step(
     """
     _check(velocity, x_t, coeffs, noise)
     chosen = backends.resolve(OP, (velocity, x_t, noise, coeffs.std), backend)
-    if chosen == "torch":
+    functional = chosen.functional(OP, reference_flow_step)
+    if functional is not None:
         kept = StepCoefficients(*map(checks.as_saved, coeffs._tensors()))
-        return reference_flow_step(velocity, x_t, kept, checks.as_saved(noise))
+        stepped: tuple[Tensor, Tensor] = functional(velocity, x_t, kept, checks.as_saved(noise))
+        return stepped
     dtype = widen(velocity).dtype
     data = (noise, coeffs.c_x, coeffs.c_v, coeffs.std)
     return _FlowStep.apply(  # type: ignore[no-untyped-call,no-any-return]
         velocity,
         x_t.to(dtype),
         *(None if x is None else checks.as_saved(x.detach().to(dtype)) for x in data),
+        chosen,
     )
 
 
@@ -80,26 +83,33 @@ class _FlowStep(torch.autograd.Function):
         c_x: Tensor,
         c_v: Tensor,
         std: Tensor,
+        backend: Backend,
     ) -> tuple[Tensor, Tensor]:
-        x_next, logprob = torch.ops.lvrpo.flow_step_fwd(velocity, x_t, noise, c_x, c_v, std)
-        ctx.save_for_backward(noise, c_x, c_v, std)
-        ctx.velocity_dtype = velocity.dtype
+        data = noise, c_x, c_v, std
+        x_next, logprob = backend.op("flow_step_fwd")(velocity, x_t, *data)
+        ctx.save_for_backward(*data)
+        ctx.velocity_dtype, ctx.backend = velocity.dtype, backend
         return x_next, logprob
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dx_next: Tensor, dlogprob: Tensor) -> tuple[Any, ...]:
-        dvelocity, dx_t = torch.ops.lvrpo.flow_step_bwd(dx_next, dlogprob, *ctx.saved_tensors)
-        return dvelocity.to(ctx.velocity_dtype), dx_t, None, None, None, None
+        run = ctx.backend.op("flow_step_bwd")
+        dvelocity, dx_t = run(dx_next, dlogprob, *ctx.saved_tensors)
+        return dvelocity.to(ctx.velocity_dtype), dx_t, None, None, None, None, None
 
 
-@library.register("flow_step_fwd")
-def _fwd_fake(velocity: Tensor, x_t: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+@library.register("flow_step_fwd", kernels=OP)
+def _fwd_fake(
+    velocity: Tensor, x_t: Tensor, noise: Tensor | None, c_x: Tensor, c_v: Tensor, std: Tensor
+) -> tuple[Tensor, Tensor]:
     return x_t.new_empty(x_t.shape), x_t.new_empty(x_t.shape[0])
 
 
-@library.register("flow_step_bwd")
-def _bwd_fake(dx_next: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+@library.register("flow_step_bwd", kernels=OP)
+def _bwd_fake(
+    dx_next: Tensor, dlogprob: Tensor, noise: Tensor | None, c_x: Tensor, c_v: Tensor, std: Tensor
+) -> tuple[Tensor, Tensor]:
     return dx_next.new_empty(dx_next.shape), dx_next.new_empty(dx_next.shape)
 
 

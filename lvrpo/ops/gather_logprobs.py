@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from lvrpo import backends, checks
-from lvrpo.backends import library
+from lvrpo.backends import Backend, library
 from lvrpo.dtypes import widen
 from lvrpo.ops._numbers import numbers
 from lvrpo.ops.head import targets as _targets
@@ -139,11 +139,12 @@ def gather_logprobs(
     indices = targets.token_ids, targets.row_index, targets.ranges
     chosen = backends.resolve(OP, (logits, *indices), backend)
     of_rows: list[Tensor]
-    if chosen == "torch":
+    functional = chosen.functional(OP, reference_gather_logprobs)
+    if functional is not None:
         if checks.check_values(logits):
             finite = (_largest(logits, targets.ranges, softcap) / temperature).isfinite()
             _refuse_rows(targets.unusable(finite), logits, targets.ranges, softcap)
-        results = reference_gather_logprobs(
+        results = functional(
             *(logits, *indices[:2]),
             temperature=temperature,
             softcap=softcap,
@@ -182,10 +183,10 @@ class _GatherLogprobs(torch.autograd.Function):
         with_entropy: bool,
         with_sum_squares: bool,
         inplace_backward: bool,
-        backend: str,
+        backend: Backend,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         inputs = logits, token_ids, row_index, vocab_range, numbers
-        logprobs, lse, entropy, sum_squares = library.op("gather_logprobs_fwd", backend)(
+        logprobs, lse, entropy, sum_squares = backend.op("gather_logprobs_fwd")(
             *inputs, with_entropy, with_sum_squares
         )
         ctx.save_for_backward(*inputs, lse, entropy)
@@ -201,7 +202,7 @@ class _GatherLogprobs(torch.autograd.Function):
         # Raises if the logits were changed since the forward.
         logits, token_ids, row_index, vocab_range, numbers, lse, entropy = ctx.saved_tensors
         dlogits = logits.detach() if ctx.inplace else logits.new_empty(logits.shape)
-        library.op("gather_logprobs_bwd", ctx.backend)(
+        ctx.backend.op("gather_logprobs_bwd")(
             dlogits,
             dlogprobs,
             dentropy if ctx.with_entropy else None,
@@ -218,7 +219,7 @@ class _GatherLogprobs(torch.autograd.Function):
         return dlogits, *[None] * 8
 
 
-@library.register("gather_logprobs_fwd", triton=OP)
+@library.register("gather_logprobs_fwd", kernels=OP)
 def _fwd_fake(
     logits: Tensor,
     token_ids: Tensor,
@@ -238,7 +239,7 @@ def _fwd_fake(
     )
 
 
-@library.register("gather_logprobs_bwd", triton=OP, mutates=["dlogits"])
+@library.register("gather_logprobs_bwd", kernels=OP, mutates=["dlogits"])
 def _bwd_fake(
     dlogits: Tensor,
     dlogprobs: Tensor,

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from lvrpo import backends, checks
-from lvrpo.backends import library
+from lvrpo.backends import Backend, library
 from lvrpo.dtypes import widen
 from lvrpo.ops._loss_inputs import Level, Numbers, loss_inputs
 from lvrpo.ops._numbers import numbers
@@ -119,10 +119,11 @@ def grpo_loss(
         raise ValueError(f"{OP}: entropy is None, but entropy_coef is {params.entropy_coef}")
     logp = logp.reshape(-1)
     chosen = backends.resolve(OP, (logprobs, *data.tensors()), backend)
-    if chosen == "torch":
-        result = reference_grpo_loss(logp, entropy=data.entropy, **data.for_reference())
+    functional = chosen.functional(OP, reference_grpo_loss)
+    if functional is not None:
+        loss, statistics = functional(logp, entropy=data.entropy, **data.for_reference())
     else:
-        result = _GrpoLoss.apply(  # type: ignore[no-untyped-call]
+        loss, statistics = _GrpoLoss.apply(  # type: ignore[no-untyped-call]
             logp,
             data.entropy,
             data.old_logprobs,
@@ -135,18 +136,18 @@ def grpo_loss(
             (data.per_token, *choices_of(params)),
             chosen,
         )
-    return PolicyLoss(*data.finish(*result, logp))
+    return PolicyLoss(*data.finish(loss, statistics, logp))
 
 
-def loss_op(backend: str) -> Callable[..., tuple[Tensor, Tensor, Tensor, Tensor]]:
-    """`grpo_loss_fwd` of "cpp" or "triton", for ops that form this loss inside.
+def loss_op(backend: Backend) -> Callable[..., tuple[Tensor, Tensor, Tensor, Tensor]]:
+    """`grpo_loss_fwd` of a backend with kernels, for ops that form this loss inside.
 
     Called with (logprobs, old_logprobs, advantages, cu_seqlens, ref_logprobs, entropy, mask,
     policy_weights, numbers_of(params, denominator), per_token, *choices_of(params)), all floating
     tensors in the dtype of `logprobs`. Returns loss, statistics, and the derivatives of the loss by
     `logprobs` and `entropy`; nothing is checked and nothing is differentiable.
     """
-    return library.op("grpo_loss_fwd", backend)
+    return backend.op("grpo_loss_fwd")
 
 
 def choices_of(params: LossParams) -> tuple[int, ...]:
@@ -214,7 +215,7 @@ class _GrpoLoss(torch.autograd.Function):
         policy_weights: Tensor | None,
         numbers: Tensor,
         choices: tuple[int, ...],
-        backend: str,
+        backend: Backend,
     ) -> tuple[Tensor, Tensor]:
         loss, statistics, dlogprobs, dentropy = loss_op(backend)(
             logprobs,
@@ -240,7 +241,7 @@ class _GrpoLoss(torch.autograd.Function):
         return dloss * dlogprobs, to_entropy, *[None] * 9
 
 
-@library.register("grpo_loss_fwd", triton=OP)
+@library.register("grpo_loss_fwd", kernels=OP)
 def _fwd_fake(
     logprobs: Tensor,
     old_logprobs: Tensor | None,

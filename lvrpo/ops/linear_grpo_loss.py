@@ -125,9 +125,10 @@ def linear_grpo_loss(
     ).of_targets(targets, strange)
     indices = targets.token_ids, targets.row_index, targets.ranges
     chosen = backends.resolve(OP, (*factors, *indices, *data.tensors()), backend)
-    if chosen == "torch":
+    functional = chosen.functional(OP, reference_linear_grpo_loss)
+    if functional is not None:
         with checks.without_autocast(hidden):
-            result = reference_linear_grpo_loss(
+            result = functional(
                 hidden,
                 weight,
                 targets.token_ids,
@@ -148,6 +149,6 @@ def linear_grpo_loss(
             temperature=temperature,
             softcap=softcap,
             most=most,
-            backend=chosen,
+            backend=chosen.name,
         )
     return data.finish_fused(*result)

@@ -153,9 +153,10 @@ def linear_logprobs(
     indices = targets.token_ids, targets.row_index, targets.ranges
     chosen = backends.resolve(OP, (hidden, weight, bias, *indices), backend)
     of_rows: list[Tensor]
-    if chosen == "torch":
+    functional = chosen.functional(OP, reference_linear_logprobs)
+    if functional is not None:
         with checks.without_autocast(hidden):
-            logprobs, entropy, *others = reference_linear_logprobs(
+            logprobs, entropy, *others = functional(
                 *(hidden, weight, *indices[:2]),
                 bias=bias,
                 temperature=temperature,
@@ -175,7 +176,7 @@ def linear_logprobs(
             targets.ranges if pair is None else None,
             numbers(temperature, softcap or 0.0, OUTSIDE),
             (return_entropy, return_sum_squares),
-            (vocab.low, vocab.high, most, chosen),
+            (vocab.low, vocab.high, most, chosen.name),
         )
         of_rows = [*[entropy] * return_entropy, *[sum_squares] * return_sum_squares]
         of_rows = targets.settle(lse, of_rows, lambda bad: _inputs.refuse_rows(OP, lse, used=bad))
@@ -245,7 +246,7 @@ def _fwd_fake(
     )
 
 
-@library.compose("linear_logprobs_fwd", _fwd_fake)
+@library.composite("linear_logprobs_fwd", _fwd_fake, of=["gather_logprobs"])
 def _fwd(
     hidden: Tensor,
     weight: Tensor,
@@ -263,7 +264,9 @@ def _fwd(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     chunks = split(0, len(hidden), most)
     head = LinearHead(hidden, weight, bias, (low, high), chunks)
-    rows = HeadRows(head, Softmax(numbers, backend), token_ids, row_index, vocab_range)
+    rows = HeadRows(
+        head, Softmax(numbers, backends.named(backend)), token_ids, row_index, vocab_range
+    )
     for chunk in chunks:
         rows.forward(chunk, with_entropy, with_sum_squares)
     entropy = rows.entropy if with_entropy else head.like
@@ -290,7 +293,7 @@ def _bwd_fake(
     return fake_gradients(hidden, weight, bias, needs, hidden.dtype)
 
 
-@library.compose("linear_logprobs_bwd", _bwd_fake)
+@library.composite("linear_logprobs_bwd", _bwd_fake, of=["gather_logprobs"])
 def _bwd(
     dlogprobs: Tensor,
     dentropy: Tensor | None,
@@ -311,7 +314,9 @@ def _bwd(
 ) -> tuple[Tensor, Tensor, Tensor]:
     chunks = split(0, len(hidden), most)
     head = LinearHead(hidden, weight, bias, (low, high), chunks, needs)
-    rows = HeadRows(head, Softmax(numbers, backend), token_ids, row_index, vocab_range)
+    rows = HeadRows(
+        head, Softmax(numbers, backends.named(backend)), token_ids, row_index, vocab_range
+    )
     rows.lse, rows.entropy = lse, entropy
     for chunk in chunks:
         rows.backward(chunk, dlogprobs, dentropy)

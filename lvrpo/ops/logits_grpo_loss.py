@@ -120,9 +120,10 @@ def logits_grpo_loss(
     ).of_targets(targets, strange)
     indices = targets.token_ids, targets.row_index, targets.ranges
     chosen = backends.resolve(OP, (logits, *indices, *data.tensors()), backend)
-    if chosen == "torch":
+    functional = chosen.functional(OP, reference_logits_grpo_loss)
+    if functional is not None:
         with checks.without_autocast(logits):
-            result = reference_logits_grpo_loss(
+            result = functional(
                 logits,
                 targets.token_ids,
                 row_index=targets.row_index,
@@ -140,6 +141,6 @@ def logits_grpo_loss(
             temperature=temperature,
             softcap=softcap,
             inplace=inplace_backward,
-            backend=chosen,
+            backend=chosen.name,
         )
     return data.finish_fused(*result)

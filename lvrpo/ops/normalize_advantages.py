@@ -77,10 +77,11 @@ def normalize_advantages(
     checks.check_same_device(OP, rewards=table, groups=offsets, weights=factors, lengths=tokens)
     tensors = (table, offsets, factors, tokens)
     chosen = backends.resolve(OP, tensors, backend)
-    if chosen == "torch":
-        values, per_reward, *stats = reference_advantages(*tensors, params=params)
+    functional = chosen.functional(OP, reference_advantages)
+    if functional is not None:
+        values, per_reward, *stats = functional(*tensors, params=params)
     else:
-        values, per_reward, columns, all_zero = library.op(OP, chosen)(
+        values, per_reward, columns, all_zero = chosen.op(OP)(
             *tensors,
             params.combine == "decoupled",
             get_args(Baseline).index(params.baseline),
@@ -100,7 +101,7 @@ def normalize_advantages(
     return Advantages(values, per_reward, AdvantageStats(*stats))
 
 
-@library.register(OP, triton=OP)
+@library.register(OP, kernels=OP)
 def _fake(
     rewards: Tensor,
     offsets: Tensor,

@@ -7,7 +7,6 @@ widths. Derivation: docs/ops/packed_attention.md.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from typing import Any, Literal, overload
 
 import torch
@@ -16,7 +15,6 @@ from torch.autograd.function import once_differentiable
 
 from lvrpo import backends, checks
 from lvrpo.backends import library
-from lvrpo.backends.flash import attention as _flash_attention
 from lvrpo.masks import SpanMask
 from lvrpo.masks.schedule import schedule
 from lvrpo.masks.tables import Schedule
@@ -109,25 +107,20 @@ def packed_attention(
         raise ValueError(f"{OP}: dropout_p is {dropout_p}, expected 0: there is no dropout")
     if window_size not in (None, (-1, -1)):
         raise ValueError(f"{OP}: window_size is {window_size}: a SpanMask has no sliding windows")
-    width, widest = max(q.shape[2], v.shape[2]), 128 if q.dtype == torch.float64 else 256
-    limits: dict[str, str | Callable[[], str]] = {
-        "triton": f"its heads are up to {widest} wide, got {width}" if width > widest else "",
-        "flash": lambda: _flash_attention.why_not(q, k, v, mask, scale, softcap, return_lse),
-    }
-    chosen = backends.resolve(OP, (q, k, v), backend, limits)
+    how = {"scale": scale, "softcap": softcap, "return_lse": return_lse}
+    arguments = {"q": q, "k": k, "v": v, "mask": mask, **how}
+    chosen = backends.resolve(OP, (q, k, v), backend, arguments=arguments)
     if torch.is_grad_enabled():
         # A cache that a rollout filled is a constant like any other.
         q, k, v = (checks.as_saved(x) for x in (q, k, v))
-    if chosen == "flash":
-        return _flash_attention.flash_attention(q, k, v, mask, scale, softcap)
-    if chosen == "torch":
+    functional = chosen.functional(OP, reference_packed_attention)
+    if functional is not None:
         with checks.without_autocast(q):
-            return reference_packed_attention(
-                q, k, v, mask, scale=scale, softcap=softcap, return_lse=return_lse
-            )
+            result: Tensor | tuple[Tensor, Tensor] = functional(q, k, v, mask, **how)
+        return result
     tables = (mask.q_lo, mask.q_hi, mask.rows, mask.spans, mask.runs)
     order: Schedule | tuple[None, None, None] = (None, None, None)
-    if chosen == "triton":
+    if chosen.reads_schedule:
         # Only the interpreter's masks are on the host, where they have none.
         order = mask.schedule or schedule(mask)
     out, lse = _PackedAttention.apply(q, k, v, *tables, *order, numbers(scale, softcap), chosen)
@@ -138,7 +131,7 @@ class _PackedAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, Tensor]:
         *tensors, values, ctx.backend = inputs
-        out, lse = library.op("packed_attention_fwd", ctx.backend)(*tensors[:9], values)
+        out, lse = ctx.backend.op("packed_attention_fwd")(*tensors[:9], values)
         ctx.save_for_backward(*tensors[:3], out, lse, values, *tensors[3:])
         ctx.set_materialize_grads(False)
         return out, lse
@@ -151,7 +144,7 @@ class _PackedAttention(torch.autograd.Function):
         dout = torch.zeros_like(out) if dout is None else dout
         if not any(ctx.needs_input_grad[1:3]):
             tables = _with_constant_keys(*tables)
-        gradients = library.op("packed_attention_bwd", ctx.backend)(
+        gradients = ctx.backend.op("packed_attention_bwd")(
             dout, dlse, q, k, v, out, lse, *tables, values
         )
         return (*gradients, *[None] * 10)
@@ -167,7 +160,7 @@ def _with_constant_keys(*tables: Tensor | None) -> tuple[Tensor | None, ...]:
     return (*head, spans, runs, query_tiles, key_work, key_parts)
 
 
-@library.register("packed_attention_fwd", triton=OP)
+@library.register("packed_attention_fwd", kernels=OP)
 def _fwd_fake(
     q: Tensor,
     k: Tensor,
@@ -185,7 +178,7 @@ def _fwd_fake(
     return out, q.new_empty(q.shape[:2], dtype=lse_dtype)
 
 
-@library.register("packed_attention_bwd", triton=OP)
+@library.register("packed_attention_bwd", kernels=OP)
 def _bwd_fake(
     dout: Tensor,
     dlse: Tensor | None,

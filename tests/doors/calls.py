@@ -64,7 +64,7 @@ class Call:
 
     def inputs(self, backend: str, dtype: torch.dtype = torch.float32) -> Inputs:
         """Fresh leaves; skips the test where the op has no such backend."""
-        reasons = backends.why_not(backend, self.op, [])
+        reasons = backends.named(backend).why_not(self.op)
         if reasons:
             pytest.skip(f"backend {backend}: {'; '.join(reasons)}")
         return self.with_leaves(self.make(dtype)) | {"backend": backend}

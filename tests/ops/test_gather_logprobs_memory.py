@@ -6,19 +6,17 @@ import itertools
 
 import pytest
 import torch
+from runnable import WITH_KERNELS
 
 import lvrpo
 from lvrpo import backends
-from lvrpo.backends import library
 from lvrpo.ops._numbers import numbers
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 pytestmark = pytest.mark.usefixtures("poison_empty")
 
 
-kernels = pytest.mark.parametrize(
-    "backend", [b for b in ("cpp", "triton") if not backends.why_unavailable(b)], indirect=True
-)
+kernels = pytest.mark.parametrize("backend", WITH_KERNELS, indirect=True)
 
 
 def target_ids():
@@ -28,12 +26,13 @@ def target_ids():
 def backward_into(dlogits, logits, backend, softcap=0.0, vocab_range=None):
     """The op's backward after its forward, with fixed upstream gradients."""
     given, ids = numbers(1.3, softcap, -100), target_ids()
-    _, lse, entropy, _ = library.op("gather_logprobs_fwd", backend)(
+    op = backends.named(backend).op
+    _, lse, entropy, _ = op("gather_logprobs_fwd")(
         logits, ids, None, vocab_range, given, True, False
     )
     dlogprobs, dentropy = torch.linspace(-1, 2, 8).to(lse).view(2, 4)
     saved = (logits, ids, None, vocab_range, lse, entropy)
-    library.op("gather_logprobs_bwd", backend)(dlogits, dlogprobs, dentropy, *saved, given)
+    op("gather_logprobs_bwd")(dlogits, dlogprobs, dentropy, *saved, given)
     return dlogits
 
 

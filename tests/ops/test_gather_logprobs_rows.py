@@ -13,10 +13,10 @@ from hypothesis import strategies as st
 from mutants.gather_logprobs import UNGUARDED
 from ops.test_gather_logprobs import make_inputs
 from plain_softmax import softmax_terms
+from runnable import ON_HOST
 from torch import Tensor
 
 import lvrpo
-from lvrpo import backends
 from lvrpo.testing import check_against_plain
 
 FULL = {"return_entropy": True, "return_sum_squares": True}
@@ -114,12 +114,10 @@ def check_rows(op, inputs: dict[str, Any], keep: Tensor, name: str = "") -> None
     form=st.tuples(st.booleans(), st.booleans(), st.booleans()),
     dtype=st.sampled_from([torch.float32, torch.float64, torch.bfloat16]),
     softcap=st.sampled_from([None, 6.0]),
-    name=st.sampled_from(["cpp", "torch"]),
+    name=st.sampled_from(ON_HOST),
 )
 @settings(max_examples=60, deadline=None)
 def test_a_row_that_no_token_uses_may_hold_anything(seed, value, form, dtype, softcap, name):
-    if backends.why_unavailable(name):
-        return
     inputs, keep = poisoned(seed, value, *form, dtype)
     inputs |= {"temperature": 0.7} | ({} if softcap is None else {"softcap": softcap})
     check_rows(functools.partial(lvrpo.gather_logprobs, backend=name), inputs, keep)

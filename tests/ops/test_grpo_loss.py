@@ -19,6 +19,7 @@ from loss_inputs import (
     stops_a_gradient,
 )
 from mutants.grpo_loss import MUTANTS, VARIANT_MUTANTS
+from runnable import WITH_KERNELS
 from torch import Tensor
 
 from lvrpo import backends
@@ -281,11 +282,7 @@ def test_gradcheck(backend, params):
     torch.autograd.gradcheck(function, leaves, fast_mode=backends.triton_interprets())
 
 
-@pytest.mark.parametrize(
-    "backend",
-    [name for name in ("cpp", "triton") if not backends.why_unavailable(name)],
-    indirect=True,
-)
+@pytest.mark.parametrize("backend", WITH_KERNELS, indirect=True)
 def test_opcheck(backend):
     inputs = make_inputs([3, 0, 4])
     params = PARAMS["grpo, all terms"]

@@ -11,7 +11,7 @@ from linear_inputs import loss_scales, make_loss_inputs, run_op, run_reference
 from loss_inputs import PARAMS, STATISTICS
 from mutants.linear_grpo_loss import MUTANTS
 
-from lvrpo import backends
+from lvrpo.backends import library
 from lvrpo.ops.grpo_loss import LOSS_PRESETS, LossParams
 from lvrpo.testing import check_op
 
@@ -23,9 +23,7 @@ FEW = [2, 0, 3, 1]
 ALL_TERMS = PARAMS["grpo, all terms"]
 #: Bounds that leave sequence ratios something to do at this length.
 WIDE = {"clip_low": 0.2, "clip_high": 0.3}
-needs_kernels = pytest.mark.skipif(
-    bool(backends.why_unavailable("cpp")), reason=backends.why_unavailable("cpp")
-)
+needs_kernels = pytest.mark.skipif(bool(library.MISSING), reason=library.MISSING)
 
 
 def preset(name: str) -> LossParams:

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
 import lvrpo
-from lvrpo import backends
+from lvrpo.backends import library
 from lvrpo.ops._numbers import numbers
 from lvrpo.ops.grpo_loss import LossParams, choices_of, numbers_of
 from lvrpo.ops.head import gemm
@@ -25,9 +25,7 @@ LENGTHS = [5, 0, 9, 1, 14]
 ALL_TERMS = PARAMS["grpo, all terms"]
 GSPO = PARAMS["gspo, all terms"]
 HEAD = ("hidden", "weight", "bias")
-needs_kernels = pytest.mark.skipif(
-    bool(backends.why_unavailable("cpp")), reason=backends.why_unavailable("cpp")
-)
+needs_kernels = pytest.mark.skipif(bool(library.MISSING), reason=library.MISSING)
 
 
 def with_gradients(inputs: dict[str, Any], names: tuple[str, ...] = HEAD) -> dict[str, Tensor]:

@@ -12,7 +12,7 @@ from mutants.linear_logprobs import MUTANTS
 from torch import Tensor
 
 import lvrpo
-from lvrpo import backends
+from lvrpo.backends import library
 from lvrpo.ops._numbers import numbers
 from lvrpo.ops.head import gemm
 from lvrpo.reference.linear_logprobs import linear_logprobs
@@ -28,9 +28,7 @@ SHAPES = {
     "more rows than tokens": (9, 5, 33, 3),
 }
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
-needs_kernels = pytest.mark.skipif(
-    bool(backends.why_unavailable("cpp")), reason=backends.why_unavailable("cpp")
-)
+needs_kernels = pytest.mark.skipif(bool(library.MISSING), reason=library.MISSING)
 
 
 def make_inputs(

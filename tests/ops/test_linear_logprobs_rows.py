@@ -12,10 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from mutants.linear_logprobs import UNGUARDED
 from plain_softmax import softmax_terms
+from runnable import ON_HOST
 from torch import Tensor
 
 import lvrpo
-from lvrpo import backends
 from lvrpo.testing import check_against_plain
 
 IGNORED = -100
@@ -110,12 +110,10 @@ def check_rows(op, inputs: dict[str, Any], keep: Tensor, name: str = "") -> None
     dtype=st.sampled_from([torch.float32, torch.float64, torch.bfloat16]),
     softcap=st.sampled_from([None, 6.0]),
     most=st.integers(1, 7),
-    name=st.sampled_from(["cpp", "torch"]),
+    name=st.sampled_from(ON_HOST),
 )
 @settings(max_examples=60, deadline=None)
 def test_a_row_that_no_token_uses_may_hold_anything(seed, value, form, dtype, softcap, most, name):
-    if backends.why_unavailable(name):
-        return
     inputs, keep = poisoned(seed, value, *form, dtype)
     inputs |= {"temperature": 0.7, "memory_budget": most * VOCAB * 8}
     inputs |= {} if softcap is None else {"softcap": softcap}

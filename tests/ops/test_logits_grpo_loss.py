@@ -11,7 +11,7 @@ from logits_inputs import loss_scales, make_inputs, run_op, run_reference
 from loss_inputs import PARAMS, STATISTICS
 from mutants.logits_grpo_loss import MUTANTS
 
-from lvrpo import backends
+from lvrpo.backends import library
 from lvrpo.ops import _logits_loss
 from lvrpo.ops.grpo_loss import LOSS_PRESETS, LossParams
 from lvrpo.testing import check_op
@@ -22,9 +22,7 @@ LENGTHS = [5, 0, 9, 1, 14]
 ALL_TERMS = PARAMS["grpo, all terms"]
 #: Bounds that leave sequence ratios something to do at this length.
 WIDE = {"clip_low": 0.2, "clip_high": 0.3}
-needs_kernels = pytest.mark.skipif(
-    bool(backends.why_unavailable("cpp")), reason=backends.why_unavailable("cpp")
-)
+needs_kernels = pytest.mark.skipif(bool(library.MISSING), reason=library.MISSING)
 
 
 def preset(name: str) -> LossParams:

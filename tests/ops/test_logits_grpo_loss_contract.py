@@ -8,10 +8,11 @@ import pytest
 import torch
 from logits_inputs import make_inputs, run_op
 from loss_inputs import PARAMS, stops_a_gradient
+from runnable import WITH_KERNELS
 from torch import Tensor
 
 import lvrpo
-from lvrpo import backends
+from lvrpo.backends import library
 from lvrpo.ops._numbers import numbers
 from lvrpo.ops.grpo_loss import LossParams, choices_of, numbers_of
 from lvrpo.ops.head import rows as _linear_rows
@@ -24,12 +25,8 @@ ALL_TERMS = PARAMS["grpo, all terms"]
 GSPO = PARAMS["gspo, all terms"]
 both_ratios = pytest.mark.parametrize("params", [ALL_TERMS, GSPO], ids=["token", "gspo"])
 both_rows = pytest.mark.parametrize("shared_prompts", [False, True], ids=["own rows", "shared"])
-needs_kernels = pytest.mark.skipif(
-    bool(backends.why_unavailable("cpp")), reason=backends.why_unavailable("cpp")
-)
-kernels = pytest.mark.parametrize(
-    "backend", [b for b in ("cpp", "triton") if not backends.why_unavailable(b)], indirect=True
-)
+needs_kernels = pytest.mark.skipif(bool(library.MISSING), reason=library.MISSING)
+kernels = pytest.mark.parametrize("backend", WITH_KERNELS, indirect=True)
 
 
 def gradient_of(inputs: dict[str, Any], scale: float = 1.0, **change: Any) -> Tensor:

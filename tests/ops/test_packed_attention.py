@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from mutants.packed_attention import MUTANTS, reference
+from runnable import RUNNABLE
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 
@@ -24,7 +25,7 @@ pytestmark = pytest.mark.usefixtures("poison_empty")
 @pytest.fixture(autouse=True)
 def _fewer_programs(monkeypatch):
     """Each costs the interpreter as much as its whole tile; the shapes still take several."""
-    if not backends.why_unavailable("triton") and backends.triton_interprets():
+    if "triton" in RUNNABLE and backends.triton_interprets():
         kernels = importlib.import_module("lvrpo.kernels.packed_attention")
         larger = {256: kernels._tiles(64, 64, 1)}
         monkeypatch.setattr(kernels, "WIDE", dict.fromkeys(kernels.WIDE, larger))
@@ -366,7 +367,7 @@ def test_heads_that_no_kernel_holds_go_to_another_backend():
     q = torch.randn(3, 1, 300)
     mask = SpanMask.from_cu_seqlens([0, 3])
     assert packed_attention(q, q, q, mask).shape == q.shape
-    if not backends.why_unavailable("triton"):
+    if "triton" in RUNNABLE:
         q = torch.zeros(3, 1, 300, device=torch.get_default_device())
         for dtype, widest in ((torch.float32, 256), (torch.float64, 128)):
             x = q.to(dtype)

@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from masks.layouts import dense_forest, forests
 from ops.test_packed_attention import as_on_a_gpu, check, here, make_inputs
 from ops.test_packed_attention_flash import varlen_attention
+from runnable import RUNNABLE
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils.checkpoint import checkpoint
@@ -62,7 +63,7 @@ def dense(
     return torch.stack(outs) if outs else q.new_zeros(q.shape)
 
 
-@pytest.fixture(params=["cpp", "torch", "triton", "flash"])
+@pytest.fixture(params=[*RUNNABLE, "flash"])
 def attention(request: pytest.FixtureRequest) -> Iterator[Attention]:
     """Every backend with the mask of LAYOUT; flash attention by what stands in for it."""
     if request.param == "flash":
@@ -75,10 +76,7 @@ def attention(request: pytest.FixtureRequest) -> Iterator[Attention]:
             softcap=0.0,
         )
         return
-    if request.param != "torch" and (reason := backends.why_unavailable(request.param)):
-        pytest.skip(reason)
-    device = "cuda" if request.param == "triton" and not INTERPRETS else "cpu"
-    with torch.device(device):
+    with torch.device(backends.named(request.param).device or "cpu"):
         mask = here(SpanMask.from_spans(*LAYOUT))
         yield functools.partial(packed_attention, mask=mask, scale=0.4, backend=request.param)
 

@@ -386,7 +386,7 @@ def test_refused_with_a_reason(change, message):
 
 def test_runs_only_by_name_and_on_a_gpu():
     q = torch.randn(3, 1, 8)
-    assert backends.resolve("packed_attention", [q], None) != "flash"
+    assert backends.resolve("packed_attention", [q], None).name != "flash"
     with pytest.raises(ValueError, match=r"flash: (torch sees no NVIDIA GPU|it takes fp16)"):
         packed_attention(q, q, q, PAIR, backend="flash")
     if runnable():

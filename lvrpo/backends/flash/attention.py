@@ -24,9 +24,17 @@ LARGEST = 1 << 31
 
 
 def flash_attention(
-    q: Tensor, k: Tensor, v: Tensor, mask: SpanMask, scale: float, softcap: float
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: SpanMask,
+    *,
+    scale: float,
+    softcap: float,
+    return_lse: bool,
 ) -> Tensor:
     """`lvrpo.packed_attention` for inputs that `why_not` has nothing against."""
+    assert not return_lse, "why_not refuses it"
     implementation, reason = _choose(q, k, v, softcap)
     assert implementation is not None, reason
     varlen = implementation.load()

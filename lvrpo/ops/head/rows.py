@@ -14,7 +14,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from lvrpo.backends import library
+from lvrpo.backends import Backend
 from lvrpo.ops.head.gemm import Chunk, Rows
 from lvrpo.ops.head.targets import any_of
 
@@ -28,11 +28,11 @@ class Softmax:
 
     Attributes:
         numbers: of `lvrpo::gather_logprobs_fwd`, with OUTSIDE as ignore_index.
-        backend: "cpp" or "triton".
+        backend: one with kernels.
     """
 
     numbers: Tensor
-    backend: str
+    backend: Backend
 
 
 class Head(Protocol):
@@ -162,7 +162,7 @@ class HeadRows:
         return by_row, torch.searchsorted(in_order, bounds).diff()
 
     def _op(self, name: str) -> Callable[..., Any]:
-        return library.op(name, self.softmax.backend)
+        return self.softmax.backend.op(name)
 
     def _own(self, chunk: Chunk) -> Tensor | None:
         """[T] whether a token is of this chunk; None when its tokens are its rows."""

@@ -1,0 +1,113 @@
+"""What an op asks of whatever runs it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lvrpo.backends import library
+
+FLOATING = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+Function = Callable[..., Any]
+
+
+class Backend:
+    """One way to run ops. A subclass says in what it differs; it has no state.
+
+    A backend has either kernels, which the op calls inside its own autograd function (`op`), or the
+    whole op as a differentiable function (`functional`).
+
+    Attributes:
+        name: what the argument `backend` of an op calls it.
+        reads_schedule: whether its attention goes through the tiles of the mask's schedule.
+    """
+
+    name: str
+    reads_schedule = False
+
+    @property
+    def device(self) -> str:
+        """Type of the tensors that it runs on; "" for any."""
+        raise NotImplementedError
+
+    def why_unavailable(self) -> str:
+        """Why no op can run on it here; empty when one can."""
+        return ""
+
+    def about(self) -> str:
+        """What `lvrpo.info` tells of it where it is available, after that word."""
+        return ""
+
+    def has_kernels(self, op: str) -> bool:
+        """Whether it has kernels for an op that is not made of others."""
+        raise NotImplementedError
+
+    def implements(self, op: str) -> bool:
+        """Whether this build has what it needs to run the op of this name."""
+        parts = library.COMPOSITES.get(op)
+        return self.has_kernels(op) if parts is None else all(map(self.implements, parts))
+
+    def known(self, choice: str) -> Collection[str] | None:
+        """The names that its kernels know for a choice such as "surrogate"; None for all."""
+        return None
+
+    def limit(self, op: str, arguments: Mapping[str, Any]) -> str:
+        """Why these arguments are beyond what it has kernels for; empty when they are not."""
+        return ""
+
+    def why_not_dtype(self, dtype: torch.dtype) -> str:
+        """Why it does not take tensors of this dtype; empty when it does."""
+        if dtype.is_floating_point and dtype not in FLOATING:
+            return f"dtype {dtype} is not supported"
+        return ""
+
+    def why_not(
+        self,
+        op: str,
+        tensors: Sequence[Tensor] = (),
+        choices: Mapping[str, str] | None = None,
+        arguments: Mapping[str, Any] | None = None,
+    ) -> list[str]:
+        """Reasons that it cannot run `op` on these inputs, empty when it can; see `resolve`."""
+        if not self.implements(op):
+            return [f"{op} has no {self.name} kernel"]
+        if self.why_unavailable():
+            return [self.why_unavailable()]
+        reasons = []
+        for choice, name in (choices or {}).items():
+            known = self.known(choice)
+            if known is not None and name not in known:
+                listed = ", ".join(known)
+                reasons.append(f"{choice} {name!r} has no {self.name} kernel; known: {listed}")
+        if arguments is not None and (limit := self.limit(op, arguments)):
+            reasons.append(limit)
+        for tensor in tensors:
+            if tensor.device.type != self.device:
+                needed = self.device.upper()
+                reasons.append(f"it runs on {needed} tensors, got one on {tensor.device}")
+                break
+        for tensor in tensors:
+            if reason := self.why_not_dtype(tensor.dtype):
+                reasons.append(reason)
+                break
+        return reasons
+
+    def op(self, name: str) -> Function:
+        """What runs the kernels of `torch.ops.lvrpo.<name>`."""
+        raise NotImplementedError
+
+    def functional(self, op: str, reference: Function) -> Function | None:
+        """The whole op, a differentiable function of the reference's arguments; None: `op` runs it.
+
+        Args:
+            op: its name.
+            reference: what has its definition.
+        """
+        return None
+
+    def fused(self, op: str) -> Function | None:
+        """A launcher that does by itself what an op made of others does in steps; or None."""
+        return None

@@ -1,0 +1,55 @@
+"""The kernels that are compiled into `lvrpo._C`: those of the CPU."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lvrpo.backends import library
+from lvrpo.backends.backend import Backend, Function
+
+
+class CompiledBackend(Backend):
+    """Kernels of `lvrpo._C` for one kind of device.
+
+    Attributes:
+        key: the dispatch key that they are registered for.
+    """
+
+    key: str
+
+    def why_unavailable(self) -> str:
+        """That the extension is missing, if it is."""
+        return library.MISSING
+
+    def has_kernels(self, op: str) -> bool:
+        """Whether the extension was built with some."""
+        return not library.KERNELS[self.key].isdisjoint((op, f"{op}_fwd"))
+
+    def why_not(
+        self,
+        op: str,
+        tensors: Sequence[Tensor] = (),
+        choices: Mapping[str, str] | None = None,
+        arguments: Mapping[str, Any] | None = None,
+    ) -> list[str]:
+        """As `Backend.why_not`; without an extension that is the reason, whatever the op."""
+        if library.MISSING:
+            return [library.MISSING]
+        return super().why_not(op, tensors, choices, arguments)
+
+    def op(self, name: str) -> Function:
+        """`torch.ops.lvrpo.<name>`, which picks the kernel by the device of the tensors."""
+        function: Function = getattr(torch.ops.lvrpo, name)
+        return function
+
+
+class CppBackend(CompiledBackend):
+    """`csrc/cpu`."""
+
+    name = "cpp"
+    device = "cpu"
+    key = "CPU"

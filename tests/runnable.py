@@ -1,0 +1,21 @@
+"""The backends that tests run here, from the one list of them."""
+
+from __future__ import annotations
+
+from lvrpo import backends
+
+
+def _is_whole(backend: backends.Backend) -> bool:
+    return backend.functional("packed_attention", len) is not None
+
+
+_ANY_DEVICE = next(i for i, backend in enumerate(backends.ALL) if not backend.device)
+_CHOSEN = [x for x in backends.ALL[: _ANY_DEVICE + 1] if not x.why_unavailable()]
+
+#: Names of those that an op may choose by itself; Triton's is there when its kernels can run, on a
+#: GPU or with TRITON_INTERPRET=1.
+RUNNABLE = [backend.name for backend in _CHOSEN]
+#: Those of them with kernels.
+WITH_KERNELS = [backend.name for backend in _CHOSEN if not _is_whole(backend)]
+#: Those that run on the host and are not slow there.
+ON_HOST = [x.name for x in _CHOSEN if x.device in ("", "cpu") and x.name != "triton"]
