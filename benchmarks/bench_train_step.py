@@ -20,9 +20,10 @@ from torch import Tensor
 import lvrpo
 from lvrpo import backends
 from lvrpo.models.unified.policy import Policy
+from lvrpo.runs.config_file import load_config
 from lvrpo.runs.setup import Task, load_or_fit_task
 from lvrpo.testing import check_against_plain
-from lvrpo.trainer.config import TrainConfig, load_config
+from lvrpo.trainer.config import TrainConfig
 from lvrpo.trainer.experience import gather_experience
 from lvrpo.trainer.schedule import flow_schedule
 from lvrpo.trainer.state import TrainState

@@ -39,9 +39,9 @@ from lvrpo.models.unified.latents import LinearAutoencoder
 from lvrpo.models.unified.model import UnifiedConfig, UnifiedModel
 from lvrpo.models.unified.policy import Policy
 from lvrpo.models.unified.tokenizer import Tokenizer
+from lvrpo.runs.config_file import load_config
 from lvrpo.runs.setup import load_or_fit_task
 from lvrpo.testing import DEFAULT_ULPS, check_against_plain
-from lvrpo.trainer.config import load_config
 from lvrpo.trainer.rollout import Answers, Pictures
 from lvrpo.trainer.update import Experience, Objective, pack_experience, policy_gradient
 

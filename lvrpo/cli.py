@@ -109,7 +109,7 @@ def train(
         from lvrpo.runs.signals import Stopped
 
         if print_config:
-            from lvrpo.trainer.config import load_config, to_toml
+            from lvrpo.runs.config_file import load_config, to_toml
 
             typer.echo(to_toml(load_config(config, overrides)), nl=False)
             return

@@ -90,7 +90,7 @@ def configurations() -> list[tuple[str, str]]:
 @pytest.mark.parametrize(("page", "text"), configurations(), ids=lambda value: value[:24])
 def test_toml_blocks_are_configurations(page, text, tmp_path):
     """Known keys and values in their bounds; what needs no file of the reader's would start."""
-    config = pytest.importorskip("lvrpo.trainer.config", reason="the trainer's extra is missing")
+    config = pytest.importorskip("lvrpo.runs.config_file", reason="the trainer's extra is missing")
     from lvrpo.runs.preflight import check_config
 
     (tmp_path / "page.toml").write_text(text, encoding="utf-8")
@@ -100,7 +100,7 @@ def test_toml_blocks_are_configurations(page, text, tmp_path):
 
 
 def test_settings_on_a_command_line_are_configurations():
-    config = pytest.importorskip("lvrpo.trainer.config", reason="the trainer's extra is missing")
+    config = pytest.importorskip("lvrpo.runs.config_file", reason="the trainer's extra is missing")
     tested = 0
     for program, *arguments in commands():
         if Path(program).name == "lvrpo":

@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from lvrpo.runs.config_file import Settings, to_table
 from lvrpo.runs.files import Row
 from lvrpo.runs.inputs import reward_label
-from lvrpo.trainer.config import ConfigError, TrainConfig, from_table, overlay, to_table
+from lvrpo.trainer.config import ConfigError, TrainConfig
 from lvrpo.trainer.schedule import learning_rate
 
 #: Policy updates done at the last change of the schedule, and the learning rate before it.
@@ -52,18 +52,18 @@ def fingerprint(config: TrainConfig) -> str:
 CHECKPOINT = "checkpoint"
 
 
-def changed_config(run_dir: Path, config: TrainConfig, named: Mapping[str, Any]) -> TrainConfig:
+def changed_config(run_dir: Path, config: TrainConfig, named: Settings) -> TrainConfig:
     """The configuration of a run that goes on with the keys of the command line.
 
     Args:
         run_dir: for the message.
         config: of the run so far.
-        named: nested tables of the keys that were named; only these are compared.
+        named: the keys of the command line; only these are compared.
 
     Raises:
         ConfigError: a key may not change; the message names it, both values and the reason.
     """
-    asked = from_table(overlay(to_table(config), named))
+    asked = named.over(config)
     ours, theirs = _flat(config), _flat(asked)
     for key, value in ours.items():
         if theirs[key] != value and key not in CHANGEABLE:
@@ -74,13 +74,13 @@ def changed_config(run_dir: Path, config: TrainConfig, named: Mapping[str, Any])
     return asked
 
 
-def forked_config(origin: Path, config: TrainConfig, named: Mapping[str, Any]) -> TrainConfig:
+def forked_config(origin: Path, config: TrainConfig, named: Settings) -> TrainConfig:
     """The configuration of a run that begins with the warm start of another.
 
     Raises:
         ConfigError: a key would need another warm start.
     """
-    asked = from_table(overlay(to_table(config), named))
+    asked = named.over(config)
     ours, theirs = _flat(config), _flat(asked)
     for key, value in ours.items():
         section = key.partition(".")[0]

@@ -10,6 +10,7 @@ from lvrpo.data.example import SKILLS
 from lvrpo.models.unified.policy import Policy
 from lvrpo.runs.changes import fingerprint
 from lvrpo.runs.checkpoint import load_newest
+from lvrpo.runs.config_file import load_config
 from lvrpo.runs.directory import RunDirectoryError
 from lvrpo.runs.environment import write_environment
 from lvrpo.runs.inputs import reward_label
@@ -17,7 +18,7 @@ from lvrpo.runs.opening import OpenRun as OpenRun
 from lvrpo.runs.opening import open_run as open_run
 from lvrpo.runs.progress import ProgressView
 from lvrpo.runs.setup import Task, load_or_fit_task
-from lvrpo.trainer.config import TrainConfig, load_config
+from lvrpo.trainer.config import TrainConfig
 from lvrpo.trainer.loop import Listener, train
 from lvrpo.trainer.state import load_weights
 

@@ -34,6 +34,7 @@ from lvrpo.runs.checkpoint import (
     step_of,
     write_text,
 )
+from lvrpo.runs.config_file import Settings, load_config, read_settings, to_toml
 from lvrpo.runs.directory import RunDirectoryError, locked
 from lvrpo.runs.files import Row, read_rows, write_atomically
 from lvrpo.runs.inputs import (
@@ -47,14 +48,7 @@ from lvrpo.runs.inputs import (
 from lvrpo.runs.log import METRICS, read_changes, read_metrics, write_changes
 from lvrpo.runs.preflight import check_config
 from lvrpo.runs.rewards import used_rewards
-from lvrpo.trainer.config import (
-    ConfigError,
-    TrainConfig,
-    from_table,
-    load_config,
-    read_table,
-    to_toml,
-)
+from lvrpo.trainer.config import ConfigError, TrainConfig
 
 
 @dataclass(frozen=True)
@@ -107,12 +101,13 @@ def open_run(
         ConfigError: the configuration is wrong, or a key differs that may not change.
         RunDirectoryError: the directory is in use or cannot be made, or its inputs have changed.
     """
-    named = read_table(config_file, overrides)
+    named = read_settings(config_file, overrides)
     is_new = not (directory / "config.toml").exists()
     if is_new:
         _refuse_other_contents(directory)
         config = _new_config(origin, named)
-        source = check_config(config)  # before anything is created
+        with named.located():
+            source = check_config(config)  # before anything is created
     elif origin is not None:
         raise RunDirectoryError(f"{directory} is a run already; give --from a new directory")
     with contextlib.nullcontext() if dry else locked(directory):
@@ -140,7 +135,7 @@ def open_run(
 
 def _existing(
     directory: Path,
-    named: Mapping[str, Any],
+    named: Settings,
     accept_changes: bool,
     resume_at: int | None,
     dry: bool,
@@ -153,7 +148,8 @@ def _existing(
             f"run.steps is {config.run.steps}, but {directory} has "
             f"{step - config.warm_start.steps} policy updates behind it"
         )
-    source = check_config(config)
+    with named.located():
+        source = check_config(config)
     inputs = find_inputs(config, _rewards(config))
     bridge = rate_bridge(own, read_changes(directory) + changes)
     changes += changes_between(own, config, step, bridge)
@@ -246,9 +242,9 @@ def _refuse_other_contents(directory: Path) -> None:
         )
 
 
-def _new_config(origin: Path | None, named: Mapping[str, Any]) -> TrainConfig:
+def _new_config(origin: Path | None, named: Settings) -> TrainConfig:
     if origin is None:
-        return from_table(named)
+        return named.over(TrainConfig())
     if not (origin / "config.toml").exists():
         raise RunDirectoryError(f"{origin} is not a run: it has no config.toml")
     if load_newest(origin / "reference") is None:

@@ -9,6 +9,7 @@ import contextlib
 import math
 import os
 from collections.abc import Iterator
+from typing import get_args
 
 import torch
 
@@ -20,8 +21,7 @@ from lvrpo.params.advantages import AdvantageParams
 from lvrpo.runs.probe import probe_rewards
 from lvrpo.runs.rewards import check_rewards
 from lvrpo.runs.setup import Task
-from lvrpo.trainer.bounds import CHOICES
-from lvrpo.trainer.config import ConfigError, TrainConfig
+from lvrpo.trainer.config import Backend, ConfigError, TrainConfig
 from lvrpo.trainer.schedule import flow_schedule
 from lvrpo.trainer.update import Objective
 
@@ -38,7 +38,7 @@ def check_config(config: TrainConfig) -> Source:
         RewardError: a reward cannot be imported, or fails or says nothing on the training data.
     """
     from_environment = os.environ.get("LVRPO_BACKEND", "")
-    if not config.run.backend and from_environment not in CHOICES["run.backend"]:
+    if not config.run.backend and from_environment not in get_args(Backend):
         raise ConfigError(
             f"LVRPO_BACKEND is {from_environment!r} in the environment, expected cpp, torch, or "
             "unset; run.backend wins over it"

@@ -155,8 +155,7 @@ class Task:
             return RuleReward(strict_weight=self.config.rewards.strict_weight)
         if name == "r_sem":
             assert self.encoder is not None  # check_rewards
-            pool: Any = self.config.rewards.semantic_pool
-            return SemanticReward(self.encoder, pool=pool)
+            return SemanticReward(self.encoder, pool=self.config.rewards.semantic_pool)
         if name == "r_kn":
             scenes = self.config.data.source == "scenes"
             learned = self.config.data.questions if scenes else None

@@ -126,7 +126,7 @@ def score_samples(
         column = score(
             [reward],
             samples,
-            truncated=section.truncated,  # type: ignore[arg-type]  # checked by the configuration
+            truncated=section.truncated,
             timeout=section.timeout,
             on_failure=failures.append if tolerant else None,
         )

@@ -37,7 +37,7 @@ def flow_schedule(rollout: RolloutSection) -> FlowSchedule:
     return FlowSchedule(
         num_steps=rollout.denoise_steps,
         shift=rollout.shift,
-        dynamics=rollout.dynamics,  # type: ignore[arg-type]
+        dynamics=rollout.dynamics,
         noise_level=rollout.noise_level,
         window=(0, rollout.stochastic_steps - 1),
     )

@@ -62,11 +62,12 @@ class Objective:
             changes["max_length"] = config.rollout.max_answer_tokens
         text = LossParams.preset(loss.preset, **changes)
         image = FlowLossParams(
+            variant=loss.image_variant,
             clip_low=loss.image_clip,
             clip_high=loss.image_clip,
             adv_clip=loss.advantage_clip,
             log_ratio_scale=loss.image_log_ratio_scale or "mean",
-            kl=loss.image_kl_form,  # type: ignore[arg-type]
+            kl=loss.image_kl_form,
             beta=loss.image_kl,
         )
         return cls(

@@ -6,9 +6,9 @@ import pytest
 from runs.tiny import OVERRIDES
 
 from lvrpo.runs.changes import changes_between, rate_bridge
+from lvrpo.runs.config_file import load_config
 from lvrpo.runs.directory import RunDirectoryError
 from lvrpo.runs.inputs import INPUTS, compare_inputs, read_inputs
-from lvrpo.trainer.config import load_config
 from lvrpo.trainer.schedule import learning_rate
 
 

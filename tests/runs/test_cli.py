@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 from runs.tiny import OVERRIDES, command
 
-from lvrpo.trainer.config import load_config
+from lvrpo.runs.config_file import load_config
 
 
 @pytest.mark.parametrize("name", ["train", "eval", "sample", "report"])

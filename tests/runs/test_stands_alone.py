@@ -14,8 +14,8 @@ from runs.test_resume import assert_same_run
 from runs.tiny import OVERRIDES, command, settings
 
 from lvrpo.runs.checkpoint import checkpoints
+from lvrpo.runs.config_file import load_config
 from lvrpo.runs.log import read_changes, read_metrics
-from lvrpo.trainer.config import load_config
 
 SHORT = [*OVERRIDES, "run.eval_items=2", "run.keep_checkpoints=9"]
 

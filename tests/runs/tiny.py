@@ -11,8 +11,9 @@ from typer.testing import CliRunner
 
 from lvrpo.cli import app
 from lvrpo.runs.commands import open_run
+from lvrpo.runs.config_file import load_config
 from lvrpo.runs.setup import load_or_fit_task
-from lvrpo.trainer.config import TrainConfig, load_config
+from lvrpo.trainer.config import TrainConfig
 from lvrpo.trainer.loop import Listener, train
 
 OVERRIDES = [

@@ -11,10 +11,10 @@ from runs.tiny import OVERRIDES, run_tiny, tiny_config
 
 from lvrpo.models.unified.tokenizer import EOS
 from lvrpo.rewards.combine import FunctionReward, RewardError
+from lvrpo.runs.config_file import load_config
 from lvrpo.runs.log import read_evals, read_metrics
 from lvrpo.runs.setup import Task, load_or_fit_task
 from lvrpo.trainer import experience
-from lvrpo.trainer.config import load_config
 from lvrpo.trainer.experience import gather_experience, shuffle_within_groups
 from lvrpo.trainer.loop import Listener
 from lvrpo.trainer.rollout import Answers

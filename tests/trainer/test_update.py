@@ -14,7 +14,7 @@ from lvrpo import grpo_loss
 from lvrpo.models.unified.policy import Policy
 from lvrpo.params.flow import FlowLossParams
 from lvrpo.params.policy_loss import LossParams
-from lvrpo.trainer.config import load_config
+from lvrpo.runs.config_file import load_config
 from lvrpo.trainer.loop import SELF_TEST_TOLERANCE, SelfTestError, check_ratio
 from lvrpo.trainer.update import (
     Experience,
