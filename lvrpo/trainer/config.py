@@ -16,7 +16,6 @@ from typing import Annotated, Any, Literal
 from pydantic import ConfigDict, Field, model_validator
 from pydantic.dataclasses import dataclass
 from pydantic_core import CoreSchema, core_schema
-from typing_extensions import Self
 
 from lvrpo.models.flow import Dynamics
 from lvrpo.params.advantages import ADVANTAGE_PRESETS
@@ -124,7 +123,7 @@ class WarmStartSection:
     ema: Annotated[float, Field(ge=0, lt=1)] = 0.995
 
     @model_validator(mode="after")
-    def _imitates_something(self) -> Self:
+    def _imitates_something(self) -> WarmStartSection:
         if self.steps and not self.understand_batch + self.generate_batch:
             raise ValueError(
                 "warm_start.understand_batch and warm_start.generate_batch are 0, expected at "
@@ -150,7 +149,7 @@ class RolloutSection:
     stochastic_steps: Annotated[int, Field(ge=1, le=4096)] = 5
 
     @model_validator(mode="after")
-    def _samples_something(self) -> Self:
+    def _samples_something(self) -> RolloutSection:
         if self.stochastic_steps > self.denoise_steps:
             raise ValueError(
                 f"rollout.stochastic_steps is {self.stochastic_steps}, expected 1 to "
@@ -234,7 +233,7 @@ class TrainConfig:
     optimizer: OptimizerSection = field(default_factory=OptimizerSection)
 
     @model_validator(mode="after")
-    def _rewards_what_it_samples(self) -> Self:
+    def _rewards_what_it_samples(self) -> TrainConfig:
         for task in ("understand", "generate"):
             weights = getattr(self.rewards, task)
             if getattr(self.rollout, f"{task}_prompts") and not any(weights.values()):
