@@ -19,15 +19,16 @@ from torch import Tensor
 
 import lvrpo
 from lvrpo import backends
-from lvrpo.models.unified.policy import Policy
+from lvrpo.models.unified.policy import UnifiedPolicy
 from lvrpo.runs.config_file import load_config
 from lvrpo.runs.setup import Task, load_or_fit_task
 from lvrpo.testing import check_against_plain
 from lvrpo.trainer.config import TrainConfig
-from lvrpo.trainer.experience import gather_experience
+from lvrpo.trainer.experience import Experience, gather_experience
+from lvrpo.trainer.objective import Objective
 from lvrpo.trainer.schedule import flow_schedule
 from lvrpo.trainer.state import TrainState
-from lvrpo.trainer.update import Experience, Objective, policy_gradient
+from lvrpo.trainer.update import policy_gradient
 
 SIZES = {"small": (4, 4, 3), "full": (32, 32, 7)}  # questions, drawings, rounds
 #: Those that run on the host; the references first, which the others are held to.
@@ -57,7 +58,7 @@ class Step:
         self.state.step = self.config.warm_start.steps
 
     @property
-    def policy(self) -> Policy:
+    def policy(self) -> UnifiedPolicy:
         return self.task.policy(self.state.model)
 
     def experience(self) -> tuple[Experience, dict[str, Any]]:
@@ -83,8 +84,8 @@ class Step:
         step = copy.copy(self)
         step.reset()
         if double:
-            step.reference = step.task.policy(copy.deepcopy(self.reference.model).double())
-            for model in (step.state.model.double(), step.reference.model):
+            step.reference = step.task.policy(copy.deepcopy(self.reference.module).double())
+            for model in (step.state.model.double(), step.reference.module):
                 model.velocity = model.latent_out  # which is otherwise rounded to fp32
         metrics = step.gradient(found)
         losses = {name: torch.tensor(metrics[name]) for name in ("loss/text", "loss/image")}

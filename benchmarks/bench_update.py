@@ -35,15 +35,17 @@ import lvrpo
 from lvrpo.data.example import Example
 from lvrpo.digits.phrases import scene_words
 from lvrpo.models.flow import FlowSchedule
+from lvrpo.models.protocol import Answers, Pictures, Policy
 from lvrpo.models.unified.latents import LinearAutoencoder
 from lvrpo.models.unified.model import UnifiedConfig, UnifiedModel
-from lvrpo.models.unified.policy import Policy
+from lvrpo.models.unified.policy import UnifiedPolicy
 from lvrpo.models.unified.tokenizer import Tokenizer
 from lvrpo.runs.config_file import load_config
 from lvrpo.runs.setup import load_or_fit_task
 from lvrpo.testing import DEFAULT_ULPS, check_against_plain
-from lvrpo.trainer.rollout import Answers, Pictures
-from lvrpo.trainer.update import Experience, Objective, pack_experience, policy_gradient
+from lvrpo.trainer.experience import Experience
+from lvrpo.trainer.objective import Objective
+from lvrpo.trainer.update import pack_experience, policy_gradient
 
 GROUP = 8
 ONE_BUFFER = 1 << 30
@@ -105,7 +107,7 @@ class Update:
 
     def __call__(self) -> None:
         self.gradient()
-        nn.utils.clip_grad_norm_(self.policy.model.parameters(), 1.0)
+        nn.utils.clip_grad_norm_(self.policy.module.parameters(), 1.0)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
 
@@ -125,19 +127,19 @@ class Update:
     def results(self, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
         """Losses and gradients, in another precision if asked for."""
         policies = {
-            name: dataclasses.replace(policy, model=copy.deepcopy(policy.model).to(dtype))
+            name: dataclasses.replace(policy, module=copy.deepcopy(policy.module).to(dtype))
             for name, policy in (("policy", self.policy), ("reference", self.reference))
         }
         found = dataclasses.replace(self, **policies)
         metrics = found.gradient()
         losses = {k: torch.tensor(v) for k, v in metrics.items() if k.startswith("loss/")}
-        named = found.policy.model.named_parameters()
+        named = found.policy.module.named_parameters()
         return losses | {name: p.grad for name, p in named if p.grad is not None}
 
 
 def optimizer_of(policy: Policy) -> torch.optim.Optimizer:
     """The trainer's; without a rate the weights stay, so that every round does the same work."""
-    return torch.optim.AdamW(policy.model.parameters(), lr=0.0, betas=(0.9, 0.95))
+    return torch.optim.AdamW(policy.module.parameters(), lr=0.0, betas=(0.9, 0.95))
 
 
 def check(update: Update) -> None:
@@ -178,7 +180,8 @@ def synthetic(setting: Setting) -> Update:
         reference.latent_out.weight.mul_(0.5)
     autoencoder = LinearAutoencoder(1, 8, 8, patch=8, dim=1)  # which an update does not use
     policy, reference_policy = (
-        Policy(m, tokenizer, autoencoder, grid, (0, config.vocab_size)) for m in (model, reference)
+        UnifiedPolicy(m, tokenizer, autoencoder, grid, (0, config.vocab_size))
+        for m in (model, reference)
     )
     schedule = FlowSchedule(window=(0, setting.steps - 1))
     answers = pictures = None
@@ -210,6 +213,7 @@ def random_answers(setting: Setting) -> Answers:
         tokens.tolist(),
         [""] * count,
         uniform.log(),
+        ["length"] * count,
     )
 
 
@@ -241,7 +245,7 @@ def compare(
         "unshared": update.given(share=False, most=sum(shared.rows)),
         "one buffer": update.given(share=False, most=ONE_BUFFER),
     }
-    parameters = sum(p.numel() for p in update.policy.model.parameters())
+    parameters = sum(p.numel() for p in update.policy.module.parameters())
     found: Race = race(f"update {name}", racers, most=20)
     lines = [f"\nupdate of {parameters / 1e6:.3g} M parameters, {name}, {update.tokens} tokens"]
     fastest = results.published(found.times["shared"].facts())

@@ -12,6 +12,8 @@ from numpy.typing import NDArray
 
 Skill: TypeAlias = Literal["understand", "generate"]
 Picture: TypeAlias = NDArray[np.float32]  # [C, H, W] in [0, 1]
+#: Why a text ended: at its end token, or at the limit of tokens, in the middle of whatever it says.
+FinishReason: TypeAlias = Literal["end", "length"]
 #: What one cell of a canvas holds: a digit, or None for an empty cell.
 Cell: TypeAlias = int | None
 

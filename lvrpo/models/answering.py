@@ -8,8 +8,7 @@ import torch
 from torch import Tensor
 
 from lvrpo.data.example import Example
-from lvrpo.models.packs import pack_groups
-from lvrpo.models.unified.policy import Policy
+from lvrpo.models.protocol import Policy
 from lvrpo.ops.gather_logprobs import gather_logprobs
 
 
@@ -26,7 +25,7 @@ def answer_probability(
         answers: [N].
 
     Returns:
-        [N] fp32 in [0, 1].
+        [N] fp32 in [0, 1], on the policy's device.
     """
     if not len(questions):
         return torch.zeros(0)
@@ -35,16 +34,17 @@ def answer_probability(
     for i, (question, answer) in enumerate(zip(questions, answers, strict=True)):
         example = Example("understand", f"question {i}", question, image=pixels[i], answer=answer)
         groups.append((example, [policy.answer_ids(answer)]))
-    (pack,) = pack_groups(policy, groups)
-    text, _ = policy.model(pack.batch, backend=policy.backend)
+    (pack,) = policy.packs(groups)
+    outputs = policy.forward(pack)
     logprobs = gather_logprobs(
-        policy.model.logits(text[pack.predictor]),
+        outputs.logits,
         pack.token_ids,
-        vocab_range=policy.answer_range,
+        pack.row_index,
+        vocab_range=outputs.head.vocab_range,
         backend=policy.backend,
     )
-    lengths = pack.cu_seqlens.diff()
-    sums = torch.zeros(len(lengths)).index_add_(
-        0, torch.arange(len(lengths)).repeat_interleave(lengths), logprobs.float()
+    owner = torch.arange(len(questions), device=logprobs.device).repeat_interleave(
+        pack.cu_seqlens.diff(), output_size=len(logprobs)
     )
-    return sums.exp()
+    sums = torch.zeros(len(questions), device=logprobs.device)
+    return sums.index_add_(0, owner, logprobs.float()).exp()

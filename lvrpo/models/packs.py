@@ -10,20 +10,76 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from lvrpo.data.example import Example
+from lvrpo.masks import SpanMask
 from lvrpo.masks.positions import target_index
-from lvrpo.models.unified.layout import PackBuilder
-from lvrpo.models.unified.model import PackedBatch
-from lvrpo.models.unified.policy import Policy
 
 #: A prompt and the tokens of each of its completions.
 TextGroup = tuple[Example, Sequence[Sequence[int]]]
 #: A prompt and how many noisy pictures hang below it.
 PictureGroup = tuple[Example, int]
+
+
+class Batch(Protocol):
+    """A packed buffer as the model of its family takes it."""
+
+    @property
+    def rows(self) -> int:
+        """L."""
+
+    @property
+    def text_rows(self) -> Tensor:
+        """[n_text] int64, ascending: the rows with a text hidden state."""
+
+    @property
+    def mask(self) -> SpanMask:
+        """Who sees whom."""
+
+    def to(self, device: torch.device | str) -> Batch:
+        """The same batch with its tensors on `device`."""
+
+
+class Builder(Protocol):
+    """A packed buffer; every span that is added has a number, and a parent that it continues."""
+
+    @property
+    def rows(self) -> int:
+        """Rows laid out so far."""
+
+    def append(self, other: Any) -> int:
+        """Everything another builder of the family holds; returns the last of its spans."""
+
+    def text(self, token_ids: Sequence[int], parent: int) -> int:
+        """A causal span of tokens."""
+
+    def noise(self, height: int, width: int, parent: int) -> int:
+        """A full span of height * width noisy latent tokens; a leaf."""
+
+    def build(self, latents: Tensor | None = None, timesteps: Tensor | None = None) -> Batch:
+        """Lay out everything, with [n_latent, c] latents and [n_latent] times of the noise."""
+
+
+class Layout(Protocol):
+    """How a model family lays prompts out."""
+
+    @property
+    def latent_grid(self) -> tuple[int, int]:
+        """Rows and columns of latent tokens of a picture."""
+
+    @property
+    def latent_shape(self) -> tuple[int, int]:
+        """(tokens, numbers per token) of one picture."""
+
+    def builder(self) -> Builder:
+        """An empty buffer."""
+
+    def prompt(self, example: Example) -> Builder:
+        """A buffer with one prompt in it, whose last span its completions continue."""
 
 
 @dataclass(frozen=True)
@@ -34,7 +90,7 @@ class Pack:
     counted over all groups in order.
     """
 
-    batch: PackedBatch
+    batch: Batch
     token_ids: Tensor  # [T] int64 targets
     predictors: Tensor  # [R] int64, ascending: the text hidden states that predict a target
     row_index: Tensor  # [T] int64: which of the predictors each target has
@@ -43,21 +99,15 @@ class Pack:
     tokens: slice
     pictures: slice
 
-    @property
-    def predictor(self) -> Tensor:
-        """[T] int64: which text hidden state predicts each target."""
-        return self.predictors[self.row_index]
-
     def to(self, device: torch.device | str) -> Pack:
         """The same pack with its tensors on `device`."""
-        batch = {name: value.to(device) for name, value in vars(self.batch).items()}
-        names = ("token_ids", "predictors", "row_index", "cu_seqlens")
+        names = ("batch", "token_ids", "predictors", "row_index", "cu_seqlens")
         moved = {name: getattr(self, name).to(device) for name in names}
-        return dataclasses.replace(self, batch=PackedBatch(**batch), **moved)
+        return dataclasses.replace(self, **moved)
 
 
 def pack_groups(
-    policy: Policy,
+    layout: Layout,
     texts: Sequence[TextGroup],
     pictures: Sequence[PictureGroup] = (),
     latents: Tensor | None = None,
@@ -73,7 +123,7 @@ def pack_groups(
     So only a completion that is too long on its own, with its prompt, makes a pack too long.
 
     Args:
-        policy: lays out the prompts.
+        layout: of the model family.
         texts: groups of completions; a completion has at least one token.
         pictures: groups of noisy pictures.
         latents: [M_total, tokens, latent_dim], all noisy pictures in order.
@@ -86,9 +136,9 @@ def pack_groups(
         ValueError: a group is empty, a completion has no tokens, or the latents or their times are
             not those of the pictures; names it.
     """
-    _check(policy, texts, pictures, latents, timesteps, max_rows)
-    pack = _OpenPack(policy, 0, 0, 0)
-    for part in _parts(policy, texts, pictures, max_rows if share_prompts else 0):
+    _check(layout, texts, pictures, latents, timesteps, max_rows)
+    pack = _OpenPack(layout, 0, 0, 0)
+    for part in _parts(layout, texts, pictures, max_rows if share_prompts else 0):
         if pack.builder.rows and pack.builder.rows + part.rows > max_rows:
             yield pack.close(latents, timesteps)
             pack = pack.next()
@@ -101,30 +151,24 @@ def pack_groups(
 class _Part:
     """A prompt with as many of its completions as a pack has room for."""
 
-    prompt: PackBuilder
+    prompt: Builder
     rows: int
     texts: Sequence[Sequence[int]] = ()
     pictures: int = 0
 
 
 def _parts(
-    policy: Policy, texts: Sequence[TextGroup], pictures: Sequence[PictureGroup], most: int
+    layout: Layout, texts: Sequence[TextGroup], pictures: Sequence[PictureGroup], most: int
 ) -> Iterator[_Part]:
     for example, completions in texts:
-        prompt = _prompt(policy, example)
+        prompt = layout.prompt(example)
         lengths = [len(tokens) - 1 for tokens in completions]
         for some, rows in _divide(prompt.rows, lengths, most):
             yield _Part(prompt, rows, texts=completions[some])
     for example, count in pictures:
-        prompt = _prompt(policy, example)
-        for some, rows in _divide(prompt.rows, [policy.latent_shape[0]] * count, most):
+        prompt = layout.prompt(example)
+        for some, rows in _divide(prompt.rows, [layout.latent_shape[0]] * count, most):
             yield _Part(prompt, rows, pictures=some.stop - some.start)
-
-
-def _prompt(policy: Policy, example: Example) -> PackBuilder:
-    builder = policy.builder()
-    policy.add_prompt(builder, example)
-    return builder
 
 
 def _divide(prompt: int, lengths: Sequence[int], most: int) -> Iterator[tuple[slice, int]]:
@@ -139,9 +183,9 @@ def _divide(prompt: int, lengths: Sequence[int], most: int) -> Iterator[tuple[sl
 
 
 class _OpenPack:
-    def __init__(self, policy: Policy, completion: int, token: int, picture: int) -> None:
-        self.policy = policy
-        self.builder = policy.builder()
+    def __init__(self, layout: Layout, completion: int, token: int, picture: int) -> None:
+        self.layout = layout
+        self.builder = layout.builder()
         self.first = completion, token, picture
         self.token_ids: list[int] = []
         self.text_spans: list[int] = []
@@ -153,7 +197,7 @@ class _OpenPack:
             self.text_spans.append(self.builder.text(tokens[:-1], prompt))
             self.token_ids.extend(tokens)
         for _ in range(part.pictures):
-            self.builder.noise(*self.policy.latent_grid, parent=prompt)
+            self.builder.noise(*self.layout.latent_grid, parent=prompt)
         self.pictures += part.pictures
 
     def _end(self) -> tuple[int, int, int]:
@@ -165,14 +209,14 @@ class _OpenPack:
         )
 
     def next(self) -> _OpenPack:
-        return _OpenPack(self.policy, *self._end())
+        return _OpenPack(self.layout, *self._end())
 
     def close(self, latents: Tensor | None, timesteps: Tensor | None) -> Pack:
         completions, tokens, pictures = map(slice, self.first, self._end())
         if self.pictures:
             assert latents is not None
             assert timesteps is not None
-            per_picture = self.policy.latent_shape[0]
+            per_picture = self.layout.latent_shape[0]
             batch = self.builder.build(
                 latents[pictures].flatten(0, 1),
                 timesteps[pictures].repeat_interleave(per_picture),
@@ -195,7 +239,7 @@ class _OpenPack:
 
 
 def _check(
-    policy: Policy,
+    layout: Layout,
     texts: Sequence[TextGroup],
     pictures: Sequence[PictureGroup],
     latents: Tensor | None,
@@ -217,7 +261,7 @@ def _check(
             raise ValueError(f"pack_groups: {where} has {count} pictures, expected at least 1")
     total = sum(count for _, count in pictures)
     for name, tensor, shape in (
-        ("latents", latents, (total, *policy.latent_shape)),
+        ("latents", latents, (total, *layout.latent_shape)),
         ("timesteps", timesteps, (total,)),
     ):
         found = None if tensor is None else tuple(tensor.shape)

@@ -4,6 +4,7 @@ from lvrpo.info import require
 
 require("einops", "numpy")
 
+from lvrpo.data.example import FinishReason
 from lvrpo.rewards.combine import (
     FunctionReward,
     Reward,
@@ -13,7 +14,7 @@ from lvrpo.rewards.combine import (
     score,
 )
 from lvrpo.rewards.knowledge import KnowledgeReward
-from lvrpo.rewards.samples import FinishReason, Samples
+from lvrpo.rewards.samples import Samples
 from lvrpo.rewards.semantic import SemanticReward
 
 __all__ = [

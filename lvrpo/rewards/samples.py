@@ -4,15 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, TypeAlias
 
 import torch
 from torch import Tensor
 
-from lvrpo.data.example import Example
-
-#: Why a text ended: at its end token, or at the limit of tokens, in the middle of whatever it says.
-FinishReason: TypeAlias = Literal["end", "length"]
+from lvrpo.data.example import Example, FinishReason
 
 
 @dataclass(frozen=True, eq=False)

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 from lvrpo.data.example import SKILLS
-from lvrpo.models.unified.policy import Policy
+from lvrpo.models.protocol import Policy
 from lvrpo.runs.changes import fingerprint
 from lvrpo.runs.checkpoint import load_newest
 from lvrpo.runs.config_file import load_config

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from lvrpo.data.jsonl import DataError
+from lvrpo.models.protocol import DivergedError
 from lvrpo.rewards.combine import RewardError
 from lvrpo.runs.checkpoint import CheckpointError
 from lvrpo.runs.directory import RunDirectoryError
 from lvrpo.trainer.config import ConfigError
 from lvrpo.trainer.loop import SelfTestError
-from lvrpo.trainer.rollout import DivergedError
 from lvrpo.trainer.update import ScheduleMismatch
 
 USER_ERRORS: tuple[type[Exception], ...] = (

@@ -18,7 +18,7 @@ import numpy as np
 from lvrpo.data.example import SKILLS, Example
 from lvrpo.data.jsonl import DataError, load_picture
 from lvrpo.intervals import wilson_interval
-from lvrpo.models.unified.policy import Policy
+from lvrpo.models.protocol import Policy
 from lvrpo.models.unified.tokenizer import words_of
 from lvrpo.rewards.combine import RewardError
 from lvrpo.runs.changes import fingerprint
@@ -30,7 +30,6 @@ from lvrpo.runs.progress import ProgressView
 from lvrpo.runs.scores import eval_rewards, eval_scores
 from lvrpo.runs.setup import Task
 from lvrpo.trainer.evaluate import evaluate
-from lvrpo.trainer.rollout import sample_answers, sample_pictures
 from lvrpo.trainer.schedule import flow_schedule
 from lvrpo.trainer.state import load_weights
 
@@ -252,7 +251,7 @@ def draw_prompt(
     notes = prompt_notes(task.tokenizer.words, prompt, about_a_picture=False)
     example = Example("generate", "command line", prompt)
     schedule = flow_schedule(config.rollout)
-    drawn = sample_pictures(policy, [example], count, schedule, seed=seed, step=0).images
+    drawn = policy.sample_images([example], count, schedule, seed=seed, step=0).images
     paths = output_paths(output, count)
     for picture, path in zip(drawn.numpy(), paths, strict=True):
         try:
@@ -288,8 +287,7 @@ def answer_question(
     except Exception as error:  # Pillow raises a different class for every broken format
         raise DataError(f"{image}: cannot be read: {error}") from error
     example = Example("understand", "command line", question, image=pixels, answer="")
-    answers = sample_answers(
-        policy,
+    answers = policy.sample_texts(
         [example],
         count,
         max_tokens=config.rollout.max_answer_tokens,

@@ -22,8 +22,8 @@ from lvrpo.runs.probe import probe_rewards
 from lvrpo.runs.rewards import check_rewards
 from lvrpo.runs.setup import Task
 from lvrpo.trainer.config import Backend, ConfigError, TrainConfig
+from lvrpo.trainer.objective import Objective
 from lvrpo.trainer.schedule import flow_schedule
-from lvrpo.trainer.update import Objective
 
 
 def check_config(config: TrainConfig) -> Source:

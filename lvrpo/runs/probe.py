@@ -10,13 +10,13 @@ from itertools import chain
 
 import torch
 
-from lvrpo.data.example import Example, Skill
+from lvrpo.data.example import Example, FinishReason, Skill
 from lvrpo.data.sources import SceneSource, Source
 from lvrpo.digits.encoder import DualEncoder
 from lvrpo.digits.phrases import scene_words
 from lvrpo.models.unified.latents import LinearAutoencoder
 from lvrpo.rewards.combine import RewardError
-from lvrpo.rewards.samples import FinishReason, Samples
+from lvrpo.rewards.samples import Samples
 from lvrpo.runs.inputs import reward_label
 from lvrpo.runs.rewards import used_rewards
 from lvrpo.runs.setup import Task

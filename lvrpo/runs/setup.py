@@ -22,9 +22,10 @@ from lvrpo.digits.encoder import DualEncoder, train_dual_encoder
 from lvrpo.digits.judge import digit_judge, gold_reader, reader_accuracy
 from lvrpo.digits.pictures import digit_pools
 from lvrpo.models.answering import answer_probability
+from lvrpo.models.protocol import Policy
 from lvrpo.models.unified.latents import LinearAutoencoder
 from lvrpo.models.unified.model import UnifiedConfig, UnifiedModel
-from lvrpo.models.unified.policy import Policy
+from lvrpo.models.unified.policy import UnifiedPolicy
 from lvrpo.models.unified.tokenizer import Tokenizer
 from lvrpo.rewards.combine import Reward
 from lvrpo.rewards.knowledge import KnowledgeReward
@@ -97,12 +98,12 @@ class Task:
             torch.manual_seed(self.config.run.seed)
             return UnifiedModel(self.model_config())
 
-    def policy(self, model: UnifiedModel) -> Policy:
+    def policy(self, model: UnifiedModel) -> UnifiedPolicy:
         """A model with the frozen parts around it."""
         _, height, width = self.vocabulary.picture_shape
         patch = self.config.model.latent_patch
-        return Policy(
-            model=model,
+        return UnifiedPolicy(
+            module=model,
             tokenizer=self.tokenizer,
             autoencoder=self.autoencoder,
             latent_grid=(height // patch, width // patch),

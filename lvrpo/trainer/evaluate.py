@@ -9,11 +9,11 @@ from typing import Any
 
 import torch
 
-from lvrpo.data.example import Example
+from lvrpo.data.example import Example, FinishReason
 from lvrpo.intervals import clustered_mean
 from lvrpo.models.flow import FlowSchedule
-from lvrpo.models.unified.policy import Policy
-from lvrpo.rewards.samples import FinishReason, Samples
+from lvrpo.models.protocol import Policy
+from lvrpo.rewards.samples import Samples
 from lvrpo.runs.inputs import reward_label
 from lvrpo.runs.log import GalleryItem
 from lvrpo.runs.rewards import used_rewards
@@ -21,7 +21,6 @@ from lvrpo.runs.scores import reward_row
 from lvrpo.runs.setup import Task
 from lvrpo.trainer.config import RolloutSection
 from lvrpo.trainer.experience import score_samples
-from lvrpo.trainer.rollout import sample_answers, sample_pictures
 
 #: Prompts evaluated at once; bounds the memory, changes no number.
 CHUNK = 256
@@ -70,8 +69,7 @@ def evaluate(
         texts: list[str] = []
         reasons: list[FinishReason] = []
         for chunk in _chunks(questions):
-            answers = sample_answers(
-                policy,
+            answers = policy.sample_texts(
                 chunk,
                 1,
                 max_tokens=rollout.max_answer_tokens,
@@ -89,7 +87,7 @@ def evaluate(
     if prompts:
         images = []
         for chunk in _chunks(prompts):
-            drawn = sample_pictures(policy, chunk, 1, schedule, seed=seed, step=EVALUATION_STEP)
+            drawn = policy.sample_images(chunk, 1, schedule, seed=seed, step=EVALUATION_STEP)
             images.append(drawn.images)
             progress(len(questions) + CHUNK * (len(images) - 1) + len(chunk), total)
         samples = Samples.of_images(prompts, torch.cat(images))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor
 from lvrpo import random
 from lvrpo.data.example import Example, Skill
 from lvrpo.models.flow import FlowSchedule
-from lvrpo.models.unified.policy import Policy
+from lvrpo.models.protocol import Answers, Pictures, Policy
 from lvrpo.ops.normalize_advantages import normalize_advantages
 from lvrpo.params.advantages import AdvantageParams
 from lvrpo.rewards.combine import Reward, RewardError, score
@@ -20,8 +21,16 @@ from lvrpo.rewards.samples import Samples
 from lvrpo.runs.inputs import reward_label
 from lvrpo.runs.setup import Task
 from lvrpo.trainer.config import RewardSection, TrainConfig
-from lvrpo.trainer.rollout import sample_answers, sample_pictures
-from lvrpo.trainer.update import Experience
+
+
+@dataclass(frozen=True)
+class Experience:
+    """One rollout with its advantages, on the policy's device: what an update learns from."""
+
+    answers: Answers | None
+    answer_advantages: Tensor | None  # [P_text * G]
+    pictures: Pictures | None
+    picture_advantages: Tensor | None  # [P_image * G]
 
 
 def gather_experience(
@@ -47,8 +56,7 @@ def gather_experience(
     clock = _Clock()
     answers = pictures = None
     if rollout.understand_prompts:
-        answers = sample_answers(
-            policy,
+        answers = policy.sample_texts(
             task.training_examples("understand", rollout.understand_prompts, step),
             rollout.group_size,
             max_tokens=rollout.max_answer_tokens,
@@ -57,8 +65,7 @@ def gather_experience(
             step=step,
         )
     if rollout.generate_prompts:
-        pictures = sample_pictures(
-            policy,
+        pictures = policy.sample_images(
             task.training_examples("generate", rollout.generate_prompts, step),
             rollout.group_size,
             schedule,
@@ -91,10 +98,9 @@ def gather_experience(
         kept = ~samples["understand"].truncated
         advantages["understand"] = advantages["understand"][kept]
         answers = answers.where(kept)
+    moved = {modality: values.to(policy.device) for modality, values in advantages.items()}
     metrics["time/advantages"] = clock.lap()
-    experience = Experience(
-        answers, advantages.get("understand"), pictures, advantages.get("generate")
-    )
+    experience = Experience(answers, moved.get("understand"), pictures, moved.get("generate"))
     return experience, metrics
 
 

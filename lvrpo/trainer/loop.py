@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from lvrpo.models.flow import FlowSchedule
-from lvrpo.models.unified.policy import Policy
+from lvrpo.models.protocol import DivergedError, Policy
 from lvrpo.runs.changes import rate_bridge
 from lvrpo.runs.checkpoint import (
     CheckpointError,
@@ -32,10 +32,10 @@ from lvrpo.runs.signals import Signals
 from lvrpo.trainer.config import TrainConfig
 from lvrpo.trainer.evaluate import evaluate
 from lvrpo.trainer.experience import gather_experience
-from lvrpo.trainer.rollout import DivergedError
+from lvrpo.trainer.objective import Objective
 from lvrpo.trainer.schedule import flow_schedule
 from lvrpo.trainer.state import TrainState, load_weights
-from lvrpo.trainer.update import Objective, policy_gradient
+from lvrpo.trainer.update import policy_gradient
 from lvrpo.trainer.warm_start import supervised_gradient
 
 WARM_START, AFTER = "warm start", "after"

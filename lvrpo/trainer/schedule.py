@@ -6,7 +6,7 @@ import torch
 
 from lvrpo.models.flow import FlowSchedule, noise_floor
 from lvrpo.trainer.config import RolloutSection, TrainConfig
-from lvrpo.trainer.update import Objective
+from lvrpo.trainer.objective import Objective
 
 
 def learning_rate(config: TrainConfig, done: int, bridge: tuple[int, float] | None = None) -> float:

@@ -9,12 +9,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from lvrpo.models.protocol import DivergedError
 from lvrpo.models.unified.model import UnifiedModel
 from lvrpo.runs.changes import Bridge, fingerprint
 from lvrpo.runs.checkpoint import Checkpoint, CheckpointError
 from lvrpo.runs.setup import Task
 from lvrpo.trainer.config import TrainConfig
-from lvrpo.trainer.rollout import DivergedError
 from lvrpo.trainer.schedule import learning_rate
 
 _MOMENTS = ("step", "exp_avg", "exp_avg_sq")

@@ -1,83 +1,28 @@
-"""One policy update: replay the rollout on packed buffers, form both losses, step the optimizer."""
+"""The gradient of one policy update: replay the rollout on packed buffers, form both losses."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from lvrpo.models.flow import FlowSchedule
-from lvrpo.models.packs import Pack, PictureGroup, pack_groups
-from lvrpo.models.unified.model import UnifiedModel
-from lvrpo.models.unified.policy import Policy
+from lvrpo.models.packs import Pack, PictureGroup
+from lvrpo.models.protocol import Outputs, Policy
 from lvrpo.ops.flow_policy_loss import flow_policy_loss
 from lvrpo.ops.gather_logprobs import gather_logprobs
 from lvrpo.ops.grpo_loss import grpo_loss
-from lvrpo.params.flow import FlowLossMetrics, FlowLossParams, FlowPolicyLoss
+from lvrpo.params.flow import FlowLossMetrics, FlowPolicyLoss
 from lvrpo.params.loss_metrics import LossMetrics
-from lvrpo.params.policy_loss import LossParams, PolicyLoss
-from lvrpo.trainer.config import TrainConfig
-from lvrpo.trainer.rollout import Answers, Pictures
+from lvrpo.params.policy_loss import PolicyLoss
+from lvrpo.trainer.experience import Experience
+from lvrpo.trainer.objective import Objective
 
 
 class ScheduleMismatch(RuntimeError):
     """A trajectory was sampled with another schedule than the update uses."""
-
-
-@dataclass(frozen=True)
-class Experience:
-    """One rollout with its advantages: what an update learns from."""
-
-    answers: Answers | None
-    answer_advantages: Tensor | None  # [P_text * G]
-    pictures: Pictures | None
-    picture_advantages: Tensor | None  # [P_image * G]
-
-
-@dataclass(frozen=True)
-class Objective:
-    """The two losses and how they are weighed."""
-
-    text: LossParams
-    image: FlowLossParams
-    text_weight: float
-    image_weight: float
-    temperature: float
-    max_rows: int
-    share_prompts: bool = True  # False: every completion has its own copy, for comparison
-
-    @classmethod
-    def from_config(cls, config: TrainConfig) -> Objective:
-        """The objective that a configuration describes."""
-        loss = config.loss
-        changes: dict[str, Any] = {"beta": loss.text_kl}
-        if loss.text_clip_low:
-            changes["clip_low"] = loss.text_clip_low
-        if loss.text_clip_high:
-            changes["clip_high"] = loss.text_clip_high
-        if loss.preset == "dr_grpo":
-            changes["max_length"] = config.rollout.max_answer_tokens
-        text = LossParams.preset(loss.preset, **changes)
-        image = FlowLossParams(
-            variant=loss.image_variant,
-            clip_low=loss.image_clip,
-            clip_high=loss.image_clip,
-            adv_clip=loss.advantage_clip,
-            log_ratio_scale=loss.image_log_ratio_scale or "mean",
-            kl=loss.image_kl_form,
-            beta=loss.image_kl,
-        )
-        return cls(
-            text,
-            image,
-            loss.text_weight,
-            loss.image_weight,
-            config.rollout.temperature,
-            config.optimizer.max_rows,
-        )
 
 
 def policy_gradient(
@@ -90,7 +35,7 @@ def policy_gradient(
     """Add the gradient of the objective to the model's parameters.
 
     The gradient is that of the whole rollout, however many packs it takes: every pack's loss is
-    divided by the rollout's own counts. The tensors of `experience` are on the models' device, and
+    divided by the rollout's own counts. The tensors of `experience` are on the policy's device, and
     nothing is read from it before the last pack is done.
 
     Returns:
@@ -106,9 +51,8 @@ def policy_gradient(
             f"{schedule.fingerprint()}"
         )
     step = _Update(policy, reference, experience, schedule, objective, _Metrics())
-    device = policy.model.head.weight.device
     for pack in pack_experience(policy, experience, schedule, objective):
-        _pack_loss(step, pack.to(device)).backward()  # type: ignore[no-untyped-call]
+        _pack_loss(step, pack).backward()  # type: ignore[no-untyped-call]
     return step.metrics.result()
 
 
@@ -124,8 +68,7 @@ def pack_experience(
         groups = [(example, pictures.group_size * steps) for example in pictures.examples]
         latents = pictures.latents.flatten(0, 1)
         times = torch.tensor([float(schedule.times[k]) for k in pictures.steps]).repeat(count)
-    return pack_groups(
-        policy,
+    return policy.packs(
         [] if answers is None else answers.groups(),
         groups,
         latents,
@@ -148,41 +91,37 @@ class _Update:
 
 
 def _pack_loss(step: _Update, pack: Pack) -> Tensor:
-    policy, reference = step.policy, step.reference
-    text, latent = policy.model(pack.batch, backend=policy.backend)
+    outputs = step.policy.forward(pack)
     with torch.no_grad():
-        reference_text, reference_latent = reference.model(pack.batch, backend=policy.backend)
+        reference = step.reference.forward(pack)
     terms = []
     if len(pack.token_ids):
-        terms.append(step.objective.text_weight * _text_loss(step, pack, text, reference_text))
-    if len(pack.batch.latents):
-        velocity = policy.model.velocity(latent)
-        velocity_ref = reference.model.velocity(reference_latent).detach()
-        loss = _image_loss(step, pack, velocity, velocity_ref)
-        terms.append(step.objective.image_weight * loss)
+        terms.append(step.objective.text_weight * _text_loss(step, pack, outputs, reference))
+    if len(outputs.velocity):
+        terms.append(step.objective.image_weight * _image_loss(step, pack, outputs, reference))
     return torch.stack(terms).sum()
 
 
-def _text_loss(step: _Update, pack: Pack, text: Tensor, reference_text: Tensor) -> Tensor:
+def _text_loss(step: _Update, pack: Pack, outputs: Outputs, reference: Outputs) -> Tensor:
     policy, objective = step.policy, step.objective
     answers, advantages = step.experience.answers, step.experience.answer_advantages
     assert answers is not None
     assert advantages is not None
 
-    def logprobs_and_entropy(model: UnifiedModel, hidden: Tensor) -> tuple[Tensor, Tensor]:
+    def logprobs_and_entropy(of: Outputs) -> tuple[Tensor, Tensor]:
         return gather_logprobs(
-            model.logits(hidden[pack.predictors]),
+            of.logits,
             pack.token_ids,
             pack.row_index,
             temperature=objective.temperature,
-            vocab_range=policy.answer_range,
+            vocab_range=of.head.vocab_range,
             return_entropy=True,
             backend=policy.backend,
         )
 
-    logprobs, entropy = logprobs_and_entropy(policy.model, text)
+    logprobs, entropy = logprobs_and_entropy(outputs)
     with torch.no_grad():
-        ref_logprobs, _ = logprobs_and_entropy(step.reference.model, reference_text)
+        ref_logprobs, _ = logprobs_and_entropy(reference)
     per_token = objective.text.aggregation == "token_mean"
     result = grpo_loss(
         logprobs,
@@ -200,21 +139,20 @@ def _text_loss(step: _Update, pack: Pack, text: Tensor, reference_text: Tensor) 
     return result.loss
 
 
-def _image_loss(step: _Update, pack: Pack, velocity: Tensor, velocity_ref: Tensor) -> Tensor:
+def _image_loss(step: _Update, pack: Pack, outputs: Outputs, reference: Outputs) -> Tensor:
     pictures, advantages = step.experience.pictures, step.experience.picture_advantages
     assert pictures is not None
     assert advantages is not None
     steps = len(pictures.steps)
     total = len(pictures.latents) * steps
     taken = torch.tensor(pictures.steps).repeat(len(pictures.latents))[pack.pictures]
-    shape = len(taken), *step.policy.latent_shape
     result = flow_policy_loss(
-        velocity.view(shape),
+        outputs.velocity,
         pictures.velocities.flatten(0, 1)[pack.pictures],
         pictures.noise.flatten(0, 1)[pack.pictures],
-        step.schedule.coefficients(taken, device=velocity.device),
+        step.schedule.coefficients(taken, device=step.policy.device),
         advantages.repeat_interleave(steps)[pack.pictures].float(),
-        velocity_ref=velocity_ref.view(shape),
+        velocity_ref=reference.velocity,
         denominator=float(total),
         params=step.objective.image,
         backend=step.policy.backend,

@@ -10,8 +10,7 @@ from torch import Tensor
 from lvrpo import random
 from lvrpo.data.example import Example, Picture
 from lvrpo.models.flow import interpolate, velocity_target
-from lvrpo.models.packs import pack_groups
-from lvrpo.models.unified.policy import Policy
+from lvrpo.models.protocol import Policy
 from lvrpo.ops.gather_logprobs import gather_logprobs
 
 
@@ -39,24 +38,23 @@ def supervised_gradient(
     latents = times = target = None
     if drawings:
         latents, times, target = _noisy_targets(policy, drawings, seed, step)
-    (pack,) = pack_groups(
-        policy,
+    (pack,) = policy.packs(
         [(example, [policy.answer_ids(_answer(example))]) for example in questions],
         [(group[0], len(group)) for group in drawings],
         latents,
         times,
     )
-    text, latent = policy.model(pack.batch, backend=policy.backend)
-    metrics, total = {}, text.new_zeros(())
+    outputs = policy.forward(pack)
+    metrics, total = {}, outputs.hidden.new_zeros(())
     if questions:
         logprobs = gather_logprobs(
-            policy.model.logits(text[pack.predictor]), pack.token_ids, backend=policy.backend
+            outputs.logits, pack.token_ids, pack.row_index, backend=policy.backend
         )
         loss = -logprobs.mean()
         metrics["loss/text"] = float(loss.detach())
         total = total + loss
     if target is not None:
-        loss = (policy.model.velocity(latent) - target.flatten(0, 1)).square().mean()
+        loss = (outputs.velocity - target).square().mean()
         metrics["loss/image"] = float(loss.detach())
         total = total + loss
     total.backward()  # type: ignore[no-untyped-call]
@@ -68,12 +66,13 @@ def _noisy_targets(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """x_t [M, n, c], t [M] and the velocity [M, n, c] they should predict, for all M examples."""
     targets = [torch.from_numpy(_target(example)) for group in drawings for example in group]
-    clean = policy.autoencoder.encode(torch.stack(targets))
+    clean = policy.encode(torch.stack(targets))
     generator = random.stream(seed, "flow noise", step)
     noise = torch.from_numpy(generator.standard_normal(clean.shape, dtype="float32"))
+    noise = noise.to(clean.device)
     # One time in each M-th part of [0, 1]: uniform like independent draws, with less variance.
     strata = generator.permutation(len(clean)) + generator.random(len(clean))
-    times = torch.from_numpy((strata / len(clean)).astype("float32"))
+    times = torch.from_numpy((strata / len(clean)).astype("float32")).to(clean.device)
     return interpolate(clean, noise, times), times, velocity_target(clean, noise)
 
 

@@ -7,9 +7,10 @@ import pytest
 import torch
 
 from lvrpo.digits.scenes import SceneConfig, scene_examples
+from lvrpo.models.unified.cache import CachedPass
 from lvrpo.models.unified.latents import LinearAutoencoder
 from lvrpo.models.unified.model import UnifiedConfig, UnifiedModel
-from lvrpo.models.unified.policy import CachedPass, Policy, take_rows
+from lvrpo.models.unified.policy import UnifiedPolicy
 from lvrpo.models.unified.tokenizer import Tokenizer
 
 # The torch backend in fp64: these tests are about layouts, and then equality is to rounding.
@@ -19,7 +20,7 @@ TINY = UnifiedConfig(
 
 
 @pytest.fixture
-def policy() -> Policy:
+def policy() -> UnifiedPolicy:
     from lvrpo.digits.phrases import scene_words
 
     torch.manual_seed(0)
@@ -28,7 +29,7 @@ def policy() -> Policy:
         torch.nn.init.normal_(parameter, std=0.2)
     autoencoder = LinearAutoencoder(1, 16, 16, patch=8, dim=3)
     tokenizer = Tokenizer(scene_words())
-    return Policy(model, tokenizer, autoencoder, (2, 2), tokenizer.word_token_range, "torch")
+    return UnifiedPolicy(model, tokenizer, autoencoder, (2, 2), tokenizer.word_token_range, "torch")
 
 
 @pytest.fixture
@@ -54,19 +55,19 @@ def test_a_group_equals_its_samples_one_by_one(policy, question, drawing):
     prompt = policy.add_prompt(shared, drawing)
     for _ in range(2):
         shared.noise(2, 2, parent=prompt)
-    text, latent = policy.model(shared.build(latents, times), backend="torch")
+    text, latent = policy.module(shared.build(latents, times), backend="torch")
 
     alone_text, alone_latent = [], []
     for tokens in ([270, 271], [], [272]):
         builder = policy.builder()
         builder.text(tokens, policy.add_prompt(builder, question))
-        alone_text.append(policy.model(builder.build(), backend="torch")[0])
+        alone_text.append(policy.module(builder.build(), backend="torch")[0])
     for i in range(2):
         builder = policy.builder()
         builder.noise(2, 2, parent=policy.add_prompt(builder, drawing))
         rows = slice(4 * i, 4 * i + 4)
         batch = builder.build(latents[rows], times[rows])
-        alone_latent.append(policy.model(batch, backend="torch")[1])
+        alone_latent.append(policy.module(batch, backend="torch")[1])
     prompt_tokens = len(alone_text[1])
     torch.testing.assert_close(text[:prompt_tokens], alone_text[1])
     torch.testing.assert_close(text[prompt_tokens : prompt_tokens + 2], alone_text[0][-2:])
@@ -90,19 +91,19 @@ def test_cached_pieces_equal_the_whole(policy, question, drawing):
         leaf = builder.noise(2, 2, parent=span)
         leaves += range(builder.start(leaf), builder.end(leaf))
     layout = builder.build(latents, times)
-    text, latent = policy.model(layout, backend="torch")
+    text, latent = policy.module(layout, backend="torch")
 
-    run = CachedPass(policy, layout, torch.tensor(prompts))
+    run = CachedPass(policy.module, layout, torch.tensor(prompts), "torch")
     row_of = {int(row): i for i, row in enumerate(layout.text_rows)}
     of_prompts = [i for row, i in sorted(row_of.items()) if row in set(prompts)]
     torch.testing.assert_close(run.prompt_text, text[of_prompts])
     for position in range(3):
         rows = torch.tensor(children) + position
-        hidden, _ = run.run(take_rows(layout, rows), rows)
+        hidden, _ = run.run(*run.part(rows))
         torch.testing.assert_close(hidden, text[[row_of[int(row)] for row in rows]])
     rows = torch.tensor(leaves)
     for _ in range(2):  # a second denoising step overwrites the first
-        _, hidden = run.run(take_rows(layout, rows), rows)
+        _, hidden = run.run(*run.part(rows))
         torch.testing.assert_close(hidden, latent)
 
 
@@ -113,10 +114,10 @@ def test_nobody_sees_a_noisy_picture_of_another_sample(policy, drawing):
     for _ in range(3):
         builder.noise(2, 2, parent=prompt)
     batch = builder.build(latents, times)
-    text, latent = policy.model(batch, backend="torch")
+    text, latent = policy.module(batch, backend="torch")
     changed = latents.clone()
     changed[4:8] += 1.0
-    other_text, other = policy.model(dataclasses.replace(batch, latents=changed), backend="torch")
+    other_text, other = policy.module(dataclasses.replace(batch, latents=changed), backend="torch")
     assert torch.equal(text, other_text)
     assert torch.equal(latent[:4], other[:4])
     assert torch.equal(latent[8:], other[8:])
@@ -124,7 +125,7 @@ def test_nobody_sees_a_noisy_picture_of_another_sample(policy, drawing):
 
 
 def test_gradients_reach_the_experts_that_were_used(policy, question, drawing):
-    model = policy.model
+    model = policy.module
     builder = policy.builder()
     policy.add_prompt(builder, question)
     model(builder.build(), backend="torch")[0].sum().backward()

@@ -162,7 +162,7 @@ def test_a_model_that_no_machine_holds(tmp_path):
 @pytest.mark.parametrize("preset", ["dapo", "gspo", "cispo"])
 def test_a_bound_that_is_not_set_stays_the_preset_s(preset):
     from lvrpo.params.policy_loss import LossParams
-    from lvrpo.trainer.update import Objective
+    from lvrpo.trainer.objective import Objective
 
     own = LossParams.preset(preset)
     changed = Objective.from_config(

@@ -9,12 +9,12 @@ from lvrpo.data.example import Example, Skill
 from lvrpo.digits.phrases import scene_words
 from lvrpo.digits.scenes import SceneConfig, scene_examples
 from lvrpo.models.flow import FlowSchedule
+from lvrpo.models.protocol import Answers, Pictures, Policy
 from lvrpo.models.unified.latents import LinearAutoencoder
 from lvrpo.models.unified.model import UnifiedConfig, UnifiedModel
-from lvrpo.models.unified.policy import Policy
+from lvrpo.models.unified.policy import UnifiedPolicy
 from lvrpo.models.unified.tokenizer import Tokenizer
-from lvrpo.trainer.rollout import Answers, Pictures, sample_answers, sample_pictures
-from lvrpo.trainer.update import Experience
+from lvrpo.trainer.experience import Experience
 
 SCHEDULE = FlowSchedule(num_steps=5, window=(0, 2))
 GROUP = 3
@@ -23,7 +23,7 @@ MAX_TOKENS = 4
 
 def small_policy(
     dtype: torch.dtype = torch.float64, backend: str | None = "torch", seed: int = 0
-) -> Policy:
+) -> UnifiedPolicy:
     tokenizer = Tokenizer(scene_words())
     config = UnifiedConfig(
         len(tokenizer),
@@ -40,7 +40,7 @@ def small_policy(
     for parameter in model.parameters():  # a zero-initialised output would hide everything
         torch.nn.init.normal_(parameter, std=0.2)
     autoencoder = LinearAutoencoder(1, 16, 16, patch=8, dim=3).to(dtype)
-    return Policy(model, tokenizer, autoencoder, (2, 2), tokenizer.word_token_range, backend)
+    return UnifiedPolicy(model, tokenizer, autoencoder, (2, 2), tokenizer.word_token_range, backend)
 
 
 def prompts(task: Skill, count: int, seed: int = 0) -> list[Example]:
@@ -48,13 +48,13 @@ def prompts(task: Skill, count: int, seed: int = 0) -> list[Example]:
 
 
 def answers(policy: Policy, examples: list[Example], group_size: int = GROUP) -> Answers:
-    return sample_answers(
-        policy, examples, group_size, max_tokens=MAX_TOKENS, temperature=1.3, seed=7, step=2
+    return policy.sample_texts(
+        examples, group_size, max_tokens=MAX_TOKENS, temperature=1.3, seed=7, step=2
     )
 
 
 def pictures(policy: Policy, examples: list[Example], group_size: int = GROUP) -> Pictures:
-    return sample_pictures(policy, examples, group_size, SCHEDULE, seed=7, step=2)
+    return policy.sample_images(examples, group_size, SCHEDULE, seed=7, step=2)
 
 
 def experience(policy: Policy, questions: int, drawings: int) -> Experience:

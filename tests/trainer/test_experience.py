@@ -9,15 +9,15 @@ import pytest
 import torch
 from runs.tiny import OVERRIDES, run_tiny, tiny_config
 
+from lvrpo.models.protocol import Answers
+from lvrpo.models.unified.policy import UnifiedPolicy
 from lvrpo.models.unified.tokenizer import EOS
 from lvrpo.rewards.combine import FunctionReward, RewardError
 from lvrpo.runs.config_file import load_config
 from lvrpo.runs.log import read_evals, read_metrics
 from lvrpo.runs.setup import Task, load_or_fit_task
-from lvrpo.trainer import experience
 from lvrpo.trainer.experience import gather_experience, shuffle_within_groups
 from lvrpo.trainer.loop import Listener
-from lvrpo.trainer.rollout import Answers
 from lvrpo.trainer.schedule import flow_schedule
 
 REWARDS = torch.arange(12.0)[:, None] * torch.tensor([1.0, -1.0])  # 3 groups of 4, 2 rewards
@@ -192,9 +192,10 @@ def cut_answers(monkeypatch, task, *overrides):
         ids = [policy.tokenizer.encode(e.answer) for e in examples for _ in range(group_size)]
         texts = [example.answer for example in examples for _ in range(group_size)]
         logprobs = torch.full((sum(map(len, ids)),), -1.0)
-        return Answers(list(examples), group_size, ids, texts, logprobs)
+        reasons = ["length"] * len(ids)
+        return Answers(list(examples), group_size, ids, texts, logprobs, reasons)
 
-    monkeypatch.setattr(experience, "sample_answers", sample)
+    monkeypatch.setattr(UnifiedPolicy, "sample_texts", sample)
     return gather(task, ONE_TOKEN, "rollout.generate_prompts=0", *overrides)
 
 
@@ -226,9 +227,11 @@ def test_masked_answers_are_left_out_of_the_update(task, monkeypatch):
     def sample(policy, examples, group_size, **_):
         ids = [[*range(300, 299 + n), 299 + n if n == 4 else EOS] for g in lengths for n in g]
         logprobs = torch.arange(float(sum(map(len, ids))))
-        return Answers(list(examples), 3, ids, [f"text {i}" for i in range(6)], logprobs)
+        reasons = ["length" if n == 4 else "end" for g in lengths for n in g]
+        texts = [f"text {i}" for i in range(6)]
+        return Answers(list(examples), 3, ids, texts, logprobs, reasons)
 
-    monkeypatch.setattr(experience, "sample_answers", sample)
+    monkeypatch.setattr(UnifiedPolicy, "sample_texts", sample)
     mask = [PAPER, "rewards.truncated=mask", "rollout.generate_prompts=0"]
     found, metrics = gather(task, *mask, texts=lambda samples: scores)
     answers = found.answers

@@ -11,18 +11,14 @@ from torch import Tensor
 from trainer.small_policy import GROUP, SCHEDULE, experience, small_policy
 
 from lvrpo import grpo_loss
-from lvrpo.models.unified.policy import Policy
+from lvrpo.models.unified.policy import UnifiedPolicy
 from lvrpo.params.flow import FlowLossParams
 from lvrpo.params.policy_loss import LossParams
 from lvrpo.runs.config_file import load_config
+from lvrpo.trainer.experience import Experience
 from lvrpo.trainer.loop import SELF_TEST_TOLERANCE, SelfTestError, check_ratio
-from lvrpo.trainer.update import (
-    Experience,
-    Objective,
-    ScheduleMismatch,
-    _Metrics,
-    policy_gradient,
-)
+from lvrpo.trainer.objective import Objective
+from lvrpo.trainer.update import ScheduleMismatch, _Metrics, policy_gradient
 
 TEMPERATURE = 1.3  # of small_policy.answers
 MIXES = {"text": (3, 0), "image": (0, 3), "mixed": (2, 2)}
@@ -37,32 +33,32 @@ OBJECTIVE = Objective(
 
 
 @pytest.fixture(params=MIXES.values(), ids=MIXES.keys())
-def case(request) -> tuple[Policy, Policy, Experience]:
+def case(request) -> tuple[UnifiedPolicy, UnifiedPolicy, Experience]:
     """A policy that has moved since it sampled, its reference, and what it sampled."""
     sampler = small_policy()
     found = experience(sampler, *request.param)
     policy, reference = small_policy(), small_policy(seed=1)
     generator = torch.Generator().manual_seed(5)
     with torch.no_grad():
-        for parameter in policy.model.parameters():
+        for parameter in policy.module.parameters():
             noise = torch.randn(parameter.shape, generator=generator, dtype=parameter.dtype)
             parameter.add_(0.01 * noise)
     return policy, reference, found
 
 
 def gradients(
-    case: tuple[Policy, Policy, Experience], objective: Objective = OBJECTIVE
+    case: tuple[UnifiedPolicy, UnifiedPolicy, Experience], objective: Objective = OBJECTIVE
 ) -> tuple[dict[str, Tensor], dict[str, float]]:
     policy, reference, found = case
-    policy.model.zero_grad()
+    policy.module.zero_grad()
     metrics = policy_gradient(policy, reference, found, SCHEDULE, objective)
     return grads_of(policy), metrics
 
 
-def grads_of(policy: Policy) -> dict[str, Tensor]:
+def grads_of(policy: UnifiedPolicy) -> dict[str, Tensor]:
     return {
         name: parameter.grad.clone()
-        for name, parameter in policy.model.named_parameters()
+        for name, parameter in policy.module.named_parameters()
         if parameter.grad is not None
     }
 
@@ -99,7 +95,7 @@ def test_shared_and_unshared_training_stay_together(dtype, apart):
     reference = small_policy(dtype, backend=None)
     policies = {shared: small_policy(dtype, backend=None) for shared in (True, False)}
     optimizers = {
-        shared: torch.optim.AdamW(policy.model.parameters(), lr=1e-3, betas=(0.9, 0.95))
+        shared: torch.optim.AdamW(policy.module.parameters(), lr=1e-3, betas=(0.9, 0.95))
         for shared, policy in policies.items()
     }
     for step in range(50):
@@ -110,8 +106,8 @@ def test_shared_and_unshared_training_stay_together(dtype, apart):
             policy_gradient(policy, reference, found, SCHEDULE, objective)
             optimizers[shared].step()
             optimizers[shared].zero_grad()
-    weights = [dict(policy.model.named_parameters()) for policy in policies.values()]
-    for name, start in reference.model.named_parameters():
+    weights = [dict(policy.module.named_parameters()) for policy in policies.values()]
+    for name, start in reference.module.named_parameters():
         moved = float((weights[0][name] - start).detach().abs().max())
         assert moved > 1e-3, name
         assert float((weights[0][name] - weights[1][name]).detach().abs().max()) <= apart * moved
@@ -129,7 +125,7 @@ def test_an_update_reads_nothing_from_its_device_but_its_metrics(monkeypatch):
     found = dataclasses.replace(
         moved(found), answers=moved(found.answers), pictures=moved(found.pictures)
     )
-    for model in (policy.model, reference.model):
+    for model in (policy.module, reference.module):
         model.to("meta")
     metrics: dict[str, Tensor] = {}
     monkeypatch.setattr(_Metrics, "result", lambda self: metrics.update(self.on_device()))
@@ -139,14 +135,14 @@ def test_an_update_reads_nothing_from_its_device_but_its_metrics(monkeypatch):
     assert metrics.keys() >= {"loss/text", "loss/image", "ratio/text/max", "ratio/image/max"}
     assert all(x.is_meta and x.shape == () for x in metrics.values())
     assert all(gradient.is_meta for gradient in grads_of(policy).values())
-    assert len(grads_of(policy)) == len(list(policy.model.parameters()))
+    assert len(grads_of(policy)) == len(list(policy.module.parameters()))
 
 
 def test_shared_groups_have_the_gradient_of_their_samples_one_by_one(case):
     """Every sample with a prompt of its own, in plain autograd, by the formulas of the paper."""
     policy, reference, found = case
     packed, metrics = gradients(case)
-    policy.model.zero_grad()
+    policy.module.zero_grad()
     loss = torch.zeros((), dtype=torch.float64)
     if found.answers is not None:
         text = sum(text_terms(policy, reference, found)) / len(found.answers.token_ids)
@@ -167,7 +163,7 @@ def test_answers_that_are_left_out_are_in_no_sum(kept):
     policy, reference = small_policy(), small_policy(seed=1)
     found = experience(small_policy(seed=2), 3, 0)
     terms = text_terms(policy, reference, found)
-    policy.model.zero_grad()
+    policy.module.zero_grad()
     expected = sum((terms[i] for i in kept), torch.zeros(())) / max(1, len(kept))
     if kept:
         (OBJECTIVE.text_weight * expected).backward()
@@ -187,17 +183,17 @@ def clipped(ratio: Tensor, advantage: Tensor) -> Tensor:
     return -torch.minimum(ratio * advantage, ratio.clamp(0.8, 1.2) * advantage)
 
 
-def text_terms(policy: Policy, reference: Policy, found: Experience) -> list[Tensor]:
+def text_terms(policy: UnifiedPolicy, reference: UnifiedPolicy, found: Experience) -> list[Tensor]:
     """Per answer: mean over its tokens of the clipped term + beta k3."""
     low, high = policy.answer_range
 
-    def logprobs(of: Policy, example, tokens: list[int]) -> Tensor:
+    def logprobs(of: UnifiedPolicy, example, tokens: list[int]) -> Tensor:
         builder = of.builder()
         # One causal span, as a model without groups would see it.
         prompt = of.add_prompt(builder, example)
         builder.text(tokens[:-1], prompt)
-        text, _ = of.model(builder.build(), backend="torch")
-        logits = of.model.logits(text[-len(tokens) :])[:, low:high] / TEMPERATURE
+        text, _ = of.module(builder.build(), backend="torch")
+        logits = of.module.logits(text[-len(tokens) :])[:, low:high] / TEMPERATURE
         picked = torch.tensor(tokens)[:, None] - low
         return logits.log_softmax(-1).gather(1, picked).squeeze(1)
 
@@ -215,16 +211,16 @@ def text_terms(policy: Policy, reference: Policy, found: Experience) -> list[Ten
     return terms
 
 
-def image_terms(policy: Policy, reference: Policy, found: Experience) -> list[Tensor]:
+def image_terms(policy: UnifiedPolicy, reference: UnifiedPolicy, found: Experience) -> list[Tensor]:
     """Per picture and step: the clipped term of its log-density's ratio + beta (v - v_ref)^2."""
 
-    def velocity(of: Policy, example, x: Tensor, k: int) -> Tensor:
+    def velocity(of: UnifiedPolicy, example, x: Tensor, k: int) -> Tensor:
         builder = of.builder()
         builder.noise(*of.latent_grid, parent=of.add_prompt(builder, example))
         # As the trainer has it, in fp32: a time is a time.
         times = torch.full((len(x),), float(SCHEDULE.times[k]))
-        _, latent = of.model(builder.build(x, times), backend="torch")
-        return of.model.velocity(latent)
+        _, latent = of.module(builder.build(x, times), backend="torch")
+        return of.module.velocity(latent)
 
     terms = []
     for i in range(len(found.pictures.latents)):
@@ -314,7 +310,7 @@ def test_a_better_answer_becomes_more_likely():
     )
     before = policy_gradient(policy, policy, found, SCHEDULE, objective)
     with torch.no_grad():
-        for parameter in policy.model.parameters():
+        for parameter in policy.module.parameters():
             parameter.sub_(1e-3 * parameter.grad)
     after = policy_gradient(policy, policy, found, SCHEDULE, objective)
     assert after["loss/text"] < before["loss/text"]

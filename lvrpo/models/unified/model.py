@@ -12,6 +12,7 @@ width, c numbers per latent token.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from dataclasses import dataclass
 
@@ -119,6 +120,11 @@ class PackedBatch:
     def rows(self) -> int:
         """L."""
         return self.position_ids.shape[0]
+
+    def to(self, device: torch.device | str) -> PackedBatch:
+        """The same batch with its tensors on `device`."""
+        moved = {name: value.to(device) for name, value in vars(self).items()}
+        return dataclasses.replace(self, **moved)
 
 
 class KVCache:

@@ -1,26 +1,45 @@
-"""What a policy is made of, and how a prompt enters the packed buffer."""
+"""The unified model as a policy: how a prompt enters the packed buffer, and how it is sampled from.
+
+A prompt is computed once; its keys and values serve the whole group and all denoising steps. Random
+numbers come from counter-based streams keyed by (seed, step, prompt, sample), so a sample does not
+depend on what else is in the batch.
+"""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from lvrpo.data.example import Example
+from lvrpo import random
+from lvrpo.data.example import SKILLS, Example, Skill
+from lvrpo.models.flow import FlowSchedule
+from lvrpo.models.packs import Pack, PictureGroup, TextGroup, pack_groups
+from lvrpo.models.protocol import (
+    Answers,
+    DivergedError,
+    Head,
+    Outputs,
+    Pictures,
+    sample_streams,
+)
+from lvrpo.models.unified.cache import CachedPass
 from lvrpo.models.unified.latents import LinearAutoencoder
 from lvrpo.models.unified.layout import ROOT, PackBuilder
-from lvrpo.models.unified.model import KVCache, PackedBatch, UnifiedModel
+from lvrpo.models.unified.model import PackedBatch, UnifiedModel
 from lvrpo.models.unified.tokenizer import BOS, DRAW, EOS, IMAGE, IMAGE_END, Tokenizer
+from lvrpo.ops.flow_step import flow_step
+from lvrpo.ops.gather_logprobs import gather_logprobs
 
 
 @dataclass(frozen=True)
-class Policy:
-    """The trained model with the frozen parts that turn words and pixels into its inputs."""
+class UnifiedPolicy:
+    """A `lvrpo.models.protocol.Policy`; the autoencoder is on the module's device."""
 
-    model: UnifiedModel
+    module: UnifiedModel
     tokenizer: Tokenizer
     autoencoder: LinearAutoencoder
     latent_grid: tuple[int, int]  # rows and columns of latent tokens of a picture
@@ -28,13 +47,23 @@ class Policy:
     backend: str | None = None
 
     @property
+    def skills(self) -> frozenset[Skill]:
+        """Both."""
+        return frozenset(SKILLS)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the module is."""
+        return self.module.head.weight.device
+
+    @property
     def latent_shape(self) -> tuple[int, int]:
         """(tokens, numbers per token) of one picture."""
-        return self.latent_grid[0] * self.latent_grid[1], self.model.config.latent_dim
+        return self.latent_grid[0] * self.latent_grid[1], self.module.config.latent_dim
 
     def builder(self) -> PackBuilder:
         """An empty packed buffer for this model."""
-        return PackBuilder(self.model.config)
+        return PackBuilder(self.module.config)
 
     def add_prompt(self, builder: PackBuilder, example: Example) -> int:
         """Lay out the picture (if any) and the words of a prompt; returns its last span."""
@@ -46,6 +75,12 @@ class Policy:
             words.append(DRAW)
         return builder.text(words, span)
 
+    def prompt(self, example: Example) -> PackBuilder:
+        """A buffer with one prompt in it."""
+        builder = self.builder()
+        self.add_prompt(builder, example)
+        return builder
+
     def answer_ids(self, text: str) -> list[int]:
         """Tokens of a complete answer, closed by the end token."""
         return [*self.tokenizer.encode(text), EOS]
@@ -55,56 +90,180 @@ class Policy:
         kept = list(token_ids)
         return self.tokenizer.decode(kept[: kept.index(EOS)] if EOS in kept else kept)
 
+    def encode(self, images: Tensor) -> Tensor:
+        """[N, C, H, W] in [0, 1] -> [N, n, c] latents on the policy's device."""
+        return self.autoencoder.encode(images.to(self.device))
 
-def take_rows(batch: PackedBatch, rows: Tensor) -> PackedBatch:
-    """The rows of a layout as a batch that extends a cache of that layout.
+    def packs(
+        self,
+        texts: Sequence[TextGroup],
+        pictures: Sequence[PictureGroup] = (),
+        latents: Tensor | None = None,
+        timesteps: Tensor | None = None,
+        max_rows: int = 1 << 30,
+        *,
+        share_prompts: bool = True,
+    ) -> Iterator[Pack]:
+        """See `pack_groups`."""
+        packs = pack_groups(
+            self, texts, pictures, latents, timesteps, max_rows, share_prompts=share_prompts
+        )
+        return (pack.to(self.device) for pack in packs)
 
-    Args:
-        batch: the whole layout.
-        rows: [n] int64, ascending.
-    """
-    new_row = torch.full((batch.rows,), -1)
-    new_row[rows] = torch.arange(len(rows))
+    def forward(self, pack: Pack) -> Outputs:
+        """One pass over a pack of this policy's."""
+        assert isinstance(pack.batch, PackedBatch)
+        text, latent = self.module(pack.batch, backend=self.backend)
+        head = self.module.head
+        return Outputs(
+            text[pack.predictors],
+            Head(head.weight, head.bias, self.answer_range),
+            self.module.velocity(latent).view(-1, *self.latent_shape),
+        )
 
-    def kept(of_kind: Tensor) -> tuple[Tensor, Tensor]:
-        moved = new_row[of_kind]
-        return moved >= 0, moved[moved >= 0]
+    @torch.no_grad()
+    def sample_texts(
+        self,
+        examples: Sequence[Example],
+        group_size: int,
+        *,
+        max_tokens: int,
+        temperature: float,
+        seed: int,
+        step: int,
+    ) -> Answers:
+        """See `lvrpo.models.protocol.Policy`; the host reads once per position who goes on."""
+        device = self.device
+        builder = self.builder()
+        last_prompt_row: list[int] = []
+        child_start: list[int] = []
+        prompt_rows: list[int] = []
+        for example in examples:
+            first = builder.rows
+            prompt = self.add_prompt(builder, example)
+            prompt_rows.extend(range(first, builder.rows))
+            for _ in range(group_size):
+                last_prompt_row.append(builder.end(prompt) - 1)
+                child = builder.text([0] * max_tokens, prompt)
+                child_start.append(builder.start(child))
+        layout = builder.build()
+        run = CachedPass(self.module, layout, torch.tensor(prompt_rows), self.backend)
 
-    text, text_rows = kept(batch.text_rows)
-    patch, patch_rows = kept(batch.patch_rows)
-    latent, latent_rows = kept(batch.latent_rows)
-    return PackedBatch(
-        token_ids=batch.token_ids[text],
-        text_rows=text_rows,
-        patches=batch.patches[patch],
-        patch_rows=patch_rows,
-        patch_grid=batch.patch_grid[patch],
-        latents=batch.latents[latent],
-        latent_rows=latent_rows,
-        latent_grid=batch.latent_grid[latent],
-        timesteps=batch.timesteps[latent],
-        position_ids=batch.position_ids[rows],
-        mask=batch.mask.select_queries(rows),
-    )
+        streams = sample_streams("answer", examples, group_size, seed, step)
+        uniform = random.uniform(streams, (max_tokens,)).to(device)
+        # The rows of the prompts' text hidden states that predict the samples' first tokens.
+        prompt_text_rows = layout.text_rows[torch.isin(layout.text_rows, torch.tensor(prompt_rows))]
+        source = torch.searchsorted(prompt_text_rows, torch.tensor(last_prompt_row))
+        used, inverse = source.unique(return_inverse=True)
+        hidden, row_index = run.prompt_text[used.to(device)], inverse.to(device)
+        starts = torch.tensor(child_start)
+        active = torch.arange(len(starts))
+        lengths = torch.zeros_like(starts)
+        drawn: list[tuple[Tensor, Tensor, Tensor]] = []  # samples, their tokens, their log-probs
+        for position in range(max_tokens):
+            at = active.to(device)
+            logits = self.module.logits(hidden)
+            ids, finite = self._sample_tokens(logits, row_index, uniform[at, position], temperature)
+            *going_on, all_finite = torch.cat([ids != EOS, finite[None]]).tolist()
+            if not all_finite:
+                # Whoever looks at them next would be blamed.
+                raise DivergedError.of_samples("log-probs", step)
+            logprobs = gather_logprobs(
+                logits,
+                ids,
+                row_index,
+                temperature=temperature,
+                vocab_range=self.answer_range,
+                backend=self.backend,
+            )
+            drawn.append((at * max_tokens + position, ids, logprobs))
+            lengths[active] += 1
+            kept = torch.tensor(going_on).nonzero().flatten()
+            active = active[kept]
+            if position + 1 == max_tokens or not len(active):
+                break
+            batch, rows = run.part(starts[active] + position)
+            batch = dataclasses.replace(batch, token_ids=ids[kept.to(device)])
+            hidden, _ = run.run(batch, rows)
+            row_index = torch.arange(len(active), device=device)
+        places, all_ids, all_logprobs = map(torch.cat, zip(*drawn, strict=True))
+        order = places.argsort()
+        pieces = all_ids[order].cpu().split(lengths.tolist())
+        token_ids = [piece.tolist() for piece in pieces]
+        return Answers(
+            examples=list(examples),
+            group_size=group_size,
+            token_ids=token_ids,
+            texts=[self.decode_answer(ids) for ids in token_ids],
+            logprobs=all_logprobs[order],
+            finish_reasons=["end" if ids[-1] == EOS else "length" for ids in token_ids],
+        )
 
+    def _sample_tokens(
+        self, logits: Tensor, row_index: Tensor, uniform: Tensor, temperature: float
+    ) -> tuple[Tensor, Tensor]:
+        """A token per entry of `row_index`, and whether all their distributions are finite.
 
-class CachedPass:
-    """A packed layout evaluated piece by piece: prompts first, then whatever hangs below them."""
+        Drawn by inverting the cumulative distribution.
+        """
+        low, high = self.answer_range
+        probabilities = (logits[:, low:high].double() / temperature).softmax(dim=-1)
+        cumulative = probabilities.cumsum(dim=-1)[row_index]
+        ids = torch.searchsorted(cumulative, uniform.double()[:, None]).squeeze(1)
+        ids = ids.clamp(max=high - low - 1) + low
+        return ids, cumulative[:, -1].isfinite().all()
 
-    def __init__(self, policy: Policy, layout: PackedBatch, prompt_rows: Tensor) -> None:
-        self.policy, self.layout = policy, layout
-        like = policy.model.head.weight
-        self.cache = KVCache(policy.model.config, layout.rows, like)
-        #: [n_text of the prompts, hidden], in the order of the prompts' tokens
-        self.prompt_text, _ = self.run(take_rows(layout, prompt_rows), prompt_rows)
+    @torch.no_grad()
+    def sample_images(
+        self,
+        examples: Sequence[Example],
+        group_size: int,
+        schedule: FlowSchedule,
+        *,
+        seed: int,
+        step: int,
+    ) -> Pictures:
+        """See `lvrpo.models.protocol.Policy`."""
+        builder = self.builder()
+        prompt_rows: list[int] = []
+        for example in examples:
+            first = builder.rows
+            prompt = self.add_prompt(builder, example)
+            prompt_rows.extend(range(first, builder.rows))
+            for _ in range(group_size):
+                builder.noise(*self.latent_grid, parent=prompt)
+        layout = builder.build()
+        run = CachedPass(self.module, layout, torch.tensor(prompt_rows), self.backend)
+        batch, rows = run.part(layout.latent_rows)
 
-    def run(self, batch: PackedBatch, rows: Tensor) -> tuple[Tensor, Tensor]:
-        """Hidden states (text, latent) of `rows`, whose keys and values enter the cache."""
-        return self.policy.model(batch, self.cache, rows, backend=self.policy.backend)  # type: ignore[no-any-return]
-
-    def run_latents(self, batch: PackedBatch, rows: Tensor, x: Tensor, time: float) -> Tensor:
-        """Velocity [images, tokens, numbers] of noisy pictures at one time."""
-        flat = x.flatten(0, 1)
-        at = dataclasses.replace(batch, latents=flat, timesteps=flat.new_full(flat.shape[:1], time))
-        _, hidden = self.run(at, rows)
-        return self.policy.model.velocity(hidden).view_as(x)
+        # One draw holds a sample's starting noise and then the noise of each step.
+        streams = sample_streams("picture", examples, group_size, seed, step)
+        shape = 1 + schedule.num_steps, *self.latent_shape
+        drawn = random.normal(streams, shape).to(self.device)
+        x = drawn[:, 0]
+        latents, velocities, noise, steps = [], [], [], []
+        for k in range(schedule.num_steps):
+            coefficients = schedule.coefficients(k, device=self.device)
+            velocity = run.run_latents(batch, rows, x, float(schedule.times[k]))
+            stochastic = k in schedule.stochastic_steps
+            z = drawn[:, 1 + k] if stochastic else None
+            if stochastic:
+                latents.append(x)
+                velocities.append(velocity)
+                noise.append(drawn[:, 1 + k])
+                steps.append(k)
+            x, _ = flow_step(velocity, x, coefficients, z, backend=self.backend)
+        if not bool(x.isfinite().all()):
+            # Decoding clips to [0, 1] and would hide an infinity.
+            raise DivergedError.of_samples("drawings", step)
+        none = x.new_zeros(len(x), 0, *x.shape[1:])
+        return Pictures(
+            examples=list(examples),
+            group_size=group_size,
+            images=self.autoencoder.decode(x).clamp(0, 1).to("cpu", torch.float32),
+            latents=torch.stack(latents, dim=1) if latents else none,
+            velocities=torch.stack(velocities, dim=1) if latents else none,
+            noise=torch.stack(noise, dim=1) if latents else none,
+            steps=steps,
+            fingerprint=schedule.fingerprint(),
+        )

@@ -18,12 +18,11 @@ from trainer.small_policy import (
     small_policy,
 )
 
-from lvrpo.models.packs import pack_groups
+from lvrpo.models.protocol import DivergedError
 from lvrpo.models.unified.tokenizer import EOS
 from lvrpo.ops.flow_step import flow_step
 from lvrpo.ops.gather_logprobs import gather_logprobs
 from lvrpo.testing import check_against_plain
-from lvrpo.trainer.rollout import DivergedError, sample_answers
 
 
 @pytest.fixture(params=[torch.float32, torch.float64], ids=str)
@@ -104,13 +103,13 @@ def test_tokens_follow_the_models_distribution():
     policy = small_policy()
     (question,) = prompts("understand", 1)
     count = 4000
-    found = sample_answers(policy, [question], count, max_tokens=1, temperature=0.7, seed=0, step=0)
+    found = policy.sample_texts([question], count, max_tokens=1, temperature=0.7, seed=0, step=0)
     low, high = policy.answer_range
     builder = policy.builder()
     policy.add_prompt(builder, question)
     with torch.no_grad():
-        text, _ = policy.model(builder.build(), backend="torch")
-        expected = (policy.model.logits(text[-1])[low:high] / 0.7).softmax(0)
+        text, _ = policy.module(builder.build(), backend="torch")
+        expected = (policy.module.logits(text[-1])[low:high] / 0.7).softmax(0)
     drawn = torch.tensor([tokens[0] - low for tokens in found.token_ids])
     counts = drawn.bincount(minlength=high - low)
     # Each count is binomial: 5 standard deviations, and a little for the rare ones.
@@ -120,17 +119,17 @@ def test_tokens_follow_the_models_distribution():
 
 def test_logprobs_are_those_of_a_full_forward_pass(policy):
     found = answers(policy, prompts("understand", 4))
-    (pack,) = pack_groups(policy, found.groups())
+    (pack,) = policy.packs(found.groups())
     with torch.no_grad():
-        text, _ = policy.model(pack.batch, backend=policy.backend)
         logprobs = gather_logprobs(
-            policy.model.logits(text[pack.predictor]),
+            policy.forward(pack).logits,
             pack.token_ids,
+            pack.row_index,
             temperature=1.3,
             vocab_range=policy.answer_range,
         )
     assert pack.token_ids.tolist() == [token for tokens in found.token_ids for token in tokens]
-    check_against_plain(found.logprobs, logprobs.double(), logprobs.float(), scale=8.0)
+    check_against_plain(found.logprobs, logprobs.double(), logprobs, scale=8.0)
 
 
 def test_the_stored_steps_make_the_picture_again(policy):
@@ -148,16 +147,14 @@ def test_the_stored_velocities_are_those_of_a_full_forward_pass(policy):
     found = pictures(policy, prompts("generate", 3))
     steps = len(found.steps)
     times = torch.tensor([float(SCHEDULE.times[k]) for k in found.steps])
-    (pack,) = pack_groups(
-        policy,
+    (pack,) = policy.packs(
         [],
         [(example, GROUP * steps) for example in found.examples],
         found.latents.flatten(0, 1),
         times.repeat(len(found.latents)),
     )
     with torch.no_grad():
-        _, latent = policy.model(pack.batch, backend=policy.backend)
-        velocity = policy.model.velocity(latent).view_as(found.velocities)
+        velocity = policy.forward(pack).velocity.view_as(found.velocities)
     check_against_plain(found.velocities, velocity.double(), velocity, scale=8.0)
 
 
@@ -201,7 +198,7 @@ def test_samples_that_are_left_out_leave_the_others_as_they_are(policy):
 def broken(policy, value, part):
     """The policy with one weight of a layer, or of what reads or writes a modality, spoiled."""
     spoiled = copy.deepcopy(policy)
-    names = dict(spoiled.model.named_parameters())
+    names = dict(spoiled.module.named_parameters())
     with torch.no_grad():
         names[part].view(-1)[0] = value
     return spoiled
@@ -212,7 +209,7 @@ def test_broken_weights_are_named_before_anybody_looks_at_the_samples(policy, va
     """Every parameter that the samples depend on, one after the other."""
     question, request = prompts("understand", 1), prompts("generate", 1)
     messages = []
-    for part, _ in policy.model.named_parameters():
+    for part, _ in policy.module.named_parameters():
         for sample, examples in ((answers, question), (pictures, request)):
             try:
                 found = sample(broken(policy, value, part), examples)

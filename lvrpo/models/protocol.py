@@ -1,0 +1,204 @@
+"""What a trainer asks of a model family: sample, lay out, evaluate.
+
+A family is one class with these methods; nothing that trains, scores or measures knows more of it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from typing import NamedTuple, Protocol
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lvrpo import random
+from lvrpo.data.example import Example, FinishReason, Skill
+from lvrpo.models.flow import FlowSchedule
+from lvrpo.models.packs import Pack, PictureGroup, TextGroup
+
+
+class DivergedError(RuntimeError):
+    """What the policy sampled, or its gradient, is not finite."""
+
+    @classmethod
+    def of_samples(cls, what: str, step: int) -> DivergedError:
+        """The error of a step (0 for none) whose samples show it."""
+        at = f"step {step}: " if step > 0 else ""
+        return cls(
+            f"{at}the policy's {what} are not finite: its weights have diverged; a lower "
+            "optimizer.lr or optimizer.grad_clip may help; the checkpoints before it are kept"
+        )
+
+
+@dataclass(frozen=True)
+class Answers:
+    """Sampled texts, group by group: sample g of prompt p is at p * G + g if none was left out."""
+
+    examples: list[Example]  # [P]
+    group_size: int
+    token_ids: list[list[int]]  # [P * G] sampled tokens, the end token included
+    texts: list[str]  # [P * G]
+    logprobs: Tensor  # [T] nats, of all tokens one after the other, on the policy's device
+    finish_reasons: list[FinishReason]  # [P * G], "length" where the limit of tokens cut
+    sizes: Sequence[int] = ()  # [P] samples of each prompt, where not all of a group are left
+
+    def groups(self) -> list[tuple[Example, list[list[int]]]]:
+        """Every prompt that has samples, with their tokens."""
+        sizes = self.sizes or [self.group_size] * len(self.examples)
+        tokens = iter(self.token_ids)
+        return [
+            (example, list(islice(tokens, size)))
+            for example, size in zip(self.examples, sizes, strict=True)
+            if size
+        ]
+
+    def where(self, kept: Tensor) -> Answers:
+        """The samples for which `kept`, [P * G] bool, holds; a group keeps its place."""
+        lengths = torch.tensor([len(ids) for ids in self.token_ids])
+        tokens = kept.repeat_interleave(lengths).nonzero().flatten()
+        chosen = kept.nonzero().flatten().tolist()
+        return dataclasses.replace(
+            self,
+            token_ids=[self.token_ids[i] for i in chosen],
+            texts=[self.texts[i] for i in chosen],
+            logprobs=self.logprobs[tokens.to(self.logprobs.device)],
+            finish_reasons=[self.finish_reasons[i] for i in chosen],
+            sizes=kept.view(-1, self.group_size).sum(dim=1).tolist(),
+        )
+
+
+@dataclass(frozen=True)
+class Pictures:
+    """Sampled pictures and the stochastic steps they took; same order as `Answers`.
+
+    N = P * G pictures, K stochastic steps, n latent tokens of c numbers. All but the images are on
+    the policy's device.
+    """
+
+    examples: list[Example]  # [P]
+    group_size: int
+    images: Tensor  # [N, C, H, W] fp32 in [0, 1], on the host
+    latents: Tensor  # [N, K, n, c] x_t before each stochastic step
+    velocities: Tensor  # [N, K, n, c] of the sampling weights
+    noise: Tensor  # [N, K, n, c] that each step drew
+    steps: list[int]  # [K] step numbers in the schedule
+    fingerprint: str  # of the schedule
+
+
+class Head(NamedTuple):
+    """The projection on the vocabulary, as the `linear_` ops take it."""
+
+    weight: Tensor  # [V, H]
+    bias: Tensor | None  # [V]
+    vocab_range: tuple[int, int]  # [low, high) of the tokens that answers are sampled from
+
+
+class Outputs(NamedTuple):
+    """What one forward pass over a `Pack` predicts."""
+
+    hidden: Tensor  # [R, H] of the rows that predict a token, in the order of `Pack.predictors`
+    head: Head
+    velocity: Tensor  # [M, n, c] of the noisy pictures, fp32 or fp64
+
+    @property
+    def logits(self) -> Tensor:
+        """[R, V], all of them in memory."""
+        return F.linear(self.hidden, self.head.weight, self.head.bias)
+
+
+class Policy(Protocol):
+    """A model with the frozen parts that turn words and pixels into its inputs.
+
+    Everything that goes into the model follows its device and dtype; what is laid out is laid out
+    on the host and moved there once.
+    """
+
+    @property
+    def skills(self) -> frozenset[Skill]:
+        """What it can be asked for."""
+
+    @property
+    def module(self) -> nn.Module:
+        """All that is trained and saved."""
+
+    @property
+    def backend(self) -> str | None:
+        """Of every op; None for the first that can run."""
+
+    @property
+    def device(self) -> torch.device:
+        """Where the module is."""
+
+    def sample_texts(
+        self,
+        examples: Sequence[Example],
+        group_size: int,
+        *,
+        max_tokens: int,
+        temperature: float,
+        seed: int,
+        step: int,
+    ) -> Answers:
+        """Sample `group_size` answers to every question, each until its end or `max_tokens`.
+
+        Raises:
+            DivergedError: the model's logits are not finite.
+        """
+
+    def sample_images(
+        self,
+        examples: Sequence[Example],
+        group_size: int,
+        schedule: FlowSchedule,
+        *,
+        seed: int,
+        step: int,
+    ) -> Pictures:
+        """Denoise `group_size` pictures for every drawing prompt.
+
+        Raises:
+            DivergedError: what the model drew is not finite.
+        """
+
+    def packs(
+        self,
+        texts: Sequence[TextGroup],
+        pictures: Sequence[PictureGroup] = (),
+        latents: Tensor | None = None,
+        timesteps: Tensor | None = None,
+        max_rows: int = 1 << 30,
+        *,
+        share_prompts: bool = True,
+    ) -> Iterator[Pack]:
+        """Packed buffers on the policy's device; see `lvrpo.models.packs.pack_groups`."""
+
+    def forward(self, pack: Pack) -> Outputs:
+        """One pass over a pack of this policy's."""
+
+    def answer_ids(self, text: str) -> list[int]:
+        """Tokens of a complete answer, closed by the end token."""
+
+    def encode(self, images: Tensor) -> Tensor:
+        """[N, C, H, W] in [0, 1] -> [N, n, c] latents on the policy's device."""
+
+
+def sample_streams(
+    kind: str, examples: Sequence[Example], group_size: int, seed: int, step: int
+) -> list[np.random.Generator]:
+    """A stream per sample, keyed so that a sample does not depend on what shares its batch.
+
+    A prompt that comes twice goes on counting, so its samples differ.
+    """
+    streams = []
+    taken: Counter[str] = Counter()
+    for example in examples:
+        for _ in range(group_size):
+            streams.append(random.stream(seed, kind, step, example.uid, taken[example.uid]))
+            taken[example.uid] += 1
+    return streams

@@ -1,0 +1,53 @@
+"""What an update minimises."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from lvrpo.params.flow import FlowLossParams
+from lvrpo.params.policy_loss import LossParams
+from lvrpo.trainer.config import TrainConfig
+
+
+@dataclass(frozen=True)
+class Objective:
+    """The two losses and how they are weighed."""
+
+    text: LossParams
+    image: FlowLossParams
+    text_weight: float
+    image_weight: float
+    temperature: float
+    max_rows: int
+    share_prompts: bool = True  # False: every completion has its own copy, for comparison
+
+    @classmethod
+    def from_config(cls, config: TrainConfig) -> Objective:
+        """The objective that a configuration describes."""
+        loss = config.loss
+        changes: dict[str, Any] = {"beta": loss.text_kl}
+        if loss.text_clip_low:
+            changes["clip_low"] = loss.text_clip_low
+        if loss.text_clip_high:
+            changes["clip_high"] = loss.text_clip_high
+        if loss.preset == "dr_grpo":
+            changes["max_length"] = config.rollout.max_answer_tokens
+        text = LossParams.preset(loss.preset, **changes)
+        image = FlowLossParams(
+            variant=loss.image_variant,
+            clip_low=loss.image_clip,
+            clip_high=loss.image_clip,
+            adv_clip=loss.advantage_clip,
+            log_ratio_scale=loss.image_log_ratio_scale or "mean",
+            kl=loss.image_kl_form,
+            beta=loss.image_kl,
+        )
+        return cls(
+            text,
+            image,
+            loss.text_weight,
+            loss.image_weight,
+            config.rollout.temperature,
+            config.optimizer.max_rows,
+        )
