@@ -44,7 +44,7 @@ class Step:
     def __init__(self, config: TrainConfig, task: Task, backend: str) -> None:
         run = dataclasses.replace(config.run, backend=backend)
         self.config = dataclasses.replace(config, run=run)
-        self.task = Task(self.config, task.source, task.autoencoder, task.encoder)
+        self.task = Task(self.config, task.data, task.autoencoder, task.encoder)
         self.schedule = flow_schedule(config.rollout)
         self.objective = Objective.from_config(config)
         self.reference = self.task.policy(self.task.new_model().requires_grad_(False))

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import difflib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, overload
+from typing import TYPE_CHECKING, Any, TypeAlias, overload
 
 import numpy as np
 from numpy.typing import NDArray
 
-from lvrpo.data.example import SKILLS, Example, Identity, LayoutRule, Picture, Rule, rule_from_json
+from lvrpo.data.example import SKILLS, Example, Identity, Picture, Rule
 
 if TYPE_CHECKING:
     from PIL.Image import Image
+
+#: (what a line says, [C, H, W] of the drawings) to the rule that it means.
+RuleParser: TypeAlias = Callable[[Mapping[str, Any], tuple[int, int, int]], Rule]
 
 _FIELDS = ("task", "prompt", "image", "answer", "rule", "target", "id", "kind")
 _NEEDED = {"understand": ("image", "answer"), "generate": ()}
@@ -45,6 +48,8 @@ class JsonlExamples(Sequence[Example]):
     Args:
         path: of the file, UTF-8.
         picture_shape: [C, H, W] of the model; pictures are converted and resized to it.
+        parse_rule: makes the rule of a line from its "rule", for drawings of `picture_shape`; a
+            ValueError of its is told with the line. Without it a file may have no rules.
         kept_bytes: most bytes of pixels to keep; pictures beyond it are decoded again when taken.
 
     Attributes:
@@ -61,6 +66,7 @@ class JsonlExamples(Sequence[Example]):
         path: str | Path,
         picture_shape: tuple[int, int, int],
         *,
+        parse_rule: RuleParser | None = None,
         kept_bytes: int = KEPT_BYTES,
     ) -> None:
         if picture_shape[0] not in _MODES:
@@ -69,6 +75,7 @@ class JsonlExamples(Sequence[Example]):
         self.picture_shape = picture_shape
         self.rows: list[Mapping[str, Any]] = []
         self.identities: list[Identity | None] = []
+        self._parse_rule = parse_rule
         self._kept: dict[str, NDArray[np.uint8]] = {}
         self._room = kept_bytes
         seen: dict[str, int] = {}
@@ -151,15 +158,12 @@ class JsonlExamples(Sequence[Example]):
         return values | {"line": line, "extra": extra}
 
     def _rule(self, data: dict[str, Any], line: int) -> Rule:
+        if self._parse_rule is None:
+            raise self._error(line, "rule", "cannot be read: JsonlExamples got no parse_rule")
         try:
-            rule = rule_from_json(data)
+            return self._parse_rule(data, self.picture_shape)
         except ValueError as error:
             raise self._error(line, "rule", str(error)) from error
-        height, width = self.picture_shape[1:]
-        if isinstance(rule, LayoutRule) and (rule.rows * 8, rule.cols * 8) != (height, width):
-            needed = f"is for {rule.rows} x {rule.cols} cells of 8 pixels"
-            raise self._error(line, "rule", f"{needed}, the model draws {height} x {width}")
-        return rule
 
     def _example(self, row: Mapping[str, Any]) -> Example:
         values = {name: value for name, value in row.items() if name != "line"}

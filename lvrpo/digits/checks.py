@@ -9,8 +9,10 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from lvrpo.data.example import Cell, Example, LayoutRule
+from lvrpo.data.example import Example
 from lvrpo.digits.judge import DigitReader, digit_judge, read_pictures
+from lvrpo.digits.pictures import Cell
+from lvrpo.digits.rules import LayoutRule, digit_rule
 from lvrpo.rewards.samples import Samples
 
 
@@ -55,7 +57,7 @@ def check_samples(samples: Samples, reader: DigitReader | None = None) -> RuleCh
 
 
 def _check_drawing(example: Example, cells: Sequence[Cell]) -> tuple[float, float]:
-    rule = example.rule
+    rule = digit_rule(example)
     if rule is None:
         return math.nan, math.nan
     if isinstance(rule, LayoutRule) and len(rule.digits) != len(cells):

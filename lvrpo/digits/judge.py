@@ -15,8 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from lvrpo.data.example import Cell
-from lvrpo.digits.pictures import SIDE, Split, digit_pools
+from lvrpo.digits.pictures import SIDE, Cell, Split, digit_pools
 
 #: Sum of a cell's 64 pixels in [0, 1] from which it counts as drawn on. The faintest source digit
 #: has 11.5; an empty cell that went through the autoencoder keeps less than 0.1.

@@ -5,7 +5,8 @@ from __future__ import annotations
 import functools
 from collections.abc import Container, Sequence
 
-from lvrpo.data.example import RELATIONS, Cell, LayoutRule, RelationRule, Rule, SumRule
+from lvrpo.digits.pictures import Cell
+from lvrpo.digits.rules import RELATIONS, DigitRule, LayoutRule, RelationRule, SumRule
 
 _ROW_NAMES = {1: ("",), 2: ("top", "bottom"), 3: ("top", "middle", "bottom")}
 _COLUMN_NAMES = {1: ("",), 2: ("left", "right"), 3: ("left", "center", "right")}
@@ -69,7 +70,7 @@ def ask_sum(first: str, second: str) -> str:
     return f"what is the sum of {first} and {second}"
 
 
-def request(rule: Rule, order: Sequence[int] | None = None) -> str:
+def request(rule: DigitRule, order: Sequence[int] | None = None) -> str:
     """The prompt that asks for a drawing.
 
     Args:
@@ -93,12 +94,12 @@ def digit_at(digit: Cell, cell: str) -> str:
     return f"{digit} at {cell}"
 
 
-def questions_about(rule: Rule, kinds: Container[str] | None = None) -> list[tuple[str, str]]:
+def questions_about(rule: DigitRule, kinds: Container[str] | None = None) -> list[tuple[str, str]]:
     """Questions, each with its one right answer, that a drawing true to `rule` answers.
 
     Args:
         rule: what is drawn.
-        kinds: only questions of these kinds, of `scene_tasks.QUESTIONS`; None means all.
+        kinds: only questions of these kinds, of `questions.QUESTIONS`; None means all.
     """
     asked: list[tuple[str, str, str]] = []  # kind, question, answer
     if isinstance(rule, LayoutRule):

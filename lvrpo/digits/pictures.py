@@ -11,10 +11,12 @@ from typing import Literal, TypeAlias, get_args
 import numpy as np
 from numpy.typing import NDArray
 
-from lvrpo.data.example import Cell, Picture
+from lvrpo.data.example import Picture
 
 Split: TypeAlias = Literal["train", "validation", "test"]
 SPLITS: tuple[Split, ...] = get_args(Split)
+#: What one cell of a canvas holds: a digit, or None for an empty cell.
+Cell: TypeAlias = int | None
 SIDE = 8  # pixels, of one digit and of one cell
 _IMAGE_SHARES = (0.60, 0.15, 0.25)
 

@@ -5,8 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import NamedTuple, TypeAlias
 
-from lvrpo.data.example import RELATIONS, LayoutRule, RelationRule, Rule, SumRule, related
 from lvrpo.digits import phrases
+from lvrpo.digits.rules import (
+    RELATIONS,
+    DigitRule,
+    LayoutRule,
+    RelationRule,
+    SumRule,
+    related,
+)
 
 EMPTY = -1  # in integer arrays of cells
 
@@ -30,7 +37,7 @@ class Draft(NamedTuple):
     prompt: str
     digits: list[int]  # per cell, EMPTY for none
     answer: str | None
-    rule: Rule | None
+    rule: DigitRule | None
 
 
 class Draw(NamedTuple):

@@ -14,7 +14,7 @@ from typing import Any, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from lvrpo.data.example import Example, Rule, Skill
+from lvrpo.data.example import Example, Skill
 from lvrpo.digits.pictures import (
     SIDE,
     Split,
@@ -26,6 +26,7 @@ from lvrpo.digits.pictures import (
     split_of,
 )
 from lvrpo.digits.questions import EMPTY, QUESTIONS, REQUESTS, Canvas, Draft, Draw
+from lvrpo.digits.rules import DigitRule, digit_rule
 
 _MAX_DIGITS = 4
 _PROMPT_SHARES = (0.70, 0.10, 0.20)
@@ -40,8 +41,8 @@ class SceneConfig:
     Args:
         rows: of cells.
         cols: of cells.
-        understand: kinds of question with their weights, of `scene_tasks.QUESTIONS`.
-        generate: kinds of request with their weights, of `scene_tasks.REQUESTS`. "relate" and
+        understand: kinds of question with their weights, of `questions.QUESTIONS`.
+        generate: kinds of request with their weights, of `questions.REQUESTS`. "relate" and
             "sum" have many right drawings; a small flow model blends them, so they are off.
         question_digits: weights of 1, 2, 3, 4 digits in a picture that is asked about.
         request_digits: weights of 1, 2, 3, 4 digits in a layout that is asked for.
@@ -162,7 +163,8 @@ def with_label_noise(
         if rng.random() >= probability:
             return example
         return replace(example, answer=_wrong_answer(example, rng))
-    if example.target is None or example.rule is None:
+    rule = digit_rule(example)
+    if example.target is None or rule is None:
         raise ValueError(f"with_label_noise: {example.uid!r} has no target with a rule")
     rows, cols = (side // SIDE for side in example.target.shape[1:])
     hit = rng.random(rows * cols) < probability
@@ -176,7 +178,7 @@ def with_label_noise(
         return example
     changed = list(digits)
     # Two wrong digits may still add up to the right sum: draw again until the rule is broken.
-    while example.rule.satisfied_by(changed):
+    while rule.satisfied_by(changed):
         for i in wrong:
             changed[i] = (int(digits[i] or 0) + int(rng.integers(1, 10))) % 10
     cells = cells.copy()
@@ -216,7 +218,7 @@ def _draft(
     return drafts
 
 
-def _prompt_split(rule: Rule) -> Split:
+def _prompt_split(rule: DigitRule) -> Split:
     return split_of(rule.key.encode(), _PROMPT_SHARES)
 
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from lvrpo.digits.phrases import questions_about
+from lvrpo.digits.rules import digit_rule
 from lvrpo.rewards.samples import Samples
 
 #: (images [N, C, H, W], N questions, N answers) to [N], the probability of each answer in [0, 1].
@@ -45,7 +46,7 @@ class KnowledgeReward:
         scores = torch.full((len(samples),), math.nan)
         drawings, owners, questions, answers = [], [], [], []
         for drawing, at in enumerate(samples.image_index):
-            rule = samples.examples[at].rule
+            rule = digit_rule(samples.examples[at])
             for question, answer in questions_about(rule, self.kinds) if rule else ():
                 drawings.append(drawing)
                 owners.append(at)

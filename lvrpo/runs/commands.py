@@ -55,7 +55,7 @@ def run_training(run: OpenRun) -> None:
         for change in run.changes:
             view.message(f"{change['key']}: {change['new']} in place of {change['old']}")
         view.message("preparing data and rewards")
-        task = load_or_fit_task(config, run.directory, run.source)
+        task = load_or_fit_task(config, run.directory, run.data)
         if not (run.directory / "environment.json").exists():
             write_environment(run.directory, seed=config.run.seed, **run.facts, **task.facts())
         for line in task.notes():

@@ -16,7 +16,6 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from lvrpo.data.sources import Source
 from lvrpo.runs.changes import (
     CHECKPOINT,
     changed_config,
@@ -48,6 +47,7 @@ from lvrpo.runs.inputs import (
 from lvrpo.runs.log import METRICS, read_changes, read_metrics, write_changes
 from lvrpo.runs.preflight import check_config
 from lvrpo.runs.rewards import used_rewards
+from lvrpo.runs.setup import Data
 from lvrpo.trainer.config import ConfigError, TrainConfig
 
 
@@ -58,7 +58,7 @@ class OpenRun:
     Attributes:
         directory: of the run.
         config: in force.
-        source: of its prompts.
+        data: of its prompts.
         step: the last finished one.
         facts: about its beginning, for environment.json.
         changes: of this opening, as rows of changes.jsonl.
@@ -66,7 +66,7 @@ class OpenRun:
 
     directory: Path
     config: TrainConfig
-    source: Source
+    data: Data
     step: int
     facts: dict[str, Any]
     changes: list[Row]
@@ -107,7 +107,7 @@ def open_run(
         _refuse_other_contents(directory)
         config = _new_config(origin, named)
         with named.located():
-            source = check_config(config)  # before anything is created
+            data = check_config(config)  # before anything is created
     elif origin is not None:
         raise RunDirectoryError(f"{directory} is a run already; give --from a new directory")
     with contextlib.nullcontext() if dry else locked(directory):
@@ -130,7 +130,7 @@ def open_run(
             write_text(directory / "config.toml", to_toml(config))
         facts = {} if origin is None else {"warm_start_of": os.path.abspath(origin)}
         step = 0 if origin is None else config.warm_start.steps
-        yield OpenRun(directory, config, source, step, facts, changes)
+        yield OpenRun(directory, config, data, step, facts, changes)
 
 
 def _existing(
@@ -149,7 +149,7 @@ def _existing(
             f"{step - config.warm_start.steps} policy updates behind it"
         )
     with named.located():
-        source = check_config(config)
+        data = check_config(config)
     inputs = find_inputs(config, _rewards(config))
     bridge = rate_bridge(own, read_changes(directory) + changes)
     changes += changes_between(own, config, step, bridge)
@@ -161,7 +161,7 @@ def _existing(
         write_inputs(directory, inputs)
         if config != own:
             write_text(directory / "config.toml", to_toml(config))
-    return OpenRun(directory, config, source, step, {}, changes)
+    return OpenRun(directory, config, data, step, {}, changes)
 
 
 def _step_to_resume(

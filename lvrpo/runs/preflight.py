@@ -9,28 +9,29 @@ import contextlib
 import math
 import os
 from collections.abc import Iterator
+from itertools import chain
 from typing import get_args
 
 import torch
 
 from lvrpo.data.example import SKILLS
-from lvrpo.data.sources import JsonlSource, Source
 from lvrpo.models.unified.latents import LinearAutoencoder
 from lvrpo.models.unified.model import UnifiedConfig, UnifiedModel
 from lvrpo.params.advantages import AdvantageParams
+from lvrpo.runs.inputs import reward_label
 from lvrpo.runs.probe import probe_rewards
-from lvrpo.runs.rewards import check_rewards
-from lvrpo.runs.setup import Task
+from lvrpo.runs.rewards import BUILT_IN, own_reward, used_rewards
+from lvrpo.runs.setup import Data, Task, data_of
 from lvrpo.trainer.config import Backend, ConfigError, TrainConfig
 from lvrpo.trainer.objective import Objective
 from lvrpo.trainer.schedule import flow_schedule
 
 
-def check_config(config: TrainConfig) -> Source:
+def check_config(config: TrainConfig) -> Data:
     """Build whatever reads the configuration, the data and the user's rewards included.
 
     Returns:
-        The source of the prompts, so that files are read once.
+        The data, so that files are read once.
 
     Raises:
         ConfigError: a value is wrong; the message starts with its section.
@@ -54,18 +55,18 @@ def check_config(config: TrainConfig) -> Source:
         Objective.from_config(config)
         AdvantageParams.preset(config.rewards.advantage, clip=config.loss.advantage_clip)
     with _named("data"):
-        source = _source_with_prompts(config)
-    _check_patches(config, source.picture_shape)
+        data = _data_with_prompts(config)
+    _check_patches(config, data.source.picture_shape)
     with _named("model"):
         section = config.model
         autoencoder = LinearAutoencoder(
-            *source.picture_shape, patch=section.latent_patch, dim=section.latent_dim
+            *data.source.picture_shape, patch=section.latent_patch, dim=section.latent_dim
         )
-        _check_memory(Task(config, source, autoencoder, None).model_config())
+        _check_memory(Task(config, data, autoencoder, None).model_config())
     with _named("rewards"):
-        check_rewards(config, source)
-        probe_rewards(config, source, autoencoder)
-    return source
+        _check_rewards(config, data)
+        probe_rewards(config, data, autoencoder)
+    return data
 
 
 def _check_patches(config: TrainConfig, picture_shape: tuple[int, int, int]) -> None:
@@ -99,22 +100,58 @@ def _check_memory(shape: UnifiedConfig) -> None:
         )
 
 
-def _source_with_prompts(config: TrainConfig) -> Source:
-    source = Source.from_config(config.data)
+def _data_with_prompts(config: TrainConfig) -> Data:
+    data = data_of(config.data)
     to_imitate = []
     for task in SKILLS:
         prompts = getattr(config.rollout, f"{task}_prompts")
-        source.examples("train", task, min(1, prompts), 0)
+        data.source.examples("train", task, min(1, prompts), 0)
         batch = getattr(config.warm_start, f"{task}_batch")
-        to_imitate += source.labelled(task, min(1, batch), 0.0, 0)
+        to_imitate += data.source.labelled(task, min(1, batch), 0.0, 0)
     if config.warm_start.steps and not to_imitate:
         raise ConfigError(
             f"warm_start.steps is {config.warm_start.steps}, but the training data has no answer "
             "and no target to imitate"
         )
-    if isinstance(source, JsonlSource):
-        source.check_pictures()
-    return source
+    rows = data.training_rows
+    if rows and not any("target" in row or "image" in row for row in rows):
+        raise ConfigError(
+            f"data.source is {config.data.source!r}, which has no picture to fit the latents on: "
+            "expected a 'target' with some drawing prompts, or some questions with an 'image'"
+        )
+    return data
+
+
+def _check_rewards(config: TrainConfig, data: Data) -> None:
+    """See that every reward exists and applies to the data.
+
+    Raises:
+        ConfigError: an unknown name, two of one name, or r_sem without digit scenes.
+        RewardError: a reward of the user's cannot be imported.
+    """
+    used = set(chain.from_iterable(used_rewards(config).values()))
+    labels: dict[str, str] = {}
+    for name in sorted(used):
+        other = labels.setdefault(reward_label(name), name)
+        if other != name:
+            raise ConfigError(
+                f"rewards: {other!r} and {name!r} would both be reported as "
+                f"{reward_label(name)!r}; rename one of the files"
+            )
+    for name in chain.from_iterable(used_rewards(config).values()):
+        if ":" in name:
+            own_reward(name)
+        elif name not in BUILT_IN:
+            raise ConfigError(
+                f"rewards: unknown reward {name!r}; expected one of {', '.join(BUILT_IN)} or "
+                "'module:function'"
+            )
+        elif name == "r_sem" and data.new_encoder() is None:
+            raise ConfigError(
+                "rewards: r_sem comes with an encoder of digit scenes; with data.source = "
+                f"{config.data.source!r} set rewards.generate to r_ins where drawings have rules, "
+                "or to a reward of your own ('module:function')"
+            )
 
 
 @contextlib.contextmanager

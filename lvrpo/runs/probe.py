@@ -11,15 +11,13 @@ from itertools import chain
 import torch
 
 from lvrpo.data.example import Example, FinishReason, Skill
-from lvrpo.data.sources import SceneSource, Source
-from lvrpo.digits.encoder import DualEncoder
-from lvrpo.digits.phrases import scene_words
+from lvrpo.data.sources import Source
 from lvrpo.models.unified.latents import LinearAutoencoder
 from lvrpo.rewards.combine import RewardError
 from lvrpo.rewards.samples import Samples
 from lvrpo.runs.inputs import reward_label
 from lvrpo.runs.rewards import used_rewards
-from lvrpo.runs.setup import Task
+from lvrpo.runs.setup import Data, Task
 from lvrpo.trainer.config import TrainConfig
 from lvrpo.trainer.experience import score_samples
 
@@ -27,7 +25,7 @@ from lvrpo.trainer.experience import score_samples
 PROMPTS = 4
 
 
-def probe_rewards(config: TrainConfig, source: Source, autoencoder: LinearAutoencoder) -> None:
+def probe_rewards(config: TrainConfig, data: Data, autoencoder: LinearAutoencoder) -> None:
     """Score a group of samples, right and wrong ones, for a few training prompts of each task.
 
     Nothing is fitted for it: an encoder and an answerer that know nothing show what they fail at
@@ -35,7 +33,7 @@ def probe_rewards(config: TrainConfig, source: Source, autoencoder: LinearAutoen
 
     Args:
         config: of the run; its rewards are known to exist.
-        source: of the prompts.
+        data: of the configuration.
         autoencoder: of the model's shape.
 
     Raises:
@@ -43,17 +41,15 @@ def probe_rewards(config: TrainConfig, source: Source, autoencoder: LinearAutoen
     """
     used = used_rewards(config)
     names = set(chain.from_iterable(used.values()))
-    encoder = None
-    if "r_sem" in names and isinstance(source, SceneSource):
-        encoder = DualEncoder(scene_words(), *source.picture_shape).requires_grad_(False)
-    task = Task(config, source, autoencoder, encoder)
+    encoder = data.new_encoder() if "r_sem" in names else None
+    task = Task(config, data, autoencoder, encoder)
     # Only r_kn asks the model anything, and a large one takes its time.
     with torch.device("cpu" if "r_kn" in names else "meta"):
         model = task.new_model().requires_grad_(False)
     rewards = task.rewards(task.policy(model))
     for name in used:
-        examples = source.examples("train", name, PROMPTS, 0)
-        samples = _answers(examples) if name == "understand" else _drawings(examples, source)
+        examples = data.source.examples("train", name, PROMPTS, 0)
+        samples = _answers(examples) if name == "understand" else _drawings(examples, data.source)
         table, _ = score_samples(rewards[name], samples, name, config.rewards)
         if bool(table.isnan().all()):
             raise RewardError(_nothing_to_say(name, list(used[name]), examples))

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping
-from functools import partial
+from collections.abc import Mapping, Sequence
+from functools import cached_property, partial
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -16,11 +16,14 @@ from torch import Tensor
 from lvrpo import random
 from lvrpo.data.example import Example, Skill
 from lvrpo.data.jsonl import JsonlExamples
-from lvrpo.data.sources import JsonlSource, SceneSource, Source, take
+from lvrpo.data.sources import JsonlSource, Source, first_of
 from lvrpo.digits.checks import RuleChecks, RuleReward, check_samples
 from lvrpo.digits.encoder import DualEncoder, train_dual_encoder
-from lvrpo.digits.judge import digit_judge, gold_reader, reader_accuracy
-from lvrpo.digits.pictures import digit_pools
+from lvrpo.digits.judge import gold_reader
+from lvrpo.digits.phrases import scene_words
+from lvrpo.digits.rules import parse_rule
+from lvrpo.digits.scenes import SceneConfig
+from lvrpo.digits.task import SceneSource, judge_facts
 from lvrpo.models.answering import answer_probability
 from lvrpo.models.protocol import Policy
 from lvrpo.models.unified.latents import LinearAutoencoder
@@ -34,31 +37,157 @@ from lvrpo.rewards.semantic import SemanticReward
 from lvrpo.runs.changes import fingerprint
 from lvrpo.runs.checkpoint import Checkpoint, load_checkpoint, load_newest, save_checkpoint
 from lvrpo.runs.rewards import own_reward, used_rewards
-from lvrpo.runs.vocabulary import Vocabulary, pictures_to_fit
-from lvrpo.trainer.config import ConfigError, TrainConfig
+from lvrpo.runs.vocabulary import Vocabulary, common_words, pictures_to_fit
+from lvrpo.trainer.config import ConfigError, DataSection, TrainConfig
 from lvrpo.trainer.schedule import noise_floor_note
+
+
+class Data(Protocol):
+    """What `[data]` of a configuration names; files are read when they are first asked for."""
+
+    @property
+    def source(self) -> Source:
+        """Of the prompts."""
+
+    @property
+    def words(self) -> Sequence[str]:
+        """Those of one token each, in the order of their ids."""
+
+    @property
+    def spelled(self) -> bool:
+        """Whether an answer may hold words that are none of these, byte by byte."""
+
+    @property
+    def training_rows(self) -> Sequence[Mapping[str, Any]]:
+        """The lines of the training file; empty where examples are made and not read."""
+
+    def new_encoder(self) -> DualEncoder | None:
+        """Of pictures and their words, freshly initialised; None where there is none to fit."""
+
+    def fit_encoder(self, seed: int) -> DualEncoder | None:
+        """The same, fitted on the training split."""
+
+    def facts(self) -> dict[str, Any]:
+        """What every result is reported with."""
+
+    def notes(self) -> list[str]:
+        """Lines worth reading before the first step."""
+
+
+class SceneData:
+    """The embedded digit scenes."""
+
+    spelled = False
+    training_rows: Sequence[Mapping[str, Any]] = ()
+
+    def __init__(self, section: DataSection) -> None:
+        self.scenes = SceneConfig(
+            rows=section.rows,
+            cols=section.columns,
+            understand=tuple(section.questions.items()),
+            generate=tuple(section.requests.items()),
+        )
+        self.source = SceneSource(self.scenes)
+        self.words = scene_words()
+
+    def new_encoder(self) -> DualEncoder:
+        """See `Data`."""
+        return DualEncoder(self.words, *self.source.picture_shape)
+
+    def fit_encoder(self, seed: int) -> DualEncoder:
+        """See `Data`."""
+        return train_dual_encoder(self.scenes, seed=seed)
+
+    def facts(self) -> dict[str, Any]:
+        """How good the judge itself is."""
+        return judge_facts()
+
+    def notes(self) -> list[str]:
+        """None."""
+        return []
+
+
+class JsonlData:
+    """A user's files; their rules are those of digit scenes."""
+
+    spelled = True
+
+    def __init__(self, section: DataSection) -> None:
+        if not section.eval_source:
+            raise ConfigError(
+                "data.eval_source is empty, expected the JSONL file that a run on "
+                f"{section.source} is evaluated with"
+            )
+        self._section = section
+
+    @cached_property
+    def source(self) -> JsonlSource:
+        """Of the prompts."""
+        section = self._section
+        shape = (section.channels, section.height, section.width)
+        return JsonlSource(
+            JsonlExamples(section.source, shape, parse_rule=parse_rule),
+            JsonlExamples(section.eval_source, shape, parse_rule=parse_rule),
+        )
+
+    @property
+    def training_rows(self) -> Sequence[Mapping[str, Any]]:
+        """See `Data`."""
+        return self.source.train.rows
+
+    @cached_property
+    def words(self) -> list[str]:
+        """See `Data`."""
+        texts = ("prompt", "answer")
+        return common_words(
+            row[text] for row in self.training_rows for text in texts if text in row
+        )
+
+    def new_encoder(self) -> None:
+        """None."""
+
+    def fit_encoder(self, seed: int) -> None:
+        """None."""
+
+    def facts(self) -> dict[str, Any]:
+        """None."""
+        return {}
+
+    def notes(self) -> list[str]:
+        """See `JsonlSource.notes`."""
+        return self.source.notes()
+
+
+def data_of(section: DataSection) -> Data:
+    """The data that a configuration names.
+
+    Raises:
+        ConfigError: an entry is missing.
+        ValueError: an entry is refused by what reads it.
+    """
+    return SceneData(section) if section.source == "scenes" else JsonlData(section)
 
 
 class Task:
     """Everything of a run that is fixed before its first step.
 
     Vocabulary, autoencoder and r_sem's encoder are made from training data once and kept in the run
-    directory, so that nothing depends on what becomes of the data. Without a `source` the data is
-    read when a prompt is asked for; without a `vocabulary` it is that of the source. `fingerprint`
-    is of the saved parts, so that checkpoints made with others can be told.
+    directory, so that nothing depends on what becomes of the data. `data` is
+    that of the configuration where it is not given; without a `vocabulary` it is the data's.
+    `fingerprint` is of the saved parts, so that checkpoints made with others can be told.
     """
 
     def __init__(
         self,
         config: TrainConfig,
-        source: Source | None,
+        data: Data | None,
         autoencoder: LinearAutoencoder,
         encoder: DualEncoder | None,
         vocabulary: Vocabulary | None = None,
         fingerprint: str = "",
     ) -> None:
-        self.config, self._source = config, source
-        self.vocabulary = vocabulary or Vocabulary.of(self.source)
+        self.config, self.data = config, data or data_of(config.data)
+        self.vocabulary = vocabulary or vocabulary_of(self.data)
         self.tokenizer = Tokenizer(self.vocabulary.words)
         self.autoencoder, self.encoder = autoencoder, encoder
         self.fingerprint = fingerprint
@@ -68,9 +197,7 @@ class Task:
     @property
     def source(self) -> Source:
         """Where the prompts come from; reads the data files if nobody has."""
-        if self._source is None:
-            self._source = Source.from_config(self.config.data)
-        return self._source
+        return self.data.source
 
     def model_config(self) -> UnifiedConfig:
         """The model's shape: the configuration's sizes, the data's channels and vocabulary."""
@@ -136,7 +263,7 @@ class Task:
     def evaluation_examples(self, task: Skill, count: int) -> list[Example]:
         """Held-out prompts: the same for every seed, before and after."""
         if self._evaluation_file is not None:
-            return take(self._evaluation_file, task, count)
+            return first_of(self._evaluation_file, task, count)
         return self.source.examples("test", task, count, 0)
 
     def _seed(self, *ids: int | str) -> int:
@@ -165,25 +292,17 @@ class Task:
 
     def facts(self) -> dict[str, Any]:
         """What every result is reported with: how good the judge itself is."""
-        if self.config.data.source != "scenes":
-            return {}
-        return {
-            "judge_accuracy": reader_accuracy(digit_judge()),
-            "judge_total": len(digit_pools()["test"].labels),
-            "gold_accuracy": reader_accuracy(gold_reader()),
-        }
+        return self.data.facts()
 
     def notes(self) -> list[str]:
         """Lines worth reading before the first step."""
         elements = self.autoencoder.tokens * self.autoencoder.dim
         draws = self.config.rollout.generate_prompts
         floor = [noise_floor_note(self.config, elements)] if draws else []
-        return [*floor, *self.source.notes(), *self._cut_answers_note(), *self._no_rule_notes()]
+        return [*floor, *self.data.notes(), *self._cut_answers_note(), *self._no_rule_notes()]
 
     def _cut_answers_note(self) -> list[str]:
-        if not isinstance(self.source, JsonlSource):
-            return []
-        answers = [row["answer"] for row in self.source.files["train"].rows if "answer" in row]
+        answers = [row["answer"] for row in self.data.training_rows if "answer" in row]
         most = self.config.rollout.max_answer_tokens
         cut = [answer for answer in answers if len(self.tokenizer.encode(answer)) > most]
         if not cut:
@@ -194,9 +313,7 @@ class Task:
         ]
 
     def _no_rule_notes(self) -> list[str]:
-        if not isinstance(self.source, JsonlSource):
-            return []
-        drawings = [r for r in self.source.files["train"].rows if r["task"] == "generate"]
+        drawings = [row for row in self.data.training_rows if row["task"] == "generate"]
         without = [row for row in drawings if "rule" not in row]
         names = [n for n in used_rewards(self.config).get("generate", {}) if n in ("r_ins", "r_kn")]
         if not without:
@@ -209,7 +326,9 @@ class Task:
 
     def use_evaluation_file(self, path: Path) -> None:
         """Evaluate on a JSONL file instead of the test split; no other data is read."""
-        self._evaluation_file = JsonlExamples(path, self.vocabulary.picture_shape)
+        self._evaluation_file = JsonlExamples(
+            path, self.vocabulary.picture_shape, parse_rule=parse_rule
+        )
 
     def is_right(self, samples: Samples) -> Tensor:
         """[B] 1 where everything is right, 0 where not, NaN where no rule tells."""
@@ -264,41 +383,47 @@ def _mean(values: Tensor) -> float:
     return float(values.nanmean())
 
 
-def load_or_fit_task(config: TrainConfig, run_dir: Path, source: Source | None = None) -> Task:
+def vocabulary_of(data: Data) -> Vocabulary:
+    """The vocabulary of a run that begins."""
+    return Vocabulary.of(data.words, data.source.picture_shape, spelled=data.spelled)
+
+
+def load_or_fit_task(config: TrainConfig, run_dir: Path, data: Data | None = None) -> Task:
     """The task of a run: read from `run_dir/task`, or made from the training data and kept there.
 
     Args:
         config: of the run.
         run_dir: its directory.
-        source: of the prompts, when the caller has it already.
+        data: of the configuration, when the caller has it already.
 
     Raises:
         CheckpointError: `task/` is damaged, or of a run of another configuration.
     """
     saved = load_newest(run_dir / "task")
     if saved is not None:
-        return _saved_task(config, saved, source)
-    source = source or Source.from_config(config.data)
+        return _saved_task(config, saved, data)
+    data = data or data_of(config.data)
     section = config.model
     autoencoder = LinearAutoencoder.fit(
-        pictures_to_fit(source), section.latent_patch, section.latent_dim
+        pictures_to_fit(data.source), section.latent_patch, section.latent_dim
     )
     tensors = {f"autoencoder.{name}": t for name, t in autoencoder.state_dict().items()}
     encoder: DualEncoder | None = None
-    if _wants_encoder(config) and isinstance(source, SceneSource):
-        encoder = train_dual_encoder(source.config, seed=config.run.seed)
+    if _wants_encoder(config):
+        encoder = data.fit_encoder(config.run.seed)
+    if encoder is not None:
         tensors |= {f"encoder.{name}": t for name, t in encoder.state_dict().items()}
-    vocabulary = Vocabulary.of(source)
+    vocabulary = vocabulary_of(data)
     state = {
         "fingerprint": fingerprint(config),
         "vocabulary": dataclasses.asdict(vocabulary),
         "encoder_words": list(encoder.words) if encoder is not None else [],
     }
     path = save_checkpoint(run_dir / "task", 0, tensors, state, keep=1)
-    return Task(config, source, autoencoder, encoder, vocabulary, load_checkpoint(path).fingerprint)
+    return Task(config, data, autoencoder, encoder, vocabulary, load_checkpoint(path).fingerprint)
 
 
-def _saved_task(config: TrainConfig, saved: Checkpoint, source: Source | None) -> Task:
+def _saved_task(config: TrainConfig, saved: Checkpoint, data: Data | None) -> Task:
     saved.require({"fingerprint": fingerprint(config)})
     vocabulary = Vocabulary.from_json(saved.state["vocabulary"])
     section = config.model
@@ -316,7 +441,7 @@ def _saved_task(config: TrainConfig, saved: Checkpoint, source: Source | None) -
             f"{saved.path} has no encoder of r_sem, which its run did not use; leave r_sem out of "
             "rewards.generate, or start a new run"
         )
-    return Task(config, source, autoencoder, encoder, vocabulary, saved.fingerprint)
+    return Task(config, data, autoencoder, encoder, vocabulary, saved.fingerprint)
 
 
 def _wants_encoder(config: TrainConfig) -> bool:

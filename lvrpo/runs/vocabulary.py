@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor
 
 from lvrpo.data.sources import Source
-from lvrpo.models.unified.tokenizer import Tokenizer
+from lvrpo.models.unified.tokenizer import Tokenizer, words_of
 from lvrpo.trainer.config import ConfigError
 
 
@@ -30,15 +31,24 @@ class Vocabulary:
     answer_range: tuple[int, int]
 
     @classmethod
-    def of(cls, source: Source) -> Vocabulary:
-        """The vocabulary of a run that begins."""
-        answers = source.answer_range(Tokenizer(source.words))
-        return cls(tuple(source.words), source.picture_shape, answers)
+    def of(
+        cls, words: Sequence[str], picture_shape: tuple[int, int, int], *, spelled: bool
+    ) -> Vocabulary:
+        """The vocabulary of a run that begins; `spelled` says whether answers may hold bytes."""
+        tokenizer = Tokenizer(words)
+        answers = tokenizer.text_token_range if spelled else tokenizer.word_token_range
+        return cls(tuple(words), picture_shape, answers)
 
     @classmethod
     def from_json(cls, saved: Mapping[str, Any]) -> Vocabulary:
         """The inverse of `dataclasses.asdict`, by way of JSON."""
         return cls(*(tuple(saved[field.name]) for field in dataclasses.fields(cls)))
+
+
+def common_words(texts: Iterable[str], most: int = 4096) -> list[str]:
+    """The most frequent words, by count and then by spelling."""
+    counts = Counter(word for text in texts for word in words_of(text))
+    return [word for word, _ in sorted(counts.items(), key=lambda kv: (-kv[1], kv[0]))[:most]]
 
 
 def pictures_to_fit(source: Source) -> Tensor:

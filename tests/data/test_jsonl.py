@@ -7,8 +7,8 @@ import pytest
 from PIL import Image
 
 from lvrpo.data import jsonl
-from lvrpo.data.example import LayoutRule
 from lvrpo.data.jsonl import DataError, JsonlExamples
+from lvrpo.digits.rules import LayoutRule, parse_rule
 
 SHAPE = (1, 16, 16)
 QUESTION = {"task": "understand", "prompt": "what is it", "image": "a.png", "answer": "3"}
@@ -41,7 +41,7 @@ def test_both_tasks(write):
         "\n",
         DRAWING | {"rule": rule, "target": "a.png", "answer": None},
     )
-    question, drawing = JsonlExamples(path, SHAPE)
+    question, drawing = JsonlExamples(path, SHAPE, parse_rule=parse_rule)
     assert (question.uid, question.kind, question.answer) == ("first", "name", "3")
     assert question.image.dtype == np.float32
     np.testing.assert_array_equal(question.image[0] * 255, np.arange(256).reshape(16, 16))
@@ -96,11 +96,17 @@ def test_pictures_get_the_channels_and_size_of_the_model(write):
 def test_an_error_is_one_line_with_file_line_and_field(write, line, message):
     path = write(QUESTION | {"id": "x"}, line)
     with pytest.raises(DataError) as error:
-        JsonlExamples(path, SHAPE)
+        JsonlExamples(path, SHAPE, parse_rule=parse_rule)
     text = str(error.value)
     assert text.startswith(f"{path}:2: ")
     assert message in text
     assert "\n" not in text
+
+
+def test_a_rule_that_nobody_can_read_is_refused(write):
+    path = write(DRAWING, DRAWING | {"rule": {"kind": "sum", "total": 9}})
+    with pytest.raises(DataError, match=r":2: field 'rule' cannot be read: .* no parse_rule"):
+        JsonlExamples(path, SHAPE)
 
 
 def test_a_picture_that_disappears_later_is_reported_the_same_way(write, tmp_path):

@@ -8,10 +8,11 @@ import pytest
 import torch
 from sklearn.svm import SVC
 
-from lvrpo.data.example import Example, LayoutRule, SumRule
+from lvrpo.data.example import Example
 from lvrpo.digits.checks import RuleReward, check_samples
 from lvrpo.digits.judge import digit_judge, gold_reader, read_pictures, reader_accuracy
 from lvrpo.digits.pictures import digit_pools
+from lvrpo.digits.rules import LayoutRule, SumRule
 from lvrpo.digits.scenes import SceneConfig, generator, scene_examples, with_label_noise
 from lvrpo.rewards.combine import Samples, score
 

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from lvrpo.data.example import Example, LayoutRule, RelationRule, SumRule
+from lvrpo.data.example import Example
+from lvrpo.digits.rules import LayoutRule, RelationRule, SumRule
 from lvrpo.rewards.combine import RewardError, Samples, score
 from lvrpo.rewards.knowledge import KnowledgeReward
 

@@ -15,13 +15,14 @@ from PIL import Image
 from runs.own_data import write_own_data
 from runs.tiny import OVERRIDES, command, settings, tiny_config
 
-from lvrpo.data.sources import JsonlSource, Source, common_words
+from lvrpo.data.sources import JsonlSource
 from lvrpo.models.unified.tokenizer import Tokenizer
 from lvrpo.report import charts
 from lvrpo.runs.log import load_gallery, read_evals, read_metrics
 from lvrpo.runs.preflight import check_config
 from lvrpo.runs.scores import eval_rewards
-from lvrpo.runs.setup import load_or_fit_task
+from lvrpo.runs.setup import data_of, load_or_fit_task, vocabulary_of
+from lvrpo.runs.vocabulary import common_words
 from lvrpo.trainer.config import ConfigError, DataSection
 
 
@@ -134,8 +135,8 @@ def test_sample_draws_in_colour_and_answers(own, tmp_path):
     assert len(result.stdout.split("\n")) == 5
 
 
-def source_of(folder: Path, *changes: str) -> Source:
-    return check_config(tiny_config(*write_own_data(folder), *changes))
+def source_of(folder: Path, *changes: str) -> JsonlSource:
+    return check_config(tiny_config(*write_own_data(folder), *changes)).source
 
 
 def test_every_prompt_comes_once_before_any_comes_again(tmp_path):
@@ -161,7 +162,7 @@ class Numbers:
 @given(lines=st.integers(1, 40), count=st.integers(0, 100), seed=st.integers(0, 5))
 def test_a_prompt_comes_again_only_after_all_others(lines, count, seed):
     source = object.__new__(JsonlSource)
-    source.files = {"train": Numbers()}
+    source.train = Numbers()
     drawn = source._draw(range(lines), "generate", count, seed)
     assert len(drawn) == count
     assert drawn == source._draw(range(lines), "generate", count, seed)
@@ -172,7 +173,7 @@ def test_a_prompt_comes_again_only_after_all_others(lines, count, seed):
 
 def test_a_draw_costs_what_is_drawn_and_favours_no_line():
     source = object.__new__(JsonlSource)
-    source.files = {"train": Numbers()}
+    source.train = Numbers()
     # A permutation of these would take 8 GB.
     drawn = source._draw(range(10**9), "generate", 64, 0)
     assert len(set(drawn)) == 64
@@ -190,11 +191,11 @@ def test_the_same_wording_in_both_files_is_a_note(tmp_path):
         path = tmp_path / f"{name}.jsonl"
         path.write_text(re.sub(r" number \d of \w+", "", path.read_text()))
     config = tiny_config(*overrides)
-    source = check_config(config)
-    (note,) = source.notes()
+    data = check_config(config)
+    (note,) = data.notes()
     assert note.startswith("3 of 3 held-out drawing prompts are training prompts word for word")
     assert "'draw a dark square' for one" in note
-    assert note in load_or_fit_task(config, tmp_path / "run", source).notes()
+    assert note in load_or_fit_task(config, tmp_path / "run", data).notes()
     # The same target as well is an overlap.
     (tmp_path / "test-t0.png").write_bytes((tmp_path / "train-t0.png").read_bytes())
     with pytest.raises(
@@ -213,9 +214,9 @@ def test_labels_of_a_file_are_taken_as_they_are(tmp_path):
 
 
 def test_words_of_the_training_file_are_tokens_and_the_rest_is_spelled(tmp_path):
-    source = source_of(tmp_path)
-    tokenizer = Tokenizer(source.words)
-    low, high = source.answer_range(tokenizer)
+    vocabulary = vocabulary_of(data_of(tiny_config(*write_own_data(tmp_path)).data))
+    tokenizer = Tokenizer(vocabulary.words)
+    low, high = vocabulary.answer_range
     assert all(low <= token < high for token in tokenizer.encode("dark light \u00e9tude"))
     assert len(tokenizer.encode("dark light")) == 2
     assert common_words(["b a a", "a-c b!"]) == ["a", "b", "a-c"]
@@ -303,12 +304,10 @@ def test_pictures_larger_than_the_default_grid(tmp_path):
     policy = task.policy(task.new_model())
     assert policy.latent_grid == (24, 16)
     builder = policy.builder()
-    builder.noise(
-        *policy.latent_grid, parent=policy.add_prompt(builder, task.source.files["train"][0])
-    )
+    builder.noise(*policy.latent_grid, parent=policy.add_prompt(builder, task.source.train[0]))
     builder.build()
 
 
 def test_a_data_section_names_its_source():
     with pytest.raises(ConfigError, match=r"data.eval_source is empty.*mine\.jsonl"):
-        Source.from_config(DataSection(source="mine.jsonl"))
+        data_of(DataSection(source="mine.jsonl"))

@@ -45,7 +45,7 @@ def tiny_config(*overrides: str) -> TrainConfig:
 
 def run_tiny(directory: Path, *overrides: str, listener: Listener | None = None) -> bool:
     with open_run(directory, None, [*OVERRIDES, *overrides]) as run:
-        task = load_or_fit_task(run.config, directory, run.source)
+        task = load_or_fit_task(run.config, directory, run.data)
         train(run.config, task, directory, listener or Listener())
     return True
 

@@ -82,7 +82,7 @@ def gather(task, *overrides, score=None, texts=None):
         def rewards(self, reference):
             return rewards
 
-    scored = Scored(config, task.source, task.autoencoder, task.encoder)
+    scored = Scored(config, task.data, task.autoencoder, task.encoder)
     schedule = flow_schedule(config.rollout)
     return gather_experience(policy, policy, scored, config, schedule, step=4)
 

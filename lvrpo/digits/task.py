@@ -1,0 +1,47 @@
+"""Digit scenes as a task: a source of prompts, with labels that are wrong on purpose."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from lvrpo import random
+from lvrpo.data.example import Example, Skill
+from lvrpo.data.sources import Split
+from lvrpo.digits.judge import digit_judge, gold_reader, reader_accuracy
+from lvrpo.digits.pictures import digit_pools
+from lvrpo.digits.scenes import SceneConfig, scene_examples, with_label_noise
+
+
+class SceneSource:
+    """The embedded data set; its test split has other digits and other requests."""
+
+    def __init__(self, config: SceneConfig) -> None:
+        self.config = config
+
+    @property
+    def picture_shape(self) -> tuple[int, int, int]:
+        """[C, H, W] of every picture."""
+        return self.config.picture_shape
+
+    def examples(self, split: Split, skill: Skill, count: int, seed: int) -> list[Example]:
+        """See `lvrpo.data.sources.Source`."""
+        return scene_examples(self.config, split, skill, count, seed)
+
+    def labelled(
+        self, skill: Skill, count: int, noise: float, seed: int, copies: int = 1
+    ) -> list[list[Example]]:
+        """See `lvrpo.data.sources.Source`."""
+        rng = random.stream(seed, "label noise", skill)
+        return [
+            [with_label_noise(example, noise, rng) for _ in range(copies)]
+            for example in self.examples("train", skill, count, seed)
+        ]
+
+
+def judge_facts() -> dict[str, Any]:
+    """How good the judge itself is, which every result is reported with."""
+    return {
+        "judge_accuracy": reader_accuracy(digit_judge()),
+        "judge_total": len(digit_pools()["test"].labels),
+        "gold_accuracy": reader_accuracy(gold_reader()),
+    }
