@@ -1,8 +1,9 @@
-"""Intervals for what a run reports: Wilson for a rate, Newcombe for a difference of two, and the
-normal one for a mean reward, which has no bounds.
+"""95 % intervals for what a run reports: Wilson for a rate, Newcombe for a difference of two, and
+the normal one for a mean reward, which has no bounds.
 
-The first two stay inside what is possible ([0, 1], [-1, 1]) and keep their coverage near 0 % and
-100 %, where the textbook "plus or minus two standard errors" collapses to a width of zero.
+The first two are statsmodels'. They stay inside what is possible ([0, 1], [-1, 1]) and keep their
+coverage near 0 % and 100 %, where the textbook "plus or minus two standard errors" collapses to a
+width of zero. statsmodels is imported where it is used: training needs the error of a mean alone.
 """
 
 from __future__ import annotations
@@ -47,59 +48,49 @@ class Change(NamedTuple):
         return self.interval.low > 0 or self.interval.high < 0
 
 
-def wilson_interval(successes: float, total: int, *, z: float = Z_95) -> Interval:
-    """(p + z²/2n ± z sqrt(p(1-p)/n + z²/4n²)) / (1 + z²/n), the score interval of a rate p = s/n.
+def wilson_interval(successes: float, total: int) -> Interval:
+    """The score interval of a rate successes / total.
 
     Args:
-        successes: s in [0, total]. A sum of graded scores in [0, 1] is welcome: their variance
-            is at most p(1-p), so the interval is then wider than need be, never too narrow.
-        total: n trials, taken as independent. 0 trials say nothing: [0, 1].
-        z: quantile of the standard normal; 1.96 is 95 %.
+        successes: in [0, total]. A sum of graded scores in [0, 1] is welcome: their variance is at
+            most that of as many zeros and ones, so the interval is then wider than need be, never
+            too narrow.
+        total: trials, taken as independent. 0 trials say nothing: [0, 1].
 
     Raises:
         ValueError: successes outside [0, total].
     """
+    from statsmodels.stats.proportion import proportion_confint
+
     if not 0 <= successes <= total:
         raise ValueError(f"wilson_interval: successes is {successes}, expected 0 to total={total}")
     if total == 0:
         return Interval(0.0, 1.0)
-    rate = successes / total
-    centre = rate + z * z / (2 * total)
-    spread = z * sqrt(rate * (1 - rate) / total + z * z / (4 * total * total))
-    scale = 1 + z * z / total
-    # At the ends the bound is exactly 0 or 1 on paper and a rounding error away from it here.
-    low = 0.0 if successes == 0 else (centre - spread) / scale
-    high = 1.0 if successes == total else (centre + spread) / scale
-    return Interval(low, high)
+    low, high = proportion_confint(successes, total, method="wilson")
+    return Interval(float(low), float(high))
 
 
-def compare_rates(
-    before: tuple[float, int], after: tuple[float, int], *, z: float = Z_95
-) -> Change:
+def compare_rates(before: tuple[float, int], after: tuple[float, int]) -> Change:
     """after - before with Newcombe's hybrid score interval (method 10, no continuity correction).
 
-    d ± sqrt of the squared distances from each rate to the bound of its Wilson interval on the side
-    that matters. The two samples are taken as independent; when both answered the same prompts the
-    interval is, as a rule, wider than a paired one.
+    The two samples are taken as independent; when both answered the same prompts the interval is,
+    as a rule, wider than a paired one.
 
     Args:
         before: (successes, total) as in `wilson_interval`.
         after: (successes, total).
-        z: quantile of the standard normal.
 
     Raises:
         ValueError: a count outside [0, total], or a total of 0.
     """
+    from statsmodels.stats.proportion import confint_proportions_2indep
+
     if not before[1] or not after[1]:
         raise ValueError(f"compare_rates: a total is 0 (before {before}, after {after})")
-    low, high = wilson_interval(*before, z=z), wilson_interval(*after, z=z)
-    rate_before, rate_after = before[0] / before[1], after[0] / after[1]
-    difference = rate_after - rate_before
-    interval = Interval(
-        difference - hypot(rate_after - high.low, low.high - rate_before),
-        difference + hypot(high.high - rate_after, rate_before - low.low),
-    )
-    return Change(difference, interval, apart=not low.overlaps(high))
+    apart = not wilson_interval(*before).overlaps(wilson_interval(*after))
+    low, high = confint_proportions_2indep(*after, *before, method="newcomb", compare="diff")
+    difference = after[0] / after[1] - before[0] / before[1]
+    return Change(difference, Interval(float(low), float(high)), apart)
 
 
 @dataclass(frozen=True)
@@ -116,9 +107,9 @@ class Mean:
     error: float
     count: int
 
-    def interval(self, *, z: float = Z_95) -> Interval:
-        """value +- z standard errors; fair from some thirty prompts on."""
-        return Interval(self.value - z * self.error, self.value + z * self.error)
+    def interval(self) -> Interval:
+        """value +- 1.96 standard errors; fair from some thirty prompts on."""
+        return Interval(self.value - Z_95 * self.error, self.value + Z_95 * self.error)
 
 
 def clustered_mean(scores: Sequence[float], clusters: Sequence[Hashable]) -> Mean:
@@ -150,10 +141,10 @@ def clustered_mean(scores: Sequence[float], clusters: Sequence[Hashable]) -> Mea
     return Mean(mean, sqrt(square) / len(scores), len(scores))
 
 
-def compare_means(before: Mean, after: Mean, *, z: float = Z_95) -> Change:
+def compare_means(before: Mean, after: Mean) -> Change:
     """after - before, taken as independent; wider, as a rule, than by pairs of the same prompt."""
     difference = after.value - before.value
-    reach = z * hypot(before.error, after.error)
+    reach = Z_95 * hypot(before.error, after.error)
     interval = Interval(difference - reach, difference + reach)
-    apart = not before.interval(z=z).overlaps(after.interval(z=z))
+    apart = not before.interval().overlaps(after.interval())
     return Change(difference, interval, apart)

@@ -10,16 +10,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from lvrpo import info
 from lvrpo.intervals import (
-    Interval,
     clustered_mean,
-    compare_means,
-    compare_rates,
-    wilson_interval,
 )
 from lvrpo.runs.environment import environment, read_environment, write_environment
 from lvrpo.runs.log import (
@@ -240,116 +234,6 @@ def test_the_commit_of_a_foreign_checkout_is_not_ours(monkeypatch: pytest.Monkey
     assert environment()["commit"] is None
 
 
-# Wilson: R's prop.test(correct = FALSE). Newcombe: his 1998 paper, table II, method 10.
-@pytest.mark.parametrize(
-    ("successes", "total", "low", "high"),
-    [
-        (81, 263, 0.2553, 0.3662),
-        (15, 148, 0.0624, 0.1605),
-        (0, 20, 0.0, 0.1611),
-        (1, 29, 0.0061, 0.1718),
-        (29, 29, 0.8830, 1.0),
-    ],
-)
-def test_wilson_matches_published_values(
-    successes: int, total: int, low: float, high: float
-) -> None:
-    found = wilson_interval(successes, total)
-    assert [round(bound, 4) for bound in found] == [low, high]
-
-
-@pytest.mark.parametrize(
-    ("after", "before", "low", "high"),
-    [
-        ((56, 70), (48, 80), 0.0524, 0.3339),
-        ((9, 10), (3, 10), 0.1705, 0.8090),
-        ((10, 10), (0, 20), 0.6791, 1.0),
-        ((10, 10), (0, 10), 0.6075, 1.0),
-    ],
-)
-def test_newcombe_matches_published_values(
-    after: tuple[int, int], before: tuple[int, int], low: float, high: float
-) -> None:
-    found = compare_rates(before, after).interval
-    assert [round(bound, 4) for bound in found] == [low, high]
-    mirrored = compare_rates(after, before).interval
-    assert [round(-bound, 4) for bound in reversed(mirrored)] == [low, high]
-
-
-def test_intervals_at_the_edges() -> None:
-    assert wilson_interval(0, 0) == Interval(0, 1)
-    with pytest.raises(ValueError, match="successes is 5"):
-        wilson_interval(5, 4)
-    with pytest.raises(ValueError, match="a total is 0"):
-        compare_rates((0, 0), (1, 2))
-    assert compare_rates((280, 1000), (390, 1000)).apart
-    close = compare_rates((280, 1000), (325, 1000))
-    assert close.excludes_zero
-    assert not close.apart
-
-
-def test_wilson_covers_as_often_as_it_says() -> None:
-    for rate in (0.05, 0.3, 0.8):
-        counts = np.arange(101)
-        chances = np.array([math.comb(100, k) * rate**k * (1 - rate) ** (100 - k) for k in counts])
-        covered = [(b := wilson_interval(int(k), 100)).low <= rate <= b.high for k in counts]
-        assert 0.93 < chances[covered].sum() < 0.98
-
-
-def plain_error(scores: list[float], clusters: list[int]) -> float:
-    """The cluster-robust standard error of a mean, in the textbook's steps."""
-    mean, names = sum(scores) / len(scores), sorted(set(clusters))
-    total = 0.0
-    for name in names:
-        deviation = sum(s - mean for s, c in zip(scores, clusters, strict=True) if c == name)
-        total += deviation * deviation
-    return math.sqrt(total * len(names) / (len(names) - 1)) / len(scores)
-
-
-@settings(max_examples=200, deadline=None)
-@given(st.lists(st.tuples(st.floats(-1e6, 1e6), st.integers(0, 9)), min_size=1, max_size=60))
-def test_the_error_of_a_mean_takes_a_prompt_as_one_draw(pairs) -> None:
-    scores, clusters = [s for s, _ in pairs], [c for _, c in pairs]
-    found = clustered_mean(scores, clusters)
-    scale = max(1.0, max(map(abs, scores)))
-    assert found.count == len(pairs)
-    assert found.value == pytest.approx(float(np.mean(scores)), abs=1e-9 * scale)
-    if len(set(clusters)) < 2:
-        assert math.isnan(found.error)
-        return
-    assert found.error == pytest.approx(plain_error(scores, clusters), abs=1e-9 * scale)
-    alone = clustered_mean(scores, range(len(scores)))
-    usual = float(np.std(scores, ddof=1)) / math.sqrt(len(scores))
-    assert alone.error == pytest.approx(usual, abs=1e-9 * scale)
-
-
-def test_repeating_every_sample_does_not_narrow_the_interval() -> None:
-    scores = np.random.default_rng(0).normal(size=50).tolist()
-    once = clustered_mean(scores, range(50))
-    again = clustered_mean(scores * 20, [*range(50)] * 20)
-    assert again.error == pytest.approx(once.error, rel=1e-12)
-    assert clustered_mean(scores * 20, range(1000)).error < 0.3 * once.error
-
-
-def test_intervals_of_means_cover_as_often_as_they_say() -> None:
-    """40 prompts of 1 to 8 samples each, which share most of their noise."""
-    rng, covered, changes = np.random.default_rng(1), 0, 0
-    for _ in range(1000):
-        sizes = rng.integers(1, 9, (2, 40))
-        means = []
-        for side in sizes:
-            shared = rng.normal(size=40)
-            scores = [shared[i] + 0.3 * rng.normal() for i in range(40) for _ in range(side[i])]
-            means.append(clustered_mean(scores, np.repeat(range(40), side).tolist()))
-        low, high = means[0].interval()
-        covered += low <= 0 <= high
-        low, high = compare_means(*means).interval
-        changes += low <= 0 <= high
-    # The normal interval of 40 clusters is a little short of 95 %.
-    assert 900 <= covered <= 970
-    assert 910 <= changes <= 975
-
-
 def test_rewards_of_an_evaluation_come_back(tmp_path: Path) -> None:
     name = "mine/my_rewards.py:colour"
     mean = clustered_mean([0.25, 0.5, -3.0], [0, 1, 2])
@@ -365,9 +249,3 @@ def test_rewards_of_an_evaluation_come_back(tmp_path: Path) -> None:
     assert (found["understand", "total"].value, found["understand", "total"].count) == (2.0, 1)
     assert math.isnan(found["understand", "total"].error)
     assert [score.name for score in eval_scores(row)] == ["generate/strict"]
-
-
-@pytest.mark.parametrize("scores", [[], [1.0]])
-def test_a_mean_of_nothing_is_refused(scores: list[float]) -> None:
-    with pytest.raises(ValueError, match=r"clustered_mean: \d scores of 2 clusters"):
-        clustered_mean(scores, [0, 1])
