@@ -74,7 +74,7 @@ $(PACKAGES):
 	@$(PIP) install -c constraints.txt "$(TORCH)"
 	@echo "  everything else in constraints.txt"
 	@$(PIP) install -c constraints.txt setuptools pybind11 ninja
-	@LVRPO_BUILD=off $(PIP) install -c constraints.txt --no-build-isolation -e '.[train,dev]'
+	@LVRPO_BUILD=off $(PIP) install -c constraints.txt --no-build-isolation -e '.[train,report,dev]'
 	@touch $@
 
 # Not through pip, which would recompile every file each time.

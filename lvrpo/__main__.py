@@ -23,9 +23,11 @@ def main() -> None:
     except ModuleNotFoundError as error:
         if (error.name or "lvrpo").partition(".")[0] == "lvrpo":
             raise
-        # One that a package of the extra needs itself is named by Python alone.
-        missing = str(error) if info.INSTALL in str(error) else f"{error}; {info.INSTALL}"
-        print(f"lvrpo: {missing}", file=sys.stderr)
+        said = str(error)
+        if not said.endswith(tuple(info.INSTALL.values())):
+            # One that a package of an extra needs itself is named by Python alone.
+            said += f"; {info.INSTALL['train']}"
+        print(f"lvrpo: {said}", file=sys.stderr)
         sys.exit(2)
 
 

@@ -138,7 +138,7 @@ def train(
                 typer.echo(f"stopped by {name}; go on with: lvrpo train {run}", err=True)
             raise typer.Exit(128 + signum) from None
         if report:
-            _write_report(run, [])
+            _report_of_training(run)
 
 
 @app.command(name="eval", epilog="Example:  lvrpo eval runs/digits --items 2048 --seed 7")
@@ -217,6 +217,18 @@ def _write_report(run: Path, compare: list[Path], output: Path | None = None) ->
     from lvrpo.report.page import write_report
 
     typer.echo(f"report: {write_report(run, compare=compare, output=output)}")
+
+
+def _report_of_training(run: Path) -> None:
+    """The report, or one line on how to get it: a run is done without it."""
+    from lvrpo.info import packages_of, require
+
+    try:
+        require(*packages_of("report"), extra="report")
+    except ModuleNotFoundError as missing:
+        _notes([f"no report: {missing}, then: lvrpo report {run}"])
+    else:
+        _write_report(run, [])
 
 
 def _notes(lines: Sequence[str]) -> None:

@@ -116,17 +116,21 @@ def _requirements() -> Iterator[tuple[str, str]]:
             yield extra[1], name[0]
 
 
-#: What to do where a package of the trainer is missing.
-INSTALL = "the trainer and the command need: pip install 'lvrpo[train]'"
+#: By extra: what to do where one of its packages is missing.
+INSTALL = {
+    "train": "the trainer and the command need: pip install 'lvrpo[train]'",
+    "report": "the report needs: pip install 'lvrpo[report]'",
+}
 #: Packages that are imported by another name than they are installed by.
 _MODULES = {"pillow": "PIL", "scikit-learn": "sklearn"}
 
 
-def require(*packages: str) -> None:
-    """See that packages of the `train` extra are there, without importing them.
+def require(*packages: str, extra: str = "train") -> None:
+    """See that packages of an extra are there, without importing them.
 
     Args:
         packages: by the names that pip knows.
+        extra: which has them: "train" or "report".
 
     Raises:
         ModuleNotFoundError: naming all that are missing, and what to install.
@@ -134,7 +138,7 @@ def require(*packages: str) -> None:
     missing = [package for package in packages if not _is_importable(package)]
     if missing:
         raise ModuleNotFoundError(
-            f"not installed: {', '.join(missing)}; {INSTALL}", name=missing[0]
+            f"not installed: {', '.join(missing)}; {INSTALL[extra]}", name=missing[0]
         )
 
 

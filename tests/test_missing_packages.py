@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from runs.tiny import OVERRIDES, settings
 
 from lvrpo import info
 
@@ -31,7 +32,8 @@ class WithoutIt:
 sys.meta_path[:] = map(WithoutIt, sys.meta_path)
 """
 MODULES = {"pillow": "PIL", "scikit-learn": "sklearn"}
-TRAIN = info.packages_of("train")
+TRAIN, REPORT = info.packages_of("train"), info.packages_of("report")
+ONLY_REPORT = [package for package in REPORT if package not in TRAIN]
 KERNELS = ["triton", "flash-attn"]
 
 
@@ -63,9 +65,11 @@ def refused(result: subprocess.CompletedProcess[str], package: str) -> None:
 
 def test_the_list_is_that_of_the_project():
     text = (Path(__file__).parents[1] / "pyproject.toml").read_text()
-    for package in TRAIN:
+    for package in TRAIN + REPORT:
         assert f'"{package}>=' in text
-    assert {"typer", "einops", "tensorboard", "pillow"} <= set(TRAIN)
+    assert {"typer", "einops", "tensorboard", "pillow", "pydantic"} <= set(TRAIN)
+    assert {"jinja2", "matplotlib", "statsmodels"} <= set(REPORT)
+    assert not {"jinja2", "matplotlib"} & set(TRAIN)
 
 
 @pytest.mark.parametrize("package", TRAIN)
@@ -107,8 +111,12 @@ def test_a_package_that_a_package_needs(tmp_path):
 
 @pytest.mark.parametrize(
     ("package", "module"),
-    [("numpy", "lvrpo.data"), ("numpy", "lvrpo.rewards"), ("einops", "lvrpo.models.unified.model")]
-    + [(package, "lvrpo.report.page") for package in ("matplotlib", "jinja2", "tensorboard")],
+    [
+        ("numpy", "lvrpo.data"),
+        ("numpy", "lvrpo.rewards"),
+        ("einops", "lvrpo.models.unified.model"),
+        ("tensorboard", "lvrpo.runs.log"),
+    ],
 )
 def test_importing_names_what_to_install_too(package, module):
     result = without(package, f"import {module}")
@@ -116,3 +124,25 @@ def test_importing_names_what_to_install_too(package, module):
         f"ModuleNotFoundError: not installed: {package}; the trainer and the command need: "
         "pip install 'lvrpo[train]'"
     )
+
+
+@pytest.mark.parametrize("package", ONLY_REPORT)
+def test_a_report_says_what_to_install(package, tmp_path):
+    result = run_module(package, "lvrpo", "report", tmp_path)
+    assert (result.returncode, result.stderr) == (
+        2,
+        f"lvrpo: not installed: {package}; the report needs: pip install 'lvrpo[report]'\n",
+    )
+
+
+@pytest.mark.parametrize("package", ONLY_REPORT)
+def test_training_needs_no_package_of_the_report(package, tmp_path):
+    short = [*OVERRIDES, "run.steps=1", "warm_start.steps=1"]
+    result = run_module(package, "lvrpo", "train", tmp_path / "run", *settings(short))
+    assert result.returncode == 0, result.stderr
+    assert result.stderr.splitlines()[-1] == (
+        f"lvrpo: note: no report: not installed: {package}; the report needs: pip install "
+        f"'lvrpo[report]', then: lvrpo report {tmp_path / 'run'}"
+    )
+    assert (tmp_path / "run" / "metrics.jsonl").exists()
+    assert not (tmp_path / "run" / "report.html").exists()

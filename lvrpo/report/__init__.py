@@ -2,4 +2,4 @@
 
 from lvrpo.info import packages_of, require
 
-require(*packages_of("train"))
+require(*packages_of("report"), extra="report")

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import matplotlib as mpl
@@ -16,17 +16,12 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from lvrpo.intervals import wilson_interval
-from lvrpo.report.drawing import WIDTH, Chart, Line, Panel, Theme, colours_of, duration, line_chart
+from lvrpo.report.drawing import WIDTH, Chart, Line, Panel, Theme, duration, line_chart
+from lvrpo.report.summary import in_phase, task_name
 from lvrpo.runs.log import Row
 from lvrpo.runs.scores import Score, eval_scores
 
-TASKS = {"understand": "Understanding", "generate": "Generation"}
 MODALITIES = {"text": "Text tokens", "image": "Image flow steps"}
-
-
-def task_name(task: str) -> str:
-    """The heading of a task; a user's own task keeps its name."""
-    return TASKS.get(task, task or "All tasks")
 
 
 def training_charts(metrics: Sequence[Row], evals: Sequence[Row]) -> list[Chart]:
@@ -53,7 +48,7 @@ def _warm_start_chart(rows: Sequence[Row]) -> Chart | None:
         "image": "Image: squared error of the velocity",
     }
     panels = [
-        Panel(heading, _lines(rows, {f"loss/{modality}": modality}))
+        Panel(heading, _lines(rows, {f"loss/{modality}": modality}, of=headings))
         for modality, heading in headings.items()
     ]
     reading = "Both should fall and flatten: what imitation cannot teach is left to rewards."
@@ -82,6 +77,7 @@ def _eval_chart(evals: Sequence[Row]) -> Chart | None:
                 values=np.array([_rate(score) for _, score in found]),
                 low=bounds[:, 0],
                 high=bounds[:, 1],
+                colour=len(panels[task]),
             )
         )
     return line_chart(
@@ -108,11 +104,6 @@ def time_chart(metrics: Sequence[Row]) -> Chart | None:
     return stage_chart(sorted(means.items(), key=lambda stage: -stage[1]), total)
 
 
-def in_phase(rows: Sequence[Row], phase: str) -> list[Row]:
-    """The rows of one phase; a row that names none is of GRPO."""
-    return [row for row in rows if row.get("phase", "grpo") == phase]
-
-
 def change_chart(before: Sequence[Score], after: Sequence[Score], names: Sequence[str]) -> Chart:
     """Every score before and after with its 95 % interval, one row each.
 
@@ -121,6 +112,7 @@ def change_chart(before: Sequence[Score], after: Sequence[Score], names: Sequenc
         after: the same scores of the last one, in the same order.
         names: the label of each row.
     """
+    tasks = list(dict.fromkeys(score.task for score in after))
     rates = [
         f"{n}: {_rate(b):.1%} to {_rate(a):.1%}"
         for n, b, a in zip(names, before, after, strict=True)
@@ -130,7 +122,7 @@ def change_chart(before: Sequence[Score], after: Sequence[Score], names: Sequenc
         figure = Figure(figsize=(2.1 * WIDTH, 0.6 + 0.4 * len(names)), layout="constrained")
         axes = figure.subplots()
         for row, (old, new) in enumerate(zip(before, after, strict=True)):
-            colour = colours_of([new.task], theme)[0]
+            colour = theme.line(tasks.index(new.task))
             _draw_rate(axes, old, row - 0.15, theme.muted, filled=False)
             _draw_rate(axes, new, row + 0.15, colour, filled=True)
         axes.set_yticks(range(len(names)), list(names))
@@ -193,11 +185,24 @@ def stage_chart(stages: Sequence[tuple[str, float]], total: float) -> Chart:
     )
 
 
-def _lines(rows: Sequence[Row], keys: Mapping[str, str], *, exact: bool = False) -> list[Line]:
-    """The lines of {key: name} that have a finite value."""
+def _lines(
+    rows: Sequence[Row], keys: Mapping[str, str], *, of: Iterable[str] = (), exact: bool = False
+) -> list[Line]:
+    """The lines of {key: name} that have a finite value.
+
+    A name's place among those it is `of`, or else among these, is its colour: whoever gives all
+    names of a kind gets one colour for each in every panel.
+    """
     steps = np.array([row["step"] for row in rows])
+    names = list(dict.fromkeys([*of, *keys.values()]))
     found = (
-        Line(name, steps, np.array([_number(row.get(key)) for row in rows]), exact=exact)
+        Line(
+            name,
+            steps,
+            np.array([_number(row.get(key)) for row in rows]),
+            exact=exact,
+            colour=names.index(name),
+        )
         for key, name in keys.items()
     )
     return [line for line in found if np.isfinite(line.values).any()]
@@ -221,13 +226,19 @@ def _by_task(rows: Sequence[Row], prefix: str) -> dict[str, dict[str, str]]:
         if head == prefix and rest:
             task, slash, name = rest.partition("/")  # a user's reward may be named by a path
             found.setdefault(task if slash else "", {})[key] = (name or task).rpartition("/")[2]
-    order = sorted(found, key=lambda task: [*TASKS, task].index(task))
-    return {task: found[task] for task in order}
+    return found
+
+
+def _names(by_task: Mapping[str, Mapping[str, str]]) -> list[str]:
+    """Every name that `_by_task` found, once."""
+    return list(dict.fromkeys(name for keys in by_task.values() for name in keys.values()))
 
 
 def _reward_chart(rows: Sequence[Row]) -> Chart | None:
+    by_task = _by_task(rows, "reward")
     panels = [
-        Panel(task_name(t), _lines(rows, keys)) for t, keys in _by_task(rows, "reward").items()
+        Panel(task_name(task), _lines(rows, keys, of=_names(by_task)))
+        for task, keys in by_task.items()
     ]
     return line_chart(
         "rewards",
@@ -240,9 +251,14 @@ def _reward_chart(rows: Sequence[Row]) -> Chart | None:
 
 def _score_chart(rows: Sequence[Row]) -> Chart | None:
     measures = ("strict", "partial", "gold")
+    tasks = [task for each in measures for task in _names(_by_task(rows, each))]
     panels = [
-        Panel(heading, _lines(rows, {f"{each}/{task}": each for each in measures}), percent=True)
-        for task, heading in TASKS.items()
+        Panel(
+            task_name(task),
+            _lines(rows, {f"{each}/{task}": each for each in measures}),
+            percent=True,
+        )
+        for task in dict.fromkeys(tasks)
     ]
     return line_chart(
         "scores",
@@ -254,14 +270,19 @@ def _score_chart(rows: Sequence[Row]) -> Chart | None:
 
 
 def _share_chart(rows: Sequence[Row]) -> Chart | None:
+    by_task = _by_task(rows, "share")
     panels = [
         Panel(
             task_name(task),
-            _lines([r for r in rows if any(_number(r.get(k)) > 0 for k in keys)], keys),
+            _lines(
+                [r for r in rows if any(_number(r.get(k)) > 0 for k in keys)],
+                keys,
+                of=_names(by_task),
+            ),
             percent=True,
             stacked=True,
         )
-        for task, keys in _by_task(rows, "share").items()
+        for task, keys in by_task.items()
     ]
     return line_chart(
         "reward-shares",
@@ -273,7 +294,7 @@ def _share_chart(rows: Sequence[Row]) -> Chart | None:
 
 
 def _constant_chart(rows: Sequence[Row]) -> Chart | None:
-    groups = _lines(rows, {f"constant_groups/{task}": task for task in TASKS})
+    groups = _lines(rows, _by_task(rows, "constant_groups").get("", {}))
     return line_chart(
         "constant-groups",
         "Groups without a signal",
@@ -285,7 +306,7 @@ def _constant_chart(rows: Sequence[Row]) -> Chart | None:
 
 def _kl_chart(rows: Sequence[Row]) -> Chart | None:
     panels = [
-        Panel(heading, _lines(rows, {f"kl/{modality}": modality}))
+        Panel(heading, _lines(rows, {f"kl/{modality}": modality}, of=MODALITIES))
         for modality, heading in MODALITIES.items()
     ]
     return line_chart(
@@ -303,7 +324,7 @@ def _ratio_chart(rows: Sequence[Row]) -> Chart | None:
             f"{heading}: largest ratio, minus 1",
             [
                 dataclasses.replace(each, values=each.values - 1)
-                for each in _lines(rows, {f"ratio/{modality}/max": modality})
+                for each in _lines(rows, {f"ratio/{modality}/max": modality}, of=MODALITIES)
             ],
         )
         for modality, heading in MODALITIES.items()

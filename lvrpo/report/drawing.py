@@ -1,7 +1,7 @@
 """How the figures of a report are drawn: themes, line charts, PNGs. Which there are: charts.py.
 
 Every chart names its axes in words, labels its lines where they end instead of in a legend, keeps
-one colour per quantity on the whole page, and draws raw values faintly behind a smoothed line.
+one colour per quantity in all its figures, and draws raw values faintly behind a smoothed line.
 """
 
 from __future__ import annotations
@@ -34,6 +34,10 @@ class Theme:
     grid: str
     lines: tuple[str, ...]
 
+    def line(self, number: int) -> str:
+        """The colour of a line; from the eighth on they come again."""
+        return self.lines[number % len(self.lines)]
+
 
 LIGHT = Theme(
     "light",
@@ -52,29 +56,13 @@ DARK = Theme(
     lines=("#6ea3f7", "#f5915a", "#43c596", "#c193ea", "#dfb445", "#ee7ba6", "#8dbccb"),
 )
 
-# One colour per quantity everywhere: text and understanding share one, image and drawing another.
-_COLOURS = {
-    "text": 0,
-    "understand": 0,
-    "correct": 0,
-    "image": 1,
-    "generate": 1,
-    "strict": 1,
-    "total": 6,
-    "r_ins": 2,
-    "gold": 2,
-    "r_sem": 3,
-    "partial": 3,
-    "r_kn": 4,
-}
-
 
 @dataclass(frozen=True)
 class Line:
     """One quantity over the steps of a run, [N] each; NaN where it was not measured.
 
     `low` and `high` are its interval, if it has one. What is `exact` is set and not measured: it
-    has no noise to smooth away.
+    has no noise to smooth away. `colour` counts within its kind: of rewards, measures, modalities.
     """
 
     name: str
@@ -83,6 +71,7 @@ class Line:
     low: np.ndarray | None = None
     high: np.ndarray | None = None
     exact: bool = False
+    colour: int = 0
 
 
 @dataclass(frozen=True)
@@ -167,17 +156,9 @@ def duration(seconds: float) -> str:
     return f"{minutes} min {rest} s" if minutes < 120 else f"{minutes // 60} h {minutes % 60} min"
 
 
-def colours_of(names: Sequence[str], theme: Theme) -> list[str]:
-    """The colour each quantity has on the whole page; names of the user's own get a free one."""
-    free = [i for i in range(len(theme.lines)) if i not in {_COLOURS.get(name) for name in names}]
-    own = [name for name in names if name not in _COLOURS]
-    chosen = {name: free[i % len(free)] if free else i for i, name in enumerate(own)}
-    return [theme.lines[(_COLOURS | chosen)[name] % len(theme.lines)] for name in names]
-
-
 def _draw_panel(axes: Axes, panel: Panel, theme: Theme) -> None:
     axes.set_title(panel.heading)
-    colours = colours_of([each.name for each in panel.lines], theme)
+    colours = [theme.line(each.colour) for each in panel.lines]
     ends = _stack(axes, panel, colours) if panel.stacked else _plot(axes, panel, colours)
     axes.margins(x=0)
     axes.locator_params(axis="x", integer=True, nbins=7)

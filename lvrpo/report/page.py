@@ -22,8 +22,10 @@ from lvrpo.report.summary import (
     collect_alarms,
     compare_rewards,
     compare_scores,
+    in_phase,
     load_run,
     pair_gallery,
+    task_name,
 )
 from lvrpo.runs.files import write_atomically
 from lvrpo.runs.log import PHASES, to_png
@@ -86,7 +88,7 @@ def _template() -> jinja2.Template:
         "signed": lambda value: f"{value:+.3g}".replace("-", MINUS),
         "points": lambda difference: f"{100 * difference:+.1f}".replace("-", MINUS),
         "picture": lambda item: _data_uri(to_png(item)),
-        "task_name": charts.task_name,
+        "task_name": task_name,
     }
     environment.globals["wilson"] = lambda score: wilson_interval(score.successes, score.total)
     return environment.get_template("page.html.jinja")
@@ -130,7 +132,7 @@ def _side_by_side(runs: Sequence[Run]) -> dict[str, Any]:
         for run in runs
     ]
     heads = {
-        name: f"{charts.task_name(each.after.task)}: {each.title}"
+        name: f"{task_name(each.after.task)}: {each.title}"
         for run_scores in scores
         for name, each in run_scores.items()
     }
@@ -145,7 +147,7 @@ def _results_figure(comparisons: Sequence[Comparison], folder: Path) -> dict[str
     if not main:
         return None
     chosen = list(main.values())
-    names = [f"{charts.task_name(c.after.task)}: {c.after.kind or c.title}" for c in chosen]
+    names = [f"{task_name(c.after.task)}: {c.after.kind or c.title}" for c in chosen]
     chart = charts.change_chart([c.before for c in chosen], [c.after for c in chosen], names)
     return _figure(chart, folder)
 
@@ -166,7 +168,7 @@ def _figure(chart: Chart, folder: Path) -> dict[str, str]:
 def _facts(run: Run) -> dict[str, str]:
     """The run's identity in a few short words each; what is unknown is left out."""
     known = run.environment
-    steps = {phase: len(charts.in_phase(run.metrics, phase)) for phase in PHASES}
+    steps = {phase: len(in_phase(run.metrics, phase)) for phase in PHASES}
     commit = known.get("commit")
     if commit:
         commit = commit.replace("-dirty", " and local changes")

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from lvrpo.intervals import Change, Mean, compare_means, compare_rates
-from lvrpo.report.charts import TASKS
 from lvrpo.runs.environment import read_environment
 from lvrpo.runs.log import (
     EVALS,
@@ -83,6 +82,16 @@ class Run:
         before = labelled.get(BEFORE, self.evals[0])
         after = labelled.get(AFTER, self.evals[-1])
         return before, None if after is before else after
+
+
+def task_name(task: str) -> str:
+    """The heading of a task: its name, or what a row says that names none."""
+    return task[:1].upper() + task[1:] or "All tasks"
+
+
+def in_phase(rows: Sequence[Row], phase: str) -> list[Row]:
+    """The rows of one phase; a row that names none is of GRPO."""
+    return [row for row in rows if row.get("phase", "grpo") == phase]
 
 
 def verdict_of(change: Change) -> tuple[str, str]:
@@ -196,7 +205,7 @@ def load_run(run_dir: str | Path) -> Run:
 
 
 def compare_scores(before: Row | None, after: Row | None) -> list[Comparison]:
-    """Every rate both evaluations have, each task's headline first, then by kind."""
+    """Every rate both evaluations have, by task, each task's headline first, then by kind."""
     if before is None or after is None:
         return []
     old = {score.name: score for score in eval_scores(before) if score.total}
@@ -211,10 +220,11 @@ def compare_scores(before: Row | None, after: Row | None) -> list[Comparison]:
         for new in eval_scores(after)
         if new.name in old and new.total
     ]
+    tasks = [each.after.task for each in found]
     return sorted(
         found,
         key=lambda each: (
-            _rank(each.after.task, list(TASKS)),
+            tasks.index(each.after.task),
             bool(each.after.kind),
             each.after.kind,
             _rank(each.after.measure, list(MEASURES)),
@@ -228,7 +238,8 @@ def compare_rewards(before: Row | None, after: Row | None) -> list[RewardCompari
         return []
     old, new = eval_rewards(before), eval_rewards(after)
     found = [RewardComparison(*key, old[key], new[key]) for key in new if key in old]
-    return sorted(found, key=lambda each: _rank(each.task, list(TASKS)))
+    tasks = [each.task for each in found]
+    return sorted(found, key=lambda each: tasks.index(each.task))
 
 
 def collect_alarms(rows: Sequence[Row]) -> list[Alarm]:

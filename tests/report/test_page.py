@@ -15,7 +15,7 @@ from report.synthetic_run import eval_row, grpo_row, make_run
 
 from lvrpo.intervals import clustered_mean
 from lvrpo.report import charts
-from lvrpo.report.drawing import DARK, LIGHT, Theme, colours_of, duration, smooth
+from lvrpo.report.drawing import DARK, LIGHT, Theme, duration, smooth
 from lvrpo.report.page import write_report
 from lvrpo.report.summary import collect_alarms, compare_scores
 from lvrpo.runs.log import GalleryItem, RunWriter, save_gallery
@@ -191,9 +191,9 @@ def test_names_of_the_users_own_are_drawn(tmp_path: Path) -> None:
             writer.write_eval({"step": step, "label": label, "edit/sharp": 3, "edit/total": 8})
     page = Page(write_report(tmp_path / "own"))
     drawn = " ".join(picture["alt"] or "" for picture in page.pictures)
-    for name in ("edit, sharpness: 0.111 at first, 0.333 at last", "mine", "brew 100 ms (100%)"):
+    for name in ("Edit, sharpness: 0.111 at first, 0.333 at last", "mine", "brew 100 ms (100%)"):
         assert name in drawn
-    assert "edit: sharp" in page.text
+    assert "Edit: sharp" in page.text
 
 
 def test_markup_in_prompts_and_configs_is_text(tmp_path: Path) -> None:
@@ -274,11 +274,29 @@ def test_smoothing_keeps_a_constant_and_leaves_out_nan() -> None:
     np.testing.assert_array_equal(smooth(values[:5]), values[:5])
 
 
-def test_a_quantity_has_one_colour_and_no_two_share_one() -> None:
-    assert colours_of(["mine", "r_ins"], LIGHT)[1] == colours_of(["r_ins"], LIGHT)[0]
-    names = ["r_ins", "r_sem", "r_kn", "a", "b"]
-    assert len(set(colours_of(names, LIGHT))) == len(names)
-    assert len(colours_of([f"reward {i}" for i in range(20)], LIGHT)) == 20
+def test_a_reward_has_one_colour_and_no_two_share_one() -> None:
+    names = ["mine", "r_ins", "r_sem", "a", "b"]
+    rows = [
+        {
+            "step": step,
+            f"{kind}/understand/r_sem": 0.5,
+            **{f"{kind}/generate/{n}": 0.5 for n in names},
+        }
+        for step in (1, 2)
+        for kind in ("reward", "share")
+    ]
+    seen: dict[str, set[str]] = {}
+    for chart in charts.training_charts(rows, []):
+        for axes in chart.draw(LIGHT).axes:
+            for label in axes.texts:
+                seen.setdefault(label.get_text().split()[0], set()).add(label.get_color())
+    assert seen.keys() == set(names)
+    assert all(len(colours) == 1 for colours in seen.values())
+    assert len(set.union(*seen.values())) == len(names)
+
+
+def test_there_are_colours_for_any_number_of_lines() -> None:
+    assert LIGHT.line(len(LIGHT.lines)) == LIGHT.line(0)
 
 
 @pytest.mark.parametrize(
@@ -349,5 +367,5 @@ def test_the_page_for_a_keyboard_and_for_words(page: Page) -> None:
     scrollers = re.findall(r'<div class="scroll"([^>]*)>', page.source)
     assert scrollers
     assert all('tabindex="0"' in each and 'role="region"' in each for each in scrollers)
-    assert "Generation: whole request right" in page.text
+    assert "Generate: whole request right" in page.text
     assert "<details open" not in page.source
