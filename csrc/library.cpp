@@ -5,7 +5,11 @@
 
 #include <string>
 
+#include "common/names.h"
+
 STABLE_TORCH_LIBRARY(lvrpo, m) {
+  // An int that is a choice is the position of its name in lvrpo._C.choices().
+
   // Numbers that a step may change come as one fp64 tensor on the CPU: a graph holds a float as a constant. Here they are
   // temperature, softcap (0 means none) and ignore_index. entropy and sum_squares are empty unless asked for.
   m.def(
@@ -24,8 +28,7 @@ STABLE_TORCH_LIBRARY(lvrpo, m) {
       "flow_step_bwd(Tensor dx_next, Tensor dlogprob, Tensor? noise, Tensor c_x, Tensor c_v, Tensor std) "
       "-> (Tensor dvelocity, Tensor dx_t)");
   // numbers [7] fp64: clip_low, clip_high, adv_clip, log_ratio_scale (0 means "mean"), log_ratio_limit, tau, beta; limits
-  // may be infinite. variant and kl number the names of lvrpo/ops/flow_policy_loss.py. sums and extremes are those of
-  // FlowLossMetrics; directions [N, 3] fp64 are the factors of noise, velocity - velocity_old and velocity - velocity_ref in
+  // may be infinite. sums and extremes are those of FlowLossMetrics; directions [N, 3] fp64 are the factors of noise, velocity - velocity_old and velocity - velocity_ref in
   // d loss / d velocity.
   m.def(
       "flow_policy_loss_fwd(Tensor velocity, Tensor velocity_old, Tensor noise, Tensor? velocity_ref, Tensor c_v, "
@@ -44,20 +47,19 @@ STABLE_TORCH_LIBRARY(lvrpo, m) {
       "Tensor q_lo, Tensor q_hi, Tensor rows, Tensor spans, Tensor runs, Tensor? query_tiles, Tensor? key_work, "
       "Tensor? key_parts, Tensor numbers) "
       "-> (Tensor dq, Tensor dk, Tensor dv)");
-  // baseline, scale and whiten count through the choices of lvrpo/params/advantages.py; numbers are ddof, eps,
-  // std_floor and clip, which may be infinite. stats [5, K] are share, constant_groups, mean, std, applicable.
+  // numbers are ddof, eps, std_floor and clip, which may be infinite. stats [5, K] are share, constant_groups, mean, std,
+  // applicable.
   m.def(
-      "normalize_advantages(Tensor rewards, Tensor offsets, Tensor weights, Tensor? lengths, bool decoupled, "
-      "int baseline, int scale, int whiten, Tensor numbers) "
+      "normalize_advantages(Tensor rewards, Tensor offsets, Tensor weights, Tensor? lengths, Tensor numbers, "
+      "int combine, int baseline, int scale, int whiten) "
       "-> (Tensor values, Tensor per_reward, Tensor stats, Tensor all_zero)");
-  // The ints count through the choices of lvrpo/params/policy_loss.py, whose choices_of and numbers_of make the lists of
-  // ints and numbers. mask is bool; advantages are [T] or [B], as advantage_per_token says. statistics are the sums
-  // and then the extremes of its LossMetrics, fp64. dlogprobs and dentropy are the derivatives of the loss: its backward only scales them.
+  // mask is bool; advantages are [T] or [B], as advantage_per_token says. statistics are the sums and then the extremes of
+  // LossMetrics, fp64. dlogprobs and dentropy are the derivatives of the loss: its backward only scales them.
   m.def(
       "grpo_loss_fwd(Tensor logprobs, Tensor? old_logprobs, Tensor advantages, Tensor cu_seqlens, "
       "Tensor? ref_logprobs, Tensor? entropy, Tensor? mask, Tensor? policy_weights, Tensor numbers, "
-      "bool advantage_per_token, int ratio, int surrogate, int kl, int kl_factor, int kl_gradient, int aggregation, "
-      "bool count_empty) -> (Tensor loss, Tensor statistics, Tensor dlogprobs, Tensor dentropy)");
+      "bool advantage_per_token, bool count_empty, int ratio, int surrogate, int kl, int kl_factor, int kl_gradient, "
+      "int aggregation) -> (Tensor loss, Tensor statistics, Tensor dlogprobs, Tensor dentropy)");
 }
 
 namespace {
@@ -83,10 +85,25 @@ pybind11::dict build_info() {
   return info;
 }
 
+// {op: {choice or table: names in their order}}
+pybind11::dict as_dict(const lvrpo::NameLists& lists) {
+  pybind11::dict by_op;
+  for (const auto& [op, named] : lists) {
+    pybind11::dict of_op;
+    for (const auto& [name, names] : named) of_op[name.c_str()] = pybind11::str(names).attr("split")(", ");
+    by_op[op.c_str()] = of_op;
+  }
+  return by_op;
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
   m.doc() = "Compiled ops of lvrpo; importing it registers torch.ops.lvrpo.*";
   m.def("build_info", &build_info, "How this extension was built.");
+  m.def("choices", [] { return as_dict(lvrpo::Names::all().choices); },
+        "{op: {argument: names}}: the names of choices, each at the position that stands for it.");
+  m.def("tables", [] { return as_dict(lvrpo::Names::all().tables); },
+        "{op: {tensor: names}}: the names of what a tensor holds, in their order.");
   m.def("cpu_capability", &cpu_capability, "'avx512', 'avx2' or 'baseline': what the CPU ops run as here.");
 }

@@ -16,6 +16,11 @@ ROUNDING = tl.constexpr(2.0**-40)
 # squares of the rewards, constant groups, groups it applies to, covariance with the advantage, sum
 # of squared advantages, number of advantages that are not zero.
 STATS = tl.constexpr(8)
+# The names that this file has arithmetic for, by the parameter of `AdvantageParams`.
+ESTIMATOR_CHOICES = {
+    "baseline": ("mean", "leave_one_out", "length", "second_best", "none"),
+    "scale": ("group", "leave_one_out", "batch", "nonzero", "none"),
+}
 
 
 @triton.jit
@@ -397,6 +402,8 @@ def part_of(
         above = counted * (deviation - offset)
     elif BASELINE == "none":
         above = r
+    elif BASELINE != "mean" and BASELINE != "leave_one_out":
+        tl.static_assert(BASELINE == "second_best", "this baseline has no formula")
     part = factor * above
     own = tl.where(varies, deviation, 0.0)
     if not DECOUPLED:
@@ -428,6 +435,9 @@ def batch_divisor(spread_ptr, programs, scalars, SCALE: tl.constexpr, BLOCK_K: t
     elif SCALE == "nonzero":
         _, fraction, _ = reduce_moments(spread_ptr, programs, 3, BLOCK_K)
         divisor = floored(fraction, eps, std_floor)
+    elif SCALE != "none":
+        # Those of a group, which the batch has no divisor for.
+        tl.static_assert(SCALE == "group" or SCALE == "leave_one_out", "this scale has no formula")
     return divisor
 
 

@@ -5,11 +5,18 @@ import triton.language as tl
 
 from lvrpo.kernels._primitives import LOG2E, as_scalar, tanh
 from lvrpo.masks.schedule import TILE as SCHEDULED
+from lvrpo.masks.tables import SpanColumn
 
 #: Rows or keys of a tile of the schedule.
 TILE = tl.constexpr(SCHEDULED)
-#: Of `SpanMask.spans`: first token, end, causal, slices (begin, end) of `runs` and of `rows`, ...
-SPAN_COLUMNS = tl.constexpr(9)
+SPAN_COLUMNS = tl.constexpr(len(SpanColumn))
+START, END, CAUSAL, RUN_BEGIN, RUN_END, ROW_END = (
+    tl.constexpr(int(column))
+    for column in (
+        *(SpanColumn.START, SpanColumn.END, SpanColumn.CAUSAL),
+        *(SpanColumn.RUN_BEGIN, SpanColumn.RUN_END, SpanColumn.ROW_END),
+    )
+)
 
 
 @triton.jit
@@ -79,14 +86,14 @@ def own_keys(rows_ptr, spans_ptr, first, queries_end, span, last_span):
         That span, where its keys begin, where those of the last query end, and where those end that
         all of them see, -1 when the queries are in several spans.
     """
-    ends_ptr = spans_ptr + 6
+    ends_ptr = spans_ptr + ROW_END
     span = first_after(ends_ptr, SPAN_COLUMNS, span, last_span, first)
     last_span = first_after(ends_ptr, SPAN_COLUMNS, span, last_span, queries_end - 1)
     first_row = tl.load(rows_ptr + first)
     last_row = tl.load(rows_ptr + queries_end - 1)
-    start = tl.load(spans_ptr + SPAN_COLUMNS * span)
-    end = tl.load(spans_ptr + SPAN_COLUMNS * last_span + 1)
-    causal = tl.load(spans_ptr + SPAN_COLUMNS * last_span + 2) != 0
+    start = tl.load(spans_ptr + SPAN_COLUMNS * span + START)
+    end = tl.load(spans_ptr + SPAN_COLUMNS * last_span + END)
+    causal = tl.load(spans_ptr + SPAN_COLUMNS * last_span + CAUSAL) != 0
     stop = tl.where(causal, tl.minimum(end, last_row + 1), end)
     together = tl.where(causal, first_row + 1, end)
     return span, start, stop, tl.where(span == last_span, together, -1)
@@ -95,8 +102,8 @@ def own_keys(rows_ptr, spans_ptr, first, queries_end, span, last_span):
 @triton.jit
 def ancestors(spans_ptr, span):
     """The slice of `runs` that holds the tokens of a span's ancestors."""
-    slice_ptr = spans_ptr + SPAN_COLUMNS * span + 3
-    return tl.load(slice_ptr), tl.load(slice_ptr + 1)
+    span_ptr = spans_ptr + SPAN_COLUMNS * span
+    return tl.load(span_ptr + RUN_BEGIN), tl.load(span_ptr + RUN_END)
 
 
 @triton.jit

@@ -12,24 +12,17 @@ import triton.language as tl
 
 from lvrpo.kernels._log_ratio import is_saturated, saturate
 
-# In the order of the choices in lvrpo/params/policy_loss.py.
-RATIO_NONE = tl.constexpr(0)
-RATIO_SEQ_MEAN = tl.constexpr(2)
-RATIO_SEQ_MEAN_TOKEN = tl.constexpr(3)
-RATIO_SEQ_SUM = tl.constexpr(4)
-CLIP = tl.constexpr(0)
-DETACHED = tl.constexpr(1)
-SIGMOID = tl.constexpr(2)
-GAMMA = tl.constexpr(3)
-TOTAL_VARIATION = tl.constexpr(4)
-BINARY_KL = tl.constexpr(5)
-LOG_CLIP = tl.constexpr(6)
-K1 = tl.constexpr(0)
-K2 = tl.constexpr(1)
-K3 = tl.constexpr(2)
-FACTOR_NONE = tl.constexpr(0)
-FACTOR_RATIO = tl.constexpr(1)
-GRADIENT_K2 = tl.constexpr(1)
+# The names that this file has arithmetic for, by the parameter of `LossParams`.
+TERM_CHOICES = {
+    "ratio": ("none", "token", "seq_mean", "seq_mean_token", "seq_sum"),
+    "surrogate": (
+        *("clip", "detached", "sigmoid", "gamma"),
+        *("total_variation", "binary_kl", "log_clip"),
+    ),
+    "kl": ("k1", "k2", "k3", "abs"),
+    "kl_factor": ("none", "ratio", "detached_ratio"),
+    "kl_gradient": ("own", "k2"),
+}
 
 # Where statistics stop log-ratios, and so do the losses that are published so; the log of VESPO's
 # smallest ratio of a sequence.
@@ -66,9 +59,9 @@ def exp_excess(x):
 def ratio_limits(advantage, clip_low, clip_high, SURROGATE: tl.constexpr):
     """Bounds of a token's log-ratio inside the sum over its sequence."""
     low, high = float("-inf"), float("inf")
-    if SURROGATE == GAMMA:
+    if SURROGATE == "gamma":
         low, high = -LOG_RATIO_LIMIT, LOG_RATIO_LIMIT
-    if SURROGATE == LOG_CLIP:
+    if SURROGATE == "log_clip":
         low = tl.where(advantage > 0, low, -clip_low)
         high = tl.where(advantage > 0, clip_high, high)
     return low, high
@@ -150,9 +143,10 @@ def trust_region_term(
     old = logp - log_ratio
     change = tl.exp(logp) - tl.exp(old)
     up = advantage > 0
-    if SURROGATE == TOTAL_VARIATION:
+    if SURROGATE == "total_variation":
         inside = tl.where(up, change <= clip_high, change >= -clip_low)
     else:
+        tl.static_assert(SURROGATE == "binary_kl", "this trust region has no formula")
         # 1 - p without cancellation; 1e-8 as in the published code, for a probability of 1.
         rest, rest_old = -(exp_excess(logp) + logp), -(exp_excess(old) + old)
         quotient = (tl.maximum(rest_old, 0.0) + 1e-8) / (tl.maximum(rest, 0.0) + 1e-8)
@@ -176,24 +170,25 @@ def surrogate_term(token, bounds, RATIO: tl.constexpr, SURROGATE: tl.constexpr):
     """
     logp, log_ratio, ratio, of_weight, advantage, past = token
     clip_low, clip_high, cap, own_pos, own_neg = bounds
-    if RATIO == RATIO_NONE:
+    if RATIO == "none":
         value, slope, low, high, is_cap = score_term(logp, advantage)
-    elif SURROGATE == CLIP:
+    elif SURROGATE == "clip":
         value, slope, low, high, is_cap = clip_term(ratio, advantage, clip_low, clip_high, cap)
         slope = tl.where(past, 0.0, slope)
-    elif SURROGATE == DETACHED:
+    elif SURROGATE == "detached":
         value, slope, low, high, is_cap = detached_term(logp, ratio, advantage, clip_low, clip_high)
-    elif SURROGATE == SIGMOID:
+    elif SURROGATE == "sigmoid":
         value, slope, low, high, is_cap = sigmoid_term(ratio, advantage, own_pos, own_neg)
         slope = tl.where(past, 0.0, slope)
-    elif SURROGATE == GAMMA:
+    elif SURROGATE == "gamma":
         value, slope, low, high, is_cap = gamma_term(logp, of_weight, advantage)
-    elif SURROGATE == LOG_CLIP:
+    elif SURROGATE == "log_clip":
         value, slope, low, high, is_cap = log_clip_term(
             log_ratio, of_weight, advantage, clip_low, clip_high
         )
         slope = tl.where(past, 0.0, slope)
     else:
+        # It refuses a name that it does not know.
         value, slope, low, high, is_cap = trust_region_term(
             logp, log_ratio, ratio, advantage, clip_low, clip_high, cap, SURROGATE
         )
@@ -222,32 +217,37 @@ def kl_term(
     """
     x = clamp(d, -log_ratio_limit, log_ratio_limit)
     flat = tl.abs(d) > log_ratio_limit
-    if KL == K1:
+    if KL == "k1":
         value, slope = -x, tl.full(x.shape, 1.0, x.dtype)
-    elif KL == K2:
+    elif KL == "k2":
         value, slope = 0.5 * x * x, -x
-    elif KL == K3:
+    elif KL == "k3":
         # Above alone: a log-ratio far below 0 is no danger to an exponential.
         flat |= x > ratio_limit
         x = tl.where(x > ratio_limit, ratio_limit, x)
         value = exp_excess(x)
         slope = -(value + x)
     else:
+        tl.static_assert(KL == "abs", "this KL has no estimate")
         value = tl.abs(x)
         slope = tl.where(x < 0, 1.0, tl.where(x > 0, -1.0, 0.0)).to(x.dtype)
     flat |= tl.abs(value) > limit
     value = clamp(value, -limit, limit)
     slope = tl.where(flat, 0.0, slope)
-    if KL_GRADIENT == GRADIENT_K2:
+    if KL_GRADIENT == "k2":
         slope = -d
+    else:
+        tl.static_assert(KL_GRADIENT == "own", "this gradient of the KL has no formula")
     seen = value
-    if KL == K3:
+    if KL == "k3":
         seen = tl.where(value > K3_SEEN, K3_SEEN, value)
     term = value
-    if KL_FACTOR != FACTOR_NONE:
+    if KL_FACTOR != "none":
         ratio = tl.exp(saturate(log_ratio, ratio_limit))
         term, slope = ratio * value, ratio * slope
         seen = tl.where(ratio > RATIO_LIMIT, RATIO_LIMIT, ratio) * seen
-        if KL_FACTOR == FACTOR_RATIO:
+        if KL_FACTOR == "ratio":
             slope += tl.where(is_saturated(log_ratio, ratio_limit), 0.0, term)
+        else:
+            tl.static_assert(KL_FACTOR == "detached_ratio", "this factor of the KL has no formula")
     return seen, term, slope

@@ -7,6 +7,11 @@ LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
 
 
+def positions(names, *wanted):
+    """Where the wanted names are in a list, as constants of kernels."""
+    return [tl.constexpr(names.index(name)) for name in wanted]
+
+
 @triton.jit
 def as_scalar(x, dtype: tl.constexpr):
     """A kernel's float argument in the dtype it computes in; arguments are passed as fp64."""

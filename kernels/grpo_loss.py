@@ -12,15 +12,11 @@ import triton.language as tl
 from lvrpo.kernels._launch import LaunchConfig, cdiv, launch
 from lvrpo.kernels._log_ratio import is_saturated, saturate
 from lvrpo.kernels._policy_terms import (
-    GAMMA,
-    LOG_CLIP,
     LOG_GAMMA_FLOOR,
     LOG_RATIO_LIMIT,
     RATIO_FLOOR,
     RATIO_LIMIT,
-    RATIO_SEQ_MEAN,
-    RATIO_SEQ_MEAN_TOKEN,
-    RATIO_SEQ_SUM,
+    TERM_CHOICES,
     clamp,
     exp_excess,
     gamma_weight,
@@ -29,14 +25,42 @@ from lvrpo.kernels._policy_terms import (
     ratio_limits,
     surrogate_term,
 )
-from lvrpo.kernels._primitives import as_scalar
+from lvrpo.kernels._primitives import as_scalar, positions
+from lvrpo.params.loss_metrics import STATISTICS
+from lvrpo.params.policy_loss import LOSS_NUMBERS
 
-STATISTICS = 18  # sums and extremes of LossMetrics
-SUMS = 12  # what a part of a sequence leaves behind: see _store_sums and _store_statistics
-TOKEN_MEAN = tl.constexpr(0)
-SEQ_MEAN_TOKEN_MEAN = tl.constexpr(1)
-SEQ_MEAN_TOKEN_SUM_NORM = tl.constexpr(3)
-TOKEN_SUM = tl.constexpr(4)
+# The names that these kernels have arithmetic for, by the parameter of `LossParams`.
+CHOICES = TERM_CHOICES | {
+    "aggregation": (
+        *("token_mean", "seq_mean_token_mean", "seq_mean_token_sum"),
+        *("seq_mean_token_sum_norm", "token_sum"),
+    )
+}
+# Where LossMetrics has its sums and extremes.
+AT_POLICY_LOSS, AT_KL, AT_ENTROPY, AT_LOWS, AT_HIGHS, AT_CAPS = positions(
+    STATISTICS,
+    *("policy_loss", "kl", "entropy"),
+    *("clip_fraction_low", "clip_fraction_high", "clip_fraction_cap"),
+)
+AT_RATIO, AT_RATIO_SQUARED, AT_RATIOS, AT_KL_OLD = positions(
+    STATISTICS, "_ratio", "_ratio_squared", "_ratios", "kl_old"
+)
+AT_TOKENS, AT_SEQUENCES, AT_DROPPED, AT_RATIO_MIN, AT_RATIO_MAX = positions(
+    STATISTICS, "active_tokens", "active_sequences", "dropped_tokens", "ratio_min", "ratio_max"
+)
+AT_LOW_MIN, AT_HIGH_MAX, AT_KL_OLD_MAX = positions(
+    STATISTICS, "clip_fraction_low_min", "clip_fraction_high_max", "kl_old_max"
+)
+# What a part of a sequence leaves behind.
+PARTS = (
+    *("loss", "policy", "kl", "entropy", "lows", "highs", "caps"),
+    *("ratio", "ratio_squared", "minus_ratio_min", "ratio_max", "kl_old"),
+)
+LOSS, POLICY, KL_SUM, ENTROPY = positions(PARTS, "loss", "policy", "kl", "entropy")
+LOWS, HIGHS, CAPS = positions(PARTS, "lows", "highs", "caps")
+RATIO_SUM, SQUARES, MINUS_LEAST, MOST, KL_OLD = positions(
+    PARTS, "ratio", "ratio_squared", "minus_ratio_min", "ratio_max", "kl_old"
+)
 # Programs that share a sequence while it is counted: one number for every batch, because the ratio
 # of a sequence must not depend on its neighbours.
 COUNT_SPLITS = 8
@@ -172,18 +196,20 @@ def _factor_of(
     # A denominator of 0 is that of a step with nothing to divide.
     outer = tl.where(denominator == 0, float("inf"), denominator)
     if denominator < 0:
-        if AGGREGATION == TOKEN_SUM:
+        if AGGREGATION == "token_sum":
             outer = tl.full([], 1.0, tl.float64)
-        elif AGGREGATION == TOKEN_MEAN:
+        elif AGGREGATION == "token_mean":
             outer = tl.maximum(tl.load(counts_ptr), 1).to(tl.float64)
         elif COUNT_EMPTY:
             outer = tl.maximum(sequences, 1).to(tl.float64)
         else:
             outer = tl.maximum(tl.load(counts_ptr + 2), 1).to(tl.float64)
-    if AGGREGATION == SEQ_MEAN_TOKEN_MEAN:
+    if AGGREGATION == "seq_mean_token_mean":
         outer *= tl.maximum(tokens, 1.0)
-    elif AGGREGATION == SEQ_MEAN_TOKEN_SUM_NORM:
+    elif AGGREGATION == "seq_mean_token_sum_norm":
         outer *= max_length
+    elif AGGREGATION != "token_mean" and AGGREGATION != "token_sum":
+        tl.static_assert(AGGREGATION == "seq_mean_token_sum", "this aggregation has no formula")
     return 1.0 / outer
 
 
@@ -205,17 +231,17 @@ def _ratio_of(
     part = (sequence * COUNT_SPLITS + tl.arange(0, COUNT_SPLITS)) * 2
     log_ratio = tl.sum(tl.load(sums_ptr + part).to(tl.float64), axis=0)
     share = tl.sum(tl.load(sums_ptr + part + 1).to(tl.float64), axis=0)
-    if RATIO != RATIO_SEQ_SUM:
+    if RATIO != "seq_sum":
         log_ratio /= tl.maximum(tokens, 1.0)
         share /= tl.maximum(tokens, 1.0)
     acc_dtype = advantage.dtype
-    if SURROGATE == GAMMA:
+    if SURROGATE == "gamma":
         log_ratio = clamp(log_ratio, LOG_GAMMA_FLOOR, LOG_RATIO_LIMIT)
         k = tl.where(advantage > 0, own[0], own[2])
         rate = tl.where(advantage > 0, own[1], own[3])
         of_weight = gamma_weight(saturate(log_ratio, ratio_limit), k, rate).to(acc_dtype)
     ratio = tl.exp(saturate(log_ratio, ratio_limit).to(acc_dtype))
-    if SURROGATE != GAMMA:
+    if SURROGATE != "gamma":
         of_weight = ratio
     return ratio, of_weight, share.to(acc_dtype), is_saturated(log_ratio, ratio_limit)
 
@@ -229,30 +255,31 @@ def five_scalars(x, dtype: tl.constexpr):
 
 @triton.jit
 def _store_sums(partial_ptr, factor, policy, kl_term, entropy, kl, beta, entropy_coef):
-    """Rows 0 to 3 of the parts: what the loss sums, its policy term, KL and entropy."""
-    parts, part = tl.num_programs(0), tl.program_id(0)
+    """What the loss sums, its policy term, KL and entropy."""
+    parts, part_ptr = tl.num_programs(0), partial_ptr + tl.program_id(0)
     policy_sum = factor * tl.sum(policy, axis=0)
     entropy_sum = tl.sum(entropy, axis=0).to(tl.float64)
     # A reference given for the metric alone may overflow, and 0 times infinity is NaN.
     kl_sum = tl.where(beta != 0, beta * tl.sum(kl_term, axis=0), 0.0)
     loss = policy_sum + factor * (kl_sum - entropy_coef * entropy_sum)
-    tl.store(partial_ptr + part, loss)
-    tl.store(partial_ptr + parts + part, policy_sum)
-    tl.store(partial_ptr + 2 * parts + part, tl.sum(kl, axis=0))
-    tl.store(partial_ptr + 3 * parts + part, entropy_sum)
+    tl.store(part_ptr + LOSS * parts, loss)
+    tl.store(part_ptr + POLICY * parts, policy_sum)
+    tl.store(part_ptr + KL_SUM * parts, tl.sum(kl, axis=0))
+    tl.store(part_ptr + ENTROPY * parts, entropy_sum)
 
 
 @triton.jit
-def _store_statistics(partial_ptr, lows, highs, caps, total, squares, smallest, largest):
-    """Rows 4 to 10: what each bound holds; sum, squares, maximum of minus and of the ratios."""
-    parts, part = tl.num_programs(0), tl.program_id(0)
-    tl.store(partial_ptr + 4 * parts + part, tl.sum(lows, axis=0))
-    tl.store(partial_ptr + 5 * parts + part, tl.sum(highs, axis=0))
-    tl.store(partial_ptr + 6 * parts + part, tl.sum(caps, axis=0))
-    tl.store(partial_ptr + 7 * parts + part, tl.sum(total, axis=0))
-    tl.store(partial_ptr + 8 * parts + part, tl.sum(squares, axis=0))
-    tl.store(partial_ptr + 9 * parts + part, -tl.min(smallest, axis=0))
-    tl.store(partial_ptr + 10 * parts + part, tl.max(largest, axis=0))
+def _store_statistics(partial_ptr, lows, highs, caps, total, squares, smallest, largest, kl_old):
+    """What each bound holds; sum, squares, maximum of minus and of the ratios; the old KL."""
+    parts, part_ptr = tl.num_programs(0), partial_ptr + tl.program_id(0)
+    tl.store(part_ptr + LOWS * parts, tl.sum(lows, axis=0))
+    tl.store(part_ptr + HIGHS * parts, tl.sum(highs, axis=0))
+    tl.store(part_ptr + CAPS * parts, tl.sum(caps, axis=0))
+    tl.store(part_ptr + RATIO_SUM * parts, tl.sum(total, axis=0))
+    tl.store(part_ptr + SQUARES * parts, tl.sum(squares, axis=0))
+    tl.store(part_ptr + MINUS_LEAST * parts, -tl.min(smallest, axis=0))
+    tl.store(part_ptr + MOST * parts, tl.max(largest, axis=0))
+    tl.store(part_ptr + KL_OLD * parts, tl.sum(kl_old, axis=0))
 
 
 @triton.jit(do_not_specialize=["sequences", "splits"])
@@ -267,7 +294,7 @@ def _terms_kernel(
     policy_weight_ptr,  # [T] or None
     counts_ptr,  # [3 + B], see _count_kernel
     sums_ptr,  # [B * COUNT_SPLITS, 2], or None without a ratio of the sequence
-    partial_ptr,  # [SUMS, B * splits]
+    partial_ptr,  # [PARTS, B * splits]
     dlogp_ptr,  # [T]
     dentropy_ptr,  # [T]
     sequences,
@@ -298,11 +325,13 @@ def _terms_kernel(
     BLOCK_T: tl.constexpr,
 ):
     acc_dtype: tl.constexpr = logp_ptr.dtype.element_ty
-    OF_SEQUENCE: tl.constexpr = RATIO >= RATIO_SEQ_MEAN
-    OWN_RATIO: tl.constexpr = (not OF_SEQUENCE) or SURROGATE == LOG_CLIP
-    SHARES_SLOPE: tl.constexpr = (
-        OF_SEQUENCE and RATIO != RATIO_SEQ_MEAN_TOKEN and SURROGATE != GAMMA
+    SHARES_RATIO: tl.constexpr = RATIO == "seq_mean" or RATIO == "seq_sum"
+    OF_SEQUENCE: tl.constexpr = SHARES_RATIO or RATIO == "seq_mean_token"
+    tl.static_assert(
+        OF_SEQUENCE or RATIO == "token" or RATIO == "none", "this ratio has no formula"
     )
+    OWN_RATIO: tl.constexpr = (not OF_SEQUENCE) or SURROGATE == "log_clip"
+    SHARES_SLOPE: tl.constexpr = SHARES_RATIO and SURROGATE != "gamma"
     sequence = tl.program_id(0).to(tl.int64) // splits
     begin = tl.load(cu_seqlens_ptr + sequence)
     end = tl.load(cu_seqlens_ptr + sequence + 1)
@@ -357,7 +386,7 @@ def _terms_kernel(
         policy += tl.where(pulls, weight * value, 0.0)
         if SHARES_SLOPE:
             slope = tl.where(share != 0, slope * share, 0.0)
-            if SURROGATE == LOG_CLIP:
+            if SURROGATE == "log_clip":
                 slope = tl.where(low | high, 0.0, slope)
         else:
             slope = tl.where(pulls, weight * slope, 0.0)
@@ -388,9 +417,9 @@ def _terms_kernel(
         dlogp = tl.where(active, factor.to(acc_dtype) * slope, 0.0)
         tl.store(dlogp_ptr + t, dlogp, mask=inside)
     _store_sums(partial_ptr, factor, policy, kl_terms, entropy, kl_sum, beta, entropy_coef)
-    _store_statistics(partial_ptr, lows, highs, caps, total, squares, smallest, largest)
-    parts, part = tl.num_programs(0), tl.program_id(0)
-    tl.store(partial_ptr + 11 * parts + part, tl.sum(kl_old, axis=0))
+    _store_statistics(
+        *(partial_ptr, lows, highs, caps, total, squares, smallest, largest, kl_old),
+    )
 
 
 @triton.jit
@@ -400,14 +429,14 @@ def _of_parts(partial_ptr, row, parts, at, inside):
 
 
 @triton.jit
-def _sum_of(x, row, wanted):
+def _at(x, row, wanted):
     """The number of a row."""
     return tl.sum(tl.where(row == wanted, x, 0.0), axis=0)
 
 
 @triton.jit(do_not_specialize=["parts", "sequences", "splits"])
 def _reduce_kernel(
-    partial_ptr,  # [SUMS, parts], parts = sequences * splits
+    partial_ptr,  # [PARTS, parts], parts = sequences * splits
     counts_ptr,  # [3 + B]
     loss_ptr,  # []
     statistics_ptr,  # [STATISTICS] fp64: sums, then extremes of LossMetrics
@@ -415,7 +444,7 @@ def _reduce_kernel(
     sequences,
     splits,
     ONE_RATIO: tl.constexpr,
-    SUMS: tl.constexpr,
+    PART_ROWS: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK_P: tl.constexpr,
     BLOCK_S: tl.constexpr,
@@ -425,7 +454,7 @@ def _reduce_kernel(
     largest = sums - float("inf")
     for first in range(0, parts, BLOCK_P):
         part = first + tl.arange(0, BLOCK_P)[None, :]
-        inside = (part < parts) & (row[:, None] < SUMS)
+        inside = (part < parts) & (row[:, None] < PART_ROWS)
         x = tl.load(partial_ptr + row[:, None] * parts.to(tl.int64) + part, mask=inside, other=0.0)
         sums += x
         largest = tl.maximum(largest, tl.where(inside, x, float("-inf")))
@@ -444,12 +473,12 @@ def _reduce_kernel(
         low, high, cap, kl_old, ratio = none, none, none, none, none
         for split in range(splits):
             at = sequence * splits + split
-            low += _of_parts(partial_ptr, 4, parts, at, inside)
-            high += _of_parts(partial_ptr, 5, parts, at, inside)
-            cap += _of_parts(partial_ptr, 6, parts, at, inside)
-            kl_old += _of_parts(partial_ptr, 11, parts, at, inside)
+            low += _of_parts(partial_ptr, LOWS, parts, at, inside)
+            high += _of_parts(partial_ptr, HIGHS, parts, at, inside)
+            cap += _of_parts(partial_ptr, CAPS, parts, at, inside)
+            kl_old += _of_parts(partial_ptr, KL_OLD, parts, at, inside)
             if ONE_RATIO:
-                ratio = tl.maximum(ratio, _of_parts(partial_ptr, 10, parts, at, inside))
+                ratio = tl.maximum(ratio, _of_parts(partial_ptr, MOST, parts, at, inside))
         if ONE_RATIO:
             low, high, cap = tl.minimum(low, 1.0), tl.minimum(high, 1.0), tl.minimum(cap, 1.0)
             held_low += tl.where(some, low, 0.0)
@@ -463,46 +492,39 @@ def _reduce_kernel(
         most_high = tl.maximum(most_high, tl.where(some, high / of_ratios, float("-inf")))
         most_kl = tl.maximum(most_kl, tl.where(some, kl_old / count, float("-inf")))
 
-    tl.store(loss_ptr + row, total, mask=row == 0)
-    # The policy's part of the loss, KL, entropy, what the bounds hold, ratios and their squares.
-    tl.store(statistics_ptr + row - 1, total, mask=(row >= 1) & (row <= 8))
-    if ONE_RATIO:
-        tl.debug_barrier()
-        tl.store(statistics_ptr + 3, tl.sum(held_low, axis=0))
-        tl.store(statistics_ptr + 4, tl.sum(held_high, axis=0))
-        tl.store(statistics_ptr + 5, tl.sum(held_cap, axis=0))
-        tl.store(statistics_ptr + 6, tl.sum(ratios, axis=0))
-        tl.store(statistics_ptr + 7, tl.sum(squares, axis=0))
+    tl.store(loss_ptr, _at(total, row, LOSS))
+    tl.store(statistics_ptr + AT_POLICY_LOSS, _at(total, row, POLICY))
+    tl.store(statistics_ptr + AT_KL, _at(total, row, KL_SUM))
+    tl.store(statistics_ptr + AT_ENTROPY, _at(total, row, ENTROPY))
     active, with_some = tl.load(counts_ptr), tl.load(counts_ptr + 2)
-    tl.store(statistics_ptr + 8, (with_some if ONE_RATIO else active).to(tl.float64))
-    tl.store(statistics_ptr + 9, _sum_of(total, row, 11))
-    tl.store(statistics_ptr + 10, active.to(tl.float64))
-    tl.store(statistics_ptr + 11, with_some.to(tl.float64))
-    tl.store(statistics_ptr + 12, tl.load(counts_ptr + 1).to(tl.float64))
-    tl.store(statistics_ptr + 4 + row, extreme, mask=(row == 9) | (row == 10))
-    tl.store(statistics_ptr + 15, tl.max(most_low, axis=0))
-    tl.store(statistics_ptr + 16, tl.max(most_high, axis=0))
-    tl.store(statistics_ptr + 17, tl.max(most_kl, axis=0))
+    if ONE_RATIO:
+        tl.store(statistics_ptr + AT_LOWS, tl.sum(held_low, axis=0))
+        tl.store(statistics_ptr + AT_HIGHS, tl.sum(held_high, axis=0))
+        tl.store(statistics_ptr + AT_CAPS, tl.sum(held_cap, axis=0))
+        tl.store(statistics_ptr + AT_RATIO, tl.sum(ratios, axis=0))
+        tl.store(statistics_ptr + AT_RATIO_SQUARED, tl.sum(squares, axis=0))
+        tl.store(statistics_ptr + AT_RATIOS, with_some.to(tl.float64))
+    else:
+        tl.store(statistics_ptr + AT_LOWS, _at(total, row, LOWS))
+        tl.store(statistics_ptr + AT_HIGHS, _at(total, row, HIGHS))
+        tl.store(statistics_ptr + AT_CAPS, _at(total, row, CAPS))
+        tl.store(statistics_ptr + AT_RATIO, _at(total, row, RATIO_SUM))
+        tl.store(statistics_ptr + AT_RATIO_SQUARED, _at(total, row, SQUARES))
+        tl.store(statistics_ptr + AT_RATIOS, active.to(tl.float64))
+    tl.store(statistics_ptr + AT_KL_OLD, _at(total, row, KL_OLD))
+    tl.store(statistics_ptr + AT_TOKENS, active.to(tl.float64))
+    tl.store(statistics_ptr + AT_SEQUENCES, with_some.to(tl.float64))
+    tl.store(statistics_ptr + AT_DROPPED, tl.load(counts_ptr + 1).to(tl.float64))
+    tl.store(statistics_ptr + AT_RATIO_MIN, _at(extreme, row, MINUS_LEAST))
+    tl.store(statistics_ptr + AT_RATIO_MAX, _at(extreme, row, MOST))
+    tl.store(statistics_ptr + AT_LOW_MIN, tl.max(most_low, axis=0))
+    tl.store(statistics_ptr + AT_HIGH_MAX, tl.max(most_high, axis=0))
+    tl.store(statistics_ptr + AT_KL_OLD_MAX, tl.max(most_kl, axis=0))
 
 
-#: The numbers of the op, in their order, by the names that the kernels have for them.
-NUMBERS = (
-    *("clip_low", "clip_high", "ratio_cap", "log_ratio_limit"),
-    *("shape_pos_0", "shape_pos_1", "shape_neg_0", "shape_neg_1"),
-    *("beta", "kl_log_ratio_limit", "kl_limit", "entropy_coef"),
-    *("max_length", "denominator"),
-)
-#: Likewise its choices.
-CHOICES = (
-    *("PER_TOKEN", "RATIO", "SURROGATE", "KL", "KL_FACTOR", "KL_GRADIENT"),
-    *("AGGREGATION", "COUNT_EMPTY"),
-)
-
-
-def by_name(numbers, choices):
-    """The numbers and choices of the op as arguments of kernels; a read of the host's memory."""
-    named = dict(zip(NUMBERS, numbers.tolist(), strict=True))
-    return named | dict(zip(CHOICES, choices, strict=True))
+def named_numbers(numbers):
+    """The numbers of the op as arguments of kernels; a read of the host's memory."""
+    return dict(zip(LOSS_NUMBERS, numbers.tolist(), strict=True))
 
 
 def grpo_loss_fwd(
@@ -515,21 +537,29 @@ def grpo_loss_fwd(
     mask,
     policy_weights,
     numbers,
-    *choices,
+    advantage_per_token,
+    count_empty,
+    ratio,
+    surrogate,
+    kl,
+    kl_factor,
+    kl_gradient,
+    aggregation,
 ):
     """Launcher; contract in `lvrpo.ops.grpo_loss`."""
-    named = by_name(numbers, choices)
+    named = named_numbers(numbers)
+    one_ratio = ratio in ("seq_mean", "seq_sum") and surrogate != "log_clip"
     tokens, sequences = logprobs.shape[0], cu_seqlens.shape[0] - 1
     doubles = {"dtype": torch.float64, "device": logprobs.device}
     counts = torch.zeros(3 + sequences, dtype=torch.int64, device=logprobs.device)
     sums = None
-    if named["RATIO"] >= RATIO_SEQ_MEAN.value:
+    if ratio not in ("none", "token"):
         sums = torch.zeros(sequences * COUNT_SPLITS, 2, **doubles)
     config = TERMS[logprobs.dtype]
     splits = cdiv(tokens, max(1, sequences) * config.blocks["BLOCK_T"] * BLOCKS_PER_PROGRAM)
     splits = min(max(1, splits), MAX_SPLITS)
-    partial = torch.empty(SUMS, sequences * splits, **doubles)
-    loss, statistics = logprobs.new_empty(()), torch.empty(STATISTICS, **doubles)
+    partial = torch.empty(len(PARTS), sequences * splits, **doubles)
+    loss, statistics = logprobs.new_empty(()), torch.empty(len(STATISTICS), **doubles)
     dlogprobs = torch.empty_like(logprobs, memory_format=torch.contiguous_format)
     dentropy = logprobs.new_empty(0 if entropy is None else tokens)
     shared = {
@@ -543,15 +573,17 @@ def grpo_loss_fwd(
         "policy_weight_ptr": _contiguous(policy_weights),
         "counts_ptr": counts,
         "sums_ptr": sums,
+        "PER_TOKEN": advantage_per_token,
+        "SURROGATE": surrogate,
     }
-    of_count = ("clip_low", "clip_high", "PER_TOKEN", "SURROGATE")
     launch(
         _count_kernel,
         (sequences * COUNT_SPLITS,),
         COUNT,
         **shared,
-        **{name: named[name] for name in of_count},
-        HAS_LIMITS=named["SURROGATE"] in (GAMMA.value, LOG_CLIP.value),
+        clip_low=named["clip_low"],
+        clip_high=named["clip_high"],
+        HAS_LIMITS=surrogate in ("gamma", "log_clip"),
     )
     launch(
         _terms_kernel,
@@ -564,8 +596,13 @@ def grpo_loss_fwd(
         dentropy_ptr=dentropy,
         sequences=sequences,
         splits=splits,
+        RATIO=ratio,
+        KL=kl,
+        KL_FACTOR=kl_factor,
+        KL_GRADIENT=kl_gradient,
+        AGGREGATION=aggregation,
+        COUNT_EMPTY=count_empty,
     )
-    of_sequence = named["RATIO"] in (RATIO_SEQ_MEAN.value, RATIO_SEQ_SUM.value)
     launch(
         _reduce_kernel,
         (1,),
@@ -577,8 +614,8 @@ def grpo_loss_fwd(
         parts=partial.shape[1],
         sequences=sequences,
         splits=splits,
-        ONE_RATIO=of_sequence and named["SURROGATE"] != LOG_CLIP.value,
-        SUMS=SUMS,
+        ONE_RATIO=one_ratio,
+        PART_ROWS=len(PARTS),
     )
     return loss, statistics, dlogprobs, dentropy
 

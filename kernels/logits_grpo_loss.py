@@ -11,10 +11,11 @@ import triton.language as tl
 
 from lvrpo.kernels._launch import LaunchConfig, launch
 from lvrpo.kernels._log_ratio import is_saturated, saturate
-from lvrpo.kernels._policy_terms import CLIP, RATIO_NONE, is_finite, kl_term, surrogate_term
+from lvrpo.kernels._policy_terms import is_finite, kl_term, surrogate_term
 from lvrpo.kernels._primitives import LN2, LOG2E, as_scalar, capped_logit
 from lvrpo.kernels.gather_logprobs import logit_gradient, row_statistics, token_logprob
-from lvrpo.kernels.grpo_loss import CHOICES, NUMBERS, by_name, five_scalars, grpo_loss_fwd
+from lvrpo.kernels.grpo_loss import five_scalars, grpo_loss_fwd, named_numbers
+from lvrpo.params.policy_loss import LOSS_NUMBERS
 
 # By the dtype that is computed in. A thread of 32 warps may have 64 registers; with more than 32 no
 # second program fits an SM, and two loads of 16 bytes are on their way at a time.
@@ -245,11 +246,8 @@ def _row_loss_kernel(
             tl.store(dlogits_row + column, zeros, mask=column < vocab)
 
 
-#: Of the loss alone, and not of the slope of a token.
-LOSS_ONLY = (
-    *("shape_pos_1", "shape_neg_1", "max_length", "denominator"),
-    *("PER_TOKEN", "AGGREGATION", "COUNT_EMPTY"),
-)
+#: Numbers of the loss alone, and not of the slope of a token.
+LOSS_ONLY = ("shape_pos_1", "shape_neg_1", "max_length", "denominator")
 
 
 def logits_grpo_loss_fwd(
@@ -266,17 +264,21 @@ def logits_grpo_loss_fwd(
     head_numbers,
     loss_numbers,
     has_softcap,
-    *choices,
+    advantage_per_token,
+    count_empty,
+    *,
+    aggregation,
+    **choices,
 ):
     """Launcher; writes `dlogits`, which may be `logits` itself. Contract in `_logits_loss._fwd`."""
     if logits.stride(1) != 1:
         logits = logits.contiguous()
     temperature, softcap, _ = head_numbers.tolist()
-    named = by_name(loss_numbers, choices)
+    named = named_numbers(loss_numbers)
     rows, vocab = logits.shape
     dtype = advantages.dtype
     logprobs, lse, entropy = (logits.new_empty(rows, dtype=dtype) for _ in range(3))
-    of_tokens = _of_tokens(advantages, cu_seqlens, rows, named["PER_TOKEN"])
+    of_tokens = _of_tokens(advantages, cu_seqlens, rows, advantage_per_token)
     if policy_weights is not None:  # nobody asks for the advantage that a weight of 0 leaves out
         of_tokens = torch.where(policy_weights == 0, 0.0, of_tokens)
     asked, mask = mask, _usable(mask, (old_logprobs, of_tokens, ref_logprobs), policy_weights)
@@ -293,7 +295,7 @@ def logits_grpo_loss_fwd(
         ref_ptr=None if ref_logprobs is None else ref_logprobs.contiguous(),
         mask_ptr=mask,
         policy_weight_ptr=None if policy_weights is None else policy_weights.contiguous(),
-        factor_ptr=_factors(mask, dtype, cu_seqlens, loss_numbers, choices),
+        factor_ptr=_factors(mask, dtype, cu_seqlens, loss_numbers, count_empty, aggregation),
         logprobs_ptr=logprobs,
         lse_ptr=lse,
         entropy_ptr=entropy,
@@ -303,6 +305,7 @@ def logits_grpo_loss_fwd(
         inv_temperature=1.0 / temperature,
         softcap=softcap,
         **{name: value for name, value in named.items() if name not in LOSS_ONLY},
+        **{name.upper(): chosen for name, chosen in choices.items()},
         ENTROPY_BONUS=named["entropy_coef"] != 0,
         HAS_SOFTCAP=has_softcap,
     )
@@ -316,7 +319,10 @@ def logits_grpo_loss_fwd(
         asked,
         policy_weights,
         loss_numbers,
-        *choices,
+        advantage_per_token,
+        count_empty,
+        **choices,
+        aggregation=aggregation,
     )
     return loss, statistics, logprobs, entropy, lse
 
@@ -337,17 +343,19 @@ def _usable(mask, data, policy_weights):
     return mask if policy_weights is None else mask & (policy_weights >= 0)
 
 
-def _factors(mask, dtype, cu_seqlens, loss_numbers, choices):
+def _factors(mask, dtype, cu_seqlens, loss_numbers, count_empty, aggregation):
     """[T] the slopes of a plain sum of log-probs, aggregated as this loss is: its own factors."""
     zero = torch.zeros(mask.shape, dtype=dtype, device=mask.device)
     numbers = loss_numbers.clone()
-    numbers[[NUMBERS.index("beta"), NUMBERS.index("entropy_coef")]] = 0.0
-    plain = dict(zip(CHOICES, choices, strict=True)) | {
-        "PER_TOKEN": True,
-        "RATIO": RATIO_NONE.value,
-        "SURROGATE": CLIP.value,
-    }
+    numbers[[LOSS_NUMBERS.index("beta"), LOSS_NUMBERS.index("entropy_coef")]] = 0.0
     _, _, factors, _ = grpo_loss_fwd(
-        *(zero, None, zero - 1.0, cu_seqlens, None, None, mask, None, numbers), *plain.values()
+        *(zero, None, zero - 1.0, cu_seqlens, None, None, mask, None, numbers),
+        *(True, count_empty),
+        ratio="none",
+        surrogate="clip",
+        kl="k1",
+        kl_factor="none",
+        kl_gradient="own",
+        aggregation=aggregation,
     )
     return factors

@@ -8,13 +8,12 @@ Groups are ragged, and only the device knows the longest: a program takes BLOCK_
 over their samples, as often as it needs a statistic of the walk before.
 """
 
-from typing import get_args
-
 import torch
 import triton
 import triton.language as tl
 
 from lvrpo.kernels._advantages import (
+    ESTIMATOR_CHOICES,
     ROUNDING,
     STATS,
     as_scalars,
@@ -35,9 +34,17 @@ from lvrpo.kernels._advantages import (
     store_statistics,
 )
 from lvrpo.kernels._launch import LaunchConfig, cdiv, launch
-from lvrpo.kernels._primitives import as_scalar
-from lvrpo.params.advantages import Baseline, Scale, Whiten
+from lvrpo.kernels._primitives import as_scalar, positions
+from lvrpo.params.advantages import ADVANTAGE_NUMBERS, ADVANTAGE_STATS
 
+# The names that these kernels have arithmetic for, by the parameter of `AdvantageParams`.
+CHOICES = ESTIMATOR_CHOICES | {
+    "combine": ("decoupled", "sum"),
+    "whiten": ("none", "sequence", "token"),
+}
+SHARE_ROW, CONSTANT_ROW, MEAN_ROW, STD_ROW, APPLICABLE_ROW = positions(
+    ADVANTAGE_STATS, "share", "constant_groups", "mean", "std", "applicable"
+)
 TILE = 256  # numbers in a tile: 2 fp64 per thread, so that four programs share an SM
 # Every program adds up what all programs of the pass before left behind: more of them would add
 # longer than they work.
@@ -258,7 +265,7 @@ def _write_kernel(
 
 @triton.jit(do_not_specialize=["batch", "programs"])
 def _stats_kernel(
-    stats_ptr,  # [5, K] share, constant_groups, mean, std, applicable
+    stats_ptr,  # [ADVANTAGE_STATS, K]
     all_zero_ptr,  # []
     partial_ptr,  # [programs, STATS, BLOCK_K]
     batch,
@@ -278,13 +285,16 @@ def _stats_kernel(
     missing = float("nan")
     dtype = stats_ptr.dtype.element_ty
     out, mask = stats_ptr + k, k < rewards
-    tl.store(out, (share / tl.where(energy > 0, energy, 1.0)).to(dtype), mask=mask)
+    of_energy = share / tl.where(energy > 0, energy, 1.0)
+    tl.store(out + SHARE_ROW * rewards, of_energy.to(dtype), mask=mask)
     seldom = tl.where(seen > 0, constant / tl.maximum(seen, 1.0), missing)
-    tl.store(out + rewards, seldom.to(dtype), mask=mask)
-    tl.store(out + 2 * rewards, tl.where(count > 0, mean, missing).to(dtype), mask=mask)
-    tl.store(out + 3 * rewards, tl.where(count > 0, std, missing).to(dtype), mask=mask)
+    tl.store(out + CONSTANT_ROW * rewards, seldom.to(dtype), mask=mask)
+    mean = tl.where(count > 0, mean, missing)
+    tl.store(out + MEAN_ROW * rewards, mean.to(dtype), mask=mask)
+    std = tl.where(count > 0, std, missing)
+    tl.store(out + STD_ROW * rewards, std.to(dtype), mask=mask)
     applicable = tl.where(batch > 0, count / tl.maximum(batch, 1), missing)
-    tl.store(out + 4 * rewards, applicable.to(dtype), mask=mask)
+    tl.store(out + APPLICABLE_ROW * rewards, applicable.to(dtype), mask=mask)
     tl.store(all_zero_ptr, tl.max(nonzero, axis=0) == 0)
 
 
@@ -293,16 +303,16 @@ def normalize_advantages(
     offsets,
     weights,
     lengths,
-    decoupled,
+    numbers,
+    combine,
     baseline,
     scale,
     whiten,
-    numbers,
 ):
     """Launcher; contract in `lvrpo.ops.normalize_advantages`."""
-    ddof, eps, std_floor, clip = numbers.tolist()
-    baseline, scale = get_args(Baseline)[baseline], get_args(Scale)[scale]
-    whiten = get_args(Whiten)[whiten]
+    named = dict(zip(ADVANTAGE_NUMBERS, numbers.tolist(), strict=True))
+    clip = named.pop("clip")
+    decoupled = combine == "decoupled"
     batch, count = rewards.shape
     groups = offsets.shape[0] - 1
     block_k = triton.next_power_of_2(count)
@@ -325,9 +335,7 @@ def normalize_advantages(
     estimator = inputs | {
         "lengths_ptr": None if lengths is None else lengths.contiguous(),
         "spread_ptr": _spread(inputs, config, decoupled, scale),
-        "ddof": ddof,
-        "eps": eps,
-        "std_floor": std_floor,
+        **named,
         "DECOUPLED": decoupled,
         "BASELINE": baseline,
         "SCALE": scale,
@@ -361,7 +369,7 @@ def normalize_advantages(
         clip=clip,
         **estimator,
     )
-    return values, per_reward, *_stats(partial, values, batch, count, ddof)
+    return values, per_reward, *_stats(partial, values, batch, count, named["ddof"])
 
 
 def _spread(inputs, config, decoupled, scale):
@@ -384,7 +392,7 @@ def _spread(inputs, config, decoupled, scale):
 
 
 def _stats(partial, values, batch, count, ddof):
-    stats = values.new_empty(5, count)
+    stats = values.new_empty(len(ADVANTAGE_STATS), count)
     all_zero = values.new_empty((), dtype=torch.bool)
     programs, _, block_k = partial.shape
     launch(

@@ -44,7 +44,7 @@ class Refusing(Backend):
     def has_kernels(self, op: str) -> bool:
         return True
 
-    def known(self, choice: str) -> tuple[str, ...] | None:
+    def known(self, op: str, choice: str) -> tuple[str, ...] | None:
         return self.names.get(choice)
 
     def limit(self, op: str, arguments: Mapping[str, Any]) -> str:

@@ -1,37 +1,27 @@
 // Per-token formulas of the policy losses, one copy for every kernel that forms such a loss. A new variant is one more
-// struct with a `term`.
+// name of a Surrogate and a SurrogateTerm of that name.
 #pragma once
 
 #include <cstdint>
 #include <limits>
 
 #include "common/log_ratio.h"
+#include "common/names.h"
 #include "cpu/simd.h"
 
 namespace lvrpo {
 
-// In the order of the choices in lvrpo/params/policy_loss.py.
-enum Ratio { RATIO_NONE, RATIO_TOKEN, RATIO_SEQ_MEAN, RATIO_SEQ_MEAN_TOKEN, RATIO_SEQ_SUM };
-enum Surrogate { CLIP, DETACHED, SIGMOID, GAMMA, TOTAL_VARIATION, BINARY_KL, LOG_CLIP };
-enum KL { K1, K2, K3, KL_ABS };
-enum KLFactor { FACTOR_NONE, FACTOR_RATIO, FACTOR_DETACHED_RATIO };
-enum KLGradient { GRADIENT_OWN, GRADIENT_K2 };
-enum Aggregation {
-  TOKEN_MEAN,
-  SEQ_MEAN_TOKEN_MEAN,
-  SEQ_MEAN_TOKEN_SUM,
-  SEQ_MEAN_TOKEN_SUM_NORM,
-  TOKEN_SUM
-};
+// What they mean is said in lvrpo/params/policy_loss.py.
+LVRPO_CHOICES(Ratio, none, token, seq_mean, seq_mean_token, seq_sum)
+LVRPO_CHOICES(Surrogate, clip, detached, sigmoid, gamma, total_variation, binary_kl, log_clip)
+LVRPO_CHOICES(KL, k1, k2, k3, abs)
+LVRPO_CHOICES(KLFactor, none, ratio, detached_ratio)
+LVRPO_CHOICES(KLGradient, own, k2)
+LVRPO_CHOICES(Aggregation, token_mean, seq_mean_token_mean, seq_mean_token_sum, seq_mean_token_sum_norm, token_sum)
 
-// The numbers of LossParams and the denominator, as numbers_of in lvrpo/params/policy_loss.py lists them.
-struct Numbers {
-  double clip_low, clip_high, ratio_cap, log_ratio_limit;
-  double shape_pos[2], shape_neg[2];
-  double beta, kl_log_ratio_limit, kl_limit, entropy_coef;
-  double max_length, denominator;  // denominator < 0: the op's own count
-};
-inline constexpr int64_t NUMBERS = sizeof(Numbers) / sizeof(double);
+// The numbers of LossParams; denominator < 0: the op's own count.
+LVRPO_TABLE(Numbers, double, clip_low, clip_high, ratio_cap, log_ratio_limit, shape_pos_0, shape_pos_1, shape_neg_0,
+            shape_neg_1, beta, kl_log_ratio_limit, kl_limit, entropy_coef, max_length, denominator);
 
 // Where statistics stop log-ratios, and so do the losses that are published so; VESPO's smallest ratio of a sequence.
 inline constexpr double LOG_RATIO_LIMIT = 20.0, RATIO_LIMIT = 485165195.40979, RATIO_FLOOR = 1.0 / RATIO_LIMIT;
@@ -116,7 +106,11 @@ struct Term {
   bool low, high, cap;
 };
 
-struct ClipSurrogate {
+template <Surrogate kind>
+struct SurrogateTerm;
+
+template <>
+struct SurrogateTerm<Surrogate::clip> {
   static constexpr bool THROUGH_RATIO = true;
   template <typename acc>
   static LVRPO_INLINE Term<acc> term(const Policy<acc>& by, const Token<acc>& x) {
@@ -133,7 +127,7 @@ struct ClipSurrogate {
 };
 
 // Ratio "none": the log-prob in place of the ratio, which nothing holds.
-struct ScoreSurrogate {
+struct ScoreTerm {
   static constexpr bool THROUGH_RATIO = false;
   template <typename acc>
   static LVRPO_INLINE Term<acc> term(const Policy<acc>&, const Token<acc>& x) {
@@ -141,7 +135,8 @@ struct ScoreSurrogate {
   }
 };
 
-struct DetachedSurrogate {
+template <>
+struct SurrogateTerm<Surrogate::detached> {
   static constexpr bool THROUGH_RATIO = false;
   template <typename acc>
   static LVRPO_INLINE Term<acc> term(const Policy<acc>& by, const Token<acc>& x) {
@@ -150,7 +145,8 @@ struct DetachedSurrogate {
   }
 };
 
-struct SigmoidSurrogate {
+template <>
+struct SurrogateTerm<Surrogate::sigmoid> {
   static constexpr bool THROUGH_RATIO = true;
   template <typename acc>
   static LVRPO_INLINE Term<acc> term(const Policy<acc>& by, const Token<acc>& x) {
@@ -166,7 +162,8 @@ struct SigmoidSurrogate {
 };
 
 // of_weight is gamma_weight of the sequence.
-struct GammaSurrogate {
+template <>
+struct SurrogateTerm<Surrogate::gamma> {
   static constexpr bool THROUGH_RATIO = false;
   template <typename acc>
   static LVRPO_INLINE Term<acc> term(const Policy<acc>&, const Token<acc>& x) {
@@ -176,7 +173,8 @@ struct GammaSurrogate {
 };
 
 // of_weight is the sequence's ratio after the clip; `slope` is by its log.
-struct LogClipSurrogate {
+template <>
+struct SurrogateTerm<Surrogate::log_clip> {
   static constexpr bool THROUGH_RATIO = true;
   template <typename acc>
   static LVRPO_INLINE Term<acc> term(const Policy<acc>& by, const Token<acc>& x) {
@@ -193,7 +191,8 @@ LVRPO_INLINE Term<acc> trust_region_term(const Policy<acc>& by, const Token<acc>
           inside && x.ratio > by.cap};
 }
 
-struct TotalVariationSurrogate {
+template <>
+struct SurrogateTerm<Surrogate::total_variation> {
   static constexpr bool THROUGH_RATIO = false;
   template <typename acc>
   static LVRPO_INLINE Term<acc> term(const Policy<acc>& by, const Token<acc>& x) {
@@ -203,7 +202,8 @@ struct TotalVariationSurrogate {
   }
 };
 
-struct BinaryKLSurrogate {
+template <>
+struct SurrogateTerm<Surrogate::binary_kl> {
   static constexpr bool THROUGH_RATIO = false;
   template <typename acc>
   static LVRPO_INLINE Term<acc> term(const Policy<acc>& by, const Token<acc>& x) {
@@ -227,7 +227,7 @@ inline double gamma_weight(double log_w, double k, double rate) {
 // How the estimator of the KL divergence is evaluated; an absent limit is infinity.
 template <typename acc>
 struct KLForm {
-  int64_t factor;
+  KLFactor factor;
   bool gradient_of_k2;
   acc ratio_limit;  // of exponentials
   acc log_ratio_limit, limit;
@@ -235,33 +235,34 @@ struct KLForm {
   // The estimator as it is.
   bool plain() const {
     const acc none = std::numeric_limits<acc>::infinity();
-    return factor == FACTOR_NONE && !gradient_of_k2 && log_ratio_limit == none && limit == none;
+    return factor == KLFactor::none && !gradient_of_k2 && log_ratio_limit == none && limit == none;
   }
 };
 
 // The estimator's value and its derivative by the policy's log-prob, at d = ref - logp. The exponential of k3 has a limit
 // above alone: a log-ratio far below 0 is no danger to it.
-template <int64_t kind, typename acc>
+template <KL kind, typename acc>
 LVRPO_INLINE void estimate_kl(acc d, acc ratio_limit, acc& value, acc& slope) {
-  if constexpr (kind == K1) {
+  if constexpr (kind == KL::k1) {
     value = -d;
     slope = acc(1);
-  } else if constexpr (kind == K2) {
+  } else if constexpr (kind == KL::k2) {
     value = d * d / acc(2);
     slope = -d;
-  } else if constexpr (kind == K3) {
+  } else if constexpr (kind == KL::k3) {
     const bool flat = d > ratio_limit;
     const acc x = flat ? ratio_limit : d;
     value = exp_excess(x);
     slope = flat ? acc(0) : -(value + x);
   } else {
+    static_assert(kind == KL::abs, "this KL has no estimate");
     value = d < acc(0) ? -d : d;
     slope = d < acc(0) ? acc(1) : d > acc(0) ? acc(-1) : acc(0);
   }
 }
 
 // The same with the clamps of `form`, whose slope is 0 where they bind, and its choice of gradient.
-template <int64_t kind, typename acc>
+template <KL kind, typename acc>
 LVRPO_INLINE void formed_kl(const KLForm<acc>& form, acc d, acc& value, acc& slope) {
   const acc far = form.log_ratio_limit, most = form.limit;
   estimate_kl<kind>(clamp(d, -far, far), form.ratio_limit, value, slope);
@@ -271,8 +272,8 @@ LVRPO_INLINE void formed_kl(const KLForm<acc>& form, acc d, acc& value, acc& slo
 }
 
 // The largest value that statistics have: that of k3 where they stop log-ratios.
-template <int64_t kind>
-inline constexpr double KL_SEEN = kind == K3 ? RATIO_LIMIT - 1.0 - LOG_RATIO_LIMIT
+template <KL kind>
+inline constexpr double KL_SEEN = kind == KL::k3 ? RATIO_LIMIT - 1.0 - LOG_RATIO_LIMIT
                                              : std::numeric_limits<double>::infinity();
 
 }  // namespace lvrpo

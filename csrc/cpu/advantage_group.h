@@ -7,19 +7,25 @@
 #include <limits>
 #include <vector>
 
+#include "common/names.h"
+
 namespace lvrpo {
 
 // What is left of a group after subtracting its mean is rounding below this share of its largest reward.
 inline constexpr double ROUNDING = 0x1p-40;
 
-// In the order of lvrpo/params/advantages.py.
-enum Baseline { MEAN, LEAVE_ONE_OUT, LENGTH, SECOND_BEST, NO_BASELINE };
-enum Scale { GROUP, OTHERS, BATCH, NONZERO, UNSCALED };
-enum Whiten { AS_IS, PER_SEQUENCE, PER_TOKEN };
+// What they mean is said in lvrpo/params/advantages.py.
+LVRPO_CHOICES(Combine, decoupled, sum)
+LVRPO_CHOICES(Baseline, mean, leave_one_out, length, second_best, none)
+LVRPO_CHOICES(Scale, group, leave_one_out, batch, nonzero, none)
+LVRPO_CHOICES(Whiten, none, sequence, token)
+LVRPO_TABLE(EstimatorNumbers, double, ddof, eps, std_floor, clip);
 
 struct Estimator {
   bool decoupled;
-  int64_t baseline, scale, whiten;
+  Baseline baseline;
+  Scale scale;
+  Whiten whiten;
   double ddof, eps, std_floor, clip;
 
   double freedom(double n) const { return std::max(n - ddof, 1.0); }
@@ -29,7 +35,8 @@ struct Estimator {
     return sum > 0 ? sum : 1.0;
   }
   bool sums_to_zero() const {
-    return (baseline == MEAN || baseline == LEAVE_ONE_OUT) && scale != OTHERS && whiten != PER_TOKEN;
+    return (baseline == Baseline::mean || baseline == Baseline::leave_one_out) && scale != Scale::leave_one_out &&
+           whiten != Whiten::token;
   }
 };
 
@@ -94,9 +101,9 @@ inline Column centre_sum(const Group& g, double* total) {
 // From the deviation from the mean to the one from the estimator's baseline.
 inline void subtract_baseline(const Group& g, int64_t k) {
   const int64_t stride = g.rewards;
-  if (g.estimator.baseline == NO_BASELINE)
+  if (g.estimator.baseline == Baseline::none)
     for (int64_t b = 0; b < g.size; ++b) g.part[b * stride + k] = g.value[b * stride + k];
-  if (g.estimator.baseline != LENGTH) return;
+  if (g.estimator.baseline != Baseline::length) return;
   double shift = 0, tokens = 0;
   for (int64_t b = 0; b < g.size; ++b) {
     const double length = static_cast<double>(g.lengths[b]) * g.counted[b * stride + k];
@@ -176,15 +183,15 @@ inline double others_divisor(const Estimator& estimator, const Column& column, c
 inline void scale_part(const Group& g, int64_t k, double count, const Column& column, const Farthest& far,
                        const double* own, double spread) {
   const Estimator& estimator = g.estimator;
-  double factor = column.varies() || estimator.baseline == NO_BASELINE ? g.weights[k] : 0.0;
-  if (estimator.baseline == LEAVE_ONE_OUT) factor *= count / std::max(count - 1.0, 1.0);
-  if (estimator.scale == OTHERS) {
+  double factor = column.varies() || estimator.baseline == Baseline::none ? g.weights[k] : 0.0;
+  if (estimator.baseline == Baseline::leave_one_out) factor *= count / std::max(count - 1.0, 1.0);
+  if (estimator.scale == Scale::leave_one_out) {
     for (int64_t b = 0; b < g.size; ++b)
       g.part[b * g.rewards + k] *= factor / others_divisor(estimator, column, far, b, own[b]);
     return;
   }
-  const double std = estimator.scale == GROUP ? estimator.std(column.squares, column.count) : spread;
-  if (factor != 0 && estimator.scale != UNSCALED) factor /= estimator.divisor(std);
+  const double std = estimator.scale == Scale::group ? estimator.std(column.squares, column.count) : spread;
+  if (factor != 0 && estimator.scale != Scale::none) factor /= estimator.divisor(std);
   for (int64_t b = 0; b < g.size; ++b) g.part[b * g.rewards + k] *= factor;
 }
 
@@ -193,7 +200,7 @@ inline void group_parts(const Group& g, const std::vector<double>& spread, doubl
                         double* sums) {
   const int64_t rewards = g.rewards;
   for (int64_t k = 0; k < rewards; ++k) columns[k] = centre(g, k, sums[k], sums[rewards + k]);
-  const bool of_others = g.estimator.scale == OTHERS;
+  const bool of_others = g.estimator.scale == Scale::leave_one_out;
   if (g.estimator.decoupled) {
     for (int64_t k = 0; k < rewards; ++k) {
       Farthest far;
@@ -208,7 +215,7 @@ inline void group_parts(const Group& g, const std::vector<double>& spread, doubl
   }
   const Column sum = centre_sum(g, total);
   const Farthest far = of_others ? farthest(g, columns, 0, rewards, total) : Farthest{};
-  if (g.estimator.baseline == SECOND_BEST) keep_lead(g, sum, total);
+  if (g.estimator.baseline == Baseline::second_best) keep_lead(g, sum, total);
   for (int64_t k = 0; k < rewards; ++k) {
     subtract_baseline(g, k);
     scale_part(g, k, columns[k].count, sum, far, total, spread[0]);

@@ -13,6 +13,7 @@
 #include "common/check.h"
 #include "common/dispatch.h"
 #include "common/log_ratio.h"
+#include "common/names.h"
 #include "cpu/simd.h"
 #include "cpu/latents.h"
 
@@ -21,41 +22,32 @@ namespace {
 
 using std::optional;
 
-// In the order of VARIANTS and KL_FORMS in lvrpo/ops/flow_policy_loss.py.
-enum Variant : int64_t { PPO, GUARD, DPPO };
-enum KlForm : int64_t { VELOCITY_MSE, GAUSSIAN, NO_DT, DMU2 };
-// In the order of FlowLossMetrics, sums and extremes.
-enum Sum {
-  POLICY_LOSS,
-  KL_VELOCITY_MSE,
-  KL_GAUSSIAN,
-  KL_NO_DT,
-  KL_DMU2,
-  KL_OLD,
-  RATIO_MEAN,
-  ABS_LOG_RATIO,
-  CLIP_FRACTION_LOW,
-  CLIP_FRACTION_HIGH,
-  ACTIVE_SAMPLES,
-  SUMS
-};
-enum Extreme { RATIO_MIN, RATIO_MAX, EXTREMES };
+// What they mean is said in lvrpo/params/flow.py.
+LVRPO_CHOICES(Variant, ppo, guard, dppo)
+LVRPO_CHOICES(KlForm, velocity_mse, gaussian, no_dt, dmu2)
+LVRPO_TABLE(Numbers, double, clip_low, clip_high, adv_clip, log_ratio_scale, log_ratio_limit, tau, beta);
+// Those of FlowLossMetrics; a minimum has its sign turned.
+LVRPO_TABLE(MetricSums, double, policy_loss, kl_velocity_mse, kl_gaussian, kl_no_dt, kl_dmu2, kl_old, ratio_mean,
+            abs_log_ratio, clip_fraction_low, clip_fraction_high, active_samples);
+LVRPO_TABLE(MetricExtremes, double, ratio_min, ratio_max);
+
+const DeclareNames DECLARE("flow_policy_loss", {{"variant", names_of(Variant{})}, {"kl", names_of(KlForm{})}},
+                           {{"numbers", Numbers::NAMES},
+                            {"sums", MetricSums::NAMES},
+                            {"extremes", MetricExtremes::NAMES}});
 
 constexpr double INF = std::numeric_limits<double>::infinity();
 
-struct Params {
-  int64_t variant, kl;
-  double clip_low, clip_high, adv_clip, log_ratio_scale, log_ratio_limit, tau, beta;
+struct Params : Numbers {
+  Variant variant;
+  KlForm kl;
 
-  Params(int64_t variant, int64_t kl, const Tensor& numbers) : variant(variant), kl(kl) {
-    LVRPO_CHECK(variant >= PPO && variant <= DPPO, "variant is ", variant);
-    LVRPO_CHECK(kl >= VELOCITY_MSE && kl <= DMU2, "kl is ", kl);
+  Params(int64_t variant, int64_t kl, const Tensor& numbers)
+      : variant(as_choice<Variant>(variant, "variant")), kl(as_choice<KlForm>(kl, "kl")) {
     check_dtype(numbers, ScalarType::Double, "numbers");
     check_contiguous(numbers, "numbers");
-    check_size(numbers, 0, 7, "numbers");
-    const double* x = numbers.const_data_ptr<double>();
-    for (double* field : {&clip_low, &clip_high, &adv_clip, &log_ratio_scale, &log_ratio_limit, &tau, &beta})
-      *field = *x++;
+    check_size(numbers, 0, COLUMNS_OF<Numbers>, "numbers");
+    static_cast<Numbers&>(*this) = *reinterpret_cast<const Numbers*>(numbers.const_data_ptr<double>());
   }
 };
 
@@ -139,15 +131,16 @@ struct Sample {
   double kl_old() const { return c * c * sums.old / (2 * s * s * elements); }
 
   // Every form is a factor times the mean of (v - v_ref)^2.
-  double kl_factor(int64_t form) const {
+  double kl_factor(KlForm form) const {
     switch (form) {
-      case VELOCITY_MSE: return 1;
-      case GAUSSIAN: return c * c / (2 * s * s);
-      case NO_DT: return c * c / (2 * s * s) * abs_dt;
-      default: return c_v * c_v;
+      case KlForm::velocity_mse: return 1;
+      case KlForm::gaussian: return c * c / (2 * s * s);
+      case KlForm::no_dt: return c * c / (2 * s * s) * abs_dt;
+      case KlForm::dmu2: return c_v * c_v;
     }
+    return std::numeric_limits<double>::quiet_NaN();
   }
-  double kl(int64_t form) const { return kl_factor(form) * sums.reference / elements; }
+  double kl(KlForm form) const { return kl_factor(form) * sums.reference / elements; }
 };
 
 struct Policy {
@@ -160,7 +153,7 @@ struct Policy {
 Policy policy_of(const Sample& x, const Params& params, double weight) {
   const double scale = params.log_ratio_scale > 0 ? params.log_ratio_scale * x.elements : 1;
   // log rho = noise sums.noise + old sums.old / 2
-  const bool guard = params.variant == GUARD;
+  const bool guard = params.variant == Variant::guard;
   const double noise = guard ? scale * x.c_v / x.elements : scale * x.c / (x.s * x.elements);
   const double old = guard ? 0 : -scale * x.c * x.c / (x.s * x.s * x.elements);
   Policy p{};
@@ -169,15 +162,19 @@ Policy policy_of(const Sample& x, const Params& params, double weight) {
 
   const double a = std::clamp(x.advantage, -params.adv_clip, params.adv_clip);
   double at_low = 0, at_high = 0;
-  if (params.variant == DPPO) {
-    const bool diverged = x.kl_old() >= params.tau;
-    p.low = diverged && a < 0 && p.ratio < 1;
-    p.high = diverged && a > 0 && p.ratio > 1;
-  } else {
-    at_low = 1 - params.clip_low;
-    at_high = 1 + params.clip_high;
-    p.low = a < 0 && p.ratio < at_low;
-    p.high = a > 0 && p.ratio > at_high;
+  switch (params.variant) {
+    case Variant::dppo: {
+      const bool diverged = x.kl_old() >= params.tau;
+      p.low = diverged && a < 0 && p.ratio < 1;
+      p.high = diverged && a > 0 && p.ratio > 1;
+      break;
+    }
+    case Variant::ppo:
+    case Variant::guard:
+      at_low = 1 - params.clip_low;
+      at_high = 1 + params.clip_high;
+      p.low = a < 0 && p.ratio < at_low;
+      p.high = a > 0 && p.ratio > at_high;
   }
   if (guard) weight = x.abs_dt > 0 ? weight / x.abs_dt : 0;
   // Dropped, not multiplied: the advantage may be NaN, and without a limit the ratio infinite.
@@ -209,8 +206,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> flow_policy_loss_fwd(
   if (policy_weights) check_size(*policy_weights, 0, size.samples, "policy_weights");
   LVRPO_CHECK(!denominator || denominator->numel() == 1, "denominator must hold one number");
   Tensor loss = torch::stable::new_empty(velocity_old, {});
-  Tensor sums = torch::stable::new_empty(velocity_old, {SUMS}, ScalarType::Double);
-  Tensor extremes = torch::stable::new_empty(velocity_old, {EXTREMES}, ScalarType::Double);
+  Tensor sums = torch::stable::new_empty(velocity_old, {COLUMNS_OF<MetricSums>}, ScalarType::Double);
+  Tensor extremes = torch::stable::new_empty(velocity_old, {COLUMNS_OF<MetricExtremes>}, ScalarType::Double);
   Tensor directions = torch::stable::new_empty(velocity_old, {size.samples, 3}, ScalarType::Double);
 
   LVRPO_DISPATCH_FLOATING(velocity.scalar_type(), scalar_t, [&] {
@@ -247,32 +244,33 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> flow_policy_loss_fwd(
     const double share = total > 0 ? 1 / total : 0;
     double* direction = directions.mutable_data_ptr<double>();
     std::fill_n(direction, 3 * size.samples, 0.0);
-    double sum[SUMS] = {};
+    MetricSums sum{};
     double total_loss = 0, lowest = INF, highest = -INF;
     for (int64_t n = 0; n < size.samples; ++n) {
       if (!is_active(n)) continue;
       const Sample sample(size.elements, factor[n], deviation[n], step[n], advantage[n], size.sum_of(partial, n));
       const Policy policy = policy_of(sample, params, weight_of(n));
-      total_loss += share * (params.beta > 0 ? policy.loss + params.beta * sample.kl(kl) : policy.loss);
+      total_loss += share * (params.beta > 0 ? policy.loss + params.beta * sample.kl(params.kl) : policy.loss);
       direction[3 * n] = finite(share * policy.dnoise);
       direction[3 * n + 1] = finite(share * policy.dold);
-      direction[3 * n + 2] = finite(share * params.beta * 2 * sample.kl_factor(kl) / sample.elements);
+      direction[3 * n + 2] = finite(share * params.beta * 2 * sample.kl_factor(params.kl) / sample.elements);
       const double ratio = finite(policy.ratio);
       lowest = std::min(lowest, ratio);
       highest = std::max(highest, ratio);
-      sum[POLICY_LOSS] += policy.loss;
-      for (int64_t form = VELOCITY_MSE; form <= DMU2; ++form) sum[KL_VELOCITY_MSE + form] += sample.kl(form);
-      sum[KL_OLD] += sample.kl_old();
-      sum[RATIO_MEAN] += ratio;
-      sum[ABS_LOG_RATIO] += std::abs(policy.log_ratio);
-      sum[CLIP_FRACTION_LOW] += policy.low;
-      sum[CLIP_FRACTION_HIGH] += policy.high;
+      sum.policy_loss += policy.loss;
+      sum.kl_velocity_mse += sample.kl(KlForm::velocity_mse);
+      sum.kl_gaussian += sample.kl(KlForm::gaussian);
+      sum.kl_no_dt += sample.kl(KlForm::no_dt);
+      sum.kl_dmu2 += sample.kl(KlForm::dmu2);
+      sum.kl_old += sample.kl_old();
+      sum.ratio_mean += ratio;
+      sum.abs_log_ratio += std::abs(policy.log_ratio);
+      sum.clip_fraction_low += policy.low;
+      sum.clip_fraction_high += policy.high;
     }
-    sum[ACTIVE_SAMPLES] = active;
-    std::copy(sum, sum + SUMS, sums.mutable_data_ptr<double>());
-    // A minimum is kept as the maximum of the negative.
-    extremes.mutable_data_ptr<double>()[RATIO_MIN] = -lowest;
-    extremes.mutable_data_ptr<double>()[RATIO_MAX] = highest;
+    sum.active_samples = active;
+    *reinterpret_cast<MetricSums*>(sums.mutable_data_ptr<double>()) = sum;
+    *reinterpret_cast<MetricExtremes*>(extremes.mutable_data_ptr<double>()) = {-lowest, highest};
     loss.mutable_data_ptr<acc>()[0] = static_cast<acc>(total_loss);
   });
   return {loss, sums, extremes, directions};

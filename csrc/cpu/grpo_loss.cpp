@@ -9,6 +9,7 @@
 
 #include "common/check.h"
 #include "common/dispatch.h"
+#include "common/names.h"
 #include "common/policy_terms.h"
 #include "cpu/simd.h"
 
@@ -30,16 +31,19 @@ struct Tokens {
 
 template <typename acc>
 struct Loss {
-  int64_t ratio, surrogate, kl;
+  Ratio ratio;
+  Surrogate surrogate;
+  KL kl;
   Policy<acc> policy;
   KLForm<acc> kl_form;
   acc log_ratio_limit, beta, entropy_coef;
 
-  bool of_sequence() const { return ratio >= RATIO_SEQ_MEAN; }
+  bool whole_sequence() const { return ratio == Ratio::seq_mean || ratio == Ratio::seq_sum; }
+  bool of_sequence() const { return whole_sequence() || ratio == Ratio::seq_mean_token; }
   // Whether the ratio of a sequence, and what holds it, is one number.
-  bool one_ratio() const { return (ratio == RATIO_SEQ_MEAN || ratio == RATIO_SEQ_SUM) && surrogate != LOG_CLIP; }
+  bool one_ratio() const { return whole_sequence() && surrogate != Surrogate::log_clip; }
   // Whether a sequence's ratio is differentiated as the mean or sum that it is, not through the token's own log-prob.
-  bool shares_slope() const { return (ratio == RATIO_SEQ_MEAN || ratio == RATIO_SEQ_SUM) && surrogate != GAMMA; }
+  bool shares_slope() const { return whole_sequence() && surrogate != Surrogate::gamma; }
 };
 
 // Bounds of a token's log-ratio inside the sum over its sequence.
@@ -50,9 +54,9 @@ struct Limits {
 template <typename acc>
 Limits limits_of(const Loss<acc>& loss, acc advantage) {
   Limits limits;
-  if (loss.surrogate == GAMMA) limits = {-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT};
-  if (loss.surrogate == LOG_CLIP && advantage > acc(0)) limits.high = static_cast<double>(loss.policy.clip_high);
-  if (loss.surrogate == LOG_CLIP && !(advantage > acc(0))) limits.low = -static_cast<double>(loss.policy.clip_low);
+  if (loss.surrogate == Surrogate::gamma) limits = {-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT};
+  if (loss.surrogate == Surrogate::log_clip && advantage > acc(0)) limits.high = static_cast<double>(loss.policy.clip_high);
+  if (loss.surrogate == Surrogate::log_clip && !(advantage > acc(0))) limits.low = -static_cast<double>(loss.policy.clip_low);
   return limits;
 }
 
@@ -75,12 +79,12 @@ struct OfSequence {
 template <typename acc>
 OfSequence<acc> of_sequence(const Loss<acc>& loss, const Sums& sums, acc advantage) {
   if (!loss.of_sequence()) return {acc(1), acc(1), false};
-  const double n = loss.ratio == RATIO_SEQ_SUM ? 1.0 : std::max(sums.tokens, 1.0);
+  const double n = loss.ratio == Ratio::seq_sum ? 1.0 : std::max(sums.tokens, 1.0);
   double log_ratio = sums.log_ratio / n;
-  if (loss.surrogate == GAMMA) log_ratio = clamp(log_ratio, std::log(GAMMA_FLOOR), LOG_RATIO_LIMIT);
+  if (loss.surrogate == Surrogate::gamma) log_ratio = clamp(log_ratio, std::log(GAMMA_FLOOR), LOG_RATIO_LIMIT);
   const double limit = static_cast<double>(loss.log_ratio_limit);
   const acc ratio = exp_ratio(static_cast<acc>(saturate(log_ratio, limit)));
-  if (loss.surrogate != GAMMA) return {ratio, ratio, is_saturated(log_ratio, limit)};
+  if (loss.surrogate != Surrogate::gamma) return {ratio, ratio, is_saturated(log_ratio, limit)};
   const acc* shape = advantage > acc(0) ? loss.policy.shape_pos : loss.policy.shape_neg;
   return {ratio, static_cast<acc>(gamma_weight(saturate(log_ratio, limit), shape[0], shape[1])), false};
 }
@@ -94,13 +98,13 @@ struct Block {
 
 // KL of a block: its slope is added to `slope`; `terms` is what the loss sums, `values` what the statistics do. The form
 // that is the estimator alone has a loop of its own, because limits and factors take a quarter of the time of the other.
-template <int64_t kind, bool plain, typename acc>
+template <KL kind, bool plain, typename acc>
 LVRPO_INLINE void kl_block(const Loss<acc>& loss, const acc* ref, Block<acc>& x, int64_t n, Sums& sums) {
   const KLForm<acc> form = loss.kl_form;
   const acc beta = loss.beta, most_seen = static_cast<acc>(KL_SEEN<kind>), rho_seen = static_cast<acc>(RATIO_LIMIT);
   const bool weighs = beta != acc(0);  // 0 times an overflow is NaN
-  const bool times_ratio = !plain && form.factor != FACTOR_NONE;
-  const bool through_ratio = !plain && form.factor == FACTOR_RATIO;
+  const bool times_ratio = !plain && form.factor != KLFactor::none;
+  const bool through_ratio = !plain && form.factor == KLFactor::ratio;
   double terms = 0, values = 0;
 #pragma omp simd reduction(+ : terms, values)
   for (int64_t i = 0; i < n; ++i) {
@@ -125,12 +129,10 @@ LVRPO_INLINE void kl_block(const Loss<acc>& loss, const acc* ref, Block<acc>& x,
 }
 
 // Calls, not a table of pointers: a function reached through a pointer is not compiled for the caller's vectors.
-template <bool plain, typename acc>
-LVRPO_INLINE void kl_any(const Loss<acc>& loss, const acc* ref, Block<acc>& x, int64_t n, Sums& sums) {
-  if (loss.kl == K1) return kl_block<K1, plain>(loss, ref, x, n, sums);
-  if (loss.kl == K2) return kl_block<K2, plain>(loss, ref, x, n, sums);
-  if (loss.kl == K3) return kl_block<K3, plain>(loss, ref, x, n, sums);
-  kl_block<KL_ABS, plain>(loss, ref, x, n, sums);
+template <bool plain, typename acc, int64_t... kind>
+LVRPO_INLINE void kl_any(const Loss<acc>& loss, const acc* ref, Block<acc>& x, int64_t n, Sums& sums,
+                         std::integer_sequence<int64_t, kind...>) {
+  ((loss.kl == KL{kind} ? kl_block<KL{kind}, plain>(loss, ref, x, n, sums) : void()), ...);
 }
 
 // k3 of the old policy against the new one; `ratio` is the tokens' own, if they have it.
@@ -201,7 +203,7 @@ LVRPO_MULTIVERSION void count_sequence(const Tokens<acc>& in, int64_t index, int
 
 // Surrogate of a block: its value into sums, its derivative into `slope`. `past` says that the one ratio of the sequence
 // is past its limit, `limit` where that of a token is.
-template <typename Kind, typename acc>
+template <typename Of, typename acc>
 LVRPO_INLINE void surrogate_block(const Policy<acc> by, acc of_weight, bool past, acc limit, Block<acc>& x, int64_t n,
                                   Sums& sums) {
   const acc least_seen = static_cast<acc>(RATIO_FLOOR), most_seen = static_cast<acc>(RATIO_LIMIT);
@@ -211,9 +213,9 @@ LVRPO_INLINE void surrogate_block(const Policy<acc> by, acc of_weight, bool past
     reduction(max : largest)
   for (int64_t i = 0; i < n; ++i) {
     const Token<acc> token{x.logp[i], x.log_ratio[i], x.ratio[i], of_weight, x.advantage[i]};
-    const Term<acc> term = Kind::term(by, token);
+    const Term<acc> term = Of::term(by, token);
     const bool on = x.active[i], pulls = on && x.weight[i] != acc(0) && x.advantage[i] != acc(0);
-    const bool flat = Kind::THROUGH_RATIO && (past || is_saturated(x.log_ratio[i], limit));
+    const bool flat = Of::THROUGH_RATIO && (past || is_saturated(x.log_ratio[i], limit));
     const acc ratio = clamp(token.ratio, least_seen, most_seen);
     const double seen = on ? static_cast<double>(ratio) : 0.0;
     policy += pulls ? static_cast<double>(x.weight[i] * term.value) : 0.0;
@@ -232,22 +234,19 @@ LVRPO_INLINE void surrogate_block(const Policy<acc> by, acc of_weight, bool past
   sums.ratio_max = std::max(sums.ratio_max, static_cast<double>(largest));
 }
 
-template <typename acc>
+template <typename acc, int64_t... kind>
 LVRPO_INLINE void surrogate_any(const Loss<acc>& loss, const OfSequence<acc>& whole, Block<acc>& x, int64_t n,
-                                Sums& sums) {
+                                Sums& sums, std::integer_sequence<int64_t, kind...>) {
   const Policy<acc> by = loss.policy;
   const acc weight = whole.weight;
   const bool past = whole.saturated;
   // The limit of a token's own ratio, where that is what the advantage multiplies.
   const acc limit = loss.of_sequence() ? std::numeric_limits<acc>::infinity() : loss.log_ratio_limit;
-  if (loss.ratio == RATIO_NONE) return surrogate_block<ScoreSurrogate>(by, weight, past, limit, x, n, sums);
-  if (loss.surrogate == CLIP) return surrogate_block<ClipSurrogate>(by, weight, past, limit, x, n, sums);
-  if (loss.surrogate == DETACHED) return surrogate_block<DetachedSurrogate>(by, weight, past, limit, x, n, sums);
-  if (loss.surrogate == SIGMOID) return surrogate_block<SigmoidSurrogate>(by, weight, past, limit, x, n, sums);
-  if (loss.surrogate == GAMMA) return surrogate_block<GammaSurrogate>(by, weight, past, limit, x, n, sums);
-  if (loss.surrogate == LOG_CLIP) return surrogate_block<LogClipSurrogate>(by, weight, past, limit, x, n, sums);
-  if (loss.surrogate == BINARY_KL) return surrogate_block<BinaryKLSurrogate>(by, weight, past, limit, x, n, sums);
-  surrogate_block<TotalVariationSurrogate>(by, weight, past, limit, x, n, sums);
+  if (loss.ratio == Ratio::none) return surrogate_block<ScoreTerm>(by, weight, past, limit, x, n, sums);
+  ((loss.surrogate == Surrogate{kind}
+        ? surrogate_block<SurrogateTerm<Surrogate{kind}>>(by, weight, past, limit, x, n, sums)
+        : void()),
+   ...);
 }
 
 // Every load is unconditional and selected afterwards: a branch on a random mask costs more than all the arithmetic.
@@ -296,7 +295,7 @@ LVRPO_MULTIVERSION void sequence_terms(const Tokens<acc>& in, const Loss<acc>& l
                                        int64_t end, acc factor, acc* dlogp, acc* dentropy, Sums& sums) {
   Block<acc> x;
   const bool shares_slope = loss.shares_slope();
-  const bool own_ratio = !loss.of_sequence() || loss.surrogate == LOG_CLIP;
+  const bool own_ratio = !loss.of_sequence() || loss.surrogate == Surrogate::log_clip;
   const acc limit = loss.log_ratio_limit;
   const acc first_advantage = in.advantage_per_token || begin == end ? acc(0) : in.advantage[index];
   const OfSequence<acc> whole = of_sequence(loss, sums, first_advantage);
@@ -310,13 +309,13 @@ LVRPO_MULTIVERSION void sequence_terms(const Tokens<acc>& in, const Loss<acc>& l
     } else {
       for (int64_t i = 0; i < n; ++i) x.ratio[i] = whole.ratio;
     }
-    surrogate_any(loss, whole, x, n, sums);
+    surrogate_any(loss, whole, x, n, sums, all_of<Surrogate>{});
     if (in.old) kl_old_block(x, own_ratio, limit, n, sums);
     if (shares_slope) {
       for (int64_t i = 0; i < n; ++i) shared += static_cast<double>(x.slope[i]), x.slope[i] = acc(0);
     }
-    if (in.ref && loss.kl_form.plain()) kl_any<true>(loss, in.ref + first, x, n, sums);
-    if (in.ref && !loss.kl_form.plain()) kl_any<false>(loss, in.ref + first, x, n, sums);
+    if (in.ref && loss.kl_form.plain()) kl_any<true>(loss, in.ref + first, x, n, sums, all_of<KL>{});
+    if (in.ref && !loss.kl_form.plain()) kl_any<false>(loss, in.ref + first, x, n, sums, all_of<KL>{});
     if (in.entropy) {
       double entropy = 0;
 #pragma omp simd reduction(+ : entropy)
@@ -331,7 +330,7 @@ LVRPO_MULTIVERSION void sequence_terms(const Tokens<acc>& in, const Loss<acc>& l
     for (int64_t i = 0; i < n; ++i) dlogp[first + i] = factor * x.slope[i];
   }
   if (shares_slope && sums.tokens > 0) {
-    const double n = loss.ratio == RATIO_SEQ_MEAN ? sums.tokens : 1.0;
+    const double n = loss.ratio == Ratio::seq_mean ? sums.tokens : 1.0;
     add_shared_slope(in, begin, end, limits_of(loss, first_advantage), static_cast<acc>(shared / n) * factor, dlogp);
   }
   if (loss.one_ratio() && sums.tokens > 0) {  // which counts once, for all its tokens
@@ -351,7 +350,7 @@ const acc* data_of(const optional<Tensor>& tensor, int64_t tokens, ScalarType dt
 
 // How tokens become a scalar.
 struct Aggregate {
-  int64_t kind;
+  Aggregation kind;
   bool count_empty;
   double max_length;
   double denominator;  // negative: the count of this call
@@ -359,42 +358,67 @@ struct Aggregate {
   // What multiplies the sum over all sequences; a denominator of 0 belongs to a call with nothing to divide.
   double outer(const std::vector<Sums>& sums) const {
     if (denominator >= 0) return denominator > 0 ? denominator : std::numeric_limits<double>::infinity();
-    if (kind == TOKEN_SUM) return 1.0;
+    if (kind == Aggregation::token_sum) return 1.0;
+    const bool of_tokens = kind == Aggregation::token_mean;
     double count = 0;
-    for (const Sums& part : sums) count += kind == TOKEN_MEAN ? part.tokens : count_empty || part.tokens > 0 ? 1.0 : 0.0;
+    for (const Sums& part : sums) count += of_tokens ? part.tokens : count_empty || part.tokens > 0 ? 1.0 : 0.0;
     return std::max(count, 1.0);
   }
 
   // What divides the sum over the tokens of a sequence with `tokens` active ones, besides `outer`.
   double inner(double tokens) const {
-    if (kind == SEQ_MEAN_TOKEN_MEAN) return std::max(tokens, 1.0);
-    return kind == SEQ_MEAN_TOKEN_SUM_NORM ? max_length : 1.0;
+    switch (kind) {
+      case Aggregation::seq_mean_token_mean:
+        return std::max(tokens, 1.0);
+      case Aggregation::seq_mean_token_sum_norm:
+        return max_length;
+      case Aggregation::token_mean:
+      case Aggregation::token_sum:
+      case Aggregation::seq_mean_token_sum:
+        break;
+    }
+    return 1.0;
   }
 };
 
-// Sums and then extremes of LossMetrics in lvrpo/params/policy_loss.py, minima with their sign turned.
-struct Statistics {
-  double policy_loss = 0, kl = 0, entropy = 0;
-  double low = 0, high = 0, cap = 0;
-  double ratio = 0, ratio_squared = 0, ratios = 0;
-  double kl_old = 0, tokens = 0, sequences = 0, dropped = 0;
-  double minus_ratio = -std::numeric_limits<double>::infinity(), most_ratio = minus_ratio;
-  double minus_low = minus_ratio, most_high = minus_ratio, most_kl_old = minus_ratio;
+// Sums and then extremes of LossMetrics, minima with their sign turned; a `_` that a name begins with is left out.
+LVRPO_TABLE(Statistics, double, policy_loss, kl, entropy, clip_fraction_low, clip_fraction_high, clip_fraction_cap, ratio,
+            ratio_squared, ratios, kl_old, active_tokens, active_sequences, dropped_tokens, ratio_min, ratio_max,
+            clip_fraction_low_min, clip_fraction_high_max, kl_old_max);
 
-  void add(const Sums& of, bool one_ratio) {
-    dropped += of.dropped;
-    if (of.tokens == 0) return;
-    const double n = one_ratio ? 1.0 : of.tokens;
-    kl += of.kl, entropy += of.entropy, kl_old += of.kl_old;
-    low += of.low, high += of.high, cap += of.cap;
-    ratio += of.ratio, ratio_squared += of.ratio_squared, ratios += n;
-    tokens += of.tokens, sequences += 1;
-    minus_ratio = std::max(minus_ratio, -of.ratio_min), most_ratio = std::max(most_ratio, of.ratio_max);
-    minus_low = std::max(minus_low, -of.low / n), most_high = std::max(most_high, of.high / n);
-    most_kl_old = std::max(most_kl_old, of.kl_old / of.tokens);
-  }
-};
-constexpr int64_t STATISTICS = sizeof(Statistics) / sizeof(double);
+Statistics no_statistics() {
+  Statistics all{};
+  for (double* extreme : {&all.ratio_min, &all.ratio_max, &all.clip_fraction_low_min, &all.clip_fraction_high_max,
+                          &all.kl_old_max})
+    *extreme = -std::numeric_limits<double>::infinity();
+  return all;
+}
+
+void raise_to(double& extreme, double x) { extreme = std::max(extreme, x); }
+
+void add_sequence(Statistics& all, const Sums& of, bool one_ratio) {
+  all.dropped_tokens += of.dropped;
+  if (of.tokens == 0) return;
+  const double n = one_ratio ? 1.0 : of.tokens;
+  all.kl += of.kl, all.entropy += of.entropy, all.kl_old += of.kl_old;
+  all.clip_fraction_low += of.low, all.clip_fraction_high += of.high, all.clip_fraction_cap += of.cap;
+  all.ratio += of.ratio, all.ratio_squared += of.ratio_squared, all.ratios += n;
+  all.active_tokens += of.tokens, all.active_sequences += 1;
+  raise_to(all.ratio_min, -of.ratio_min);
+  raise_to(all.ratio_max, of.ratio_max);
+  raise_to(all.clip_fraction_low_min, -of.low / n);
+  raise_to(all.clip_fraction_high_max, of.high / n);
+  raise_to(all.kl_old_max, of.kl_old / of.tokens);
+}
+
+const DeclareNames DECLARE("grpo_loss",
+                           {{"ratio", names_of(Ratio{})},
+                            {"surrogate", names_of(Surrogate{})},
+                            {"kl", names_of(KL{})},
+                            {"kl_factor", names_of(KLFactor{})},
+                            {"kl_gradient", names_of(KLGradient{})},
+                            {"aggregation", names_of(Aggregation{})}},
+                           {{"numbers", Numbers::NAMES}, {"statistics", Statistics::NAMES}});
 
 // Sequences are the unit of work and their sums are added in order: the bits do not depend on the thread count.
 template <typename acc>
@@ -416,9 +440,9 @@ void run(const Tokens<acc>& in, const Loss<acc>& loss, const Aggregate& aggregat
       sequence_terms<acc>(in, loss, b, start[b], start[b + 1], static_cast<acc>(factor[b]), dlogp, dentropy, sums[b]);
   });
   double total = 0;
-  *statistics = Statistics{};
+  *statistics = no_statistics();
   for (int64_t b = 0; b < sequences; ++b) {
-    statistics->add(sums[b], loss.one_ratio());
+    add_sequence(*statistics, sums[b], loss.one_ratio());
     statistics->policy_loss += factor[b] * sums[b].policy;
     const double kl_term = beta != 0 ? beta * sums[b].kl_term : 0;
     total += factor[b] * (sums[b].policy + kl_term - entropy_coef * sums[b].entropy);
@@ -429,14 +453,14 @@ void run(const Tokens<acc>& in, const Loss<acc>& loss, const Aggregate& aggregat
 std::tuple<Tensor, Tensor, Tensor, Tensor> grpo_loss_fwd(
     Tensor logprobs, optional<Tensor> old_logprobs, Tensor advantages, Tensor cu_seqlens, optional<Tensor> ref_logprobs,
     optional<Tensor> entropy, optional<Tensor> mask, optional<Tensor> policy_weights, Tensor numbers,
-    bool advantage_per_token, int64_t ratio, int64_t surrogate, int64_t kl, int64_t kl_factor, int64_t kl_gradient,
-    int64_t aggregation, bool count_empty) {
-  LVRPO_CHECK(ratio >= RATIO_NONE && ratio <= RATIO_SEQ_SUM, "ratio is ", ratio);
-  LVRPO_CHECK(surrogate >= CLIP && surrogate <= LOG_CLIP, "surrogate is ", surrogate);
-  LVRPO_CHECK(kl >= K1 && kl <= KL_ABS, "kl is ", kl);
-  LVRPO_CHECK(kl_factor >= FACTOR_NONE && kl_factor <= FACTOR_DETACHED_RATIO, "kl_factor is ", kl_factor);
-  LVRPO_CHECK(kl_gradient >= GRADIENT_OWN && kl_gradient <= GRADIENT_K2, "kl_gradient is ", kl_gradient);
-  LVRPO_CHECK(aggregation >= TOKEN_MEAN && aggregation <= TOKEN_SUM, "aggregation is ", aggregation);
+    bool advantage_per_token, bool count_empty, int64_t ratio, int64_t surrogate, int64_t kl, int64_t kl_factor,
+    int64_t kl_gradient, int64_t aggregation) {
+  const Ratio of_ratio = as_choice<Ratio>(ratio, "ratio");
+  const Surrogate of_surrogate = as_choice<Surrogate>(surrogate, "surrogate");
+  const KL of_kl = as_choice<KL>(kl, "kl");
+  const KLFactor factor = as_choice<KLFactor>(kl_factor, "kl_factor");
+  const bool gradient_of_k2 = as_choice<KLGradient>(kl_gradient, "kl_gradient") == KLGradient::k2;
+  const Aggregation of_tokens = as_choice<Aggregation>(aggregation, "aggregation");
   LVRPO_CHECK(logprobs.dim() == 1 && advantages.dim() == 1 && cu_seqlens.dim() == 1 && cu_seqlens.size(0) >= 1,
               "logprobs, advantages and cu_seqlens must have one dimension");
   for (optional<Tensor>* tensor : {&old_logprobs, &ref_logprobs, &entropy, &mask, &policy_weights})
@@ -447,18 +471,19 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> grpo_loss_fwd(
   numbers = torch::stable::contiguous(numbers);
   check_dtype(cu_seqlens, ScalarType::Long, "cu_seqlens");
   check_dtype(numbers, ScalarType::Double, "numbers");
-  check_size(numbers, 0, NUMBERS, "numbers");
+  check_size(numbers, 0, COLUMNS_OF<Numbers>, "numbers");
   const ScalarType dtype = logprobs.scalar_type();
   check_dtype(advantages, dtype, "advantages");
   const int64_t tokens = logprobs.size(0), sequences = cu_seqlens.size(0) - 1;
   check_size(advantages, 0, advantage_per_token ? tokens : sequences, "advantages");
-  LVRPO_CHECK(!advantage_per_token || (ratio != RATIO_SEQ_MEAN && ratio != RATIO_SEQ_SUM), "advantages must be [B]");
+  LVRPO_CHECK(!advantage_per_token || (of_ratio != Ratio::seq_mean && of_ratio != Ratio::seq_sum),
+              "advantages must be [B]");
   const int64_t* start = cu_seqlens.const_data_ptr<int64_t>();
   LVRPO_CHECK(start[0] == 0 && start[sequences] == tokens, "cu_seqlens must run from 0 to ", tokens);
   for (int64_t b = 0; b < sequences; ++b) LVRPO_CHECK(start[b] <= start[b + 1], "cu_seqlens must not decrease");
 
   Tensor loss_out = torch::stable::new_empty(logprobs, {});
-  Tensor statistics_out = torch::stable::new_empty(logprobs, {STATISTICS}, ScalarType::Double);
+  Tensor statistics_out = torch::stable::new_empty(logprobs, {COLUMNS_OF<Statistics>}, ScalarType::Double);
   Tensor dlogprobs = torch::stable::new_empty(logprobs, {tokens});
   Tensor dentropy = torch::stable::new_empty(logprobs, {entropy ? tokens : 0});
   Tensor active = torch::stable::new_empty(logprobs, {tokens}, ScalarType::Bool);
@@ -479,12 +504,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> grpo_loss_fwd(
                              real(1.0 - by.clip_low),
                              real(1.0 + by.clip_high),
                              real(by.ratio_cap),
-                             {real(by.shape_pos[0]), real(by.shape_pos[1])},
-                             {real(by.shape_neg[0]), real(by.shape_neg[1])}};
+                             {real(by.shape_pos_0), real(by.shape_pos_1)},
+                             {real(by.shape_neg_0), real(by.shape_neg_1)}};
     const acc limit = real(by.log_ratio_limit);
-    const KLForm<acc> form{kl_factor, kl_gradient == GRADIENT_K2, limit, real(by.kl_log_ratio_limit), real(by.kl_limit)};
-    const Loss<acc> loss{ratio, surrogate, kl, policy, form, limit, real(by.beta), real(by.entropy_coef)};
-    run<acc>(in, loss, {aggregation, count_empty, by.max_length, by.denominator}, by.beta, by.entropy_coef, start,
+    const KLForm<acc> form{factor, gradient_of_k2, limit, real(by.kl_log_ratio_limit), real(by.kl_limit)};
+    const Loss<acc> loss{of_ratio, of_surrogate, of_kl, policy, form, limit, real(by.beta), real(by.entropy_coef)};
+    run<acc>(in, loss, {of_tokens, count_empty, by.max_length, by.denominator}, by.beta, by.entropy_coef, start,
              sequences, loss_out.mutable_data_ptr<acc>(),
              reinterpret_cast<Statistics*>(statistics_out.mutable_data_ptr<double>()), dlogprobs.mutable_data_ptr<acc>(),
              dentropy.mutable_data_ptr<acc>());

@@ -13,6 +13,7 @@
 
 #include "common/check.h"
 #include "common/dispatch.h"
+#include "common/names.h"
 #include "cpu/advantage_group.h"
 
 namespace lvrpo {
@@ -135,7 +136,7 @@ double weighted_sum(const Input& in, const double* value, const double* counted,
 // What a group is divided by where that is the same for the whole batch: one number per reward, or one for their sum.
 std::vector<double> batch_spread(const Input& in, const Estimator& estimator, const Moments& m) {
   const int64_t rewards = in.rewards;
-  if (estimator.scale == NONZERO) {
+  if (estimator.scale == Scale::nonzero) {
     const int64_t columns = estimator.decoupled ? rewards : 1;
     std::vector<double> fraction = sum_over_chunks(in, columns, [&](const Chunk& chunk, double* sum) {
       for (int64_t b = 0; b < chunk.samples(); ++b) {
@@ -151,7 +152,7 @@ std::vector<double> batch_spread(const Input& in, const Estimator& estimator, co
     for (int64_t k = 0; k < columns; ++k) fraction[k] /= estimator.decoupled ? m.count[k] : m.scored;
     return fraction;
   }
-  if (estimator.scale != BATCH) return std::vector<double>(rewards, 1.0);
+  if (estimator.scale != Scale::batch) return std::vector<double>(rewards, 1.0);
   if (estimator.decoupled) return m.std;
 
   Doubles total = std::make_unique_for_overwrite<double[]>(in.batch);
@@ -211,7 +212,7 @@ struct Whitening {
 
 double tokens_of(const Input& in, const Estimator& estimator, int64_t b) {
   if (!in.scored[b]) return 0.0;
-  return estimator.whiten == PER_TOKEN ? static_cast<double>(in.lengths[b]) : 1.0;
+  return estimator.whiten == Whiten::token ? static_cast<double>(in.lengths[b]) : 1.0;
 }
 
 Whitening whitening(const Input& in, const Estimator& estimator, const double* part) {
@@ -289,7 +290,7 @@ std::vector<double> advantages(const Input& in, const Estimator& estimator, cons
                                const Output<out_t>& out) {
   const int64_t rewards = in.rewards;
   Whitening w{std::vector<double>(rewards, 0.0)};
-  if (estimator.whiten == AS_IS)
+  if (estimator.whiten == Whiten::none)
     return sum_over_chunks(in, 3 * rewards + 2, [&](const Chunk& chunk, double* sums) {
       const Doubles part = std::make_unique_for_overwrite<double[]>(chunk.samples() * rewards);
       chunk_parts(in, estimator, spread, chunk, part.get(), sums);
@@ -310,9 +311,6 @@ std::vector<double> advantages(const Input& in, const Estimator& estimator, cons
 
 void check(const Tensor& rewards, const Tensor& offsets, const Tensor& weights, const std::optional<Tensor>& lengths,
            const Estimator& estimator) {
-  LVRPO_CHECK(estimator.baseline >= MEAN && estimator.baseline <= NO_BASELINE, "baseline is ", estimator.baseline);
-  LVRPO_CHECK(estimator.scale >= GROUP && estimator.scale <= UNSCALED, "scale is ", estimator.scale);
-  LVRPO_CHECK(estimator.whiten >= AS_IS && estimator.whiten <= PER_TOKEN, "whiten is ", estimator.whiten);
   LVRPO_CHECK(estimator.clip > 0, "clip is ", estimator.clip, ", expected > 0");
   LVRPO_CHECK(rewards.dim() == 2, "rewards must be [B, K]");
   LVRPO_CHECK(offsets.dim() == 1 && offsets.size(0) >= 1, "offsets must be [P + 1]");
@@ -323,22 +321,39 @@ void check(const Tensor& rewards, const Tensor& offsets, const Tensor& weights, 
   const int64_t* start = offsets.const_data_ptr<int64_t>();
   LVRPO_CHECK(start[0] == 0 && start[groups] == batch, "offsets must run from 0 to ", batch);
   for (int64_t p = 0; p < groups; ++p) LVRPO_CHECK(start[p] <= start[p + 1], "offsets must not decrease");
-  LVRPO_CHECK(lengths.has_value() || (estimator.baseline != LENGTH && estimator.whiten != PER_TOKEN),
+  LVRPO_CHECK(lengths.has_value() || (estimator.baseline != Baseline::length && estimator.whiten != Whiten::token),
               "lengths must be given: the estimator counts tokens");
   if (!lengths.has_value()) return;
   check_dtype(*lengths, ScalarType::Long, "lengths");
   check_size(*lengths, 0, batch, "lengths");
 }
 
+// The rows of AdvantageStats.
+LVRPO_CHOICES(Stat, share, constant_groups, mean, std, applicable)
+
+const DeclareNames DECLARE("normalize_advantages",
+                           {{"combine", names_of(Combine{})},
+                            {"baseline", names_of(Baseline{})},
+                            {"scale", names_of(Scale{})},
+                            {"whiten", names_of(Whiten{})}},
+                           {{"numbers", EstimatorNumbers::NAMES}, {"stats", names_of(Stat{})}});
+
 using Result = std::tuple<Tensor, Tensor, Tensor, Tensor>;
 
 Result normalize_advantages(Tensor rewards, Tensor offsets, Tensor weights, std::optional<Tensor> lengths,
-                            bool decoupled, int64_t baseline, int64_t scale, int64_t whiten, Tensor numbers) {
+                            Tensor numbers, int64_t combine, int64_t baseline, int64_t scale, int64_t whiten) {
   numbers = torch::stable::contiguous(numbers);
   check_dtype(numbers, ScalarType::Double, "numbers");
-  check_size(numbers, 0, 4, "numbers");
-  const double* number = numbers.const_data_ptr<double>();
-  const Estimator estimator{decoupled, baseline, scale, whiten, number[0], number[1], number[2], number[3]};
+  check_size(numbers, 0, COLUMNS_OF<EstimatorNumbers>, "numbers");
+  const EstimatorNumbers& by = *reinterpret_cast<const EstimatorNumbers*>(numbers.const_data_ptr<double>());
+  const Estimator estimator{as_choice<Combine>(combine, "combine") == Combine::decoupled,
+                            as_choice<Baseline>(baseline, "baseline"),
+                            as_choice<Scale>(scale, "scale"),
+                            as_choice<Whiten>(whiten, "whiten"),
+                            by.ddof,
+                            by.eps,
+                            by.std_floor,
+                            by.clip};
   rewards = torch::stable::contiguous(rewards);
   offsets = torch::stable::contiguous(offsets);
   weights = torch::stable::contiguous(weights);
@@ -364,19 +379,21 @@ Result normalize_advantages(Tensor rewards, Tensor offsets, Tensor weights, std:
   const std::vector<double> spread = batch_spread(in, estimator, m);
   const ScalarType out = rewards.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
   const auto fresh = [&](std::initializer_list<int64_t> size) { return torch::stable::new_empty(rewards, size, out); };
-  Tensor values = fresh({batch}), per_reward = fresh({batch, count}), stats = fresh({5, count});
+  Tensor values = fresh({batch}), per_reward = fresh({batch, count}), stats = fresh({CHOICES_OF<Stat>, count});
   Tensor all_zero = torch::stable::new_empty(rewards, {}, ScalarType::Bool);
   LVRPO_DISPATCH_ACC(out, out_t, [&] {
     const Output<out_t> output{values.mutable_data_ptr<out_t>(), per_reward.mutable_data_ptr<out_t>()};
     const std::vector<double> sums = advantages(in, estimator, spread, output);
     const double *constant = sums.data(), *seen = constant + count, *energy = seen + count;
-    out_t* stat = stats.mutable_data_ptr<out_t>();
     for (int64_t k = 0; k < count; ++k) {
-      stat[k] = static_cast<out_t>(energy[0] > 0 ? energy[2 + k] / energy[0] : energy[2 + k]);
-      stat[count + k] = static_cast<out_t>(constant[k] / seen[k]);
-      stat[2 * count + k] = static_cast<out_t>(m.mean[k]);
-      stat[3 * count + k] = static_cast<out_t>(m.std[k]);
-      stat[4 * count + k] = static_cast<out_t>(m.count[k] / static_cast<double>(batch));
+      const auto store = [&](Stat row, double x) {
+        stats.mutable_data_ptr<out_t>()[static_cast<int64_t>(row) * count + k] = static_cast<out_t>(x);
+      };
+      store(Stat::share, energy[0] > 0 ? energy[2 + k] / energy[0] : energy[2 + k]);
+      store(Stat::constant_groups, constant[k] / seen[k]);
+      store(Stat::mean, m.mean[k]);
+      store(Stat::std, m.std[k]);
+      store(Stat::applicable, m.count[k] / static_cast<double>(batch));
     }
     *all_zero.mutable_data_ptr<bool>() = energy[1] == 0;
   });

@@ -20,6 +20,8 @@ namespace {
 
 using std::optional;
 
+const DeclareNames DECLARE("packed_attention", {}, {{"spans", Span::NAMES}});
+
 template <typename scalar_t, typename acc>
 void forward_tile(const Attention<scalar_t>& at, const QueryTile& tile, int64_t kv_head, int64_t first_of_group,
                   HeadRows<scalar_t> out, acc* lse, Arena<acc>& arena) {

@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "common/check.h"
+#include "common/names.h"
 
 namespace lvrpo {
 
@@ -14,9 +15,7 @@ struct TokenRange {
 };
 
 // One row of SpanMask.spans.
-struct Span {
-  int32_t start, end, causal, run_begin, run_end, row_begin, row_end, frozen, invariant;
-};
+LVRPO_TABLE(Span, int32_t, start, end, causal, run_begin, run_end, row_begin, row_end, frozen, invariant);
 
 struct SpanLayout {
   int64_t length, num_queries, num_spans, num_runs;
@@ -69,7 +68,7 @@ inline SpanLayout span_layout(const Tensor& q_lo, const Tensor& q_hi, const Tens
                     int32_table(q_lo, 0, "q_lo"),
                     int32_table(q_hi, 0, "q_hi"),
                     int32_table(rows, 0, "rows"),
-                    reinterpret_cast<const Span*>(int32_table(spans, sizeof(Span) / sizeof(int32_t), "spans")),
+                    reinterpret_cast<const Span*>(int32_table(spans, COLUMNS_OF<Span>, "spans")),
                     reinterpret_cast<const TokenRange*>(int32_table(runs, 2, "runs"))};
   check_size(q_hi, 0, layout.length, "q_hi");
   // What follows trusts these; a table made by SpanMask passes.

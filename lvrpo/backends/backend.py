@@ -50,8 +50,8 @@ class Backend:
         parts = library.COMPOSITES.get(op)
         return self.has_kernels(op) if parts is None else all(map(self.implements, parts))
 
-    def known(self, choice: str) -> Collection[str] | None:
-        """The names that its kernels know for a choice such as "surrogate"; None for all."""
+    def known(self, op: str, choice: str) -> Collection[str] | None:
+        """The names that its kernels of an op know for a choice like "surrogate"; None for all."""
         return None
 
     def limit(self, op: str, arguments: Mapping[str, Any]) -> str:
@@ -77,10 +77,12 @@ class Backend:
         if self.why_unavailable():
             return [self.why_unavailable()]
         reasons = []
+        parts = library.COMPOSITES.get(op, (op,))
         for choice, name in (choices or {}).items():
-            known = self.known(choice)
-            if known is not None and name not in known:
-                listed = ", ".join(known)
+            by_part = [self.known(part, choice) for part in parts]
+            known = [chosen for names in by_part if names is not None for chosen in names]
+            if None not in by_part and name not in known:
+                listed = ", ".join(known) or "none"
                 reasons.append(f"{choice} {name!r} has no {self.name} kernel; known: {listed}")
         if arguments is not None and (limit := self.limit(op, arguments)):
             reasons.append(limit)
@@ -96,7 +98,7 @@ class Backend:
         return reasons
 
     def op(self, name: str) -> Function:
-        """What runs the kernels of `torch.ops.lvrpo.<name>`."""
+        """What runs the kernels of `torch.ops.lvrpo.<name>`; choices go by keyword, as names."""
         raise NotImplementedError
 
     def functional(self, op: str, reference: Function) -> Function | None:

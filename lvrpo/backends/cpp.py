@@ -41,10 +41,20 @@ class CompiledBackend(Backend):
             return [library.MISSING]
         return super().why_not(op, tensors, choices, arguments)
 
+    def known(self, op: str, choice: str) -> Sequence[str]:
+        """Those that the extension lists."""
+        return library.CHOICES.get(op, {}).get(choice, ())
+
     def op(self, name: str) -> Function:
         """`torch.ops.lvrpo.<name>`, which picks the kernel by the device of the tensors."""
         function: Function = getattr(torch.ops.lvrpo, name)
-        return function
+        if not library.CHOICES.get(library.op_of(name)):
+            return function
+
+        def run(*arguments: Any, **choices: str) -> Any:
+            return function(*arguments, **library.positions(name, choices))
+
+        return run
 
 
 class CppBackend(CompiledBackend):

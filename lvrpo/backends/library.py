@@ -2,14 +2,16 @@
 
 That is a fake of every op, the Triton overloads and the composite ops. The schemas of the C++ ops
 are in `csrc/library.cpp`. A Triton overload is the op of the same name with `_triton` at the end,
-and of the same schema; its launcher is `lvrpo.kernels.<op>.<name>`.
+and of the same schema but for choices: one such as "clip" for the argument `surrogate` is a str
+here and for a Triton kernel, and for a C++ op the position of the name in `lvrpo._C.choices()`.
+Launchers are `lvrpo.kernels.<op>.<name>`.
 """
 
 from __future__ import annotations
 
 import importlib
 import importlib.util
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from types import ModuleType
 from typing import Any, TypeVar
 
@@ -33,6 +35,11 @@ def _load() -> tuple[ModuleType | None, str]:
 #: The compiled extension, or None; and why it is missing.
 EXTENSION, MISSING = _load()
 
+#: By op: for every argument that is a choice, the names that the C++ kernels know.
+CHOICES: Mapping[str, Mapping[str, Sequence[str]]] = getattr(EXTENSION, "choices", dict)()
+#: By op: the names of what a tensor holds, in the order of the C++ kernels.
+TABLES: Mapping[str, Mapping[str, Sequence[str]]] = getattr(EXTENSION, "tables", dict)()
+
 #: By where they run, a dispatch key or "triton": the names of the ops that have kernels.
 KERNELS: dict[str, set[str]] = {"CPU": set(), "CUDA": set(), "triton": set()}
 
@@ -50,7 +57,7 @@ def register(
 
     Args:
         name: of the op in `csrc/library.cpp`, whose schema the annotations of the shape function
-            repeat.
+            repeat, a choice as str.
         kernels: module of `lvrpo.kernels` that has a launcher called `name`; where there is no such
             module, there is no Triton overload.
         mutates: arguments that the op writes to.
@@ -100,11 +107,35 @@ def composite(
 
     def decorate(run: Function) -> Function:
         _define(name, torch.library.infer_schema(run, mutates_args=tuple(mutates)), run, fake)
-        op = name.removesuffix("_fwd").removesuffix("_bwd")
+        op = op_of(name)
         COMPOSITES[op] = tuple(sorted({*COMPOSITES.get(op, ()), *of}))
         return run
 
     return decorate
+
+
+def op_of(name: str) -> str:
+    """The op that `torch.ops.lvrpo.<name>` is a pass of."""
+    return name.removesuffix("_fwd").removesuffix("_bwd")
+
+
+def positions(name: str, choices: Mapping[str, str]) -> dict[str, int]:
+    """Choices as `torch.ops.lvrpo.<name>` takes them; all have to be known."""
+    known = CHOICES[op_of(name)] if choices else {}
+    return {argument: known[argument].index(chosen) for argument, chosen in choices.items()}
+
+
+def check_table(op: str, name: str, names: Sequence[str]) -> None:
+    """Refuse an extension in which a tensor of this op holds something else than `names`.
+
+    Raises:
+        ImportError: it does.
+    """
+    if EXTENSION is None:
+        return
+    built, expected = TABLES.get(op, {}).get(name), [column.lstrip("_") for column in names]
+    if built != expected:
+        raise ImportError(f"lvrpo._C has the {name} {built} in {op}, expected {expected}: {_STALE}")
 
 
 def has_module(op: str) -> bool:
@@ -116,7 +147,8 @@ def _check(name: str, schema: str) -> None:
     if not hasattr(torch.ops.lvrpo, name):
         raise ImportError(f"lvrpo._C has no op {name}: {_STALE}")
     built = getattr(torch.ops.lvrpo, name).default._schema
-    if _contract(built) != _contract(torch._C.parse_schema(name + schema)):
+    positional = schema.replace("str ", "int ")
+    if _contract(built) != _contract(torch._C.parse_schema(name + positional)):
         raise ImportError(f"lvrpo._C has {built}, expected {schema}: {_STALE}")
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -49,6 +49,14 @@ class TritonBackend(Backend):
     def has_kernels(self, op: str) -> bool:
         """Whether `lvrpo.kernels` has a launcher."""
         return not library.KERNELS["triton"].isdisjoint((op, f"{op}_fwd"))
+
+    def known(self, op: str, choice: str) -> Sequence[str]:
+        """Those that the launcher's file lists."""
+        if not library.has_module(op):
+            return ()
+        kernels = importlib.import_module(f"lvrpo.kernels.{op}")
+        names: dict[str, Sequence[str]] = getattr(kernels, "CHOICES", {})
+        return names.get(choice, ())
 
     def limit(self, op: str, arguments: Mapping[str, Any]) -> str:
         """Attention holds a tile of whole heads."""

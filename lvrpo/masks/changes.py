@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lvrpo.masks.host import check_on_host, host_ints, host_spans
-from lvrpo.masks.tables import SpanTables, Tables, ancestor_runs
+from lvrpo.masks.tables import SpanColumn, SpanTables, Tables, ancestor_runs
 
 
 def select_queries(mask: Tables, rows: Tensor | Sequence[int]) -> Tables:
@@ -27,12 +27,13 @@ def select_queries(mask: Tables, rows: Tensor | Sequence[int]) -> Tables:
             went = f"rows go from {first} to {last}"
             raise ValueError(f"SpanMask: {went}, expected [0, {mask.length})")
     edges = torch.searchsorted(chosen, torch.tensor(mask.span_offsets), out_int32=True)
-    slices = torch.stack([edges[:-1], edges[1:]], dim=1)
+    table = mask.spans.clone()
+    table[:, SpanColumn.ROW_BEGIN], table[:, SpanColumn.ROW_END] = edges[:-1], edges[1:]
     document_rows = torch.searchsorted(chosen, torch.tensor(mask.documents))
     return dataclasses.replace(
         mask,
         rows=chosen.int(),
-        spans=torch.cat([mask.spans[:, :5], slices, mask.spans[:, 7:]], dim=1),
+        spans=table,
         document_rows=tuple(document_rows.tolist()),
     )
 
@@ -62,7 +63,7 @@ def freeze(mask: Tables, spans: Sequence[int]) -> Tables:
     """See `SpanMask.freeze`."""
     frozen = sorted({*mask.frozen, *host_spans(spans, mask.num_spans)})
     table = mask.spans.clone()
-    table[frozen, 7] = 1
+    table[frozen, SpanColumn.FROZEN] = 1
     return dataclasses.replace(mask, spans=table, frozen=tuple(frozen))
 
 
@@ -71,8 +72,9 @@ def packing_invariant(mask: Tables) -> Tables:
     # Ranges that touch in one buffer need not in another, and kernels start anew with every range.
     runs, slices = ancestor_runs(mask.span_offsets, mask.parents, merged=False)
     table = mask.spans.clone()
-    table[:, 3:5] = torch.tensor(slices, dtype=torch.int32).view(-1, 2)
-    table[:, 8] = 1
+    begins, ends = torch.tensor(slices, dtype=torch.int32).view(-1, 2).unbind(1)
+    table[:, SpanColumn.RUN_BEGIN], table[:, SpanColumn.RUN_END] = begins, ends
+    table[:, SpanColumn.INVARIANT] = 1
     runs_table = torch.tensor(runs, dtype=torch.int32).view(-1, 2)
     return dataclasses.replace(mask, spans=table, runs=runs_table, invariant=True)
 

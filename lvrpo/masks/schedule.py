@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from lvrpo.masks.host import on_the_host
-from lvrpo.masks.tables import Schedule, SpanTables
+from lvrpo.masks.tables import Schedule, SpanColumn, SpanTables
 
 #: Rows or keys of a tile; a kernel with smaller tiles cuts them further.
 TILE = 128
@@ -42,8 +42,11 @@ def _query_tiles(mask: SpanTables) -> Tensor:
     # Padding comes after the last span and sees nothing.
     first, last = (span.where(span < mask.num_spans, -1) for span in (first, last))
     spans = torch.cat([mask.spans, mask.spans.new_zeros(1, mask.spans.shape[1])])
-    start, _, _, run_begin, run_end = spans[first, :5].unbind(1)
-    _, stop, causal = spans[last, :3].unbind(1)
+    start, run_begin, run_end = (
+        spans[first, column]
+        for column in (SpanColumn.START, SpanColumn.RUN_BEGIN, SpanColumn.RUN_END)
+    )
+    stop, causal = (spans[last, column] for column in (SpanColumn.END, SpanColumn.CAUSAL))
     ancestors = torch.cat([mask.runs.new_zeros(1), mask.runs.diff(dim=1)[:, 0].cumsum(0)])
     keys = ancestors[run_end] - ancestors[run_begin]
     keys += torch.where(causal != 0, last_row + 1, stop) - start

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import enum
 from collections.abc import Sequence
 from itertools import accumulate, pairwise
 from typing import Any, NamedTuple, TypeVar
@@ -12,6 +13,20 @@ from torch import Tensor
 
 from lvrpo.masks.host import move, on_the_host
 from lvrpo.masks.layouts import Layout
+
+
+class SpanColumn(enum.IntEnum):
+    """Columns of `SpanTables.spans`; a slice is two of them, its begin and its end."""
+
+    START = 0
+    END = 1
+    CAUSAL = 2
+    RUN_BEGIN = 3
+    RUN_END = 4
+    ROW_BEGIN = 5
+    ROW_END = 6
+    FROZEN = 7
+    INVARIANT = 8
 
 
 class Schedule(NamedTuple):
@@ -46,8 +61,8 @@ class SpanTables:
         q_lo, q_hi: [L] int32. Key k is seen by the buffer rows q_lo[k] <= q < q_hi[k]. q_lo never
             decreases; both are equal for a key that nobody sees (padding).
         rows: [Lq] int32, ascending: the buffer row of each query; every row unless selected.
-        spans: [S, 9] int32, one span a row: first token, end, causal (0 or 1), its slice of `runs`
-            (begin, end), its slice of `rows` (begin, end), frozen, invariant (0 or 1).
+        spans: [S, 9] int32, one span a row, with the columns of `SpanColumn`: first token, end,
+            causal (0 or 1), its slice of `runs`, its slice of `rows`, frozen, invariant (0 or 1).
         runs: [N, 2] int32: maximal contiguous token ranges (begin, end), or one per ancestor if
             `invariant`. A span's slice lists all its ancestors' tokens, which every row of the span
             sees. Siblings share one slice.
@@ -96,8 +111,9 @@ class SpanTables:
     def frozen_keys(self) -> Tensor:
         """Bool [L]: whether a key is in a frozen span."""
         keys = self.span_offsets[-1]
-        lengths = self.spans[:, 1] - self.spans[:, 0]
-        frozen = torch.repeat_interleave(self.spans[:, 7] != 0, lengths, output_size=keys)
+        lengths = self.spans[:, SpanColumn.END] - self.spans[:, SpanColumn.START]
+        is_frozen = self.spans[:, SpanColumn.FROZEN] != 0
+        frozen = torch.repeat_interleave(is_frozen, lengths, output_size=keys)
         return torch.nn.functional.pad(frozen, (0, self.length - keys))
 
 
@@ -130,15 +146,7 @@ def tables(layout: Layout) -> dict[str, Any]:
         "q_lo": torch.where(causal.bool()[span_of], token, starts[span_of]),
         "q_hi": torch.tensor(subtree_ends, dtype=torch.int32)[span_of],
         "rows": token,
-        "spans": torch.cat(
-            [
-                torch.stack([starts, ends, causal], 1),
-                slices,
-                torch.stack([starts, ends], 1),
-                slices.new_zeros(len(slices), 2),
-            ],
-            dim=1,
-        ),
+        "spans": _span_table(starts, ends, causal, slices),
         "runs": torch.tensor(runs, dtype=torch.int32).view(-1, 2),
         "span_offsets": tuple(offsets),
         "parents": tuple(layout.parents),
@@ -146,6 +154,23 @@ def tables(layout: Layout) -> dict[str, Any]:
         "documents": documents,
         "document_rows": documents,
     }
+
+
+def _span_table(starts: Tensor, ends: Tensor, causal: Tensor, runs: Tensor) -> Tensor:
+    """Every row of the buffer is a query, and no span is frozen or invariant."""
+    begins, stops = runs.unbind(1)
+    columns = {
+        SpanColumn.START: starts,
+        SpanColumn.END: ends,
+        SpanColumn.CAUSAL: causal,
+        SpanColumn.RUN_BEGIN: begins,
+        SpanColumn.RUN_END: stops,
+        SpanColumn.ROW_BEGIN: starts,
+        SpanColumn.ROW_END: ends,
+        SpanColumn.FROZEN: torch.zeros_like(starts),
+        SpanColumn.INVARIANT: torch.zeros_like(starts),
+    }
+    return torch.stack([columns[column] for column in SpanColumn], dim=1)
 
 
 def _subtree_ends(offsets: list[int], parents: Sequence[int]) -> list[int]:

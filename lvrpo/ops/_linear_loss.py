@@ -16,11 +16,11 @@ from lvrpo import backends
 from lvrpo.backends import library
 from lvrpo.ops._loss_inputs import LossInputs
 from lvrpo.ops._numbers import numbers
-from lvrpo.ops.grpo_loss import choices_of, numbers_of
+from lvrpo.ops.grpo_loss import numbers_of
 from lvrpo.ops.head import budget as _inputs
 from lvrpo.ops.head import loss as _fused_loss
 from lvrpo.ops.head.gemm import LinearHead, dtypes_of, fake_gradients
-from lvrpo.ops.head.loss import LossCall
+from lvrpo.ops.head.loss import LossCall, choices_by_name
 from lvrpo.ops.head.plan import plan_rows
 from lvrpo.ops.head.rows import OUTSIDE, HeadRows, Softmax
 from lvrpo.ops.head.targets import Targets
@@ -53,7 +53,8 @@ def fused_loss(
         [torch.is_grad_enabled() and x is not None and x.requires_grad for x in factors],
         (vocab.low, vocab.high, most),
         (
-            [int(data.per_token), *map(int, choices_of(params))],
+            data.per_token,
+            params.count_empty,
             # On policy the ratio of a sequence is 1 before its log-probs are known.
             params.sequence_level and data.old_logprobs is not None,
             params.sequence_level,
@@ -61,6 +62,7 @@ def fused_loss(
             params.entropy_coef != 0,
             backend,
         ),
+        params.choices(),
     )
     _inputs.refuse_rows("linear_grpo_loss", lse)
     return loss, statistics, logprobs, entropy
@@ -87,14 +89,17 @@ class _LinearGrpoLoss(torch.autograd.Function):
         needs: list[bool],
         head: tuple[Any, ...],
         loss: tuple[Any, ...],
+        choices: dict[str, str],
     ) -> tuple[Tensor, ...]:
         inputs = (
             *(hidden, weight, bias, token_ids, row_index, vocab_range),
             *(old_logprobs, advantages, cu_seqlens, ref_logprobs, mask, policy_weights),
             *(head_numbers, loss_numbers),
         )
-        ctx.how = needs, *head, *loss
-        *results, dhidden, dweight, dbias = torch.ops.lvrpo.linear_grpo_loss_fwd(*inputs, *ctx.how)
+        ctx.how, ctx.choices = (needs, *head, *loss), choices
+        *results, dhidden, dweight, dbias = torch.ops.lvrpo.linear_grpo_loss_fwd(
+            *inputs, *ctx.how, **choices
+        )
         ctx.dtype = hidden.dtype
         _fused_loss.keep(ctx, inputs, [dhidden, dweight, dbias])
         ctx.mark_non_differentiable(*results[1:])
@@ -106,10 +111,10 @@ class _LinearGrpoLoss(torch.autograd.Function):
         needs = ctx.needs_input_grad[:3]
         run = torch.ops.lvrpo.linear_grpo_loss_fwd
         scaled = _fused_loss.hand_over(
-            ctx, dloss, lambda: list(run(*ctx.saved_tensors, *ctx.how)[-3:])
+            ctx, dloss, lambda: list(run(*ctx.saved_tensors, *ctx.how, **ctx.choices)[-3:])
         )
         found = (g if wanted else None for g, wanted in zip(scaled, needs, strict=True))
-        return *found, *[None] * 14
+        return *found, *[None] * 15
 
 
 def _fwd_fake(
@@ -133,7 +138,7 @@ def _fwd_fake(
     like = hidden.new_empty(0, dtype=dtypes_of(hidden)[1])
     return (
         like.new_empty(()),
-        like.new_empty(STATISTICS, dtype=torch.float64),
+        like.new_empty(len(STATISTICS), dtype=torch.float64),
         like.new_empty(token_ids.shape),
         like.new_empty(token_ids.shape),
         like.new_empty(hidden.shape[0]),
@@ -161,16 +166,24 @@ def _fwd(
     low: int,
     high: int,
     most: int,
-    choices: Sequence[int],
+    advantage_per_token: bool,
+    count_empty: bool,
     whole_sequences: bool,
     per_sequence: bool,
     every_active: bool,
     entropy_bonus: bool,
     backend: str,
+    ratio: str,
+    surrogate: str,
+    kl: str,
+    kl_factor: str,
+    kl_gradient: str,
+    aggregation: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     loss_call = LossCall(
         *(old_logprobs, advantages, cu_seqlens, ref_logprobs, mask, policy_weights),
-        *(loss_numbers, choices),
+        *(loss_numbers, advantage_per_token, count_empty),
+        choices_by_name(ratio, surrogate, kl, kl_factor, kl_gradient, aggregation),
     )
     tokens = loss_call.tokens(row_index, every_active, per_sequence)
     plan = plan_rows(

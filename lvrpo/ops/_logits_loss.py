@@ -16,11 +16,11 @@ from lvrpo import backends
 from lvrpo.backends import library
 from lvrpo.ops._loss_inputs import LossInputs
 from lvrpo.ops._numbers import numbers
-from lvrpo.ops.grpo_loss import choices_of, numbers_of
+from lvrpo.ops.grpo_loss import numbers_of
 from lvrpo.ops.head import budget as _linear_inputs
 from lvrpo.ops.head import loss as _fused_loss
 from lvrpo.ops.head.gemm import Chunk, Rows
-from lvrpo.ops.head.loss import LossCall
+from lvrpo.ops.head.loss import LossCall, choices_by_name
 from lvrpo.ops.head.rows import OUTSIDE, HeadRows, Softmax
 from lvrpo.ops.head.targets import Targets, any_of
 from lvrpo.params.loss_metrics import STATISTICS
@@ -63,11 +63,13 @@ def fused_loss(
         inplace and not torch.compiler.is_compiling(),
         (
             softcap is not None,
-            [int(data.per_token), *map(int, choices_of(params))],
+            data.per_token,
+            params.count_empty,
             params.sequence_level,
             params.entropy_coef != 0,
             backend,
         ),
+        params.choices(),
     )
     _linear_inputs.refuse_rows("logits_grpo_loss", lse, "logits")
     return loss, statistics, logprobs, entropy
@@ -92,6 +94,7 @@ class _LogitsGrpoLoss(torch.autograd.Function):
         needed: bool,
         inplace: bool,
         how: tuple[Any, ...],
+        choices: dict[str, str],
     ) -> tuple[Tensor, ...]:
         inputs = (
             *(logits, token_ids, row_index, vocab_range),
@@ -99,8 +102,9 @@ class _LogitsGrpoLoss(torch.autograd.Function):
             *(head_numbers, loss_numbers),
         )
         dlogits = _gradient_of(logits, inplace) if needed else logits.new_empty(0, 0)
-        results = torch.ops.lvrpo.logits_grpo_loss_fwd(dlogits, *inputs, *how)
-        ctx.dtype, ctx.inplace, ctx.how = logits.dtype, inplace and needed, how
+        results = torch.ops.lvrpo.logits_grpo_loss_fwd(dlogits, *inputs, *how, **choices)
+        ctx.dtype, ctx.inplace = logits.dtype, inplace and needed
+        ctx.how, ctx.choices = how, choices
         if ctx.inplace:
             torch.autograd.graph.increment_version(logits)
         _fused_loss.keep(ctx, inputs, [dlogits])
@@ -121,10 +125,10 @@ class _LogitsGrpoLoss(torch.autograd.Function):
         def again() -> list[Tensor]:
             logits, *others = ctx.saved_tensors
             dlogits = _gradient_of(logits, inplace=False)
-            torch.ops.lvrpo.logits_grpo_loss_fwd(dlogits, logits, *others, *ctx.how)
+            torch.ops.lvrpo.logits_grpo_loss_fwd(dlogits, logits, *others, *ctx.how, **ctx.choices)
             return [dlogits]
 
-        return *_fused_loss.hand_over(ctx, dloss, again), *[None] * 14
+        return *_fused_loss.hand_over(ctx, dloss, again), *[None] * 15
 
 
 def _gradient_of(logits: Tensor, inplace: bool) -> Tensor:
@@ -140,7 +144,7 @@ def _fwd_fake(
     like = logits.new_empty(0, dtype=dtypes_of(logits)[0])
     return (
         like.new_empty(()),
-        like.new_empty(STATISTICS, dtype=torch.float64),
+        like.new_empty(len(STATISTICS), dtype=torch.float64),
         like.new_empty(token_ids.shape),
         like.new_empty(token_ids.shape),
         like.new_empty(logits.shape[0]),
@@ -165,12 +169,20 @@ def _fwd(
     head_numbers: Tensor,
     loss_numbers: Tensor,
     has_softcap: bool,
-    choices: Sequence[int],
+    advantage_per_token: bool,
+    count_empty: bool,
     per_sequence: bool,
     entropy_bonus: bool,
     backend: str,
+    ratio: str,
+    surrogate: str,
+    kl: str,
+    kl_factor: str,
+    kl_gradient: str,
+    aggregation: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     data = old_logprobs, advantages, cu_seqlens, ref_logprobs, mask, policy_weights
+    choices = choices_by_name(ratio, surrogate, kl, kl_factor, kl_gradient, aggregation)
     gradient = dlogits.numel() > 0
     runs_on = backends.named(backend)
     fused = runs_on.fused("logits_grpo_loss")
@@ -178,10 +190,11 @@ def _fwd(
         results: tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
         results = fused(
             *(dlogits, logits, token_ids, vocab_range, *data),
-            *(head_numbers, loss_numbers, has_softcap, *choices),
+            *(head_numbers, loss_numbers, has_softcap, advantage_per_token, count_empty),
+            **choices,
         )
         return results
-    loss_call = LossCall(*data, loss_numbers, choices)
+    loss_call = LossCall(*data, loss_numbers, advantage_per_token, count_empty, choices)
     head = GivenLogits(logits.detach(), dlogits)
     rows = HeadRows(head, Softmax(head_numbers, runs_on), token_ids, row_index, vocab_range)
     seen = any_of(mask, row_index, len(logits))

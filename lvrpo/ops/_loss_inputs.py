@@ -15,7 +15,7 @@ from torch import Tensor
 
 from lvrpo import checks
 from lvrpo.ops.head.targets import Targets
-from lvrpo.params.loss_metrics import LossMetrics
+from lvrpo.params.loss_metrics import STATISTICS, LossMetrics
 from lvrpo.params.policy_loss import FusedPolicyLoss, LossParams
 from lvrpo.token_layout import TokenLayout, token_layout
 
@@ -104,12 +104,10 @@ class LossInputs:
             positive = self.divisor > 0
             divisor = torch.where(positive, self.divisor, 1.0)
             loss = torch.where(positive, loss / divisor.to(loss.dtype), 0.0)
-            of_policy = torch.where(positive, statistics[:1] / divisor, 0.0)
-            statistics = torch.cat([of_policy, statistics[1:]])
+            divided = torch.where(positive, statistics / divisor, 0.0)
+            statistics = torch.where(_is("policy_loss", statistics), divided, statistics)
         if self.lost is not None:
-            number = torch.arange(len(statistics), device=statistics.device)
-            counts = number == LossMetrics.SUMS.index("dropped_tokens")
-            statistics = statistics + self.lost * counts
+            statistics = statistics + self.lost * _is("dropped_tokens", statistics)
         metrics = LossMetrics.from_statistics(statistics.detach())
         if checks.check_values(loss):
             self._refuse(loss, metrics, logprobs)
@@ -228,6 +226,12 @@ def loss_inputs(
         divisor=divisor,
         denominator=denominator,
     )
+
+
+def _is(name: str, statistics: Tensor) -> Tensor:
+    """Which of the statistics that is."""
+    number = torch.arange(len(statistics), device=statistics.device)
+    return number == STATISTICS.index(name)
 
 
 def _per_token(

@@ -5,7 +5,6 @@ N pairs of (image, trained step), D elements in each. Derivation: docs/ops/flow_
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -20,8 +19,7 @@ from lvrpo.ops._flow_inputs import FlowInputs, as_denominator, per_sample
 from lvrpo.ops._numbers import numbers
 from lvrpo.ops.flow_step import check_latents
 from lvrpo.params.flow import (
-    KL_FORMS,
-    VARIANTS,
+    FLOW_NUMBERS,
     FlowLossMetrics,
     FlowLossParams,
     FlowPolicyLoss,
@@ -31,6 +29,9 @@ from lvrpo.reference.flow_policy_loss import flow_policy_loss as reference_flow_
 
 OP = "flow_policy_loss"
 _DEFAULT = FlowLossParams()
+library.check_table(OP, "numbers", FLOW_NUMBERS)
+library.check_table(OP, "sums", FlowLossMetrics.SUMS)
+library.check_table(OP, "extremes", FlowLossMetrics.EXTREMES)
 
 
 @checks.replaced(sample_weights=checks.MASK_AND_WEIGHTS)
@@ -106,7 +107,7 @@ def flow_policy_loss(
         raise ValueError(f"{OP}: velocity_ref is None, but params.beta is {params.beta}")
     inputs.check(OP, divides_by_dt=params.variant == "guard")
     tensors = *inputs.latents().values(), *inputs.samples().values(), coeffs.std
-    chosen = backends.resolve(OP, tensors, backend)
+    chosen = backends.resolve(OP, tensors, backend, choices=params.choices())
     functional = chosen.functional(OP, reference_flow_policy_loss)
     if functional is not None:
         loss, named = functional(**inputs.arguments(), params=params)
@@ -140,8 +141,7 @@ def _apply(
         data(inputs.policy_weights),
         data(inputs.denominator),
         _numbers(params),
-        VARIANTS.index(params.variant),
-        KL_FORMS.index(params.kl),
+        params.choices(),
         params.beta > 0,
         backend,
     )
@@ -163,8 +163,7 @@ class _FlowPolicyLoss(torch.autograd.Function):
         policy_weights: Tensor | None,
         denominator: Tensor | None,
         numbers: Tensor,
-        variant: int,
-        kl: int,
+        choices: dict[str, str],
         pulls: bool,
         backend: Backend,
     ) -> tuple[Tensor, Tensor, Tensor]:
@@ -181,8 +180,7 @@ class _FlowPolicyLoss(torch.autograd.Function):
             policy_weights,
             denominator,
             numbers,
-            variant,
-            kl,
+            **choices,
         )
         reference = velocity_ref if pulls else None
         ctx.backend = backend
@@ -197,7 +195,7 @@ class _FlowPolicyLoss(torch.autograd.Function):
         dvelocity = ctx.backend.op("flow_policy_loss_bwd")(
             dloss, velocity, velocity_old, noise, velocity_ref, directions
         )
-        return dvelocity, *[None] * 15
+        return dvelocity, *[None] * 14
 
 
 @library.register("flow_policy_loss_fwd", kernels=OP)
@@ -214,8 +212,8 @@ def _fwd_fake(
     policy_weights: Tensor | None,
     denominator: Tensor | None,
     numbers: Tensor,
-    variant: int,
-    kl: int,
+    variant: str,
+    kl: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return (
         velocity_old.new_empty(()),
@@ -238,13 +236,5 @@ def _bwd_fake(
 
 
 def _numbers(params: FlowLossParams) -> Tensor:
-    """As the C++ op takes them: no clamp and no limit as inf, "mean" as 0."""
-    return numbers(
-        params.clip_low,
-        params.clip_high,
-        math.inf if params.adv_clip is None else params.adv_clip,
-        0.0 if params.log_ratio_scale == "mean" else params.log_ratio_scale,
-        math.inf if params.log_ratio_limit is None else params.log_ratio_limit,
-        params.tau,
-        params.beta,
-    )
+    named = params.numbers()
+    return numbers(*(named[name] for name in FLOW_NUMBERS))

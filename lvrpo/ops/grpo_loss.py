@@ -5,9 +5,8 @@ T packed tokens or [B, C] padded ones, B sequences. Derivation: docs/ops/grpo_lo
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
-from typing import Any, get_args
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,23 +18,15 @@ from lvrpo.dtypes import widen
 from lvrpo.ops._loss_inputs import Level, Numbers, loss_inputs
 from lvrpo.ops._numbers import numbers
 from lvrpo.params.loss_metrics import STATISTICS, LossMetrics
-from lvrpo.params.policy_loss import (
-    KL,
-    LOSS_PRESETS,
-    Aggregation,
-    KLFactor,
-    KLGradient,
-    LossParams,
-    PolicyLoss,
-    Ratio,
-    Surrogate,
-)
+from lvrpo.params.policy_loss import LOSS_NUMBERS, LOSS_PRESETS, LossParams, PolicyLoss
 from lvrpo.reference.grpo_loss import grpo_loss as reference_grpo_loss
 
 OP = "grpo_loss"
 __all__ = ["LOSS_PRESETS", "LossMetrics", "LossParams", "PolicyLoss", "grpo_loss", "loss_op"]
 
 _DEFAULT = LossParams()
+library.check_table(OP, "numbers", LOSS_NUMBERS)
+library.check_table(OP, "statistics", STATISTICS)
 
 
 @checks.replaced(token_weights=checks.MASK_AND_WEIGHTS)
@@ -118,7 +109,8 @@ def grpo_loss(
     if params.entropy_coef != 0 and entropy is None:
         raise ValueError(f"{OP}: entropy is None, but entropy_coef is {params.entropy_coef}")
     logp = logp.reshape(-1)
-    chosen = backends.resolve(OP, (logprobs, *data.tensors()), backend)
+    tensors = (logprobs, *data.tensors())
+    chosen = backends.resolve(OP, tensors, backend, choices=params.choices())
     functional = chosen.functional(OP, reference_grpo_loss)
     if functional is not None:
         loss, statistics = functional(logp, entropy=data.entropy, **data.for_reference())
@@ -133,7 +125,9 @@ def grpo_loss(
             data.mask,
             data.policy_weights,
             numbers_of(params, data.denominator),
-            (data.per_token, *choices_of(params)),
+            data.per_token,
+            params.count_empty,
+            params.choices(),
             chosen,
         )
     return PolicyLoss(*data.finish(loss, statistics, logp))
@@ -143,62 +137,18 @@ def loss_op(backend: Backend) -> Callable[..., tuple[Tensor, Tensor, Tensor, Ten
     """`grpo_loss_fwd` of a backend with kernels, for ops that form this loss inside.
 
     Called with (logprobs, old_logprobs, advantages, cu_seqlens, ref_logprobs, entropy, mask,
-    policy_weights, numbers_of(params, denominator), per_token, *choices_of(params)), all floating
-    tensors in the dtype of `logprobs`. Returns loss, statistics, and the derivatives of the loss by
-    `logprobs` and `entropy`; nothing is checked and nothing is differentiable.
+    policy_weights, numbers_of(params, denominator), per_token, params.count_empty,
+    **params.choices()), all floating tensors in the dtype of `logprobs`. Returns loss, statistics,
+    and the derivatives of the loss by `logprobs` and `entropy`; nothing is checked and nothing is
+    differentiable.
     """
     return backend.op("grpo_loss_fwd")
 
 
-def choices_of(params: LossParams) -> tuple[int, ...]:
-    """The names among the parameters as numbers, in the order of `lvrpo::grpo_loss_fwd`."""
-    return (
-        get_args(Ratio).index(params.ratio),
-        get_args(Surrogate).index(params.surrogate),
-        get_args(KL).index(params.kl),
-        get_args(KLFactor).index(params.kl_factor),
-        get_args(KLGradient).index(params.kl_gradient),
-        get_args(Aggregation).index(params.aggregation),
-        params.count_empty,
-    )
-
-
-#: What `numbers_of` holds, in this order; `Numbers` in csrc/common/policy_terms.h is the same list.
-NUMBERS = (
-    *("clip_low", "clip_high", "ratio_cap", "log_ratio_limit"),
-    *("shape_pos_0", "shape_pos_1", "shape_neg_0", "shape_neg_1"),
-    *("beta", "kl_log_ratio_limit", "kl_limit", "entropy_coef"),
-    *("max_length", "denominator"),
-)
-
-
 def numbers_of(params: LossParams, denominator: float | None = None) -> Tensor:
-    """The numbers among the parameters as fp64 on the host: an absent bound is infinite.
-
-    A `denominator` of None, for the op's own count, is -1.
-    """
-    shape: tuple[float, ...] = (0.0, 0.0, 0.0, 0.0)
-    if params.surrogate == "sigmoid":
-        shape = (params.gate_pos, 0.0, params.gate_neg, 0.0)
-    elif params.surrogate == "gamma":
-        shape = (*params.gamma_pos, *params.gamma_neg)
-    return numbers(
-        params.clip_low,
-        params.clip_high,
-        _or_infinity(params.ratio_cap),
-        _or_infinity(params.log_ratio_limit),
-        *shape,
-        params.beta,
-        _or_infinity(params.kl_log_ratio_limit),
-        _or_infinity(params.kl_limit),
-        params.entropy_coef,
-        params.max_length or 1,
-        -1.0 if denominator is None else denominator,
-    )
-
-
-def _or_infinity(bound: float | None) -> float:
-    return math.inf if bound is None else bound
+    """`params.numbers(denominator)` in the order of `LOSS_NUMBERS`, as fp64 on the host."""
+    named = params.numbers(denominator)
+    return numbers(*(named[name] for name in LOSS_NUMBERS))
 
 
 class _GrpoLoss(torch.autograd.Function):
@@ -214,7 +164,9 @@ class _GrpoLoss(torch.autograd.Function):
         mask: Tensor | None,
         policy_weights: Tensor | None,
         numbers: Tensor,
-        choices: tuple[int, ...],
+        advantage_per_token: bool,
+        count_empty: bool,
+        choices: dict[str, str],
         backend: Backend,
     ) -> tuple[Tensor, Tensor]:
         loss, statistics, dlogprobs, dentropy = loss_op(backend)(
@@ -227,7 +179,9 @@ class _GrpoLoss(torch.autograd.Function):
             mask,
             policy_weights,
             numbers,
-            *choices,
+            advantage_per_token,
+            count_empty,
+            **choices,
         )
         ctx.save_for_backward(dlogprobs, dentropy)
         ctx.mark_non_differentiable(statistics)
@@ -238,7 +192,7 @@ class _GrpoLoss(torch.autograd.Function):
     def backward(ctx: Any, dloss: Tensor, _: Tensor) -> tuple[Any, ...]:
         dlogprobs, dentropy = ctx.saved_tensors
         to_entropy = dloss * dentropy if ctx.needs_input_grad[1] else None
-        return dloss * dlogprobs, to_entropy, *[None] * 9
+        return dloss * dlogprobs, to_entropy, *[None] * 11
 
 
 @library.register("grpo_loss_fwd", kernels=OP)
@@ -253,17 +207,17 @@ def _fwd_fake(
     policy_weights: Tensor | None,
     numbers: Tensor,
     advantage_per_token: bool,
-    ratio: int,
-    surrogate: int,
-    kl: int,
-    kl_factor: int,
-    kl_gradient: int,
-    aggregation: int,
     count_empty: bool,
+    ratio: str,
+    surrogate: str,
+    kl: str,
+    kl_factor: str,
+    kl_gradient: str,
+    aggregation: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return (
         logprobs.new_empty(()),
-        logprobs.new_empty(STATISTICS, dtype=torch.float64),
+        logprobs.new_empty(len(STATISTICS), dtype=torch.float64),
         logprobs.new_empty(logprobs.shape),
         logprobs.new_empty(0 if entropy is None else entropy.shape[0]),
     )

@@ -124,7 +124,8 @@ def linear_grpo_loss(
         params=params,
     ).of_targets(targets, strange)
     indices = targets.token_ids, targets.row_index, targets.ranges
-    chosen = backends.resolve(OP, (*factors, *indices, *data.tensors()), backend)
+    tensors = (*factors, *indices, *data.tensors())
+    chosen = backends.resolve(OP, tensors, backend, choices=params.choices())
     functional = chosen.functional(OP, reference_linear_grpo_loss)
     if functional is not None:
         with checks.without_autocast(hidden):

@@ -119,7 +119,8 @@ def logits_grpo_loss(
         params=params,
     ).of_targets(targets, strange)
     indices = targets.token_ids, targets.row_index, targets.ranges
-    chosen = backends.resolve(OP, (logits, *indices, *data.tensors()), backend)
+    tensors = (logits, *indices, *data.tensors())
+    chosen = backends.resolve(OP, tensors, backend, choices=params.choices())
     functional = chosen.functional(OP, reference_logits_grpo_loss)
     if functional is not None:
         with checks.without_autocast(logits):

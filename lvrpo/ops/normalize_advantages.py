@@ -5,9 +5,8 @@ B samples, K rewards, P groups. Derivation: docs/ops/normalize_advantages.md.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
-from typing import Any, get_args
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,18 +15,19 @@ from lvrpo import backends, checks
 from lvrpo.backends import library
 from lvrpo.ops._numbers import numbers
 from lvrpo.params.advantages import (
+    ADVANTAGE_NUMBERS,
+    ADVANTAGE_STATS,
     AdvantageParams,
     Advantages,
     AdvantageStats,
-    Baseline,
-    Scale,
-    Whiten,
 )
 from lvrpo.reference.normalize_advantages import normalize_advantages as reference_advantages
 
 OP = "normalize_advantages"
 _DEFAULT = AdvantageParams()
 _CPU = torch.device("cpu")
+library.check_table(OP, "numbers", ADVANTAGE_NUMBERS)
+library.check_table(OP, "stats", ADVANTAGE_STATS)
 
 
 def normalize_advantages(
@@ -76,29 +76,26 @@ def normalize_advantages(
     tokens = _as_lengths(lengths, table, params)
     checks.check_same_device(OP, rewards=table, groups=offsets, weights=factors, lengths=tokens)
     tensors = (table, offsets, factors, tokens)
-    chosen = backends.resolve(OP, tensors, backend)
+    chosen = backends.resolve(OP, tensors, backend, choices=params.choices())
     functional = chosen.functional(OP, reference_advantages)
     if functional is not None:
         values, per_reward, *stats = functional(*tensors, params=params)
     else:
         values, per_reward, columns, all_zero = chosen.op(OP)(
-            *tensors,
-            params.combine == "decoupled",
-            get_args(Baseline).index(params.baseline),
-            get_args(Scale).index(params.scale),
-            get_args(Whiten).index(params.whiten),
-            numbers(
-                params.ddof,
-                params.eps,
-                params.std_floor,
-                math.inf if params.clip is None else params.clip,
-            ),
+            *tensors, numbers_of(params), **params.choices()
         )
         stats = [*columns.unbind(), all_zero]
     if exact:
         values, per_reward = values.float(), per_reward.float()
         stats = [*(x.float() for x in stats[:-1]), stats[-1]]
-    return Advantages(values, per_reward, AdvantageStats(*stats))
+    named = dict(zip((*ADVANTAGE_STATS, "all_zero"), stats, strict=True))
+    return Advantages(values, per_reward, AdvantageStats(**named))
+
+
+def numbers_of(params: AdvantageParams) -> Tensor:
+    """`params.numbers()` in the order of `ADVANTAGE_NUMBERS`, as fp64 on the host."""
+    named = params.numbers()
+    return numbers(*(named[name] for name in ADVANTAGE_NUMBERS))
 
 
 @library.register(OP, kernels=OP)
@@ -107,15 +104,15 @@ def _fake(
     offsets: Tensor,
     weights: Tensor,
     lengths: Tensor | None,
-    decoupled: bool,
-    baseline: int,
-    scale: int,
-    whiten: int,
     numbers: Tensor,
+    combine: str,
+    baseline: str,
+    scale: str,
+    whiten: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     dtype = torch.float64 if rewards.dtype == torch.float64 else torch.float32
     batch, count = rewards.shape
-    shapes: list[tuple[int, ...]] = [(batch,), (batch, count), (5, count)]
+    shapes: list[tuple[int, ...]] = [(batch,), (batch, count), (len(ADVANTAGE_STATS), count)]
     values, per_reward, stats = (rewards.new_empty(shape, dtype=dtype) for shape in shapes)
     return values, per_reward, stats, rewards.new_empty((), dtype=torch.bool)
 

@@ -17,11 +17,12 @@ from lvrpo import backends, checks
 from lvrpo.backends import library
 from lvrpo.masks import SpanMask
 from lvrpo.masks.schedule import schedule
-from lvrpo.masks.tables import Schedule
+from lvrpo.masks.tables import Schedule, SpanColumn
 from lvrpo.ops._numbers import numbers
 from lvrpo.reference.packed_attention import packed_attention as reference_packed_attention
 
 OP = "packed_attention"
+library.check_table(OP, "spans", [column.name.lower() for column in SpanColumn])
 
 
 @overload
@@ -155,7 +156,7 @@ def _with_constant_keys(*tables: Tensor | None) -> tuple[Tensor | None, ...]:
     *head, spans, runs, query_tiles, key_work, key_parts = tables
     assert spans is not None
     spans = spans.clone()
-    spans[:, 7] = 1
+    spans[:, SpanColumn.FROZEN] = 1
     key_work, key_parts = (None if x is None else x[:0] for x in (key_work, key_parts))
     return (*head, spans, runs, query_tiles, key_work, key_parts)
 

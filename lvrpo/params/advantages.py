@@ -8,10 +8,21 @@ from typing import Any, Literal, get_args
 
 from torch import Tensor
 
+from lvrpo.params._validate import check_choices, from_preset
+
 Combine = Literal["decoupled", "sum"]
 Baseline = Literal["mean", "leave_one_out", "length", "second_best", "none"]
 Scale = Literal["group", "leave_one_out", "batch", "nonzero", "none"]
 Whiten = Literal["none", "sequence", "token"]
+#: By parameter: the names that it has.
+ADVANTAGE_CHOICES: dict[str, tuple[str, ...]] = {
+    "combine": get_args(Combine),
+    "baseline": get_args(Baseline),
+    "scale": get_args(Scale),
+    "whiten": get_args(Whiten),
+}
+#: What kernels take as one tensor of numbers, in its order.
+ADVANTAGE_NUMBERS = ("ddof", "eps", "std_floor", "clip")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,14 +61,7 @@ class AdvantageParams:
     def __post_init__(self) -> None:
         if isinstance(self.whiten, bool):
             object.__setattr__(self, "whiten", "sequence" if self.whiten else "none")
-        choices = {"combine": Combine, "baseline": Baseline, "scale": Scale, "whiten": Whiten}
-        for name, choice in choices.items():
-            value = getattr(self, name)
-            if value not in get_args(choice):
-                expected = ", ".join(get_args(choice))
-                raise ValueError(
-                    f"AdvantageParams: {name} is {value!r}, expected one of {expected}"
-                )
+        check_choices(self, ADVANTAGE_CHOICES)
         if self.ddof not in (0, 1):
             raise ValueError(f"AdvantageParams: ddof is {self.ddof}, expected 0 or 1")
         for name in ("eps", "std_floor"):
@@ -85,6 +89,15 @@ class AdvantageParams:
         """Whether the estimator counts the tokens of a sample."""
         return self.baseline == "length" or self.whiten == "token"
 
+    def choices(self) -> dict[str, str]:
+        """The parameters that are names."""
+        return {name: getattr(self, name) for name in ADVANTAGE_CHOICES}
+
+    def numbers(self) -> dict[str, float]:
+        """The parameters that are numbers, as kernels take them: no clip is an infinite one."""
+        named = {name: getattr(self, name) for name in ADVANTAGE_NUMBERS}
+        return named | {"clip": math.inf if self.clip is None else self.clip}
+
     @classmethod
     def preset(cls, name: str, **changes: Any) -> AdvantageParams:
         """A published estimator by name, with single fields changed by keyword.
@@ -92,10 +105,7 @@ class AdvantageParams:
         "paper" is LVRPO's Eq 3, "decoupled" GDPO with a floor, "dr_grpo" the group mean alone,
         "rloo" leave-one-out; docs/ops/normalize_advantages.md has the formula of each.
         """
-        if name not in ADVANTAGE_PRESETS:
-            expected = ", ".join(ADVANTAGE_PRESETS)
-            raise ValueError(f"AdvantageParams: preset is {name!r}, expected one of {expected}")
-        return cls(**ADVANTAGE_PRESETS[name] | changes)
+        return from_preset(cls, ADVANTAGE_PRESETS, name, changes)
 
 
 _SUM = {"combine": "sum", "std_floor": 0.0, "whiten": "none"}
@@ -143,6 +153,12 @@ class AdvantageStats:
     std: Tensor
     applicable: Tensor
     all_zero: Tensor
+
+
+#: The rows of the table that kernels make of them; `all_zero` is a tensor of its own.
+ADVANTAGE_STATS = tuple(
+    field.name for field in dataclasses.fields(AdvantageStats) if field.name != "all_zero"
+)
 
 
 @dataclasses.dataclass(frozen=True)

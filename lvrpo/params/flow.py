@@ -8,14 +8,20 @@ from typing import Any, Literal, NamedTuple, get_args
 
 from torch import Tensor
 
+from lvrpo.params._validate import check_choices
 from lvrpo.params.log_ratio import LOG_RATIO_LIMIT
 from lvrpo.params.metrics import Maximum, Mean, Metrics, Minimum, Total
 
 Variant = Literal["ppo", "guard", "dppo"]
 KlForm = Literal["velocity_mse", "gaussian", "no_dt", "dmu2"]
-# The position of a name is its number in csrc/cpu/flow_policy_loss.cpp.
 VARIANTS: tuple[str, ...] = get_args(Variant)
 KL_FORMS: tuple[str, ...] = get_args(KlForm)
+#: By parameter: the names that it has.
+FLOW_CHOICES = {"variant": VARIANTS, "kl": KL_FORMS}
+#: What kernels take as one tensor of numbers, in its order.
+FLOW_NUMBERS = (
+    *("clip_low", "clip_high", "adv_clip", "log_ratio_scale", "log_ratio_limit", "tau", "beta"),
+)
 
 
 @dataclass(frozen=True)
@@ -55,12 +61,11 @@ class FlowLossParams:
     beta: float = 0.0
 
     def __post_init__(self) -> None:
+        check_choices(self, FLOW_CHOICES)
         scale = self.log_ratio_scale
         scaled = scale == "mean" or (isinstance(scale, (int, float)) and 0 < scale < math.inf)
         limit = self.log_ratio_limit
         for name, fits, expected in (
-            ("variant", self.variant in VARIANTS, f"one of {', '.join(VARIANTS)}"),
-            ("kl", self.kl in KL_FORMS, f"one of {', '.join(KL_FORMS)}"),
             ("clip_low", 0 <= self.clip_low <= 1, "[0, 1]"),
             *((name, getattr(self, name) >= 0, ">= 0") for name in ("clip_high", "tau")),
             ("beta", 0 <= self.beta < math.inf, "finite and >= 0"),
@@ -71,6 +76,19 @@ class FlowLossParams:
             if not fits:
                 value = getattr(self, name)
                 raise ValueError(f"FlowLossParams: {name} is {value!r}, expected {expected}")
+
+    def choices(self) -> dict[str, str]:
+        """The parameters that are names."""
+        return {name: getattr(self, name) for name in FLOW_CHOICES}
+
+    def numbers(self) -> dict[str, float]:
+        """The others, as kernels take them: no clamp and no limit as infinity, "mean" as 0."""
+        named = {name: getattr(self, name) for name in FLOW_NUMBERS}
+        for bound in ("adv_clip", "log_ratio_limit"):
+            named[bound] = math.inf if named[bound] is None else named[bound]
+        if self.log_ratio_scale == "mean":
+            named["log_ratio_scale"] = 0.0
+        return named
 
 
 @dataclass(frozen=True)

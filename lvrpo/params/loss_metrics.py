@@ -40,7 +40,6 @@ class LossMetrics(Metrics):
         kl_old_max: largest mean of `kl_old` over a sequence.
     """
 
-    # The order is that of `Statistics` in csrc/cpu/grpo_loss.cpp and of the reference.
     policy_loss = Total()
     kl = Mean("active_tokens")
     entropy = Mean("active_tokens")
@@ -82,4 +81,5 @@ class LossMetrics(Metrics):
         return as_scalar(torch.where(ratios == 0, 1.0, size))
 
 
-STATISTICS = len(LossMetrics.SUMS) + len(LossMetrics.EXTREMES)
+#: What `LossMetrics.from_statistics` takes, in its order.
+STATISTICS = (*LossMetrics.SUMS, *LossMetrics.EXTREMES)

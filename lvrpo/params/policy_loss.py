@@ -8,6 +8,7 @@ from typing import Any, Literal, NamedTuple, get_args
 
 from torch import Tensor
 
+from lvrpo.params._validate import check_choices, from_preset
 from lvrpo.params.log_ratio import LOG_RATIO_LIMIT
 from lvrpo.params.loss_metrics import LossMetrics
 
@@ -25,6 +26,23 @@ Aggregation = Literal[
     "seq_mean_token_sum_norm",
     "token_sum",
 ]
+#: By parameter: the names that it has.
+LOSS_CHOICES: dict[str, tuple[str, ...]] = {
+    "ratio": get_args(Ratio),
+    "surrogate": get_args(Surrogate),
+    "kl": get_args(KL),
+    "kl_factor": get_args(KLFactor),
+    "kl_gradient": get_args(KLGradient),
+    "aggregation": get_args(Aggregation),
+}
+#: What kernels take as one tensor of numbers, in its order. `shape_pos` and `shape_neg` are what a
+#: surrogate has besides the clip, for positive advantages and for the others.
+LOSS_NUMBERS = (
+    *("clip_low", "clip_high", "ratio_cap", "log_ratio_limit"),
+    *("shape_pos_0", "shape_pos_1", "shape_neg_0", "shape_neg_1"),
+    *("beta", "kl_log_ratio_limit", "kl_limit", "entropy_coef"),
+    *("max_length", "denominator"),
+)
 #: The ratios that each surrogate is defined for.
 SURROGATE_RATIOS: dict[str, tuple[str, ...]] = {
     "clip": get_args(Ratio),
@@ -107,19 +125,7 @@ class LossParams:
     count_empty: bool = True
 
     def __post_init__(self) -> None:
-        choices = {
-            "ratio": Ratio,
-            "surrogate": Surrogate,
-            "kl": KL,
-            "kl_factor": KLFactor,
-            "kl_gradient": KLGradient,
-            "aggregation": Aggregation,
-        }
-        for name, allowed in choices.items():
-            value = getattr(self, name)
-            if value not in get_args(allowed):
-                expected = ", ".join(get_args(allowed))
-                raise ValueError(f"LossParams: {name} is {value!r}, expected one of {expected}")
+        check_choices(self, LOSS_CHOICES)
         for name in ("clip_low", "clip_high"):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"LossParams: {name} is {getattr(self, name)}, expected >= 0")
@@ -179,6 +185,31 @@ class LossParams:
                 f"{self.aggregation!r}, which does not use it"
             )
 
+    def choices(self) -> dict[str, str]:
+        """The parameters that are names."""
+        return {name: getattr(self, name) for name in LOSS_CHOICES}
+
+    def numbers(self, denominator: float | None = None) -> dict[str, float]:
+        """The parameters that are numbers, as kernels take them, by the names of `LOSS_NUMBERS`.
+
+        An absent bound is infinite, and a `denominator` of None, for the op's own count, -1.
+        """
+        shape: tuple[float, ...] = (0.0, 0.0, 0.0, 0.0)
+        if self.surrogate == "sigmoid":
+            shape = (self.gate_pos, 0.0, self.gate_neg, 0.0)
+        elif self.surrogate == "gamma":
+            shape = (*self.gamma_pos, *self.gamma_neg)
+        bounds = ("ratio_cap", "log_ratio_limit", "kl_log_ratio_limit", "kl_limit")
+        names = ("shape_pos_0", "shape_pos_1", "shape_neg_0", "shape_neg_1")
+        return {
+            **{name: getattr(self, name) for name in ("clip_low", "clip_high", "beta")},
+            **{name: _or_infinity(getattr(self, name)) for name in bounds},
+            **dict(zip(names, shape, strict=True)),
+            "entropy_coef": self.entropy_coef,
+            "max_length": self.max_length or 1,
+            "denominator": -1.0 if denominator is None else denominator,
+        }
+
     @property
     def sequence_level(self) -> bool:
         """Whether the gradient of a token depends on the log-probs of its whole sequence."""
@@ -200,10 +231,11 @@ class LossParams:
 
         The names are those of `LOSS_PRESETS`; "dr_grpo" needs `max_length`.
         """
-        if name not in LOSS_PRESETS:
-            expected = ", ".join(LOSS_PRESETS)
-            raise ValueError(f"LossParams: preset is {name!r}, expected one of {expected}")
-        return cls(**LOSS_PRESETS[name] | changes)
+        return from_preset(cls, LOSS_PRESETS, name, changes)
+
+
+def _or_infinity(bound: float | None) -> float:
+    return math.inf if bound is None else bound
 
 
 LOSS_PRESETS: dict[str, dict[str, Any]] = {

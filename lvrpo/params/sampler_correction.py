@@ -8,19 +8,12 @@ from typing import Any, Literal, NamedTuple, get_args
 
 from torch import Tensor
 
+from lvrpo.params._validate import check_choices, from_preset
+
 Weight = Literal["none", "token", "seq_sum", "seq_mean"]
 Outside = Literal["truncate", "zero"]
 Statistic = Literal["ratio", "k2", "k3"]
 Level = Literal["token", "seq_sum", "seq_mean", "seq_any"]
-
-
-def _check_choices(params: Any, **choices: Any) -> None:
-    for name, allowed in choices.items():
-        value = getattr(params, name)
-        if value not in get_args(allowed):
-            expected = ", ".join(get_args(allowed))
-            owner = type(params).__name__
-            raise ValueError(f"{owner}: {name} is {value!r}, expected one of {expected}")
 
 
 def _check_bounds(params: Any) -> None:
@@ -51,7 +44,7 @@ class Rejection:
     high: float = math.inf
 
     def __post_init__(self) -> None:
-        _check_choices(self, statistic=Statistic, level=Level)
+        check_choices(self, {"statistic": get_args(Statistic), "level": get_args(Level)})
         _check_bounds(self)
 
 
@@ -81,7 +74,7 @@ class SamplerCorrectionParams:
     normalize: bool = False
 
     def __post_init__(self) -> None:
-        _check_choices(self, weight=Weight, outside=Outside)
+        check_choices(self, {"weight": get_args(Weight), "outside": get_args(Outside)})
         _check_bounds(self)
         if not isinstance(self.reject, tuple) or not all(
             isinstance(rejection, Rejection) for rejection in self.reject
@@ -97,12 +90,7 @@ class SamplerCorrectionParams:
         "tis", "icepop", "seq_mask_tis", "veto", and the four modes of TRL by TRL's names:
         "token_truncate", "token_mask", "sequence_truncate", "sequence_mask".
         """
-        if name not in SAMPLER_CORRECTION_PRESETS:
-            expected = ", ".join(SAMPLER_CORRECTION_PRESETS)
-            raise ValueError(
-                f"SamplerCorrectionParams: preset is {name!r}, expected one of {expected}"
-            )
-        return cls(**SAMPLER_CORRECTION_PRESETS[name] | changes)
+        return from_preset(cls, SAMPLER_CORRECTION_PRESETS, name, changes)
 
 
 _BAND = Rejection("ratio", "seq_mean", low=0.999, high=1.002)

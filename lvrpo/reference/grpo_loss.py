@@ -10,6 +10,7 @@ from torch import Tensor
 
 from lvrpo.dtypes import widen
 from lvrpo.params.log_ratio import LOG_RATIO_LIMIT
+from lvrpo.params.loss_metrics import STATISTICS
 from lvrpo.reference._log_ratio import saturate
 from lvrpo.reference._policy_terms import (
     Sequences,
@@ -107,7 +108,8 @@ def grpo_loss(
 
     measured = _Measured(active, asked, advantage, unbounded, ent, ref)
     statistics = _statistics(logp, log_ratio, sequences, measured, params)
-    return loss, torch.stack([policy_loss.detach().double(), *statistics])
+    statistics["policy_loss"] = policy_loss
+    return loss, torch.stack([statistics[name].detach().double() for name in STATISTICS])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -127,8 +129,8 @@ class _Measured:
 @torch.no_grad()
 def _statistics(
     logp: Tensor, log_ratio: Tensor, sequences: Sequences, x: _Measured, params: LossParams
-) -> list[Tensor]:
-    """All but the first that `LossMetrics.from_statistics` takes, in fp64."""
+) -> dict[str, Tensor]:
+    """What `LossMetrics.from_statistics` takes, by name, but for `policy_loss`."""
     # They have a limit whether or not the loss has one.
     limit = min(LOG_RATIO_LIMIT, params.log_ratio_limit or LOG_RATIO_LIMIT)
     kl = torch.zeros_like(logp)
@@ -157,21 +159,22 @@ def _statistics(
         found = torch.where(on, y.double(), -torch.inf)
         return torch.cat([found, found.new_full((1,), -torch.inf)]).amax()
 
-    statistics = (
-        of_tokens(kl),
-        of_tokens(x.entropy),
-        *(of_ratios(by) for by in (low, high, cap)),
-        of_ratios(ratio),
-        of_ratios(ratio.double().square()),
-        some.sum() if params.one_ratio_per_sequence else tokens,
-        of_tokens(kl_old),
-        tokens,
-        some.sum(),
-        (x.asked & ~x.active).sum(),
-        largest(-ratio, x.active),
-        largest(ratio, x.active),
-        largest(-of_sequences(low), some),
-        largest(of_sequences(high), some),
-        largest(of_sequences(kl_old), some),
-    )
-    return [y.double() for y in statistics]
+    return {
+        "kl": of_tokens(kl),
+        "entropy": of_tokens(x.entropy),
+        "clip_fraction_low": of_ratios(low),
+        "clip_fraction_high": of_ratios(high),
+        "clip_fraction_cap": of_ratios(cap),
+        "_ratio": of_ratios(ratio),
+        "_ratio_squared": of_ratios(ratio.double().square()),
+        "_ratios": some.sum() if params.one_ratio_per_sequence else tokens,
+        "kl_old": of_tokens(kl_old),
+        "active_tokens": tokens,
+        "active_sequences": some.sum(),
+        "dropped_tokens": (x.asked & ~x.active).sum(),
+        "ratio_min": largest(-ratio, x.active),
+        "ratio_max": largest(ratio, x.active),
+        "clip_fraction_low_min": largest(-of_sequences(low), some),
+        "clip_fraction_high_max": largest(of_sequences(high), some),
+        "kl_old_max": largest(of_sequences(kl_old), some),
+    }

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from lvrpo.dtypes import number
+from lvrpo.params.advantages import ADVANTAGE_STATS
 
 if TYPE_CHECKING:
     from lvrpo.params.advantages import AdvantageParams
@@ -26,7 +27,7 @@ def normalize_advantages(
     *,
     params: AdvantageParams,
 ) -> tuple[Tensor, ...]:
-    """See `lvrpo.normalize_advantages`; values, per_reward, then the fields of its stats."""
+    """See `lvrpo.normalize_advantages`; values, per_reward, `ADVANTAGE_STATS`, all_zero."""
     groups = _Groups(offsets, len(rewards))
     applies = rewards.isfinite()
     scored = applies.any(dim=1, keepdim=True)
@@ -103,9 +104,16 @@ def normalize_advantages(
     total = counted.sum(0)
     mean_reward = r.sum(0) / total
     std_reward = std((counted * (r - mean_reward)).square().sum(0), total)
-    stats = (share, constant_groups, mean_reward, std_reward, total / len(rewards))
+    stats = {
+        "share": share,
+        "constant_groups": constant_groups,
+        "mean": mean_reward,
+        "std": std_reward,
+        "applicable": total / len(rewards),
+    }
     dtype = torch.float64 if rewards.dtype == torch.float64 else torch.float32
-    return (*(x.to(dtype) for x in (values, per_reward, *stats)), (values == 0).all())
+    results = values, per_reward, *(stats[name] for name in ADVANTAGE_STATS)
+    return (*(x.to(dtype) for x in results), (values == 0).all())
 
 
 def _squares_of_others(

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import torch
 
 from lvrpo.kernels import grpo_loss as kernels
-from lvrpo.ops.grpo_loss import LossParams, choices_of, numbers_of
+from lvrpo.ops.grpo_loss import LossParams, numbers_of
 
 
 def call(
@@ -34,7 +34,8 @@ def call(
         of(tokens, not bare),
         numbers_of(params, denominator),
         per_token,
-        *choices_of(params),
+        params.count_empty,
+        **params.choices(),
     )
 
 

@@ -8,7 +8,7 @@ import torch
 
 from lvrpo.kernels import logits_grpo_loss as kernels
 from lvrpo.ops._numbers import numbers
-from lvrpo.ops.grpo_loss import LossParams, choices_of, numbers_of
+from lvrpo.ops.grpo_loss import LossParams, numbers_of
 from lvrpo.ops.head.rows import OUTSIDE
 
 
@@ -45,8 +45,9 @@ def call(
         numbers(temperature, softcap or 0.0, OUTSIDE),
         numbers_of(params),
         softcap is not None,
-        0,
-        *choices_of(params),
+        False,
+        params.count_empty,
+        **params.choices(),
     )
 
 

@@ -3,18 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import get_args
 
 import torch
 
 from lvrpo.kernels import normalize_advantages as kernels
-from lvrpo.ops._numbers import numbers
-from lvrpo.params.advantages import (
-    AdvantageParams,
-    Baseline,
-    Scale,
-    Whiten,
-)
+from lvrpo.ops.normalize_advantages import numbers_of
+from lvrpo.params.advantages import AdvantageParams
 
 
 def call(groups, samples, rewards, dtype, params) -> None:
@@ -24,16 +18,8 @@ def call(groups, samples, rewards, dtype, params) -> None:
         torch.empty(groups + 1, **index),
         torch.empty(rewards, dtype=torch.float64, device="meta"),
         torch.empty(samples, **index) if params.needs_lengths else None,
-        params.combine == "decoupled",
-        get_args(Baseline).index(params.baseline),
-        get_args(Scale).index(params.scale),
-        get_args(Whiten).index(params.whiten),
-        numbers(
-            params.ddof,
-            params.eps,
-            params.std_floor,
-            float("inf") if params.clip is None else params.clip,
-        ),
+        numbers_of(params),
+        **params.choices(),
     )
 
 

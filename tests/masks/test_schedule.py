@@ -14,6 +14,7 @@ from masks.layouts import masks
 from lvrpo.masks import SpanMask
 from lvrpo.masks import schedule as _mask_schedule
 from lvrpo.masks.positions import position_ids, target_index
+from lvrpo.masks.tables import SpanColumn
 
 
 def small(tile: int, rows: int = 1 << 20, parts: int = 1 << 20):
@@ -129,7 +130,7 @@ MASK = SpanMask.from_groups([([(9, "causal")], [[(4, "full")]] * 3)])
 def test_spans_to_freeze_come_in_any_form(spans):
     mask = MASK.freeze(spans)
     assert mask.frozen == (0, 2)
-    assert mask.spans[:, 7].tolist() == [1, 0, 1, 0]
+    assert mask.spans[:, SpanColumn.FROZEN].tolist() == [1, 0, 1, 0]
 
 
 BAD = {

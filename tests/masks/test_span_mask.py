@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 from masks.layouts import bagel_packs, dense_bagel, dense_forest, forests
 
 from lvrpo.masks import SpanMask
+from lvrpo.masks.tables import SpanColumn
 
 
 def check_tables(mask: SpanMask) -> None:
@@ -83,7 +84,8 @@ def test_groups_share_their_prompt_and_nothing_else():
     assert mask.documents == (0, 10, 20)
     # The completions of a group share one list of ranges; touching ranges are merged.
     assert mask.runs.tolist() == [[0, 3], [0, 5], [0, 5], [7, 8], [10, 12]]
-    assert mask.spans[[2, 3, 6, 7], 3:5].tolist() == [[1, 2], [1, 2], [4, 5], [4, 5]]
+    assert mask.spans[[2, 3, 6, 7], SpanColumn.RUN_BEGIN].tolist() == [1, 1, 4, 4]
+    assert mask.spans[[2, 3, 6, 7], SpanColumn.RUN_END].tolist() == [2, 2, 5, 5]
 
 
 def test_cu_seqlens():

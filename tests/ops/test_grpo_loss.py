@@ -23,7 +23,8 @@ from runnable import WITH_KERNELS
 from torch import Tensor
 
 from lvrpo import backends
-from lvrpo.ops.grpo_loss import LOSS_PRESETS, LossParams, choices_of, grpo_loss, loss_op, numbers_of
+from lvrpo.backends import library
+from lvrpo.ops.grpo_loss import LOSS_PRESETS, LossParams, grpo_loss, numbers_of
 from lvrpo.testing import check_op
 
 pytestmark = pytest.mark.usefixtures("poison_empty")
@@ -286,13 +287,16 @@ def test_gradcheck(backend, params):
 def test_opcheck(backend):
     inputs = make_inputs([3, 0, 4])
     params = PARAMS["grpo, all terms"]
-    by = (numbers_of(params), False, *choices_of(params))
+    by = (numbers_of(params), False, params.count_empty)
     names = ("logprobs", "old_logprobs", "advantages", "cu_seqlens", "ref_logprobs", "entropy")
     tensors = [inputs[name] for name in (*names, "mask", "policy_weights")]
-    op = loss_op(backend).default
-    torch.library.opcheck(op, (*tensors, *by))
+    op, choices = torch.ops.lvrpo.grpo_loss_fwd_triton.default, params.choices()
+    if backend == "cpp":
+        op = torch.ops.lvrpo.grpo_loss_fwd.default
+        choices = library.positions("grpo_loss_fwd", choices)
+    torch.library.opcheck(op, (*tensors, *by), choices)
     bare = (inputs["logprobs"], None, *tensors[2:4], None, None, None, None)
-    torch.library.opcheck(op, (*bare, *by))
+    torch.library.opcheck(op, (*bare, *by), choices)
 
 
 @pytest.mark.parametrize(

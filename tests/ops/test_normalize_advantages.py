@@ -12,8 +12,14 @@ from hypothesis import strategies as st
 from mutants.normalize_advantages import BEST_MUTANTS, LENGTH_MUTANTS, MUTANTS
 from torch import Tensor
 
-from lvrpo.ops.normalize_advantages import normalize_advantages
-from lvrpo.params.advantages import ADVANTAGE_PRESETS, AdvantageParams, Advantages
+from lvrpo.backends import library
+from lvrpo.ops.normalize_advantages import normalize_advantages, numbers_of
+from lvrpo.params.advantages import (
+    ADVANTAGE_CHOICES,
+    ADVANTAGE_PRESETS,
+    AdvantageParams,
+    Advantages,
+)
 from lvrpo.reference.normalize_advantages import normalize_advantages as reference
 from lvrpo.testing import check_op
 
@@ -264,30 +270,31 @@ def op_arguments() -> tuple[Tensor, ...]:
 
 
 def test_opcheck():
-    scalars = (True, 2, 0, 2, torch.tensor([1, 1e-4, 0.01, math.inf], dtype=torch.float64))
     op = torch.ops.lvrpo.normalize_advantages.default
-    torch.library.opcheck(op, (*op_arguments(), *scalars))
-    rewards, offsets, weights, _ = op_arguments()
-    torch.library.opcheck(op, (rewards, offsets, weights, None, False, 1, 2, 1, *scalars[4:]))
+    rewards, offsets, weights, lengths = op_arguments()
+    for params, counted in (
+        (AdvantageParams(baseline="length", whiten="token"), lengths),
+        (AdvantageParams(combine="sum", baseline="leave_one_out", scale="batch"), None),
+    ):
+        choices = library.positions("normalize_advantages", params.choices())
+        torch.library.opcheck(op, (rewards, offsets, weights, counted, numbers_of(params)), choices)
 
 
 @pytest.mark.parametrize(
-    ("scalars", "message"),
+    ("changes", "clip", "message"),
     [
-        ((5, 0, 0, 1.0), "baseline is 5"),
-        ((0, 5, 0, 1.0), "scale is 5"),
-        ((0, 0, 3, 1.0), "whiten is 3"),
-        ((0, 0, 0, -1.0), "clip is -1"),
-        ((2, 0, 0, 1.0), "lengths must be given"),
+        *(({name: 5}, 1.0, f"{name} is 5") for name in ADVANTAGE_CHOICES),
+        ({}, -1.0, "clip is -1"),
+        ({"baseline": 2}, 1.0, "lengths must be given"),
     ],
 )
-def test_the_op_refuses_a_choice_that_does_not_exist(scalars, message):
+def test_the_op_refuses_a_choice_that_does_not_exist(changes, clip, message):
     rewards, offsets, weights, _ = op_arguments()
-    baseline, scale, whiten, clip = scalars
+    numbers = torch.tensor([1, 1e-4, 0.01, clip], dtype=torch.float64)
     with pytest.raises(RuntimeError, match=message):
         torch.ops.lvrpo.normalize_advantages(
-            *(rewards, offsets, weights, None, True, baseline, scale, whiten),
-            torch.tensor([1, 1e-4, 0.01, clip], dtype=torch.float64),
+            *(rewards, offsets, weights, None, numbers),
+            **dict.fromkeys(ADVANTAGE_CHOICES, 0) | changes,
         )
 
 

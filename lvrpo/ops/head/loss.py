@@ -6,7 +6,7 @@ R rows, T tokens, B sequences.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -30,11 +30,12 @@ class LossCall:
     mask: Tensor
     policy_weights: Tensor | None
     numbers: Tensor
-    choices: Sequence[int]
+    advantage_per_token: bool
+    count_empty: bool
+    choices: Mapping[str, str]
 
     def __call__(self, rows: HeadRows) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Loss, statistics and slopes, true of the tokens whose log-probs are known."""
-        per_token, *choices, count_empty = self.choices
         return loss_op(rows.softmax.backend)(
             rows.logprobs,
             self.old_logprobs,
@@ -45,9 +46,9 @@ class LossCall:
             self.mask,
             self.policy_weights,
             self.numbers,
-            bool(per_token),
-            *choices,
-            bool(count_empty),
+            self.advantage_per_token,
+            self.count_empty,
+            **self.choices,
         )
 
     def reported(self, rows: HeadRows) -> tuple[Tensor, Tensor]:
@@ -66,13 +67,27 @@ class LossCall:
         sequences = len(self.cu_seqlens) - 1
         position = torch.arange(len(self.mask), device=self.mask.device)
         sequence = torch.searchsorted(self.cu_seqlens, position, right=True) - 1
-        pulls = (self.advantages if self.choices[0] else self.advantages[sequence]) != 0
+        pulls = (self.advantages if self.advantage_per_token else self.advantages[sequence]) != 0
         if self.policy_weights is not None:
             pulls = pulls & (self.policy_weights != 0)
         pulls = self.mask & (pulls | every_active)
         if per_sequence:
             pulls = self.mask & any_of(pulls, sequence, sequences)[sequence]
         return Tokens(row_index, sequence, sequences, self.mask, pulls)
+
+
+def choices_by_name(
+    ratio: str, surrogate: str, kl: str, kl_factor: str, kl_gradient: str, aggregation: str
+) -> dict[str, str]:
+    """The choices of the loss, which a composite op has as single arguments."""
+    return {
+        "ratio": ratio,
+        "surrogate": surrogate,
+        "kl": kl,
+        "kl_factor": kl_factor,
+        "kl_gradient": kl_gradient,
+        "aggregation": aggregation,
+    }
 
 
 def run(
