@@ -25,6 +25,7 @@ from lvrpo.runs.setup import Task, load_or_fit_task
 from lvrpo.testing import check_against_plain
 from lvrpo.trainer.config import TrainConfig
 from lvrpo.trainer.experience import Experience, gather_experience
+from lvrpo.trainer.journal import Snapshot
 from lvrpo.trainer.objective import Objective
 from lvrpo.trainer.schedule import flow_schedule
 from lvrpo.trainer.state import TrainState
@@ -53,9 +54,10 @@ class Step:
 
     def reset(self) -> None:
         """Every round starts from the same weights and does the same work."""
-        self.state = TrainState.initial(self.config, self.task)
-        self.state.begin_policy_phase(self.config)
-        self.state.step = self.config.warm_start.steps
+        model = self.task.new_model()
+        weights = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
+        warm = Snapshot(self.config.warm_start.steps, weights)
+        self.state = TrainState(model, self.config, warm)
 
     @property
     def policy(self) -> UnifiedPolicy:
@@ -74,7 +76,7 @@ class Step:
         found, metrics = self.experience()
         began = time.perf_counter()
         self.gradient(found)
-        self.state.policy_step(self.config)
+        self.state.update()
         metrics["time/update"] = time.perf_counter() - began
         for stage in ("rollout", "rewards", "advantages", "update"):
             self.stages[stage].append(metrics[f"time/{stage}"])

@@ -28,7 +28,8 @@ from lvrpo.report.summary import (
     task_name,
 )
 from lvrpo.runs.files import write_atomically
-from lvrpo.runs.log import PHASES, to_png
+from lvrpo.runs.gallery import to_png
+from lvrpo.runs.log import PHASES
 from lvrpo.runs.scores import eval_rewards, eval_scores
 
 NO_BREAK, MINUS = "\N{NO-BREAK SPACE}", "\N{MINUS SIGN}"

@@ -11,16 +11,10 @@ from typing import Any, TypeVar
 
 from lvrpo.intervals import Change, Mean, compare_means, compare_rates
 from lvrpo.runs.environment import read_environment
-from lvrpo.runs.log import (
-    EVALS,
-    METRICS,
-    GalleryItem,
-    Row,
-    load_gallery,
-    read_evals,
-    read_metrics,
-)
+from lvrpo.runs.gallery import load_gallery
+from lvrpo.runs.log import EVALS, METRICS, Row, read_evals, read_metrics
 from lvrpo.runs.scores import Score, eval_rewards, eval_scores
+from lvrpo.trainer.journal import GalleryItem
 
 if sys.version_info >= (3, 11):
     import tomllib

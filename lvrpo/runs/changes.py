@@ -14,10 +14,7 @@ from lvrpo.runs.config_file import Settings, to_table
 from lvrpo.runs.files import Row
 from lvrpo.runs.inputs import reward_label
 from lvrpo.trainer.config import ConfigError, TrainConfig
-from lvrpo.trainer.schedule import learning_rate
-
-#: Policy updates done at the last change of the schedule, and the learning rate before it.
-Bridge = tuple[int, float] | None
+from lvrpo.trainer.schedule import Bridge, learning_rate
 
 #: Keys of the learning rate's schedule.
 RATE = {

@@ -20,8 +20,9 @@ from typing import Any
 from torch import Tensor
 
 from lvrpo.runs.files import write_atomically
+from lvrpo.trainer.journal import Snapshot
 
-FORMAT = "lvrpo-checkpoint-2"
+FORMAT = "lvrpo-checkpoint-3"
 _TENSORS, _STATE = "tensors.safetensors", "state.json"
 
 
@@ -38,6 +39,10 @@ class Checkpoint:
     tensors: dict[str, Tensor]
     state: dict[str, Any]
     fingerprint: str  # of the whole: of state.json, which holds that of the tensors
+
+    def snapshot(self) -> Snapshot:
+        """What the trainer needs of it."""
+        return Snapshot(self.step, self.tensors, str(self.path))
 
     def require(self, made_with: Mapping[str, str]) -> None:
         """See that it was made with what the run has now, by the fingerprints in its state.

@@ -14,12 +14,14 @@ from lvrpo.runs.config_file import load_config
 from lvrpo.runs.directory import RunDirectoryError
 from lvrpo.runs.environment import write_environment
 from lvrpo.runs.inputs import reward_label
+from lvrpo.runs.journal import RunJournal
 from lvrpo.runs.opening import OpenRun as OpenRun
 from lvrpo.runs.opening import open_run as open_run
 from lvrpo.runs.progress import ProgressView
 from lvrpo.runs.setup import Task, load_or_fit_task
+from lvrpo.runs.signals import Signals
 from lvrpo.trainer.config import TrainConfig
-from lvrpo.trainer.loop import Listener, train
+from lvrpo.trainer.loop import train
 from lvrpo.trainer.state import load_weights
 
 
@@ -51,7 +53,8 @@ def run_training(run: OpenRun) -> None:
     config = run.config
     if config.run.threads:
         torch.set_num_threads(config.run.threads)
-    with ProgressView(config.warm_start.steps) as view:
+    warm_start = config.warm_start.steps
+    with ProgressView(warm_start, warm_start + config.run.steps) as view:
         for change in run.changes:
             view.message(f"{change['key']}: {change['new']} in place of {change['old']}")
         view.message("preparing data and rewards")
@@ -60,8 +63,11 @@ def run_training(run: OpenRun) -> None:
             write_environment(run.directory, seed=config.run.seed, **run.facts, **task.facts())
         for line in task.notes():
             view.message(line)
-        listener = Listener(view.progress, view.message, view.evaluation)
-        train(config, task, run.directory, listener)
+        with (
+            Signals() as signals,
+            RunJournal(run.directory, config, task.fingerprint, view) as journal,
+        ):
+            train(config, task, journal, signals)
 
 
 def load_policy(directory: Path) -> tuple[TrainConfig, Task, Policy]:
@@ -82,5 +88,6 @@ def load_policy(directory: Path) -> tuple[TrainConfig, Task, Policy]:
         raise RunDirectoryError(f"{directory} has no checkpoint yet: lvrpo train {directory}")
     newest.require({"fingerprint": fingerprint(config), "task": task.fingerprint})
     model = task.new_model()
-    load_weights(model, newest, "average.")
+    is_average = "average.n_averaged" in newest.tensors  # the warm start goes on
+    load_weights(model, newest.snapshot(), "average.module." if is_average else "model.")
     return config, task, task.policy(model.requires_grad_(False))

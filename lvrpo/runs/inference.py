@@ -13,8 +13,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from lvrpo.data.example import SKILLS, Example
 from lvrpo.data.jsonl import DataError, load_picture
 from lvrpo.intervals import wilson_interval
@@ -25,6 +23,7 @@ from lvrpo.runs.changes import fingerprint
 from lvrpo.runs.checkpoint import load_newest
 from lvrpo.runs.commands import load_policy
 from lvrpo.runs.directory import RunDirectoryError
+from lvrpo.runs.gallery import save_enlarged
 from lvrpo.runs.log import Row
 from lvrpo.runs.progress import ProgressView
 from lvrpo.runs.scores import eval_rewards, eval_scores
@@ -117,7 +116,7 @@ def evaluate_run(directory: Path, *, items: int, seed: int, data: Path | None) -
         ]
         notes = _foreign_note(task.tokenizer.words, texts, data)
     reference = _reference(directory, task, notes)
-    with ProgressView(0) as view:
+    with ProgressView() as view:
         row, _ = evaluate(
             policy,
             task,
@@ -145,7 +144,7 @@ def _reference(directory: Path, task: Task, notes: list[str]) -> Policy | None:
         return None
     saved.require({"fingerprint": fingerprint(task.config), "task": task.fingerprint})
     model = task.new_model()
-    load_weights(model, saved, "")
+    load_weights(model, saved.snapshot())
     reference = task.policy(model.requires_grad_(False))
     try:
         task.rewards(reference)
@@ -259,17 +258,6 @@ def draw_prompt(
         except (OSError, ValueError) as error:
             raise RunDirectoryError(f"{path}: cannot be written: {error}") from error
     return paths, notes
-
-
-def save_enlarged(picture: np.ndarray, path: Path) -> None:
-    """Write a [C, H, W] picture, small ones with pixels as squares."""
-    from PIL import Image
-
-    pixels = (picture * 255).round().astype(np.uint8)
-    image = Image.fromarray(pixels[0] if len(pixels) == 1 else pixels.transpose(1, 2, 0))
-    scale = max(1, 128 // image.height)
-    size = image.width * scale, image.height * scale
-    image.resize(size, Image.Resampling.NEAREST).save(path)
 
 
 def answer_question(

@@ -3,7 +3,6 @@
     metrics.jsonl      one flat JSON object per step; keys are joined by slashes
     evals.jsonl        one flat JSON object per evaluation on held-out data
     changes.jsonl      one object per key that was changed, or input accepted, on the way
-    gallery/           the same prompts and seeds at several times: <label>.json and its PNGs
     tensorboard/       the same scalars for TensorBoard, one run per phase
 
 A run killed at any moment and resumed leaves the same `metrics.jsonl` as one that was not, up to
@@ -12,21 +11,15 @@ the keys under "time/": everything measured by a clock belongs there. Keys: docs
 
 from __future__ import annotations
 
-import io
-import json
 import math
-import re
 import shutil
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Literal
-
-import numpy as np
+from typing import Any
 
 from lvrpo.runs.files import Row as Row
-from lvrpo.runs.files import append_row, flush_to_disk, keep_rows, read_rows, write_atomically
+from lvrpo.runs.files import append_row, flush_to_disk, keep_rows, read_rows
 from lvrpo.runs.scores import eval_rewards, eval_scores
 
 PHASES = ("warm_start", "grpo")
@@ -34,7 +27,6 @@ PHASES = ("warm_start", "grpo")
 METRICS = "metrics.jsonl"
 EVALS = "evals.jsonl"
 CHANGES = "changes.jsonl"
-GALLERY = "gallery"
 TENSORBOARD = "tensorboard"
 
 
@@ -170,84 +162,6 @@ def write_changes(run_dir: str | Path, changes: Iterable[Row]) -> None:
     for change in changes:
         append_row(path, change)
     flush_to_disk(path)
-
-
-@dataclass(frozen=True)
-class GalleryItem:
-    """One prompt with what the model made of it.
-
-    Attributes:
-        task: "understand" or "generate".
-        uid: of the prompt, the same before and after.
-        prompt: as the model read it.
-        seed: of the sampling, the same before and after.
-        image: [C, H, W] floats in [0, 1], C 1 or 3: the picture drawn, or the one asked about.
-        answer: the model's words (understand).
-        expected: the right answer, or the requirement in words.
-        right: the judge's verdict; None where no rule tells.
-    """
-
-    task: Literal["understand", "generate"]
-    uid: str
-    prompt: str
-    seed: int
-    image: np.ndarray
-    answer: str | None
-    expected: str | None
-    right: bool | None
-
-
-def save_gallery(run_dir: str | Path, label: str, items: Iterable[GalleryItem]) -> Path:
-    """Write gallery/<label>.json, whose pictures are PNGs beside it; returns its path.
-
-    Raises:
-        ValueError: an image that is not [1 or 3, H, W].
-    """
-    folder = Path(run_dir) / GALLERY
-    folder.mkdir(parents=True, exist_ok=True)
-    stem = re.sub(r"[^A-Za-z0-9]+", "-", label).strip("-").lower() or "gallery"
-    rows = []
-    for number, item in enumerate(items):
-        name = f"{stem}-{number:03d}.png"
-        (folder / name).write_bytes(to_png(item))
-        rows.append({**asdict(item), "image": name})
-    path = folder / f"{stem}.json"
-    write_atomically(path, json.dumps({"label": label, "items": rows}, indent=1).encode())
-    return path
-
-
-def to_png(item: GalleryItem) -> bytes:
-    """The item's picture as a PNG of its own size, values cut to [0, 1]."""
-    from PIL import Image
-
-    image = np.asarray(item.image, dtype=np.float32)
-    if image.ndim != 3 or image.shape[0] not in (1, 3):
-        raise ValueError(
-            f"gallery: image of {item.uid} has shape {image.shape}, expected [1 or 3, H, W]"
-        )
-    pixels = np.rint(np.nan_to_num(image).clip(0, 1) * 255).astype(np.uint8)
-    buffer = io.BytesIO()
-    Image.fromarray(pixels[0] if len(pixels) == 1 else pixels.transpose(1, 2, 0)).save(
-        buffer, "PNG"
-    )
-    return buffer.getvalue()
-
-
-def load_gallery(run_dir: str | Path) -> dict[str, list[GalleryItem]]:
-    """The saved galleries by label, pictures as [C, H, W] floats; {} when there are none."""
-    from PIL import Image
-
-    galleries: dict[str, list[GalleryItem]] = {}
-    for path in sorted((Path(run_dir) / GALLERY).glob("*.json")):
-        saved = json.loads(path.read_bytes())
-        items = []
-        for row in saved["items"]:
-            with Image.open(path.parent / row["image"]) as picture:
-                pixels = np.asarray(picture, dtype=np.float32) / 255
-            image = pixels[None] if pixels.ndim == 2 else pixels.transpose(2, 0, 1)
-            items.append(GalleryItem(**{**row, "image": image}))
-        galleries[saved["label"]] = items
-    return galleries
 
 
 def _position(row: Mapping[str, Any]) -> tuple[int, int]:

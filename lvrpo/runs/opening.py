@@ -274,11 +274,7 @@ def _copy_warm_start(origin: Path, directory: Path, config: TrainConfig) -> None
     made_with = {"fingerprint": fingerprint(config)}
     path = save_checkpoint(hidden / "task", 0, task.tensors, _state(task.state) | made_with, keep=1)
     made_with["task"] = load_checkpoint(path).fingerprint
-    tensors = {
-        f"{part}.{name}": tensor.clone()
-        for part in ("model", "average")
-        for name, tensor in reference.tensors.items()
-    }
+    tensors = {f"model.{name}": tensor for name, tensor in reference.tensors.items()}
     save_checkpoint(hidden / "checkpoints", reference.step, tensors, made_with, keep=1)
     lines = [line for line, row in read_rows(origin / METRICS) if row.get("phase") == "warm_start"]
     write_atomically(hidden / METRICS, b"".join(line + b"\n" for line in lines))

@@ -12,8 +12,6 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Column
 
-from lvrpo.trainer.loop import Progress as Step
-
 _SHOWN = (
     ("strict/understand", "right answers"),
     ("strict/generate", "right drawings"),
@@ -29,18 +27,21 @@ class ProgressView:
     """A bar on a terminal; a line every few seconds where there is none.
 
     Args:
-        warm_start_steps: where the first phase ends: a step of the second takes another time.
+        warm_start: steps of the first phase: one of the second takes another time.
+        total: steps of both.
         console: to write to; None is standard error.
         clock: seconds.
     """
 
     def __init__(
         self,
-        warm_start_steps: int,
+        warm_start: int = 0,
+        total: int = 0,
         console: Console | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._warm_start_steps = warm_start_steps
+        self._phases = {"warm_start": (0, warm_start), "grpo": (warm_start, total)}
+        self._total = total
         self._console = console or Console(stderr=True, highlight=False)
         # The values come last and are cut where the line ends: they may be many, and all else
         # has a width.
@@ -82,23 +83,19 @@ class ProgressView:
         """One line above the bar."""
         self._console.print(text, soft_wrap=True, markup=False)
 
-    def progress(self, step: Step) -> None:
-        """Show a finished step; an alarm gets a line of its own when it is first heard."""
-        for alarm in step.metrics.get("alarm", ()):
+    def step(self, row: Mapping[str, Any]) -> None:
+        """Show a row of metrics.jsonl; an alarm gets a line of its own when it is first heard."""
+        for alarm in row.get("alarm", ()):
             if alarm not in self._heard:
-                self.message(f"step {step.step}: {alarm}")
+                self.message(f"step {row['step']}: {alarm}")
             self._heard.add(alarm)  # the log has all its steps
-        first, last = 0, step.total
-        if step.phase == "warm_start":
-            last = self._warm_start_steps
-        else:
-            first = self._warm_start_steps
+        first, last = self._phases[row["phase"]]
         self._show(
-            _PHASES[step.phase],
-            step.step - first,
+            _PHASES[row["phase"]],
+            row["step"] - first,
             last - first,
-            at=f"{step.step}/{step.total}",
-            values=shown_values(step.metrics),
+            at=f"{row['step']}/{self._total}",
+            values=shown_values(row),
             closing=True,
         )
 

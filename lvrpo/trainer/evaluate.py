@@ -15,12 +15,12 @@ from lvrpo.models.flow import FlowSchedule
 from lvrpo.models.protocol import Policy
 from lvrpo.rewards.samples import Samples
 from lvrpo.runs.inputs import reward_label
-from lvrpo.runs.log import GalleryItem
 from lvrpo.runs.rewards import used_rewards
 from lvrpo.runs.scores import reward_row
 from lvrpo.runs.setup import Task
 from lvrpo.trainer.config import RolloutSection
 from lvrpo.trainer.experience import score_samples
+from lvrpo.trainer.journal import GalleryItem
 
 #: Prompts evaluated at once; bounds the memory, changes no number.
 CHUNK = 256

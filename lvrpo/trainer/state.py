@@ -1,160 +1,197 @@
-"""What changes from step to step, and so what a checkpoint holds."""
+"""What changes from step to step, and so what a snapshot holds."""
 
 from __future__ import annotations
 
-import copy
 import math
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_optimizer_state_dict,
+    set_optimizer_state_dict,
+)
+from torch.optim import AdamW, Optimizer
+from torch.optim.lr_scheduler import LambdaLR
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from lvrpo.models.protocol import DivergedError
-from lvrpo.models.unified.model import UnifiedModel
-from lvrpo.runs.changes import Bridge, fingerprint
-from lvrpo.runs.checkpoint import Checkpoint, CheckpointError
-from lvrpo.runs.setup import Task
 from lvrpo.trainer.config import TrainConfig
-from lvrpo.trainer.schedule import learning_rate
+from lvrpo.trainer.journal import Snapshot
+from lvrpo.trainer.schedule import Bridge, learning_rate, warm_start_rate
 
-_MOMENTS = ("step", "exp_avg", "exp_avg_sq")
 
-
-@dataclass
 class TrainState:
-    """Weights, their running average, the optimizer and the number of finished steps."""
+    """Weights, their running average, the optimizer with its rate, and the number of steps.
 
-    model: UnifiedModel
-    average: UnifiedModel  # of the warm start; in the policy phase it is the weights themselves
-    optimizer: torch.optim.AdamW
-    step: int
-    bridge: Bridge  # from a schedule of the learning rate that was changed
-    made_with: dict[str, str]  # fingerprints of what decides the weights, see `Checkpoint.require`
-    mid_step: bool = False  # the weights are no longer, or not yet, those of a finished step
-    kept: dict[str, Tensor] | None = None  # of the last finished step, see `keep`
+    The warm start averages its weights and ends by taking the average for them, with an optimizer
+    of its own for what follows: a snapshot of its last step is where the policy begins.
 
-    @classmethod
-    def initial(cls, config: TrainConfig, task: Task, bridge: Bridge = None) -> TrainState:
-        """Freshly initialised weights, drawn from the run's seed."""
-        model = task.new_model()
-        average = copy.deepcopy(model).requires_grad_(False)
-        optimizer = torch.optim.AdamW(
-            model.parameters(), lr=config.warm_start.lr, betas=(0.9, 0.98), weight_decay=0.01
-        )
-        made_with = {"fingerprint": fingerprint(config), "task": task.fingerprint}
-        return cls(model, average, optimizer, 0, bridge, made_with)
+    Args:
+        model: is trained in place, on its own device; fresh unless there is a snapshot.
+        config: in force.
+        saved: to go on from.
+        bridge: from a schedule of the learning rate that was changed.
 
-    def supervised_step(self, config: TrainConfig) -> dict[str, float]:
-        """Clip, step and average; returns the gradient's norm and the learning rate.
+    Attributes:
+        step: finished ones, counted through both phases.
+        average: of the weights of the warm start; None in the policy phase.
+
+    Raises:
+        ValueError: the snapshot is of another model.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        config: TrainConfig,
+        saved: Snapshot | None = None,
+        bridge: Bridge = None,
+    ) -> None:
+        self.model, self.config, self._bridge = model, config, bridge
+        self.step = 0 if saved is None else saved.step
+        self.average: AveragedModel | None = None
+        self._mid_step = False  # the weights are no longer, or not yet, those of a finished step
+        self._kept: Snapshot | None = None  # the last finished step, see `keep`
+        if self.step < config.warm_start.steps:
+            self.average = running_average(model, config.warm_start.ema)
+            self._begin_warm_start()
+        else:
+            self._begin_policy_phase()
+        if saved is not None:
+            _restore_optimizer(model, self._optimizer, _part(saved, "optimizer."))
+            # The weights last: what makes room in an optimizer is a step that moves none.
+            load_weights(model, saved, "model.")
+            if self.average is not None:
+                load_weights(self.average, saved, "average.")
+
+    def _begin_warm_start(self) -> None:
+        optimizer = AdamW(self.model.parameters(), lr=1.0, betas=(0.9, 0.98), weight_decay=0.01)
+        self._use(optimizer, partial(warm_start_rate, self.config.warm_start))
+
+    def _begin_policy_phase(self) -> None:
+        decay = self.config.optimizer.weight_decay
+        optimizer = AdamW(self.model.parameters(), lr=1.0, betas=(0.9, 0.95), weight_decay=decay)
+        first = self.config.warm_start.steps
+
+        def rate(step: int) -> float:
+            return learning_rate(self.config, step - first, self._bridge)
+
+        self._use(optimizer, rate)
+
+    def _use(self, optimizer: Optimizer, rate: Callable[[int], float]) -> None:
+        """Take an optimizer of rate 1, so that the factor of its schedule is the rate itself."""
+        begun = self.step
+        self._optimizer = optimizer
+        self._rates = LambdaLR(optimizer, lambda done: rate(begun + done))
+
+    def update(self) -> dict[str, float]:
+        """Clip the gradient, step and average; returns the gradient's norm and the learning rate.
 
         Raises:
             DivergedError: the gradient is not finite; the weights are left alone.
         """
-        section = config.warm_start
-        done = (self.step + 1) / max(1, section.steps)
-        warmup = min(1.0, done / 0.05)
-        lr = section.lr * warmup * (0.02 + 0.98 * (1 + math.cos(math.pi * done)) / 2)
-        # The average must forget the first steps even in a short run.
-        decay = min(section.ema, (1 + self.step) / (10 + self.step))
-        return self._step("warm_start.lr", lr, config.optimizer.grad_clip, decay)
-
-    def begin_policy_phase(self, config: TrainConfig) -> None:
-        """Start the policy from the average of the warm start, with a new optimizer."""
-        self.model.load_state_dict(self.average.state_dict())
-        self.optimizer = torch.optim.AdamW(
-            self.model.parameters(),
-            lr=config.optimizer.lr,
-            betas=(0.9, 0.95),
-            weight_decay=config.optimizer.weight_decay,
-        )
-
-    def policy_step(self, config: TrainConfig) -> dict[str, float]:
-        """As `supervised_step`, for a policy gradient."""
-        lr = learning_rate(config, self.step - config.warm_start.steps, self.bridge)
-        return self._step("optimizer.lr", lr, config.optimizer.grad_clip, decay=0.0)
-
-    def _step(self, key: str, lr: float, grad_clip: float, decay: float) -> dict[str, float]:
-        norm = float(nn.utils.clip_grad_norm_(self.model.parameters(), grad_clip or math.inf))
+        bound = self.config.optimizer.grad_clip or math.inf
+        norm = float(nn.utils.clip_grad_norm_(self.model.parameters(), bound))
+        (lr,) = self._rates.get_last_lr()
         if not math.isfinite(norm):
+            section = "optimizer" if self.average is None else "warm_start"
             raise DivergedError(
-                f"step {self.step + 1}: the norm of the gradient is {norm}; a lower {key} (here "
-                f"{lr:.2g}) may help; the checkpoints before it are kept"
+                f"step {self.step + 1}: the norm of the gradient is {norm}; a lower {section}.lr "
+                f"(here {lr:.2g}) may help; the checkpoints before it are kept"
             )
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
-        self.mid_step = True
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-        with torch.no_grad():
-            averages: list[Tensor] = list(self.average.parameters())
-            weights: list[Tensor] = list(self.model.parameters())
-            torch._foreach_lerp_(averages, weights, 1 - decay)
-        return {"grad_norm": norm, "lr": lr}
+        self._mid_step = True
+        self._optimizer.step()
+        self._optimizer.zero_grad(set_to_none=True)
+        if self.average is not None:
+            self.average.update_parameters(self.model)
+        return {"grad_norm": norm, "lr": float(lr)}
 
     def finish(self) -> None:
-        """Count a step whose weights are in place."""
+        """Count a step whose weights are in place, and make ready for the next."""
         self.step += 1
-        self.mid_step, self.kept = False, None
+        self._rates.step()
+        if self.average is not None and self.step == self.config.warm_start.steps:
+            self.model.load_state_dict(self.average.module.state_dict())
+            self.average = None
+            self._begin_policy_phase()
+        self._mid_step, self._kept = False, None
 
     def keep(self) -> None:
         """Copy the last finished step, before a step that updates the weights several times."""
-        if not self.mid_step:
-            self.kept = {name: tensor.clone() for name, tensor in self.tensors().items()}
+        if not self._mid_step:
+            tensors = {name: tensor.clone() for name, tensor in self.tensors().items()}
+            self._kept = Snapshot(self.step, tensors)
 
-    def finished_tensors(self) -> dict[str, Tensor]:
-        """As `tensors`, of the last finished step.
-
-        Raises:
-            CheckpointError: an update was cut off in its middle, and there is no copy.
-        """
-        if not self.mid_step:
-            return self.tensors()
-        if self.kept is None:
-            raise CheckpointError(f"the update of step {self.step + 1} was cut off in its middle")
-        return self.kept
+    def finished(self) -> Snapshot | None:
+        """The last finished step; None where an update was cut off and there is no copy."""
+        return self._kept if self._mid_step else Snapshot(self.step, self.tensors())
 
     def tensors(self) -> dict[str, Tensor]:
-        """Everything a checkpoint needs, by name."""
-        tensors = {f"model.{name}": t for name, t in self.model.state_dict().items()}
-        tensors |= {f"average.{name}": t for name, t in self.average.state_dict().items()}
-        for name, parameter in self.model.named_parameters():
-            for moment, value in self.optimizer.state.get(parameter, {}).items():
-                tensors[f"optimizer.{moment}.{name}"] = value
-        return tensors
-
-    def restore(self, checkpoint: Checkpoint, config: TrainConfig) -> None:
-        """Go on from a checkpoint of this run.
-
-        Raises:
-            CheckpointError: it was made with another configuration or another `task/` folder.
-        """
-        checkpoint.require(self.made_with)
-        if checkpoint.step > config.warm_start.steps:
-            self.begin_policy_phase(config)
-        load_weights(self.model, checkpoint, "model.")
-        load_weights(self.average, checkpoint, "average.")
-        for name, parameter in self.model.named_parameters():
-            if f"optimizer.step.{name}" in checkpoint.tensors:
-                self.optimizer.state[parameter] = {
-                    moment: checkpoint.tensors[f"optimizer.{moment}.{name}"].clone()
-                    for moment in _MOMENTS
-                }
-        self.step = checkpoint.step
+        """Everything a snapshot needs, by name; not copied."""
+        parts: dict[str, Mapping[str, Tensor]] = {"model": self.model.state_dict()}
+        if self.average is not None:
+            parts["average"] = self.average.state_dict()
+        parts["optimizer"] = _optimizer_tensors(self.model, self._optimizer)
+        return {f"{part}.{name}": t for part, named in parts.items() for name, t in named.items()}
 
 
-def load_weights(model: UnifiedModel, checkpoint: Checkpoint, prefix: str) -> None:
-    """Copy the tensors that start with `prefix` into a model.
+_Tensors = tuple[Tensor, ...] | list[Tensor]
 
-    Raises:
-        CheckpointError: names or shapes are not those of this model.
-    """
-    weights = {
+
+def running_average(model: nn.Module, decay: float) -> AveragedModel:
+    """The exponential average of a model's weights, this one's first."""
+
+    def average(averaged: _Tensors, weights: _Tensors, seen: Tensor | int) -> None:
+        # It must forget the first steps even in a short run.
+        get_ema_multi_avg_fn(min(decay, int(seen) / (9 + int(seen))))(averaged, weights, seen)
+
+    averaged = AveragedModel(model, multi_avg_fn=average).requires_grad_(False)
+    averaged.update_parameters(model)
+    return averaged
+
+
+#: One tensor per parameter and kind of state, by name, whatever the optimizer.
+_FLAT = StateDictOptions(flatten_optimizer_state_dict=True)
+
+
+def _optimizer_tensors(model: nn.Module, optimizer: Optimizer) -> dict[str, Tensor]:
+    """What an optimizer has gathered; its hyperparameters are the configuration's."""
+    if not optimizer.state:  # asking torch would give it one, of a step that was never made
+        return {}
+    named = get_optimizer_state_dict(model, optimizer, options=_FLAT)
+    return {name: torch.as_tensor(v) for name, v in named.items() if name.startswith("state.")}
+
+
+def _restore_optimizer(model: nn.Module, optimizer: Optimizer, saved: Mapping[str, Tensor]) -> None:
+    named: dict[str, Any] = get_optimizer_state_dict(model, optimizer, options=_FLAT)
+    for name, value in saved.items():
+        named[name] = value.item() if isinstance(named.get(name), int | float) else value.clone()
+    set_optimizer_state_dict(model, optimizer, named, options=_FLAT)
+    for name, parameter in model.named_parameters():
+        if not any(key.startswith(f"state.{name}.") for key in saved):
+            optimizer.state.pop(parameter, None)  # it has had no gradient yet
+
+
+def _part(snapshot: Snapshot, prefix: str) -> dict[str, Tensor]:
+    return {
         name.removeprefix(prefix): tensor
-        for name, tensor in checkpoint.tensors.items()
+        for name, tensor in snapshot.tensors.items()
         if name.startswith(prefix)
     }
+
+
+def load_weights(module: nn.Module, snapshot: Snapshot, prefix: str = "") -> None:
+    """Copy the tensors whose names start with `prefix` into a module.
+
+    Raises:
+        ValueError: names or shapes are not those of this module.
+    """
     try:
-        model.load_state_dict(weights)
+        module.load_state_dict(_part(snapshot, prefix))
     except RuntimeError as error:
         reason = str(error).splitlines()[1].strip() if "\n" in str(error) else str(error)
-        raise CheckpointError(f"{checkpoint.path} is of another model: {reason}") from error
+        raise ValueError(f"{snapshot.origin} is of another model: {reason}") from error

@@ -7,7 +7,9 @@ from pathlib import Path
 import numpy as np
 
 from lvrpo.runs.environment import write_environment
-from lvrpo.runs.log import GalleryItem, RunWriter, save_gallery
+from lvrpo.runs.gallery import save_gallery
+from lvrpo.runs.log import RunWriter
+from lvrpo.trainer.journal import GalleryItem
 
 CONFIG = """\
 seed = {seed}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import itertools
 import os
 import shutil
@@ -13,14 +14,14 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 from runs.test_resume import assert_same_run, wait_for
-from runs.tiny import OVERRIDES, command, heed_signals, run_tiny, settings
+from runs.tiny import OVERRIDES, Stop, StopAfter, command, heed_signals, run_tiny, settings
 
 from lvrpo.runs.checkpoint import checkpoints, load_newest
 from lvrpo.runs.log import read_changes, read_evals, read_metrics
 from lvrpo.runs.signals import Signals, Stopped
-from lvrpo.trainer import loop, state
-from lvrpo.trainer.loop import Listener, Progress
+from lvrpo.trainer import loop
 
 RARE = ("run.checkpoint_every=1000", "run.eval_items=2")
 
@@ -111,19 +112,12 @@ def test_a_diverged_run_goes_back_and_on_with_a_lower_rate(tmp_path):
 
 
 def test_weights_that_are_half_updated_are_not_saved(whole, tmp_path, monkeypatch):
-    real, calls = state.torch._foreach_lerp_, [0]
-
-    def failing(*arguments):
-        calls[0] += 1
-        if calls[0] == 5:
-            raise MemoryError
-        real(*arguments)
-
-    said = []
-    monkeypatch.setattr(state.torch, "_foreach_lerp_", failing)
+    fail_in(monkeypatch, torch.optim.Optimizer, "zero_grad", 5, MemoryError())
+    out = io.StringIO()
     with pytest.raises(MemoryError):
-        run_tiny(tmp_path, *RARE, listener=Listener(message=said.append))
+        run_tiny(tmp_path, *RARE, out=out)
     monkeypatch.undo()
+    said = out.getvalue().splitlines()
     assert said[-1].startswith("step 4 could not be saved: the update of step 5 was cut off")
     assert load_newest(tmp_path / "checkpoints").step == 3
     assert run_tiny(tmp_path, *RARE)
@@ -367,14 +361,8 @@ def test_an_extended_run_may_be_stopped_anywhere(trained, tmp_path):
     assert command("train", straight, "--steps", 6, "--no-report").exit_code == 0
     stopped = copy_of(trained, tmp_path / "b")
 
-    class Stop(Exception):
-        pass
-
-    def stop(progress: Progress) -> None:
-        raise Stop
-
     with pytest.raises(Stop):
-        run_tiny(stopped, "run.steps=6", listener=Listener(stop))
+        run_tiny(stopped, "run.steps=6", signals=StopAfter(1))
     assert command("train", stopped, "--no-report").exit_code == 0
     assert_same_run(straight, stopped)
     assert rates(straight) == rates(stopped)

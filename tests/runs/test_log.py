@@ -16,15 +16,10 @@ from lvrpo.intervals import (
     clustered_mean,
 )
 from lvrpo.runs.environment import environment, read_environment, write_environment
-from lvrpo.runs.log import (
-    GalleryItem,
-    RunWriter,
-    load_gallery,
-    read_evals,
-    read_metrics,
-    save_gallery,
-)
+from lvrpo.runs.gallery import load_gallery, save_gallery
+from lvrpo.runs.log import RunWriter, read_evals, read_metrics
 from lvrpo.runs.scores import eval_rewards, eval_scores, reward_row
+from lvrpo.trainer.journal import GalleryItem
 
 
 def write_steps(writer: RunWriter, steps: range, phase: str = "grpo") -> None:

@@ -18,7 +18,8 @@ from runs.tiny import OVERRIDES, command, settings, tiny_config
 from lvrpo.data.sources import JsonlSource
 from lvrpo.models.unified.tokenizer import Tokenizer
 from lvrpo.report import charts
-from lvrpo.runs.log import load_gallery, read_evals, read_metrics
+from lvrpo.runs.gallery import load_gallery
+from lvrpo.runs.log import read_evals, read_metrics
 from lvrpo.runs.preflight import check_config
 from lvrpo.runs.scores import eval_rewards
 from lvrpo.runs.setup import data_of, load_or_fit_task, vocabulary_of

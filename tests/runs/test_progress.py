@@ -11,7 +11,6 @@ from hypothesis import strategies as st
 from rich.console import Console
 
 from lvrpo.runs.progress import ProgressView, shown_values
-from lvrpo.trainer.loop import Progress
 
 #: Of a default run.
 METRICS = {
@@ -37,10 +36,14 @@ class Clock:
         return self.now
 
 
+def row_of(step: int, metrics: dict) -> dict:
+    return {"step": step, "phase": "warm_start" if step <= 1000 else "grpo", **metrics}
+
+
 def view_at(width: int, *, terminal: bool = True) -> tuple[ProgressView, Clock, io.StringIO]:
     out, clock = io.StringIO(), Clock()
     console = Console(file=out, width=width, force_terminal=terminal, color_system=None)
-    return ProgressView(1000, console, clock), clock, out
+    return ProgressView(1000, 1120, console, clock), clock, out
 
 
 def shown(view: ProgressView, width: int) -> str:
@@ -64,7 +67,7 @@ def test_every_width_shows_phase_bar_step_time_and_then_values(width, step, metr
     phase = "warm_start" if step <= 1000 else "grpo"
     for at in range(max(1, step - 3), step + 1):
         clock.now += seconds
-        view.progress(Progress(at, 1120, "warm_start" if at <= 1000 else "grpo", metrics))
+        view.step(row_of(at, metrics))
     line = shown(view, width)
     assert len(line) <= width
     name = {"warm_start": "warm start", "grpo": "lvrpo"}[phase]
@@ -84,13 +87,13 @@ def test_the_time_left_is_that_of_the_phase(terminal):
     view, clock, out = view_at(120, terminal=terminal)
     for step in range(1, 1001):
         clock.now += 0.2
-        view.progress(Progress(step, 1120, "warm_start", METRICS))
+        view.step(row_of(step, METRICS))
         if step == 500:
             half = shown(view, 120)
     assert re.search(r" 500/1120 0:01:4[01] ", half)  # rounded up
     for step in range(1001, 1011):
         clock.now += 6.0
-        view.progress(Progress(step, 1120, "grpo", METRICS))
+        view.step(row_of(step, METRICS))
     # 110 steps of 6 seconds; the faster phase before does not count.
     assert re.search(r" 1010/1120 0:11:0[01] ", shown(view, 120))
     if not terminal:
@@ -102,7 +105,7 @@ def test_without_a_terminal_there_is_a_line_now_and_then_and_the_last():
     view, clock, out = view_at(80, terminal=False)
     for step in range(1, 1001):
         clock.now += 0.5
-        view.progress(Progress(step, 1120, "warm_start", METRICS))
+        view.step(row_of(step, METRICS))
     lines = out.getvalue().splitlines()
     assert 40 <= len(lines) <= 50
     assert lines[-1].startswith("warm start 1000/1120  0:08:20 elapsed, 0:00:00 left  right ans")
@@ -117,7 +120,7 @@ def test_rewards_of_the_users_own_come_first():
 
 def test_an_evaluation_shows_how_far_it_is():
     view, clock, out = view_at(80, terminal=False)
-    view.progress(Progress(1120, 1120, "grpo", METRICS))
+    view.step(row_of(1120, METRICS))
     for done in range(256, 4097, 256):
         clock.now += 3
         view.evaluation("after", done, 4096)
@@ -137,6 +140,6 @@ def test_an_alarm_is_said_once():
     view, _, out = view_at(100, terminal=False)
     for step in range(1, 6):
         alarms = ["a reward failed"] + ["all is equal"] * (step == 3)
-        view.progress(Progress(step, 9, "grpo", {"alarm": alarms}))
+        view.step(row_of(step, {"alarm": alarms}))
     said = [line for line in out.getvalue().splitlines() if line.startswith("step ")]
     assert said == ["step 1: a reward failed", "step 3: all is equal"]

@@ -11,23 +11,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from runs.tiny import OVERRIDES, heed_signals, run_tiny, settings
+from runs.tiny import OVERRIDES, Stop, StopAfter, heed_signals, run_tiny, settings
 
 from lvrpo.runs.checkpoint import load_newest
 from lvrpo.runs.log import read_evals, read_metrics
-from lvrpo.trainer.loop import Listener, Progress
-
-
-class Stop(Exception):
-    """Stands for a kill between two steps."""
-
-
-def stop_after(step: int) -> Listener:
-    def progress(done: Progress) -> None:
-        if done.step == step:
-            raise Stop
-
-    return Listener(progress)
 
 
 def final_tensors(directory: Path) -> dict[str, torch.Tensor]:
@@ -69,7 +56,7 @@ def test_another_seed_gives_another_run(uninterrupted, tmp_path):
 @pytest.mark.parametrize("step", [1, 2, 3, 4, 5])
 def test_resume_continues_bit_for_bit(uninterrupted, tmp_path, step):
     with pytest.raises(Stop):
-        run_tiny(tmp_path, listener=stop_after(step))
+        run_tiny(tmp_path, signals=StopAfter(step))
     assert run_tiny(tmp_path)
     assert_same_run(uninterrupted, tmp_path)
 

@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import signal
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+from rich.console import Console
 from typer.testing import CliRunner
 
 from lvrpo.cli import app
 from lvrpo.runs.commands import open_run
 from lvrpo.runs.config_file import load_config
+from lvrpo.runs.journal import RunJournal
+from lvrpo.runs.progress import ProgressView
 from lvrpo.runs.setup import load_or_fit_task
+from lvrpo.runs.signals import Signals
 from lvrpo.trainer.config import TrainConfig
-from lvrpo.trainer.loop import Listener, train
+from lvrpo.trainer.loop import train
 
 OVERRIDES = [
     "run.steps=3",
@@ -43,10 +49,40 @@ def tiny_config(*overrides: str) -> TrainConfig:
     return load_config(overrides=[*OVERRIDES, *overrides])
 
 
-def run_tiny(directory: Path, *overrides: str, listener: Listener | None = None) -> bool:
+class Stop(Exception):
+    """Stands for a kill between two steps."""
+
+
+class StopAfter(Signals):
+    """Ends a run after so many steps."""
+
+    def __init__(self, steps: int) -> None:
+        super().__init__()
+        self.left = steps
+
+    @contextlib.contextmanager
+    def step(self) -> Iterator[None]:
+        with super().step():
+            yield
+        self.left -= 1
+        if not self.left:
+            raise Stop
+
+
+def run_tiny(
+    directory: Path,
+    *overrides: str,
+    signals: Signals | None = None,
+    out: io.StringIO | None = None,
+) -> bool:
+    view = ProgressView(console=Console(file=out or io.StringIO(), width=200))
     with open_run(directory, None, [*OVERRIDES, *overrides]) as run:
         task = load_or_fit_task(run.config, directory, run.data)
-        train(run.config, task, directory, listener or Listener())
+        with (
+            signals or Signals() as held,
+            RunJournal(directory, run.config, task.fingerprint, view) as journal,
+        ):
+            train(run.config, task, journal, held)
     return True
 
 

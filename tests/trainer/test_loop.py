@@ -1,0 +1,112 @@
+"""The loop with a journal that keeps everything in memory: it needs no file, and no directory."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import pytest
+import torch
+from runs.tiny import Stop, StopAfter, tiny_config
+
+from lvrpo.runs.setup import Task, load_or_fit_task
+from lvrpo.runs.signals import Signals
+from lvrpo.trainer.journal import GalleryItem, Snapshot
+from lvrpo.trainer.loop import train
+
+
+def copy_of(snapshot: Snapshot) -> Snapshot:
+    return Snapshot(snapshot.step, {name: t.clone() for name, t in snapshot.tensors.items()})
+
+
+class MemoryJournal:
+    bridge = None
+
+    def __init__(self) -> None:
+        self.saved: list[Snapshot] = []
+        self.references: list[Snapshot] = []
+        self.rows: list[Mapping[str, Any]] = []
+        self.evals: dict[tuple[str, int], tuple[Mapping[str, Any], Sequence[GalleryItem]]] = {}
+        self.said: list[str] = []
+        self.sampled: list[tuple[str, int, int]] = []
+        self.end: tuple[BaseException, int, Snapshot | None] | None = None
+
+    def latest(self) -> Snapshot | None:
+        return self.saved[-1] if self.saved else None
+
+    def reference(self) -> Snapshot:
+        return self.references[-1]
+
+    def step(self, row: Mapping[str, Any]) -> None:
+        self.rows.append(row)
+
+    def save(self, snapshot: Snapshot) -> None:
+        self.saved.append(copy_of(snapshot))
+
+    def save_reference(self, snapshot: Snapshot) -> None:
+        self.references.append(copy_of(snapshot))
+
+    def is_evaluated(self, label: str, step: int) -> bool:
+        return (label, step) in self.evals
+
+    def evaluating(self, label: str, done: int, total: int) -> None:
+        self.sampled.append((label, done, total))
+
+    def evaluation(
+        self, label: str, row: Mapping[str, Any], gallery: Sequence[GalleryItem]
+    ) -> None:
+        self.evals[label, row["step"]] = row, gallery
+
+    def message(self, text: str) -> None:
+        self.said.append(text)
+
+    def ended(self, error: BaseException, step: int, finished: Snapshot | None) -> None:
+        self.end = error, step, finished and copy_of(finished)
+
+
+@pytest.fixture(scope="module")
+def task(tmp_path_factory: pytest.TempPathFactory) -> Task:
+    return load_or_fit_task(tiny_config(), tmp_path_factory.mktemp("task"))
+
+
+@pytest.fixture(scope="module")
+def whole(task: Task) -> MemoryJournal:
+    journal = MemoryJournal()
+    train(tiny_config(), task, journal, Signals())
+    return journal
+
+
+def test_a_whole_run(whole):
+    assert [row["step"] for row in whole.rows] == [1, 2, 3, 4, 5, 6]
+    assert [snapshot.step for snapshot in whole.saved] == [2, 3, 4, 6]
+    assert [snapshot.step for snapshot in whole.references] == [3]
+    assert list(whole.evals) == [("warm start", 3), ("after", 6)]
+    assert all(len(gallery) == 2 for _, gallery in whole.evals.values())
+    assert whole.sampled[-1] == ("after", 16, 16)
+    assert whole.end is None
+
+
+def test_the_reference_is_what_the_policy_begins_with(whole):
+    (reference,) = whole.references
+    begun = whole.saved[1].tensors
+    assert {f"model.{name}" for name in reference.tensors} == begun.keys()
+    assert all(torch.equal(t, begun[f"model.{name}"]) for name, t in reference.tensors.items())
+
+
+@pytest.mark.parametrize("steps", [1, 3, 5])
+def test_a_run_that_ends_hands_over_its_last_step_and_goes_on_from_it(task, whole, steps):
+    journal = MemoryJournal()
+    with pytest.raises(Stop) as stop:
+        train(tiny_config(), task, journal, StopAfter(steps))
+    assert journal.end is not None
+    error, step, finished = journal.end
+    assert (error, step) == (stop.value, steps)
+    assert finished is not None
+    assert finished.step == steps
+    journal.saved.append(finished)
+    train(tiny_config(), task, journal, Signals())
+    ours, theirs = journal.saved[-1].tensors, whole.saved[-1].tensors
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(tensor, theirs[name]) for name, tensor in ours.items())
+    assert [row["step"] for row in journal.rows] == [1, 2, 3, 4, 5, 6]
+    assert journal.evals.keys() == whole.evals.keys()
