@@ -270,7 +270,7 @@ def logits_grpo_loss_fwd(
     aggregation,
     **choices,
 ):
-    """Launcher; writes `dlogits`, which may be `logits` itself. Contract in `_logits_loss._fwd`."""
+    """Launcher, for the op of this name; writes `dlogits`, which may be `logits` itself."""
     if logits.stride(1) != 1:
         logits = logits.contiguous()
     temperature, softcap, _ = head_numbers.tolist()

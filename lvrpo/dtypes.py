@@ -1,4 +1,8 @@
-"""In which dtype a reference computes, and what its parameters are to torch.compile."""
+"""In which dtype an op computes, and what its numbers are to torch.compile.
+
+A float that a custom op takes as such is a constant of a graph that torch.compile makes: each new
+value compiles another one. A tensor's values are not.
+"""
 
 from __future__ import annotations
 
@@ -21,3 +25,12 @@ def number(value: float, like: Tensor) -> Any:
     if not torch.compiler.is_compiling():
         return value
     return torch.zeros((), dtype=torch.float64, device=like.device) + value
+
+
+def numbers(*values: float) -> Tensor:
+    """The values as fp64 on the CPU, whatever the default device is; no read of them is a wait."""
+    if not torch.compiler.is_compiling():
+        return torch.tensor(values, dtype=torch.float64, device="cpu")
+    # Not torch.tensor: only arithmetic with a tensor keeps a traced float a variable of the graph.
+    zero = torch.zeros((), dtype=torch.float64, device="cpu")
+    return torch.stack([zero + value for value in values])

@@ -7,11 +7,15 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from lvrpo import checks
+
+#: What a tensor with one number for each has: tokens, or sequences.
+Level = Literal["token", "sequence"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,6 +54,59 @@ class TokenLayout:
     def restore(self, tensor: Tensor) -> Tensor:
         """[T] in the shape that the caller has."""
         return tensor.reshape(self.shape)
+
+    def per_token(
+        self, name: str, tensor: Tensor, level: Level | None, only_sequences: str | None = None
+    ) -> bool:
+        """Whether a tensor has a number per token, or one per sequence: [B] or [B, 1].
+
+        Args:
+            name: of the tensor, for the errors.
+            tensor: it.
+            level: what the caller says it is; None to go by its shape.
+            only_sequences: what takes numbers per sequence only, if anything does.
+
+        Raises:
+            ValueError: it is neither, not what it has to be, or may be both.
+        """
+        shape = tuple(tensor.shape)
+        # One comparison at a time: a compiled graph has no tuples of sizes that vary.
+        fits = {
+            "sequence": any(
+                checks.is_shape(shape, x) for x in ((self.sequences,), (self.sequences, 1))
+            ),
+            "token": checks.is_shape(shape, self.shape),
+        }
+        has = f"{self.op}: {name} has shape {shape}"
+        if level is not None and level not in fits:
+            raise ValueError(
+                f"{self.op}: level is {level!r}, expected 'token' or 'sequence', or None"
+            )
+        if not (fits[level] if level else fits["sequence"] or fits["token"]):
+            of_token = "[T]" if len(self.shape) == 1 else "[B, C]"
+            wanted = {
+                "sequence": f"[B] = [{self.sequences}]",
+                "token": f"{of_token} = {list(self.shape)}",
+            }
+            expected = wanted[level] if level else f"{wanted['sequence']} or {wanted['token']}"
+            raise ValueError(f"{has}, expected {expected}")
+        if only_sequences is not None:
+            if not fits["sequence"] or level == "token":
+                raise ValueError(
+                    f"{has}, but {only_sequences} takes one per sequence, [{self.sequences}]"
+                )
+            return False
+        if level is not None:
+            return level == "token"
+        if fits["sequence"] and fits["token"] and len(self.shape) == 1 and self.sequences > 0:
+            each_has_one = checks.check_values(self.offsets) and bool(
+                (self.offsets.diff() == 1).all()
+            )
+            if not each_has_one:
+                raise ValueError(
+                    f"{has}, which is [B] and [T]; say which with level='sequence' or level='token'"
+                )
+        return not fits["sequence"]
 
 
 def token_layout(

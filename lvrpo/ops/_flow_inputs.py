@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from lvrpo import checks
-from lvrpo.ops._numbers import numbers
+from lvrpo.dtypes import numbers
 from lvrpo.ops.flow_step import check_coefficients
 from lvrpo.params.flow import StepCoefficients
 

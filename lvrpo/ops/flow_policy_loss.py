@@ -14,9 +14,8 @@ from torch.autograd.function import once_differentiable
 
 from lvrpo import backends, checks
 from lvrpo.backends import Backend, library
-from lvrpo.dtypes import widen
+from lvrpo.dtypes import numbers, widen
 from lvrpo.ops._flow_inputs import FlowInputs, as_denominator, per_sample
-from lvrpo.ops._numbers import numbers
 from lvrpo.ops.flow_step import check_latents
 from lvrpo.params.flow import (
     FLOW_NUMBERS,

@@ -5,6 +5,7 @@ R rows of logits, T target tokens, V vocabulary. Derivation: docs/ops/gather_log
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any, Literal, overload
 
 import torch
@@ -13,10 +14,10 @@ from torch.autograd.function import once_differentiable
 
 from lvrpo import backends, checks
 from lvrpo.backends import Backend, library
-from lvrpo.dtypes import widen
-from lvrpo.ops._numbers import numbers
-from lvrpo.ops.head import targets as _targets
-from lvrpo.ops.head.targets import Ids, VocabRange
+from lvrpo.dtypes import numbers, widen
+from lvrpo.ops.head import logprobs as results
+from lvrpo.ops.head.given import check_logits
+from lvrpo.ops.head.targets import Ids, VocabRange, as_rows, as_targets, check_scale
 from lvrpo.reference.gather_logprobs import gather_logprobs as reference_gather_logprobs
 
 OP = "gather_logprobs"
@@ -129,23 +130,23 @@ def gather_logprobs(
             and such a row gives NaN.
         RuntimeError: in the backward: the logits were changed after the forward.
     """
-    _targets.check_scale(OP, temperature, softcap)
-    shaped, logits = logits, _targets.as_rows(OP, "logits", logits, "V")
-    _targets.check_logits(OP, logits, inplace_backward)
-    targets = _targets.as_targets(
+    check_scale(OP, temperature, softcap)
+    shaped, logits = logits, as_rows(OP, "logits", logits, "V")
+    check_logits(OP, logits, inplace_backward)
+    targets = as_targets(
         *(OP, "logits", shaped, logits.shape[1]),
         *(token_ids, row_index, vocab_range, ignore_index),
     )
-    indices = targets.token_ids, targets.row_index, targets.ranges
-    chosen = backends.resolve(OP, (logits, *indices), backend)
-    of_rows: list[Tensor]
+    chosen = backends.resolve(OP, (logits, *targets.indices()), backend)
     functional = chosen.functional(OP, reference_gather_logprobs)
+    of_rows: list[Tensor]
     if functional is not None:
         if checks.check_values(logits):
             finite = (_largest(logits, targets.ranges, softcap) / temperature).isfinite()
-            _refuse_rows(targets.unusable(finite), logits, targets.ranges, softcap)
-        results = functional(
-            *(logits, *indices[:2]),
+            unusable = results.unusable(targets, finite)
+            _refuse_rows(unusable, logits, targets.ranges, softcap)
+        found = functional(
+            *(logits, targets.token_ids, targets.row_index),
             temperature=temperature,
             softcap=softcap,
             vocab_range=targets.ranges,
@@ -153,52 +154,58 @@ def gather_logprobs(
             return_entropy=return_entropy,
             return_sum_squares=return_sum_squares,
         )
-        logprobs, *of_rows = results if isinstance(results, tuple) else (results,)
+        logprobs, *of_rows = found if isinstance(found, tuple) else (found,)
     else:
-        logprobs, entropy, sum_squares, lse = _GatherLogprobs.apply(  # type: ignore[no-untyped-call]
-            logits,
-            *indices,
+        options = _Options(
+            *targets.indices(),
             numbers(temperature, softcap or 0.0, ignore_index),
-            return_entropy,
-            return_sum_squares,
-            inplace_backward and not torch.compiler.is_compiling(),
-            chosen,
+            with_entropy=return_entropy,
+            with_sum_squares=return_sum_squares,
+            inplace=inplace_backward and not torch.compiler.is_compiling(),
+            backend=chosen,
         )
+        logprobs, entropy, sum_squares, lse = _GatherLogprobs.apply(logits, options)  # type: ignore[no-untyped-call]
         of_rows = [*[entropy] * return_entropy, *[sum_squares] * return_sum_squares]
-        of_rows = targets.settle(
-            lse, of_rows, lambda bad: _refuse_rows(bad, logits, targets.ranges, softcap)
+        of_rows = results.settle(
+            *(targets, lse, of_rows),
+            lambda bad: _refuse_rows(bad, logits, targets.ranges, softcap),
         )
-    return targets.shape_results(logprobs, of_rows)
+    return results.shape_results(targets, logprobs, of_rows)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Options:
+    """What `lvrpo::gather_logprobs_fwd` takes besides the logits, and how to get a gradient."""
+
+    token_ids: Tensor
+    row_index: Tensor | None
+    vocab_range: Tensor | None
+    numbers: Tensor
+    with_entropy: bool
+    with_sum_squares: bool
+    inplace: bool
+    backend: Backend
 
 
 class _GatherLogprobs(torch.autograd.Function):
     @staticmethod
     def forward(  # type: ignore[override]
-        ctx: Any,
-        logits: Tensor,
-        token_ids: Tensor,
-        row_index: Tensor | None,
-        vocab_range: Tensor | None,
-        numbers: Tensor,
-        with_entropy: bool,
-        with_sum_squares: bool,
-        inplace_backward: bool,
-        backend: Backend,
+        ctx: Any, logits: Tensor, options: _Options
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        inputs = logits, token_ids, row_index, vocab_range, numbers
-        logprobs, lse, entropy, sum_squares = backend.op("gather_logprobs_fwd")(
-            *inputs, with_entropy, with_sum_squares
+        indices = options.token_ids, options.row_index, options.vocab_range
+        inputs = logits, *indices, options.numbers
+        logprobs, lse, entropy, sum_squares = options.backend.op("gather_logprobs_fwd")(
+            *inputs, options.with_entropy, options.with_sum_squares
         )
         ctx.save_for_backward(*inputs, lse, entropy)
-        ctx.with_entropy = with_entropy
-        ctx.inplace = inplace_backward
-        ctx.backend = backend
+        ctx.with_entropy, ctx.inplace = options.with_entropy, options.inplace
+        ctx.backend = options.backend
         ctx.mark_non_differentiable(sum_squares, lse)
         return logprobs, entropy, sum_squares, lse
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dlogprobs: Tensor, dentropy: Tensor, *_: Tensor) -> tuple[Any, ...]:
+    def backward(ctx: Any, dlogprobs: Tensor, dentropy: Tensor, *_: Tensor) -> tuple[Tensor, None]:
         # Raises if the logits were changed since the forward.
         logits, token_ids, row_index, vocab_range, numbers, lse, entropy = ctx.saved_tensors
         dlogits = logits.detach() if ctx.inplace else logits.new_empty(logits.shape)
@@ -216,7 +223,7 @@ class _GatherLogprobs(torch.autograd.Function):
         )
         if ctx.inplace:
             torch.autograd.graph.increment_version(logits)
-        return dlogits, *[None] * 8
+        return dlogits, None
 
 
 @library.register("gather_logprobs_fwd", kernels=OP)

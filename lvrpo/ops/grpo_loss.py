@@ -5,7 +5,8 @@ T packed tokens or [B, C] padded ones, B sequences. Derivation: docs/ops/grpo_lo
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -15,14 +16,14 @@ from torch.autograd.function import once_differentiable
 from lvrpo import backends, checks
 from lvrpo.backends import Backend, library
 from lvrpo.dtypes import widen
-from lvrpo.ops._loss_inputs import Level, Numbers, loss_inputs
-from lvrpo.ops._numbers import numbers
+from lvrpo.ops.head.loss_inputs import LossInputs, Numbers, loss_inputs
 from lvrpo.params.loss_metrics import STATISTICS, LossMetrics
 from lvrpo.params.policy_loss import LOSS_NUMBERS, LOSS_PRESETS, LossParams, PolicyLoss
 from lvrpo.reference.grpo_loss import grpo_loss as reference_grpo_loss
+from lvrpo.token_layout import Level
 
 OP = "grpo_loss"
-__all__ = ["LOSS_PRESETS", "LossMetrics", "LossParams", "PolicyLoss", "grpo_loss", "loss_op"]
+__all__ = ["LOSS_PRESETS", "LossMetrics", "LossParams", "PolicyLoss", "grpo_loss"]
 
 _DEFAULT = LossParams()
 library.check_table(OP, "numbers", LOSS_NUMBERS)
@@ -115,73 +116,39 @@ def grpo_loss(
     if functional is not None:
         loss, statistics = functional(logp, entropy=data.entropy, **data.for_reference())
     else:
-        loss, statistics = _GrpoLoss.apply(  # type: ignore[no-untyped-call]
-            logp,
-            data.entropy,
-            data.old_logprobs,
-            data.advantages,
-            data.layout.offsets,
-            data.ref_logprobs,
-            data.mask,
-            data.policy_weights,
-            numbers_of(params, data.denominator),
-            data.per_token,
-            params.count_empty,
-            params.choices(),
-            chosen,
-        )
+        options = _Options(data, data.numbers(), chosen)
+        loss, statistics = _GrpoLoss.apply(logp, data.entropy, options)  # type: ignore[no-untyped-call]
     return PolicyLoss(*data.finish(loss, statistics, logp))
 
 
-def loss_op(backend: Backend) -> Callable[..., tuple[Tensor, Tensor, Tensor, Tensor]]:
-    """`grpo_loss_fwd` of a backend with kernels, for ops that form this loss inside.
+@dataclasses.dataclass(frozen=True)
+class _Options:
+    """What `lvrpo::grpo_loss_fwd` takes besides log-probs and entropies, from whom."""
 
-    Called with (logprobs, old_logprobs, advantages, cu_seqlens, ref_logprobs, entropy, mask,
-    policy_weights, numbers_of(params, denominator), per_token, params.count_empty,
-    **params.choices()), all floating tensors in the dtype of `logprobs`. Returns loss, statistics,
-    and the derivatives of the loss by `logprobs` and `entropy`; nothing is checked and nothing is
-    differentiable.
-    """
-    return backend.op("grpo_loss_fwd")
-
-
-def numbers_of(params: LossParams, denominator: float | None = None) -> Tensor:
-    """`params.numbers(denominator)` in the order of `LOSS_NUMBERS`, as fp64 on the host."""
-    named = params.numbers(denominator)
-    return numbers(*(named[name] for name in LOSS_NUMBERS))
+    data: LossInputs
+    numbers: Tensor
+    backend: Backend
 
 
 class _GrpoLoss(torch.autograd.Function):
     @staticmethod
     def forward(  # type: ignore[override]
-        ctx: Any,
-        logprobs: Tensor,
-        entropy: Tensor | None,
-        old_logprobs: Tensor | None,
-        advantages: Tensor,
-        cu_seqlens: Tensor,
-        ref_logprobs: Tensor | None,
-        mask: Tensor | None,
-        policy_weights: Tensor | None,
-        numbers: Tensor,
-        advantage_per_token: bool,
-        count_empty: bool,
-        choices: dict[str, str],
-        backend: Backend,
+        ctx: Any, logprobs: Tensor, entropy: Tensor | None, options: _Options
     ) -> tuple[Tensor, Tensor]:
-        loss, statistics, dlogprobs, dentropy = loss_op(backend)(
+        data = options.data
+        loss, statistics, dlogprobs, dentropy = options.backend.op("grpo_loss_fwd")(
             logprobs,
-            old_logprobs,
-            advantages,
-            cu_seqlens,
-            ref_logprobs,
+            data.old_logprobs,
+            data.advantages,
+            data.layout.offsets,
+            data.ref_logprobs,
             entropy,
-            mask,
-            policy_weights,
-            numbers,
-            advantage_per_token,
-            count_empty,
-            **choices,
+            data.mask,
+            data.policy_weights,
+            options.numbers,
+            data.per_token,
+            data.params.count_empty,
+            **data.params.choices(),
         )
         ctx.save_for_backward(dlogprobs, dentropy)
         ctx.mark_non_differentiable(statistics)
@@ -189,10 +156,10 @@ class _GrpoLoss(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dloss: Tensor, _: Tensor) -> tuple[Any, ...]:
+    def backward(ctx: Any, dloss: Tensor, _: Tensor) -> tuple[Tensor, Tensor | None, None]:
         dlogprobs, dentropy = ctx.saved_tensors
         to_entropy = dloss * dentropy if ctx.needs_input_grad[1] else None
-        return dloss * dlogprobs, to_entropy, *[None] * 11
+        return dloss * dlogprobs, to_entropy, None
 
 
 @library.register("grpo_loss_fwd", kernels=OP)

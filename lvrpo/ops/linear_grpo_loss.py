@@ -8,18 +8,23 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from typing import Any
 
+import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from lvrpo import backends, checks
-from lvrpo.ops._linear_loss import fused_loss
-from lvrpo.ops._loss_inputs import Level, Numbers, loss_inputs
-from lvrpo.ops.head import budget as _inputs
-from lvrpo.ops.head import targets as _targets
-from lvrpo.ops.head.gemm import dtypes_of
-from lvrpo.ops.head.targets import Ids, VocabRange
+from lvrpo.backends import library
+from lvrpo.ops.head.fused import FusedLoss, plan_rows, release_gradients, save_gradients
+from lvrpo.ops.head.linear import LinearHead, dtypes_of, empty_gradients, project
+from lvrpo.ops.head.loss_inputs import Numbers, loss_inputs
+from lvrpo.ops.head.rows import refuse_rows
+from lvrpo.ops.head.targets import Ids, VocabRange, check_scale
+from lvrpo.params.loss_metrics import STATISTICS
 from lvrpo.params.policy_loss import FusedPolicyLoss, LossParams
 from lvrpo.reference.linear_grpo_loss import linear_grpo_loss as reference_linear_grpo_loss
+from lvrpo.token_layout import Level
 
 OP = "linear_grpo_loss"
 _DEFAULT = LossParams()
@@ -98,20 +103,16 @@ def linear_grpo_loss(
     Raises:
         ValueError: as `linear_logprobs` and `grpo_loss`.
     """
-    shaped = hidden
-    hidden, weight, bias = factors = _inputs.as_factors(OP, hidden, weight, bias)
-    pair = vocab_range if _targets.is_pair(vocab_range) else None
-    vocab = _inputs.vocab_slice(OP, pair, weight.shape[0])
-    _targets.check_scale(OP, temperature, softcap)
-    targets, strange = _targets.as_targets(
-        *(OP, "hidden", shaped, weight.shape[0]),
-        *(token_ids, row_index, vocab_range, ignore_index),
-    ).without_strangers(weight.shape[0])
-    most = _inputs.rows_at_once(OP, hidden, vocab.high - vocab.low, memory_budget)
+    check_scale(OP, temperature, softcap)
+    head = project(
+        OP, hidden, weight, bias, token_ids, row_index, vocab_range, ignore_index, memory_budget
+    )
+    targets, strange = head.targets.without_strangers(len(head.weight))
+    head = dataclasses.replace(head, targets=targets)
     data = loss_inputs(
         OP,
         ("token_ids", targets.token_ids.reshape(targets.tokens)),
-        dtypes_of(hidden)[1],
+        dtypes_of(head.hidden)[1],
         old_logprobs=old_logprobs,
         advantages=advantages,
         cu_seqlens=cu_seqlens,
@@ -123,17 +124,16 @@ def linear_grpo_loss(
         denominator=denominator,
         params=params,
     ).of_targets(targets, strange)
-    indices = targets.token_ids, targets.row_index, targets.ranges
-    tensors = (*factors, *indices, *data.tensors())
+    tensors = (*head.factors(), *targets.indices(), *data.tensors())
     chosen = backends.resolve(OP, tensors, backend, choices=params.choices())
     functional = chosen.functional(OP, reference_linear_grpo_loss)
     if functional is not None:
-        with checks.without_autocast(hidden):
+        with checks.without_autocast(head.hidden):
             result = functional(
-                hidden,
-                weight,
+                head.hidden,
+                head.weight,
                 targets.token_ids,
-                bias=bias,
+                bias=head.bias,
                 row_index=targets.row_index,
                 vocab_range=targets.ranges,
                 temperature=temperature,
@@ -142,14 +142,96 @@ def linear_grpo_loss(
                 **data.for_reference(),
             )
     else:
-        result = fused_loss(
-            factors,
-            targets,
-            vocab if pair is not None else dataclasses.replace(vocab, ranges=targets.ranges),
-            data,
-            temperature=temperature,
-            softcap=softcap,
-            most=most,
-            backend=chosen.name,
-        )
+        differentiates = torch.is_grad_enabled()
+        needs = [differentiates and x is not None and x.requires_grad for x in head.factors()]
+        how = _How(needs, (head.low, head.high), head.most, chosen.name)
+        fused = FusedLoss.of(head.indices(), data, temperature, softcap)
+        *result, lse = _LinearGrpoLoss.apply(*head.factors(), fused, how)  # type: ignore[no-untyped-call]
+        refuse_rows(OP, lse, "hidden @ weight.T + bias")
     return data.finish_fused(*result)
+
+
+@dataclasses.dataclass(frozen=True)
+class _How:
+    """How the fused loss runs: which factors need a gradient, columns, rows at once, backend."""
+
+    needs: Sequence[bool]
+    columns: tuple[int, int]
+    most: int
+    backend: str
+
+
+class _LinearGrpoLoss(torch.autograd.Function):
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, fused: FusedLoss, how: _How
+    ) -> tuple[Tensor, ...]:
+        factors, tensors = (hidden, weight, bias), fused.tensors()
+        options = fused.flags(), fused.names(), how.needs, *how.columns, how.most, how.backend
+        *results, dhidden, dweight, dbias = torch.ops.lvrpo.linear_grpo_loss_fwd(
+            *factors, tensors, *options
+        )
+        ctx.dtype, ctx.options = hidden.dtype, options
+        save_gradients(ctx, (*factors, *tensors), [dhidden, dweight, dbias])
+        ctx.mark_non_differentiable(*results[1:])
+        return tuple(results)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dloss: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+        def recompute() -> list[Tensor]:
+            hidden, weight, bias, *tensors = ctx.saved_tensors
+            run = torch.ops.lvrpo.linear_grpo_loss_fwd
+            return list(run(hidden, weight, bias, tensors, *ctx.options)[-3:])
+
+        gradients = release_gradients(ctx, dloss, ctx.dtype, recompute)
+        dhidden, dweight, dbias = (
+            gradient if needed else None
+            for gradient, needed in zip(gradients, ctx.needs_input_grad[:3], strict=True)
+        )
+        return dhidden, dweight, dbias, None, None
+
+
+def _fwd_fake(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    tensors: Sequence[Tensor | None],
+    flags: Sequence[bool],
+    names: str,
+    needs: Sequence[bool],
+    *_: Any,
+) -> tuple[Tensor, ...]:
+    like, token_ids = hidden.new_empty(0, dtype=dtypes_of(hidden)[1]), tensors[0]
+    assert token_ids is not None
+    return (
+        like.new_empty(()),
+        like.new_empty(len(STATISTICS), dtype=torch.float64),
+        like.new_empty(token_ids.shape),
+        like.new_empty(token_ids.shape),
+        like.new_empty(hidden.shape[0]),
+        *empty_gradients(hidden, weight, bias, needs, like.dtype),
+    )
+
+
+@library.composite("linear_grpo_loss_fwd", _fwd_fake, of=["gather_logprobs", "grpo_loss"])
+def _fwd(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    tensors: Sequence[Tensor | None],
+    flags: Sequence[bool],
+    names: str,
+    needs: Sequence[bool],
+    low: int,
+    high: int,
+    most: int,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    fused = FusedLoss.from_arguments(tensors, flags, names)
+    plan = plan_rows(fused, len(hidden), most, gradient=any(needs))
+    head = LinearHead(hidden, weight, bias, (low, high), plan.chunks(), needs)
+    rows = fused.rows(head, backends.named(backend), plan.order)
+    results = fused.run(rows, plan)
+    dhidden, dweight, dbias = head.finish()
+    return *results, rows.lse, dhidden, dweight, dbias

@@ -6,6 +6,7 @@ docs/ops/linear_logprobs.md.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from typing import Any, Literal, overload
 
@@ -15,15 +16,16 @@ from torch.autograd.function import once_differentiable
 
 from lvrpo import backends, checks
 from lvrpo.backends import library
-from lvrpo.ops._numbers import numbers
-from lvrpo.ops.head import budget as _inputs
-from lvrpo.ops.head import targets as _targets
-from lvrpo.ops.head.gemm import LinearHead, dtypes_of, fake_gradients, split
-from lvrpo.ops.head.rows import OUTSIDE, HeadRows, Softmax
-from lvrpo.ops.head.targets import Ids, VocabRange
+from lvrpo.dtypes import numbers
+from lvrpo.ops.head import logprobs as results
+from lvrpo.ops.head.linear import LinearHead, dtypes_of, empty_gradients, project, split
+from lvrpo.ops.head.rows import OUTSIDE, HeadRows, refuse_rows
+from lvrpo.ops.head.targets import Ids, VocabRange, check_scale
 from lvrpo.reference.linear_logprobs import linear_logprobs as reference_linear_logprobs
 
 OP = "linear_logprobs"
+#: For messages.
+LOGITS = "hidden @ weight.T + bias"
 
 
 @overload
@@ -140,25 +142,19 @@ def linear_logprobs(
         ValueError: as `gather_logprobs`; also when the dtypes or widths of hidden, weight and bias
             differ, or memory_budget is too small for one row.
     """
-    shaped = hidden
-    hidden, weight, bias = _inputs.as_factors(OP, hidden, weight, bias)
-    pair = vocab_range if _targets.is_pair(vocab_range) else None
-    vocab = _inputs.vocab_slice(OP, pair, weight.shape[0])
-    _targets.check_scale(OP, temperature, softcap)
-    targets = _targets.as_targets(
-        *(OP, "hidden", shaped, weight.shape[0]),
-        *(token_ids, row_index, vocab_range, ignore_index),
+    check_scale(OP, temperature, softcap)
+    head = project(
+        OP, hidden, weight, bias, token_ids, row_index, vocab_range, ignore_index, memory_budget
     )
-    most = _inputs.rows_at_once(OP, hidden, vocab.high - vocab.low, memory_budget)
-    indices = targets.token_ids, targets.row_index, targets.ranges
-    chosen = backends.resolve(OP, (hidden, weight, bias, *indices), backend)
-    of_rows: list[Tensor]
+    targets = head.targets
+    chosen = backends.resolve(OP, (*head.factors(), *targets.indices()), backend)
     functional = chosen.functional(OP, reference_linear_logprobs)
+    of_rows: list[Tensor]
     if functional is not None:
-        with checks.without_autocast(hidden):
+        with checks.without_autocast(head.hidden):
             logprobs, entropy, *others = functional(
-                *(hidden, weight, *indices[:2]),
-                bias=bias,
+                *(head.hidden, head.weight, targets.token_ids, targets.row_index),
+                bias=head.bias,
                 temperature=temperature,
                 softcap=softcap,
                 vocab_range=targets.ranges,
@@ -166,62 +162,70 @@ def linear_logprobs(
                 return_entropy=True,
                 return_sum_squares=return_sum_squares,
             )
-        _inputs.refuse_rows(OP, entropy)
+        refuse_rows(OP, entropy, LOGITS)
         of_rows = [*[entropy] * return_entropy, *others]
     else:
+        options = _Options(
+            indices=head.indices(),
+            numbers=numbers(temperature, softcap or 0.0, OUTSIDE),
+            wanted=(return_entropy, return_sum_squares),
+            how=(head.low, head.high, head.most, chosen.name),
+        )
         logprobs, entropy, sum_squares, lse = _LinearLogprobs.apply(  # type: ignore[no-untyped-call]
-            *(hidden, weight, bias),
-            _inputs.token_columns(targets.token_ids, vocab.low, ignore_index),
-            targets.row_index,
-            targets.ranges if pair is None else None,
-            numbers(temperature, softcap or 0.0, OUTSIDE),
-            (return_entropy, return_sum_squares),
-            (vocab.low, vocab.high, most, chosen.name),
+            *head.factors(), options
         )
         of_rows = [*[entropy] * return_entropy, *[sum_squares] * return_sum_squares]
-        of_rows = targets.settle(lse, of_rows, lambda bad: _inputs.refuse_rows(OP, lse, used=bad))
-    return targets.shape_results(logprobs, of_rows)
+        of_rows = results.settle(
+            targets, lse, of_rows, lambda bad: refuse_rows(OP, lse, LOGITS, used=bad)
+        )
+    return results.shape_results(targets, logprobs, of_rows)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Options:
+    """What `lvrpo::linear_logprobs_fwd` takes besides the factors, in its order.
+
+    Attributes:
+        indices: as `HeadRows` takes targets.
+        numbers: of the softmax.
+        wanted: whether entropies, and whether sums of squares.
+        how: the first column and one past the last, rows at once, and the backend.
+    """
+
+    indices: tuple[Tensor, Tensor | None, Tensor | None]
+    numbers: Tensor
+    wanted: tuple[bool, bool]
+    how: tuple[int, int, int, str]
 
 
 class _LinearLogprobs(torch.autograd.Function):
     @staticmethod
     def forward(  # type: ignore[override]
-        ctx: Any,
-        hidden: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        token_ids: Tensor,
-        row_index: Tensor | None,
-        vocab_range: Tensor | None,
-        numbers: Tensor,
-        wanted: tuple[bool, bool],
-        how: tuple[Any, ...],
+        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, options: _Options
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        inputs = (hidden, weight, bias, token_ids, row_index, vocab_range, numbers)
+        inputs = (hidden, weight, bias, *options.indices, options.numbers)
         logprobs, lse, entropy, sum_squares = torch.ops.lvrpo.linear_logprobs_fwd(
-            *inputs, *wanted, *how
+            *inputs, *options.wanted, *options.how
         )
         ctx.save_for_backward(*inputs, lse, entropy)
-        ctx.with_entropy, ctx.how = wanted[0], how
+        ctx.with_entropy, ctx.how = options.wanted[0], options.how
         ctx.mark_non_differentiable(sum_squares, lse)
         return logprobs, entropy, sum_squares, lse
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dlogprobs: Tensor, dentropy: Tensor, *_: Tensor) -> tuple[Any, ...]:
-        *inputs, lse, entropy = ctx.saved_tensors
+    def backward(
+        ctx: Any, dlogprobs: Tensor, dentropy: Tensor, *_: Tensor
+    ) -> tuple[Tensor | None, ...]:
         needs = ctx.needs_input_grad[:3]
         gradients = torch.ops.lvrpo.linear_logprobs_bwd(
-            dlogprobs,
-            dentropy if ctx.with_entropy else None,
-            *inputs,
-            lse,
-            entropy,
-            needs,
-            *ctx.how,
+            *(dlogprobs, dentropy if ctx.with_entropy else None),
+            *(*ctx.saved_tensors, needs, *ctx.how),
         )
-        found = (g if wanted else None for g, wanted in zip(gradients, needs, strict=True))
-        return *found, *[None] * 6
+        dhidden, dweight, dbias = (
+            gradient if needed else None for gradient, needed in zip(gradients, needs, strict=True)
+        )
+        return dhidden, dweight, dbias, None
 
 
 def _fwd_fake(
@@ -264,9 +268,7 @@ def _fwd(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     chunks = split(0, len(hidden), most)
     head = LinearHead(hidden, weight, bias, (low, high), chunks)
-    rows = HeadRows(
-        head, Softmax(numbers, backends.named(backend)), token_ids, row_index, vocab_range
-    )
+    rows = HeadRows(head, backends.named(backend), numbers, token_ids, row_index, vocab_range)
     for chunk in chunks:
         rows.forward(chunk, with_entropy, with_sum_squares)
     entropy = rows.entropy if with_entropy else head.like
@@ -290,7 +292,7 @@ def _bwd_fake(
     needs: Sequence[bool],
     *_: Any,
 ) -> tuple[Tensor, ...]:
-    return fake_gradients(hidden, weight, bias, needs, hidden.dtype)
+    return empty_gradients(hidden, weight, bias, needs, hidden.dtype)
 
 
 @library.composite("linear_logprobs_bwd", _bwd_fake, of=["gather_logprobs"])
@@ -314,9 +316,7 @@ def _bwd(
 ) -> tuple[Tensor, Tensor, Tensor]:
     chunks = split(0, len(hidden), most)
     head = LinearHead(hidden, weight, bias, (low, high), chunks, needs)
-    rows = HeadRows(
-        head, Softmax(numbers, backends.named(backend)), token_ids, row_index, vocab_range
-    )
+    rows = HeadRows(head, backends.named(backend), numbers, token_ids, row_index, vocab_range)
     rows.lse, rows.entropy = lse, entropy
     for chunk in chunks:
         rows.backward(chunk, dlogprobs, dentropy)

@@ -6,20 +6,30 @@ docs/ops/logits_grpo_loss.md.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
+from typing import Any
 
+import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from lvrpo import backends, checks
-from lvrpo.ops._logits_loss import dtypes_of, fused_loss
-from lvrpo.ops._loss_inputs import Level, Numbers, loss_inputs
-from lvrpo.ops.head import targets as _targets
-from lvrpo.ops.head.targets import Ids, VocabRange
+from lvrpo.backends import library
+from lvrpo.ops.head.fused import FusedLoss, release_gradients, save_gradients
+from lvrpo.ops.head.given import GivenLogits, check_logits, chunks_of, dtypes_of
+from lvrpo.ops.head.loss_inputs import Numbers, loss_inputs
+from lvrpo.ops.head.rows import OUTSIDE, refuse_rows
+from lvrpo.ops.head.targets import Ids, VocabRange, any_of, as_rows, as_targets, check_scale
+from lvrpo.params.loss_metrics import STATISTICS
 from lvrpo.params.policy_loss import FusedPolicyLoss, LossParams
 from lvrpo.reference.logits_grpo_loss import logits_grpo_loss as reference_logits_grpo_loss
+from lvrpo.token_layout import Level
 
 OP = "logits_grpo_loss"
 _DEFAULT = LossParams()
+#: Bytes of logits that are read for nothing rather than call a kernel before them and one after.
+SKIPPED_BYTES = 1 << 20
 
 
 @checks.replaced(token_weights=checks.MASK_AND_WEIGHTS)
@@ -90,16 +100,16 @@ def logits_grpo_loss(
         RuntimeError: in the backward: a second one after `inplace_backward`, or the gradient was
             changed in the place of the logits.
     """
-    shaped, logits = logits, _targets.as_rows(OP, "logits", logits, "V")
-    _targets.check_logits(OP, logits, inplace_backward)
+    shaped, logits = logits, as_rows(OP, "logits", logits, "V")
+    check_logits(OP, logits, inplace_backward)
     dtype, dtype_of_gradient = dtypes_of(logits)
     if inplace_backward and dtype_of_gradient != logits.dtype:
         raise ValueError(
             f"{OP}: logits is {logits.dtype}; inplace_backward=True needs a dtype that holds the "
             "gradient before a loss scale has multiplied it: float32, float64 or bfloat16"
         )
-    _targets.check_scale(OP, temperature, softcap)
-    targets, strange = _targets.as_targets(
+    check_scale(OP, temperature, softcap)
+    targets, strange = as_targets(
         *(OP, "logits", shaped, logits.shape[1]),
         *(token_ids, row_index, vocab_range, ignore_index),
     ).without_strangers(logits.shape[1])
@@ -118,8 +128,7 @@ def logits_grpo_loss(
         denominator=denominator,
         params=params,
     ).of_targets(targets, strange)
-    indices = targets.token_ids, targets.row_index, targets.ranges
-    tensors = (logits, *indices, *data.tensors())
+    tensors = (logits, *targets.indices(), *data.tensors())
     chosen = backends.resolve(OP, tensors, backend, choices=params.choices())
     functional = chosen.functional(OP, reference_logits_grpo_loss)
     if functional is not None:
@@ -135,13 +144,125 @@ def logits_grpo_loss(
                 **data.for_reference(),
             )
     else:
-        result = fused_loss(
-            logits,
-            targets,
-            data,
-            temperature=temperature,
-            softcap=softcap,
-            inplace=inplace_backward,
+        assert data.mask is not None
+        ids = torch.where(data.mask, targets.token_ids, OUTSIDE)
+        indices = ids, targets.row_index, targets.ranges
+        how = _How(
+            needed=torch.is_grad_enabled() and logits.requires_grad,
+            inplace=inplace_backward and not torch.compiler.is_compiling(),
+            has_softcap=softcap is not None,
             backend=chosen.name,
         )
+        fused = FusedLoss.of(indices, data, temperature, softcap)
+        *result, lse = _LogitsGrpoLoss.apply(logits, fused, how)  # type: ignore[no-untyped-call]
+        refuse_rows(OP, lse, "logits")
     return data.finish_fused(*result)
+
+
+@dataclasses.dataclass(frozen=True)
+class _How:
+    """How the fused loss runs: whether and where it writes a gradient, and what a kernel omits."""
+
+    needed: bool
+    inplace: bool
+    has_softcap: bool
+    backend: str
+
+
+class _LogitsGrpoLoss(torch.autograd.Function):
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: Any, logits: Tensor, fused: FusedLoss, how: _How
+    ) -> tuple[Tensor, ...]:
+        tensors = fused.tensors()
+        options = fused.flags(), fused.names(), how.has_softcap, how.backend
+        dlogits = _gradient_of(logits, how.inplace) if how.needed else logits.new_empty(0, 0)
+        results = torch.ops.lvrpo.logits_grpo_loss_fwd(dlogits, logits, tensors, *options)
+        ctx.dtype, ctx.inplace, ctx.options = logits.dtype, how.inplace and how.needed, options
+        if ctx.inplace:
+            torch.autograd.graph.increment_version(logits)
+        save_gradients(ctx, (logits, *tensors), [dlogits])
+        ctx.mark_non_differentiable(*results[1:])
+        return tuple(results)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dloss: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+        if ctx.inplace:
+            if ctx.gradients is None:
+                raise RuntimeError(
+                    "logits_grpo_loss: a second backward needs the logits, which "
+                    "inplace_backward=True has overwritten with their gradient"
+                )
+            _ = ctx.saved_tensors  # raises if the gradient was changed in the place of the logits
+
+        def recompute() -> list[Tensor]:
+            logits, *tensors = ctx.saved_tensors
+            dlogits = _gradient_of(logits, inplace=False)
+            torch.ops.lvrpo.logits_grpo_loss_fwd(dlogits, logits, tensors, *ctx.options)
+            return [dlogits]
+
+        (dlogits,) = release_gradients(ctx, dloss, ctx.dtype, recompute)
+        return dlogits, None, None
+
+
+def _gradient_of(logits: Tensor, inplace: bool) -> Tensor:
+    """Where the gradient is written."""
+    if inplace:
+        return logits.detach()
+    return logits.new_empty(logits.shape, dtype=dtypes_of(logits)[1])
+
+
+def _fwd_fake(
+    dlogits: Tensor, logits: Tensor, tensors: Sequence[Tensor | None], *_: Any
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    like, token_ids = logits.new_empty(0, dtype=dtypes_of(logits)[0]), tensors[0]
+    assert token_ids is not None
+    return (
+        like.new_empty(()),
+        like.new_empty(len(STATISTICS), dtype=torch.float64),
+        like.new_empty(token_ids.shape),
+        like.new_empty(token_ids.shape),
+        like.new_empty(logits.shape[0]),
+    )
+
+
+@library.composite(
+    "logits_grpo_loss_fwd", _fwd_fake, of=["gather_logprobs", "grpo_loss"], mutates=["dlogits"]
+)
+def _fwd(
+    dlogits: Tensor,  # [R, V], may be the logits; or [0, 0], for no gradient
+    logits: Tensor,
+    tensors: Sequence[Tensor | None],
+    flags: Sequence[bool],
+    names: str,
+    has_softcap: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    fused, runs_on = FusedLoss.from_arguments(tensors, flags, names), backends.named(backend)
+    gradient, row_index = dlogits.numel() > 0, fused.row_index
+    launch = runs_on.fused(OP)
+    if launch is not None and gradient and row_index is None and not fused.sequence_level:
+        results: tuple[Tensor, Tensor, Tensor, Tensor, Tensor] = launch(
+            *(dlogits, logits, fused.token_ids, fused.vocab_range),
+            *(fused.old_logprobs, fused.advantages, fused.cu_seqlens, fused.ref_logprobs),
+            *(fused.mask, fused.policy_weights, fused.softmax_numbers, fused.loss_numbers),
+            *(has_softcap, fused.advantage_per_token, fused.count_empty),
+            **fused.choices,
+        )
+        return results
+    rows = fused.rows(GivenLogits(logits.detach(), dlogits), runs_on)
+    active = any_of(fused.mask, row_index, len(logits))
+    shortest = max(1, SKIPPED_BYTES // max(1, logits.shape[1] * logits.itemsize))
+    # On a GPU nothing is read that is there.
+    every = [(0, len(logits))] if len(logits) else []
+    for chunk in every if logits.is_cuda else chunks_of(active.tolist(), shortest):
+        rows.forward(chunk)
+    loss, statistics, dlogprobs, dentropy = fused.loss(rows)
+    if gradient:
+        # All rows at once: those of which nothing is asked are filled with zeros, and not read.
+        of_rows = rows.sum_over_rows(dentropy) if fused.entropy_bonus else None
+        rows.backward((0, len(logits)), dlogprobs, of_rows)
+    # Of a masked row that was read nothing is known.
+    lse = torch.where(active, rows.lse, 0.0)
+    return loss, statistics, *fused.reported(rows), lse

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from lvrpo import backends, checks
 from lvrpo.backends import library
-from lvrpo.ops._numbers import numbers
+from lvrpo.dtypes import numbers
 from lvrpo.params.advantages import (
     ADVANTAGE_NUMBERS,
     ADVANTAGE_STATS,

@@ -15,10 +15,10 @@ from torch.autograd.function import once_differentiable
 
 from lvrpo import backends, checks
 from lvrpo.backends import library
+from lvrpo.dtypes import numbers
 from lvrpo.masks import SpanMask
 from lvrpo.masks.schedule import schedule
 from lvrpo.masks.tables import Schedule, SpanColumn
-from lvrpo.ops._numbers import numbers
 from lvrpo.reference.packed_attention import packed_attention as reference_packed_attention
 
 OP = "packed_attention"

@@ -6,8 +6,8 @@ from collections.abc import Iterator
 
 import torch
 
+from lvrpo.dtypes import numbers
 from lvrpo.kernels import gather_logprobs as kernels
-from lvrpo.ops._numbers import numbers
 
 
 def arguments(rows, vocab, dtype, shared, ranged):

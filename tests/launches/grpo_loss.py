@@ -7,7 +7,8 @@ from collections.abc import Iterator
 import torch
 
 from lvrpo.kernels import grpo_loss as kernels
-from lvrpo.ops.grpo_loss import LossParams, numbers_of
+from lvrpo.ops.grpo_loss import LossParams
+from lvrpo.ops.head.loss_inputs import numbers_of
 
 
 def call(

@@ -6,9 +6,10 @@ from collections.abc import Iterator
 
 import torch
 
+from lvrpo.dtypes import numbers
 from lvrpo.kernels import logits_grpo_loss as kernels
-from lvrpo.ops._numbers import numbers
-from lvrpo.ops.grpo_loss import LossParams, numbers_of
+from lvrpo.ops.grpo_loss import LossParams
+from lvrpo.ops.head.loss_inputs import numbers_of
 from lvrpo.ops.head.rows import OUTSIDE
 
 

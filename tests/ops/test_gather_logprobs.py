@@ -9,7 +9,7 @@ from mutants.gather_logprobs import MUTANTS
 from torch import Tensor
 
 import lvrpo
-from lvrpo.ops._numbers import numbers
+from lvrpo.dtypes import numbers
 from lvrpo.reference.gather_logprobs import gather_logprobs as reference
 from lvrpo.testing import check_op
 

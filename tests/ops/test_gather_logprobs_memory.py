@@ -10,7 +10,7 @@ from runnable import WITH_KERNELS
 
 import lvrpo
 from lvrpo import backends
-from lvrpo.ops._numbers import numbers
+from lvrpo.dtypes import numbers
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 pytestmark = pytest.mark.usefixtures("poison_empty")

@@ -24,7 +24,8 @@ from torch import Tensor
 
 from lvrpo import backends
 from lvrpo.backends import library
-from lvrpo.ops.grpo_loss import LOSS_PRESETS, LossParams, grpo_loss, numbers_of
+from lvrpo.ops.grpo_loss import LOSS_PRESETS, LossParams, grpo_loss
+from lvrpo.ops.head.loss_inputs import numbers_of
 from lvrpo.testing import check_op
 
 pytestmark = pytest.mark.usefixtures("poison_empty")

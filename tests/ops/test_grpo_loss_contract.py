@@ -6,7 +6,8 @@ import pytest
 import torch
 from loss_inputs import INF
 
-from lvrpo.ops.grpo_loss import LOSS_PRESETS, LossParams, grpo_loss, numbers_of
+from lvrpo.ops.grpo_loss import LOSS_PRESETS, LossParams, grpo_loss
+from lvrpo.ops.head.loss_inputs import numbers_of
 from lvrpo.params.policy_loss import LOSS_CHOICES
 
 NAN_AT_1 = torch.tensor([0.0, math.nan])

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from fused_inputs import composite_arguments
 from linear_inputs import make_loss_inputs, run_op
 from loss_inputs import PARAMS, stops_a_gradient
 from torch import Tensor
@@ -13,11 +14,8 @@ from torch.profiler import ProfilerActivity, profile
 
 import lvrpo
 from lvrpo.backends import library
-from lvrpo.ops._numbers import numbers
-from lvrpo.ops.grpo_loss import LossParams, numbers_of
-from lvrpo.ops.head import gemm
-from lvrpo.ops.head import plan as _linear_plan
-from lvrpo.ops.head.rows import OUTSIDE
+from lvrpo.ops.grpo_loss import LossParams
+from lvrpo.ops.head import fused, linear
 
 pytestmark = pytest.mark.usefixtures("poison_empty")
 
@@ -57,15 +55,11 @@ def test_gradcheck(backend, params, shared_prompts):
 @pytest.mark.parametrize("params", [ALL_TERMS, GSPO], ids=["token", "gspo"])
 def test_opcheck(params):
     inputs = make_loss_inputs(LENGTHS, width=3, vocab=7, shared_prompts=True)
-    names = (*HEAD, "token_ids", "row_index", "vocab_range", "old_logprobs", "advantages")
-    names = (*names, "cu_seqlens", "ref_logprobs", "mask", "policy_weights")
-    tensors = [inputs.get(name) for name in names]
-    scalars = numbers(0.9, 0.0, OUTSIDE), numbers_of(params)
-    head = ([True, False, True], 0, 7, 4)
-    of_sequences = params.sequence_level, params.sequence_level
-    loss = (False, params.count_empty, *of_sequences, True, True, "cpp")
+    factors = [inputs.get(name) for name in HEAD]
+    loss = composite_arguments(inputs, params)
+    how = ([True, False, True], 0, 7, 4, "cpp")
     op = torch.ops.lvrpo.linear_grpo_loss_fwd.default
-    torch.library.opcheck(op, (*tensors, *scalars, *head, *loss), params.choices())
+    torch.library.opcheck(op, (*factors, *loss, *how))
 
 
 @pytest.mark.parametrize("params", [ALL_TERMS, GSPO], ids=["token", "gspo"])
@@ -153,7 +147,7 @@ def test_autocast_is_a_cast_of_the_factors(backend):
 def gemms(monkeypatch):
     """Names of the GEMMs that ran, and how many rows each saw."""
     seen: dict[str, int] = {"project": 0, "dhidden": 0, "dweight": 0}
-    matmul = gemm._matmul
+    matmul = linear._matmul
 
     def count(out: Tensor, left: Tensor, right: Tensor, *, plus: Tensor | None) -> None:
         vocab, width = 61, 12
@@ -161,7 +155,7 @@ def gemms(monkeypatch):
         seen[name or "dweight"] += left.shape[0] if name else left.shape[1]
         matmul(out, left, right, plus=plus)
 
-    monkeypatch.setattr(gemm, "_matmul", count)
+    monkeypatch.setattr(linear, "_matmul", count)
     return seen
 
 
@@ -243,7 +237,7 @@ def test_while_a_graph_is_captured_every_row_is_live(monkeypatch, params):
     inputs |= {"params": params, "memory_budget": 61 * 8 * 4}
     inputs["advantages"][2] = 0.0
     expected = gradients_of(inputs)
-    monkeypatch.setattr(_linear_plan, "is_captured", lambda _: True)
+    monkeypatch.setattr(fused, "is_captured", lambda _: True)
     monkeypatch.setattr(Tensor, "tolist", None)
     torch.testing.assert_close(gradients_of(inputs), expected)
 
@@ -257,18 +251,18 @@ def test_factors_that_stay_narrow(monkeypatch):
 
     inputs = make_loss_inputs(LENGTHS, torch.bfloat16) | {"params": ALL_TERMS}
     expected = gradients_of(inputs)
-    monkeypatch.setattr(gemm, "dtypes_of", lambda _: (torch.bfloat16, torch.float32))
-    monkeypatch.setattr(gemm, "_matmul", widening)
+    monkeypatch.setattr(linear, "dtypes_of", lambda _: (torch.bfloat16, torch.float32))
+    monkeypatch.setattr(linear, "_matmul", widening)
     for ours, wide in zip(gradients_of(inputs), expected, strict=True):
         assert ours.dtype == torch.bfloat16
         assert (ours - wide).float().norm() < 2**-7 * wide.float().norm()
 
 
 def test_groups_end_at_cuts():
-    assert _linear_plan.group_between([0], 4) == []
-    assert _linear_plan.group_between([0, 2, 4, 5], 4) == [[(0, 4)], [(4, 5)]]
-    assert _linear_plan.group_between([0, 6, 7], 4) == [[(0, 3), (3, 6)], [(6, 7)]]
-    assert _linear_plan.group_between([0, 1, 9, 10], 4)[1] == [(1, 5), (5, 9)]
+    assert fused.group_between([0], 4) == []
+    assert fused.group_between([0, 2, 4, 5], 4) == [[(0, 4)], [(4, 5)]]
+    assert fused.group_between([0, 6, 7], 4) == [[(0, 3), (3, 6)], [(6, 7)]]
+    assert fused.group_between([0, 1, 9, 10], 4)[1] == [(1, 5), (5, 9)]
 
 
 def peak_bytes(run: Any) -> int:

@@ -13,8 +13,8 @@ from torch import Tensor
 
 import lvrpo
 from lvrpo.backends import library
-from lvrpo.ops._numbers import numbers
-from lvrpo.ops.head import gemm
+from lvrpo.dtypes import numbers
+from lvrpo.ops.head import linear
 from lvrpo.reference.linear_logprobs import linear_logprobs
 from lvrpo.testing import check_op
 
@@ -83,7 +83,7 @@ def test_without_bias(backend):
 
 
 def test_a_narrow_weight_is_converted_in_tiles(monkeypatch):
-    monkeypatch.setitem(gemm.TILE_BYTES, "cpu", 4 * 13 * 10)
+    monkeypatch.setitem(linear.TILE_BYTES, "cpu", 4 * 13 * 10)
     check(lvrpo.linear_logprobs, make_inputs(7, 13, 101, None, torch.bfloat16))
 
 

@@ -12,8 +12,9 @@ from loss_inputs import PARAMS, STATISTICS
 from mutants.logits_grpo_loss import MUTANTS
 
 from lvrpo.backends import library
-from lvrpo.ops import _logits_loss
+from lvrpo.ops import logits_grpo_loss as module
 from lvrpo.ops.grpo_loss import LOSS_PRESETS, LossParams
+from lvrpo.ops.head.given import chunks_of
 from lvrpo.testing import check_op
 
 pytestmark = pytest.mark.usefixtures("poison_empty")
@@ -68,7 +69,7 @@ def in_place(**inputs: Any) -> tuple[torch.Tensor, ...]:
 @pytest.fixture(autouse=True)
 def _short_runs(monkeypatch):
     """Runs of two rows of fp32 count: test_runs_of_rows and the benchmarks have long ones."""
-    monkeypatch.setattr(_logits_loss, "SKIPPED_BYTES", 2 * 61 * 4)
+    monkeypatch.setattr(module, "SKIPPED_BYTES", 2 * 61 * 4)
 
 
 @pytest.mark.parametrize("params", PARAMS.values(), ids=PARAMS.keys())
@@ -117,13 +118,13 @@ def test_any_lengths_and_runs(lengths, shortest, shared, dead, name):
     inputs |= {"params": preset(name), "level": "sequence"}
     inputs["advantages"] *= torch.tensor([dead >> i & 1 for i in range(len(lengths))])
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(_logits_loss, "SKIPPED_BYTES", shortest * 9 * 8)
+        patch.setattr(module, "SKIPPED_BYTES", shortest * 9 * 8)
         check(run_op, inputs)
 
 
 def test_runs_of_rows():
     def runs(seen: str, shortest: int) -> list[tuple[int, int]]:
-        return _logits_loss.runs_of([row == "x" for row in seen], shortest)
+        return chunks_of([row == "x" for row in seen], shortest)
 
     assert runs("", 1) == runs("..", 1) == []
     assert runs("xx.x..x", 1) == [(0, 2), (3, 4), (6, 7)]
@@ -210,7 +211,7 @@ def test_ignored_tokens_are_masked(backend, name):
 @pytest.mark.parametrize("options", [{}, {"inplace_backward": True}, {"softcap": 5.0}], ids=str)
 @pytest.mark.parametrize("name", ["grpo", "gspo"])
 def test_masked_rows_may_hold_anything(backend, monkeypatch, name, options, shortest):
-    monkeypatch.setattr(_logits_loss, "SKIPPED_BYTES", shortest * 61 * 4)
+    monkeypatch.setattr(module, "SKIPPED_BYTES", shortest * 61 * 4)
     if backend == "torch":
         backend = None  # the reference reads every row
     inputs = make_inputs(LENGTHS) | {"params": preset(name), "backend": backend, **options}

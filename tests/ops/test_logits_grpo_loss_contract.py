@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from fused_inputs import composite_arguments
 from logits_inputs import make_inputs, run_op
 from loss_inputs import PARAMS, stops_a_gradient
 from runnable import WITH_KERNELS
@@ -13,10 +14,8 @@ from torch import Tensor
 
 import lvrpo
 from lvrpo.backends import library
-from lvrpo.ops._numbers import numbers
-from lvrpo.ops.grpo_loss import LossParams, numbers_of
-from lvrpo.ops.head import rows as _linear_rows
-from lvrpo.ops.head.rows import OUTSIDE
+from lvrpo.ops.grpo_loss import LossParams
+from lvrpo.ops.head import rows as head_rows
 
 pytestmark = pytest.mark.usefixtures("poison_empty")
 
@@ -56,14 +55,9 @@ def test_gradcheck(backend, params, shared_prompts):
 @both_rows
 def test_opcheck(backend, params, shared_prompts):
     inputs = make_inputs([2, 3], width=3, vocab=7, shared_prompts=shared_prompts)
-    names = ("logits", "token_ids", "row_index", "vocab_range", "old_logprobs", "advantages")
-    names = (*names, "cu_seqlens", "ref_logprobs", "mask", "policy_weights")
-    tensors = [inputs.get(name) for name in names]
-    scalars = numbers(0.9, 0.0, OUTSIDE), numbers_of(params)
-    loss = (False, False, params.count_empty, params.sequence_level, True, backend)
+    loss = composite_arguments(inputs, params)
     op = torch.ops.lvrpo.logits_grpo_loss_fwd.default
-    arguments = (torch.empty(5, 7), *tensors, *scalars, *loss)
-    torch.library.opcheck(op, arguments, params.choices())
+    torch.library.opcheck(op, (torch.empty(5, 7), inputs["logits"], *loss, False, backend))
 
 
 @both_ratios
@@ -215,13 +209,13 @@ def test_rows_without_a_gradient_are_not_read_for_it(monkeypatch, shared_prompts
     pulls[5:14] = 0.0
     live = torch.zeros(29).index_add(0, rows, pulls) > 0
     expected = gradient_of(inputs)
-    backward = _linear_rows.HeadRows.backward
+    backward = head_rows.HeadRows.backward
 
     def after_forgetting(self: Any, *args: Any) -> None:
         self.head.project(slice(None), 29)[~live] = torch.nan
         backward(self, *args)
 
-    monkeypatch.setattr(_linear_rows.HeadRows, "backward", after_forgetting)
+    monkeypatch.setattr(head_rows.HeadRows, "backward", after_forgetting)
     assert not live.all()
     assert torch.equal(gradient_of(inputs), expected)
 

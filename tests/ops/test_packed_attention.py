@@ -13,9 +13,9 @@ from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from lvrpo import backends
+from lvrpo.dtypes import numbers
 from lvrpo.masks import SpanMask
 from lvrpo.masks.schedule import schedule
-from lvrpo.ops._numbers import numbers
 from lvrpo.ops.packed_attention import packed_attention
 from lvrpo.testing import DEFAULT_ULPS, check_op
 

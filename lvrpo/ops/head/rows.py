@@ -6,33 +6,23 @@ end) is of the order.
 
 from __future__ import annotations
 
-import dataclasses
 import functools
-from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
+from lvrpo import checks
 from lvrpo.backends import Backend
-from lvrpo.ops.head.gemm import Chunk, Rows
 from lvrpo.ops.head.targets import any_of
+
+#: Rows [begin, end) of an order of rows.
+Chunk = tuple[int, int]
+#: Which rows: a slice where they are adjacent, else their indices.
+Rows = slice | Tensor
 
 #: Inside the head: a token that is not among the targets of a chunk.
 OUTSIDE = -1
-
-
-@dataclasses.dataclass(frozen=True)
-class Softmax:
-    """What turns logits into probabilities, and who computes it.
-
-    Attributes:
-        numbers: of `lvrpo::gather_logprobs_fwd`, with OUTSIDE as ignore_index.
-        backend: one with kernels.
-    """
-
-    numbers: Tensor
-    backend: Backend
 
 
 class Head(Protocol):
@@ -55,20 +45,21 @@ class HeadRows:
     """What is known of the rows and tokens of a head, filled chunk by chunk; 0 before.
 
     With `row_index` a chunk works on all T tokens, its own being the ones that are not ignored:
-    where they are cannot be known without waiting for a GPU, and T numbers are nothing next to one
+    which they are cannot be known without waiting for a GPU, and T numbers are nothing next to one
     row of logits.
     """
 
     def __init__(
         self,
         head: Head,
-        softmax: Softmax,
+        backend: Backend,  # one with kernels
+        numbers: Tensor,  # of `lvrpo::gather_logprobs_fwd`, with OUTSIDE as ignore_index
         token_ids: Tensor,  # [T], counted from the first column of the slice in use
         row_index: Tensor | None,  # [T]
         vocab_range: Tensor | None,  # [R, 2]
         order: Tensor | None = None,  # [R] rows in the order of the chunks
     ) -> None:
-        self.head, self.softmax = head, softmax
+        self.head, self.backend, self.numbers = head, backend, numbers
         rows, like = head.rows, head.like
         self.token_ids, self.row_index, self.vocab_range = token_ids, row_index, vocab_range
         self.order = order
@@ -90,19 +81,19 @@ class HeadRows:
         self, chunk: Chunk, with_entropy: bool = True, with_sum_squares: bool = False
     ) -> Tensor:
         """The logits of a chunk, valid until the next one's, after noting what they say."""
-        rows, own = self.rows_of(chunk), self._own(chunk)
+        rows, here = self.rows_of(chunk), self._tokens_in(chunk)
         logits = self.head.project(rows, chunk[1] - chunk[0])
-        logprobs, lse, entropy, sum_squares = self._op("gather_logprobs_fwd")(
+        logprobs, lse, entropy, sum_squares = self.backend.op("gather_logprobs_fwd")(
             logits,
-            *self._arguments(rows, chunk, own),
-            self.softmax.numbers,
+            *self._arguments(rows, chunk, here),
+            self.numbers,
             with_entropy,
             with_sum_squares,
         )
-        if own is None:
+        if here is None:
             self.logprobs[rows] = logprobs
         else:
-            self.logprobs = torch.where(own, logprobs, self.logprobs)
+            self.logprobs = torch.where(here, logprobs, self.logprobs)
         self.lse[rows] = lse
         if with_entropy:
             self.entropy[rows] = entropy
@@ -118,21 +109,21 @@ class HeadRows:
         logits: Tensor | None = None,
     ) -> None:
         """Add a chunk's part to the gradients of the head; None for logits projects them again."""
-        rows, own = self.rows_of(chunk), self._own(chunk)
+        rows, here = self.rows_of(chunk), self._tokens_in(chunk)
         count = chunk[1] - chunk[0]
         if logits is None:
             logits = self.head.project(rows, count)
         dlogits = self.head.gradient_buffer(rows, count)
         # Tokens of other chunks may have a gradient that is not a number yet.
-        of_chunk = dlogprobs[rows] if own is None else torch.where(own, dlogprobs, 0.0)
-        token_ids, row_index, ranges = self._arguments(rows, chunk, own)
+        of_chunk = dlogprobs[rows] if here is None else torch.where(here, dlogprobs, 0.0)
+        token_ids, row_index, ranges = self._arguments(rows, chunk, here)
         # A token that sends nothing back is no target: a row without one need not be read.
         token_ids = torch.where(of_chunk == 0, OUTSIDE, token_ids)
         asked = any_of(token_ids != OUTSIDE, row_index, count)
         if dentropy is not None:
             dentropy = dentropy[rows]
             asked = asked | (dentropy != 0)
-        self._op("gather_logprobs_bwd")(
+        self.backend.op("gather_logprobs_bwd")(
             dlogits,
             of_chunk,
             dentropy,
@@ -142,7 +133,7 @@ class HeadRows:
             ranges,
             self.lse[rows],
             None if dentropy is None else self.entropy[rows],
-            self.softmax.numbers,
+            self.numbers,
         )
         self.head.backward(rows, dlogits, asked)
 
@@ -161,24 +152,21 @@ class HeadRows:
         bounds = torch.arange(len(self.lse) + 1, device=by_row.device)
         return by_row, torch.searchsorted(in_order, bounds).diff()
 
-    def _op(self, name: str) -> Callable[..., Any]:
-        return self.softmax.backend.op(name)
-
-    def _own(self, chunk: Chunk) -> Tensor | None:
+    def _tokens_in(self, chunk: Chunk) -> Tensor | None:
         """[T] whether a token is of this chunk; None when its tokens are its rows."""
         if self.row_index is None:
             return None
         return (self._position >= chunk[0]) & (self._position < chunk[1])
 
     def _arguments(
-        self, rows: Rows, chunk: Chunk, own: Tensor | None
+        self, rows: Rows, chunk: Chunk, here: Tensor | None
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """token_ids, row_index and vocab_range as the row kernels take them."""
         ranges = None if self.vocab_range is None else self.vocab_range[rows]
-        if own is None:
+        if here is None:
             return self.token_ids[rows], None, ranges
-        token_ids = torch.where(own, self.token_ids, OUTSIDE)
-        return token_ids, torch.where(own, self._position - chunk[0], 0), ranges
+        token_ids = torch.where(here, self.token_ids, OUTSIDE)
+        return token_ids, torch.where(here, self._position - chunk[0], 0), ranges
 
 
 def inverse(order: Tensor) -> Tensor:
@@ -186,3 +174,17 @@ def inverse(order: Tensor) -> Tensor:
     return torch.empty_like(order).index_copy_(
         0, order, torch.arange(len(order), device=order.device)
     )
+
+
+def refuse_rows(op: str, statistic: Tensor, logits: str, used: Tensor | None = None) -> None:
+    """Name the row whose log-sum-exp, or entropy, is not a number; of those `used`, if given."""
+    if not checks.check_values(statistic):
+        return
+    bad = ~statistic.isfinite()
+    if used is not None:
+        bad &= used
+    if bool(bad.any()):
+        raise ValueError(
+            f"{op}: row {int(bad.nonzero()[0])} of {logits} has no finite log-sum-exp; expected "
+            "finite values, or -inf beside them"
+        )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -36,18 +36,9 @@ class Targets:
     rows: tuple[int, ...]
     tokens: tuple[int, ...]
 
-    def used_rows(self) -> Tensor:
-        """[R] whether a token uses the row."""
-        asking = self.token_ids != self.ignore_index
-        if self.row_index is None:
-            return asking
-        rows = math.prod(self.rows)
-        inside = (self.row_index >= 0) & (self.row_index < rows)
-        return any_of(asking & inside, torch.where(inside, self.row_index, 0), rows)
-
-    def unusable(self, finite: Tensor) -> Tensor:
-        """[R] whether a token uses a row that is not `finite`; to be asked on the host alone."""
-        return ~finite if bool(finite.all()) else ~finite & self.used_rows()
+    def indices(self) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """token_ids, row_index and ranges."""
+        return self.token_ids, self.row_index, self.ranges
 
     def without_strangers(self, vocab: int) -> tuple[Targets, Tensor | None]:
         """The targets, those without a row or a column among them ignored; and which [T] they are.
@@ -67,35 +58,6 @@ class Targets:
         strange = ~here & (ids != self.ignore_index)
         ids = torch.where(strange, self.ignore_index, ids)
         return dataclasses.replace(self, token_ids=ids, row_index=index), strange
-
-    def settle(
-        self, lse: Tensor, of_rows: list[Tensor], refuse: Callable[[Tensor], None]
-    ) -> list[Tensor]:
-        """`of_rows` [R], and 0 without a gradient where no token uses a row with this `lse`.
-
-        Args:
-            lse: [R], perhaps not finite.
-            of_rows: what is known of every row.
-            refuse: raises for the first row [R] that is true; not called where no value is read.
-        """
-        finite = lse.isfinite()
-        if checks.check_values(lse):
-            if bool(finite.all()):
-                return of_rows
-            refuse(self.unusable(finite))
-        if not of_rows:
-            return of_rows
-        known = finite | self.used_rows()
-        return [torch.where(known, x, 0.0) for x in of_rows]
-
-    def shape_results(
-        self, logprobs: Tensor, of_rows: Sequence[Tensor]
-    ) -> Tensor | tuple[Tensor, ...]:
-        """Results in the shapes that the caller has; log-probs alone if there is nothing else."""
-        logprobs = logprobs.reshape(self.tokens)
-        if not of_rows:
-            return logprobs
-        return logprobs, *(x.reshape(self.rows) for x in of_rows)
 
 
 def any_of(flags: Tensor, group: Tensor | None, groups: int) -> Tensor:
@@ -127,8 +89,10 @@ def as_targets(
     """Bring the targets of the rows [..., X] of `like`, called `name`, to one form and check them.
 
     Raises:
-        ValueError: as `check_targets`; or token_ids has neither the shape of the rows nor, with
-            row_index, that of row_index.
+        ValueError: token_ids has neither the shape of the rows nor, with row_index, that of
+            row_index; another shape or a dtype; where values may be read, also a row that is not
+            there, an empty or too wide range, or a token outside its row's range that is not
+            `ignore_index`.
     """
     rows = tuple(like.shape[:-1])
     ids = checks.as_tensor(op, "token_ids", token_ids, like.device)
@@ -143,7 +107,7 @@ def as_targets(
             f"{rows}; give row_index when they are not one to one"
         )
     if is_pair(vocab_range):
-        ranges = as_row_ranges(vocab_range, like)
+        ranges = _ranges_of(vocab_range, like)
     elif vocab_range is not None:
         ranges = checks.as_tensor(op, "vocab_range", vocab_range, like.device)
     if ranges is not None:
@@ -151,18 +115,11 @@ def as_targets(
         ranges = checks.as_index(op, "vocab_range", ranges).reshape(math.prod(rows), 2)
     shape, ids = tuple(ids.shape), checks.as_index(op, "token_ids", ids).reshape(-1)
     checks.check_same_device(op, **{name: like}, token_ids=ids, row_index=index, vocab_range=ranges)
-    check_targets(op, math.prod(rows), vocab, ids, index, ranges, ignore_index)
     save = checks.as_saved
-    return Targets(save(ids), save(index), save(ranges), ignore_index, rows, shape)
-
-
-def as_row_ranges(vocab_range: Any, like: Tensor) -> Tensor | None:
-    """[..., 2] ranges of the rows of `like` [..., X] from one pair; a tensor stays as it is."""
-    if vocab_range is None or isinstance(vocab_range, Tensor):
-        return vocab_range
-    # Filled on the device: a copy from the host would wait for it.
-    low, high = (torch.full((), end, dtype=torch.int64, device=like.device) for end in vocab_range)
-    return torch.stack([low, high]).expand(*like.shape[:-1], 2)
+    targets = Targets(save(ids), save(index), save(ranges), ignore_index, rows, shape)
+    if checks.check_values(ids):
+        _check_values(op, targets, vocab)
+    return targets
 
 
 def is_pair(vocab_range: VocabRange) -> bool:
@@ -170,22 +127,6 @@ def is_pair(vocab_range: VocabRange) -> bool:
     if vocab_range is None or isinstance(vocab_range, Tensor):
         return False
     return len(vocab_range) == 2 and not isinstance(vocab_range[0], (Sequence, Tensor))
-
-
-def check_logits(op: str, logits: Tensor, inplace_backward: bool) -> None:
-    """Logits [R, V] that a softmax can be taken of and, if asked for, a gradient written over."""
-    checks.check_shape(op, "logits", logits, ("R", "V"))
-    checks.check_floating(op, "logits", logits)
-    rows, vocab = logits.shape
-    if rows and not vocab:
-        raise ValueError(f"{op}: logits has shape ({rows}, 0), expected at least one column")
-    row_stride, column_stride = logits.stride()
-    own = (rows <= 1 or row_stride >= vocab) and (vocab <= 1 or column_stride == 1)
-    if inplace_backward and not own:
-        raise ValueError(
-            f"{op}: logits has strides {logits.stride()}; inplace_backward=True needs rows that do "
-            "not overlap and adjacent columns"
-        )
 
 
 def check_scale(op: str, temperature: float, softcap: float | None) -> None:
@@ -196,64 +137,29 @@ def check_scale(op: str, temperature: float, softcap: float | None) -> None:
         raise ValueError(f"{op}: softcap is {softcap}, expected > 0, or None for no cap")
 
 
-def check_targets(
-    op: str,
-    rows: int,
-    vocab: int,
-    token_ids: Tensor,
-    row_index: Tensor | None,
-    vocab_range: Tensor | None,
-    ignore_index: int,
-) -> None:
-    """Tokens [T], the rows [T] that predict them and the rows' ranges [R, 2] fit one another.
-
-    Raises:
-        ValueError: a shape or a dtype; where values may be read, also a row outside [0, rows), an
-            empty or too wide range, or a token outside its row's range that is not `ignore_index`.
-    """
-    checks.check_shape(op, "token_ids", token_ids, ("T",))
-    checks.check_integer(op, "token_ids", token_ids)
-    if row_index is None:
-        if len(token_ids) != rows:
-            raise ValueError(
-                f"{op}: {len(token_ids)} token_ids for {rows} rows of logits; give row_index when "
-                "they are not one to one"
-            )
-    else:
-        checks.check_shape(op, "row_index", row_index, (len(token_ids),))
-        checks.check_integer(op, "row_index", row_index)
-    if vocab_range is not None:
-        checks.check_shape(op, "vocab_range", vocab_range, (rows, 2))
-        checks.check_integer(op, "vocab_range", vocab_range)
-    if checks.check_values(token_ids):
-        _check_values(op, rows, vocab, token_ids, row_index, vocab_range, ignore_index)
+def _ranges_of(pair: Any, like: Tensor) -> Tensor:
+    """[..., 2] ranges of the rows of `like` [..., X] from one pair."""
+    # Filled on the device: a copy from the host would wait for it.
+    low, high = (torch.full((), end, dtype=torch.int64, device=like.device) for end in pair)
+    return torch.stack([low, high]).expand(*like.shape[:-1], 2)
 
 
-def _check_values(
-    op: str,
-    rows: int,
-    vocab: int,
-    token_ids: Tensor,
-    row_index: Tensor | None,
-    vocab_range: Tensor | None,
-    ignore_index: int,
-) -> None:
-    def refuse(values: Tensor, bad: Tensor, name: str, expected: str) -> None:
-        if bool(bad.any()):
-            at = int(bad.nonzero()[0])
-            raise ValueError(f"{op}: {name}[{at}] is {values[at].tolist()}, expected {expected}")
-
+def _check_values(op: str, targets: Targets, vocab: int) -> None:
+    token_ids, row_index, ranges = targets.indices()
     if row_index is not None:
-        refuse(row_index, (row_index < 0) | (row_index >= rows), "row_index", f"[0, {rows})")
-    if vocab_range is None:
+        rows = math.prod(targets.rows)
+        bad = (row_index < 0) | (row_index >= rows)
+        checks.refuse_first(op, "row_index", row_index, bad, f"[0, {rows})")
+    if ranges is None:
         outside = (token_ids < 0) | (token_ids >= vocab)
         expected = f"[0, {vocab})"
     else:
-        low, high = vocab_range.unbind(1)
+        low, high = ranges.unbind(1)
         bad = (low < 0) | (high > vocab) | (low >= high)
-        refuse(vocab_range, bad, "vocab_range", f"0 <= low < high <= {vocab}")
+        checks.refuse_first(op, "vocab_range", ranges, bad, f"0 <= low < high <= {vocab}")
         if row_index is not None:
             low, high = low[row_index], high[row_index]
         outside = (token_ids < low) | (token_ids >= high)
         expected = "the range of its row in vocab_range"
-    refuse(token_ids, outside & (token_ids != ignore_index), "token_ids", expected)
+    outside = outside & (token_ids != targets.ignore_index)
+    checks.refuse_first(op, "token_ids", token_ids, outside, expected)

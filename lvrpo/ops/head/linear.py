@@ -5,19 +5,102 @@ R rows, H hidden width, V columns of the vocabulary slice in use. No tensor is [
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
-#: Rows [begin, end) of an order of rows.
-Chunk = tuple[int, int]
-#: Which rows: a slice where they are adjacent, else their indices.
-Rows = slice | Tensor
+from lvrpo import checks
+from lvrpo.ops.head.rows import OUTSIDE, Chunk, Rows
+from lvrpo.ops.head.targets import Ids, Targets, VocabRange, as_rows, as_targets, is_pair
 
+#: Default bytes of logits on a GPU. Every chunk reads and writes the whole fp32 weight gradient, so
+#: that few are wanted. This holds 4096 rows of a vocabulary of 151,936 from bf16; with the gradient
+#: of a weight of width 4096 next to it, 6 GiB in all.
+GPU_BYTES = 3_800_000_000
+#: On a CPU: rows at which a GEMM has most of its speed while the chunk is small next to the weight
+#: gradient. More are faster still.
+CPU_BYTES, CPU_ROWS = 12 << 20, 112
 #: Bytes of a narrow weight's fp32 tile, where no GEMM multiplies it as it is.
 TILE_BYTES = {"cpu": 4 << 20, "cuda": 256 << 20}
+
+
+@dataclasses.dataclass(frozen=True)
+class Projection:
+    """A linear head and what is asked of it, checked.
+
+    Attributes:
+        hidden: [R, H].
+        weight: [whole vocabulary, H].
+        bias: [whole vocabulary], or None.
+        targets: of the rows; ids and ranges count through the whole vocabulary.
+        low: the first column of the slice that is multiplied.
+        high: one past its last.
+        sliced: whether the slice says all that the targets' ranges do.
+        most: rows of logits, and of their gradient where it has a buffer, that fit the budget.
+    """
+
+    hidden: Tensor
+    weight: Tensor
+    bias: Tensor | None
+    targets: Targets
+    low: int
+    high: int
+    sliced: bool
+    most: int
+
+    def factors(self) -> tuple[Tensor, Tensor, Tensor | None]:
+        """hidden, weight and bias."""
+        return self.hidden, self.weight, self.bias
+
+    def indices(self) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """As `HeadRows` takes targets: ids from the first column, ranges where they say more."""
+        ids, row_index, ranges = self.targets.indices()
+        ids = torch.where(ids == self.targets.ignore_index, OUTSIDE, ids - self.low)
+        return ids, row_index, None if self.sliced else ranges
+
+
+def project(
+    op: str,
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    token_ids: Ids,
+    row_index: Ids | None,
+    vocab_range: VocabRange,
+    ignore_index: int,
+    memory_budget: int | None,
+) -> Projection:
+    """The arguments of an op on a linear head, hidden states [..., H] as [R, H].
+
+    Factors are as F.linear takes them: under autocast all that is not fp64 goes to its dtype. A
+    pair for `vocab_range` is multiplied out of the weight, ranges per row are left to the kernels.
+
+    Raises:
+        ValueError: they do not fit each other, or the budget does not hold one row.
+    """
+    shaped, hidden = hidden, checks.as_factor(as_rows(op, "hidden", hidden, "H"))
+    weight = checks.as_factor(weight)
+    bias = None if bias is None else checks.as_factor(bias)
+    _check_factors(op, hidden, weight, bias)
+    vocab = weight.shape[0]
+    low, high = 0, vocab
+    if is_pair(vocab_range):
+        low, high = vocab_range  # type: ignore[misc, assignment]
+        if not 0 <= low < high <= vocab:
+            raise ValueError(
+                f"{op}: vocab_range is {vocab_range}, expected 0 <= low < high <= {vocab}"
+            )
+    targets = as_targets(
+        op, "hidden", shaped, vocab, token_ids, row_index, vocab_range, ignore_index
+    )
+    most = _rows_at_once(op, hidden, high - low, memory_budget)
+    save = checks.as_saved
+    factors = save(hidden), save(weight), save(bias)
+    return Projection(*factors, targets, low, high, is_pair(vocab_range), most)
 
 
 def split(begin: int, end: int, most: int) -> list[Chunk]:
@@ -38,6 +121,20 @@ def dtypes_of(hidden: Tensor) -> tuple[torch.dtype, torch.dtype]:
     """
     sums = torch.float64 if hidden.dtype == torch.float64 else torch.float32
     return torch.bfloat16 if hidden.is_cuda and hidden.dtype == torch.bfloat16 else sums, sums
+
+
+def empty_gradients(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    needs: Sequence[bool],
+    dtype: torch.dtype,
+) -> tuple[Tensor, ...]:
+    """By input, hidden, weight, bias: the place of its gradient; empty for one without."""
+    return tuple(
+        hidden.new_empty(tensor.shape if wanted and tensor is not None else 0, dtype=dtype)
+        for tensor, wanted in zip((hidden, weight, bias), needs, strict=True)
+    )
 
 
 class LinearHead:
@@ -69,12 +166,7 @@ class LinearHead:
         self._dlogits = self._logits
         if any(needs) and self.factors != self.sums:
             self._dlogits = torch.empty_like(self._logits, dtype=self.factors)
-
-        #: By input, hidden, weight, bias: its gradient, or an empty tensor.
-        self.gradients = tuple(
-            hidden.new_empty(tensor.shape if wanted and tensor is not None else 0, dtype=self.sums)
-            for tensor, wanted in zip((hidden, weight, bias), needs, strict=True)
-        )
+        self.gradients = empty_gradients(hidden, weight, bias, needs, self.sums)
         self._needs = tuple(bool(wanted) for wanted in needs)
         self._columns = slice(low, high)
         self._first = True
@@ -144,26 +236,36 @@ class LinearHead:
 
 def _matmul(out: Tensor, left: Tensor, right: Tensor, *, plus: Tensor | None) -> None:
     """out = left @ right + plus; sums of narrow factors stay in the wider dtype of `out`."""
-    if out.dtype != left.dtype:
-        if plus is None:
-            torch.mm(left, right, out_dtype=out.dtype, out=out)
-        else:
-            torch.addmm(plus, left, right, out_dtype=out.dtype, out=out)
-    elif plus is None:
-        torch.mm(left, right, out=out)
+    wider: dict[str, Any] = {} if out.dtype == left.dtype else {"out_dtype": out.dtype}
+    if plus is None:
+        torch.mm(left, right, out=out, **wider)
     else:
-        torch.addmm(plus, left, right, out=out)
+        torch.addmm(plus, left, right, out=out, **wider)
 
 
-def fake_gradients(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    needs: Sequence[bool],
-    dtype: torch.dtype,
-) -> tuple[Tensor, ...]:
-    """The shapes of `LinearHead.gradients`."""
-    return tuple(
-        hidden.new_empty(tensor.shape if wanted and tensor is not None else 0, dtype=dtype)
-        for tensor, wanted in zip((hidden, weight, bias), needs, strict=True)
-    )
+def _check_factors(op: str, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+    checks.check_shape(op, "hidden", hidden, ("R", "H"))
+    checks.check_floating(op, "hidden", hidden)
+    checks.check_shape(op, "weight", weight, ("V", hidden.shape[1]))
+    checks.check_same_device(op, hidden=hidden, weight=weight, bias=bias)
+    if not weight.shape[0]:
+        raise ValueError(f"{op}: weight has shape {tuple(weight.shape)}, expected V >= 1")
+    if bias is not None:
+        checks.check_shape(op, "bias", bias, (weight.shape[0],))
+    for name, tensor in (("weight", weight), ("bias", bias)):
+        if tensor is not None and tensor.dtype != hidden.dtype:
+            raise ValueError(f"{op}: {name} is {tensor.dtype}, but hidden is {hidden.dtype}")
+
+
+def _rows_at_once(op: str, hidden: Tensor, vocab: int, memory_budget: int | None) -> int:
+    factors, sums = dtypes_of(hidden)
+    row_bytes = vocab * (sums.itemsize + (factors.itemsize if factors != sums else 0))
+    if memory_budget is None:
+        on_cpu = max(CPU_BYTES, CPU_ROWS * row_bytes)
+        memory_budget = max(GPU_BYTES, row_bytes) if hidden.is_cuda else on_cpu
+    if memory_budget < row_bytes:
+        raise ValueError(
+            f"{op}: memory_budget is {memory_budget} bytes, but the logits of one row of {vocab} "
+            f"columns need {row_bytes}"
+        )
+    return memory_budget // row_bytes

@@ -8,20 +8,20 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from lvrpo import checks
+from lvrpo.dtypes import numbers
 from lvrpo.ops.head.targets import Targets
 from lvrpo.params.loss_metrics import STATISTICS, LossMetrics
-from lvrpo.params.policy_loss import FusedPolicyLoss, LossParams
-from lvrpo.token_layout import TokenLayout, token_layout
+from lvrpo.params.policy_loss import LOSS_NUMBERS, FusedPolicyLoss, LossParams
+from lvrpo.token_layout import Level, TokenLayout, token_layout
 
 #: What advantages, masks and weights are given as.
 Numbers = Tensor | Sequence[Any]
-Level = Literal["token", "sequence"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,6 +68,10 @@ class LossInputs:
             *(self.old_logprobs, self.ref_logprobs, self.entropy, self.mask),
             *(self.policy_weights, self.advantages, self.layout.offsets),
         )
+
+    def numbers(self) -> Tensor:
+        """The numbers of the loss as kernels take them."""
+        return numbers_of(self.params, self.denominator)
 
     def for_reference(self) -> dict[str, Any]:
         """Keyword arguments of a reference, but for the log-probs and `entropy`."""
@@ -205,7 +209,8 @@ def loss_inputs(
     if flat["policy_weights"] is not None:
         flat["policy_weights"] = flat["policy_weights"].to(dtype)
     values = checks.as_tensor(op, "advantages", advantages, device).detach()
-    per_token = _per_token(layout, values, level, params)
+    only = f"ratio {params.ratio!r}" if params.needs_sequence_advantages else None
+    per_token = layout.per_token("advantages", values, level, only_sequences=only)
     checks.check_same_device(
         op, **{name: like}, **flat, advantages=values, cu_seqlens=layout.offsets
     )
@@ -228,51 +233,16 @@ def loss_inputs(
     )
 
 
+def numbers_of(params: LossParams, denominator: float | None = None) -> Tensor:
+    """`params.numbers(denominator)` in the order of `LOSS_NUMBERS`, as fp64 on the host."""
+    named = params.numbers(denominator)
+    return numbers(*(named[name] for name in LOSS_NUMBERS))
+
+
 def _is(name: str, statistics: Tensor) -> Tensor:
     """Which of the statistics that is."""
     number = torch.arange(len(statistics), device=statistics.device)
     return number == STATISTICS.index(name)
-
-
-def _per_token(
-    layout: TokenLayout, advantages: Tensor, level: Level | None, params: LossParams
-) -> bool:
-    """Whether advantages of this shape are per token."""
-    op, shape, sequences = layout.op, tuple(advantages.shape), layout.sequences
-    # One comparison at a time: a compiled graph has no tuples of sizes that vary.
-    fits = {
-        "sequence": checks.is_shape(shape, (sequences,)) or checks.is_shape(shape, (sequences, 1)),
-        "token": checks.is_shape(shape, layout.shape),
-    }
-    if level is not None and level not in fits:
-        raise ValueError(f"{op}: level is {level!r}, expected 'token' or 'sequence', or None")
-    if not (fits[level] if level else fits["sequence"] or fits["token"]):
-        of_token = "[T]" if len(layout.shape) == 1 else "[B, C]"
-        wanted = {
-            "sequence": f"[B] = [{sequences}]",
-            "token": f"{of_token} = {list(layout.shape)}",
-        }
-        expected = wanted[level] if level else f"{wanted['sequence']} or {wanted['token']}"
-        raise ValueError(f"{op}: advantages has shape {shape}, expected {expected}")
-    if params.needs_sequence_advantages:
-        if not fits["sequence"] or level == "token":
-            raise ValueError(
-                f"{op}: advantages has shape {shape}, but ratio {params.ratio!r} takes one per "
-                f"sequence, [{sequences}]"
-            )
-        return False
-    if level is not None:
-        return level == "token"
-    if fits["sequence"] and fits["token"] and len(layout.shape) == 1 and sequences > 0:
-        each_has_one = checks.check_values(layout.offsets) and bool(
-            (layout.offsets.diff() == 1).all()
-        )
-        if not each_has_one:
-            raise ValueError(
-                f"{op}: advantages has shape {shape}, which is [B] and [T]; say which with "
-                "level='sequence' or level='token'"
-            )
-    return not fits["sequence"]
 
 
 def _check_denominator(op: str, denominator: float | Tensor | None) -> None:
