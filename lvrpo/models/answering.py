@@ -9,7 +9,6 @@ from torch import Tensor
 
 from lvrpo.data.example import Example
 from lvrpo.models.protocol import Policy
-from lvrpo.ops.gather_logprobs import gather_logprobs
 
 
 @torch.no_grad()
@@ -35,14 +34,7 @@ def answer_probability(
         example = Example("understand", f"question {i}", question, image=pixels[i], answer=answer)
         groups.append((example, [policy.answer_ids(answer)]))
     (pack,) = policy.packs(groups)
-    outputs = policy.forward(pack)
-    logprobs = gather_logprobs(
-        outputs.logits,
-        pack.token_ids,
-        pack.row_index,
-        vocab_range=outputs.head.vocab_range,
-        backend=policy.backend,
-    )
+    logprobs = policy.forward(pack).logprobs(pack, backend=policy.backend)
     owner = torch.arange(len(questions), device=logprobs.device).repeat_interleave(
         pack.cu_seqlens.diff(), output_size=len(logprobs)
     )

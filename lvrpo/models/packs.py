@@ -32,6 +32,13 @@ class Batch(Protocol):
     def rows(self) -> int:
         """L."""
 
+    def to(self, device: torch.device | str) -> Batch:
+        """The same batch with its tensors on `device`."""
+
+
+class SpanBatch(Batch, Protocol):
+    """A buffer of spans, each visible to what hangs below it."""
+
     @property
     def text_rows(self) -> Tensor:
         """[n_text] int64, ascending: the rows with a text hidden state."""
@@ -39,9 +46,6 @@ class Batch(Protocol):
     @property
     def mask(self) -> SpanMask:
         """Who sees whom."""
-
-    def to(self, device: torch.device | str) -> Batch:
-        """The same batch with its tensors on `device`."""
 
 
 class Builder(Protocol):
@@ -60,7 +64,7 @@ class Builder(Protocol):
     def noise(self, height: int, width: int, parent: int) -> int:
         """A full span of height * width noisy latent tokens; a leaf."""
 
-    def build(self, latents: Tensor | None = None, timesteps: Tensor | None = None) -> Batch:
+    def build(self, latents: Tensor | None = None, timesteps: Tensor | None = None) -> SpanBatch:
         """Lay out everything, with [n_latent, c] latents and [n_latent] times of the noise."""
 
 

@@ -14,13 +14,13 @@ from typing import NamedTuple, Protocol
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lvrpo import random
 from lvrpo.data.example import Example, FinishReason, Skill
 from lvrpo.models.flow import FlowSchedule
 from lvrpo.models.packs import Pack, PictureGroup, TextGroup
+from lvrpo.ops.linear_logprobs import linear_logprobs
 
 
 class DivergedError(RuntimeError):
@@ -106,10 +106,20 @@ class Outputs(NamedTuple):
     head: Head
     velocity: Tensor  # [M, n, c] of the noisy pictures, fp32 or fp64
 
-    @property
-    def logits(self) -> Tensor:
-        """[R, V], all of them in memory."""
-        return F.linear(self.hidden, self.head.weight, self.head.bias)
+    def logprobs(
+        self, pack: Pack, *, temperature: float = 1.0, backend: str | None = None
+    ) -> Tensor:
+        """[T] log-probs of the pack's targets among the tokens that answers may hold, nats."""
+        return linear_logprobs(
+            self.hidden,
+            self.head.weight,
+            pack.token_ids,
+            pack.row_index,
+            bias=self.head.bias,
+            temperature=temperature,
+            vocab_range=self.head.vocab_range,
+            backend=backend,
+        )
 
 
 class Policy(Protocol):

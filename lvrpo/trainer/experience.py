@@ -21,6 +21,7 @@ from lvrpo.rewards.samples import Samples
 from lvrpo.runs.inputs import reward_label
 from lvrpo.runs.setup import Task
 from lvrpo.trainer.config import RewardSection, TrainConfig
+from lvrpo.trainer.correction import correct_sampler
 
 
 @dataclass(frozen=True)
@@ -31,6 +32,7 @@ class Experience:
     answer_advantages: Tensor | None  # [P_text * G]
     pictures: Pictures | None
     picture_advantages: Tensor | None  # [P_image * G]
+    token_weights: Tensor | None = None  # [T] factors of the policy term of the answers' tokens
 
 
 def gather_experience(
@@ -92,7 +94,11 @@ def gather_experience(
     for modality, table in tables.items():
         if config.run.shuffle_rewards:
             table = shuffle_within_groups(table, rollout.group_size, seed, step, modality)
-        advantages[modality], reported = _advantages(table, modality, config)
+        # A drawing is as long as any other.
+        lengths = [1] * len(table)
+        if modality == "understand" and answers is not None:
+            lengths = [len(ids) for ids in answers.token_ids]
+        advantages[modality], reported = _advantages(table, lengths, modality, config)
         _merge(metrics, reported)
     if answers is not None and config.rewards.truncated == "mask":
         kept = ~samples["understand"].truncated
@@ -100,7 +106,13 @@ def gather_experience(
         answers = answers.where(kept)
     moved = {modality: values.to(policy.device) for modality, values in advantages.items()}
     metrics["time/advantages"] = clock.lap()
-    experience = Experience(answers, moved.get("understand"), pictures, moved.get("generate"))
+    weights = None
+    if answers is not None:
+        answers, weights, reported = correct_sampler(policy, answers, config)
+        metrics |= reported
+    experience = Experience(
+        answers, moved.get("understand"), pictures, moved.get("generate"), weights
+    )
     return experience, metrics
 
 
@@ -160,13 +172,14 @@ def _merge(metrics: dict[str, Any], found: dict[str, Any]) -> None:
 
 
 def _advantages(
-    rewards: Tensor, modality: Skill, config: TrainConfig
+    rewards: Tensor, lengths: list[int], modality: Skill, config: TrainConfig
 ) -> tuple[Tensor, dict[str, Any]]:
     weights = getattr(config.rewards, modality)
     result = normalize_advantages(
         rewards,
         config.rollout.group_size,
         weights=list(weights.values()),
+        lengths=lengths,
         params=AdvantageParams.preset(config.rewards.advantage, clip=config.loss.advantage_clip),
         backend=config.run.backend or None,
     )

@@ -38,7 +38,7 @@ class Objective:
             variant=loss.image_variant,
             clip_low=loss.image_clip,
             clip_high=loss.image_clip,
-            adv_clip=loss.advantage_clip,
+            adv_clip=None,  # advantages come bounded
             log_ratio_scale=loss.image_log_ratio_scale or "mean",
             kl=loss.image_kl_form,
             beta=loss.image_kl,

@@ -12,11 +12,9 @@ from lvrpo.models.flow import FlowSchedule
 from lvrpo.models.packs import Pack, PictureGroup
 from lvrpo.models.protocol import Outputs, Policy
 from lvrpo.ops.flow_policy_loss import flow_policy_loss
-from lvrpo.ops.gather_logprobs import gather_logprobs
-from lvrpo.ops.grpo_loss import grpo_loss
-from lvrpo.params.flow import FlowLossMetrics, FlowPolicyLoss
+from lvrpo.ops.linear_grpo_loss import linear_grpo_loss
+from lvrpo.params.flow import FlowLossMetrics
 from lvrpo.params.loss_metrics import LossMetrics
-from lvrpo.params.policy_loss import PolicyLoss
 from lvrpo.trainer.experience import Experience
 from lvrpo.trainer.objective import Objective
 
@@ -35,8 +33,9 @@ def policy_gradient(
     """Add the gradient of the objective to the model's parameters.
 
     The gradient is that of the whole rollout, however many packs it takes: every pack's loss is
-    divided by the rollout's own counts. The tensors of `experience` are on the policy's device, and
-    nothing is read from it before the last pack is done.
+    divided by the rollout's own counts. The reference is evaluated only where a KL to it weighs.
+    The tensors of `experience` are on the policy's device; before the last pack is done nothing is
+    read from it but the number of rows that `linear_grpo_loss` asks for.
 
     Returns:
         Metrics of the step, keyed as in the run's records.
@@ -50,7 +49,7 @@ def policy_gradient(
             f"pictures were sampled with schedule {pictures.fingerprint}, the update uses "
             f"{schedule.fingerprint()}"
         )
-    step = _Update(policy, reference, experience, schedule, objective, _Metrics())
+    step = _Update(policy, reference, experience, schedule, objective, _Metrics(objective))
     for pack in pack_experience(policy, experience, schedule, objective):
         _pack_loss(step, pack).backward()  # type: ignore[no-untyped-call]
     return step.metrics.result()
@@ -91,73 +90,77 @@ class _Update:
 
 
 def _pack_loss(step: _Update, pack: Pack) -> Tensor:
-    outputs = step.policy.forward(pack)
-    with torch.no_grad():
-        reference = step.reference.forward(pack)
+    objective, outputs = step.objective, step.policy.forward(pack)
+    has_text, has_pictures = len(pack.token_ids) > 0, len(outputs.velocity) > 0
+    reference = None
+    if (has_text and objective.text.beta) or (has_pictures and objective.image.beta):
+        with torch.no_grad():
+            reference = step.reference.forward(pack)
     terms = []
-    if len(pack.token_ids):
-        terms.append(step.objective.text_weight * _text_loss(step, pack, outputs, reference))
-    if len(outputs.velocity):
-        terms.append(step.objective.image_weight * _image_loss(step, pack, outputs, reference))
+    if has_text:
+        terms.append(objective.text_weight * _text_loss(step, pack, outputs, reference))
+    if has_pictures:
+        terms.append(objective.image_weight * _image_loss(step, pack, outputs, reference))
     return torch.stack(terms).sum()
 
 
-def _text_loss(step: _Update, pack: Pack, outputs: Outputs, reference: Outputs) -> Tensor:
-    policy, objective = step.policy, step.objective
-    answers, advantages = step.experience.answers, step.experience.answer_advantages
+def _text_loss(step: _Update, pack: Pack, outputs: Outputs, reference: Outputs | None) -> Tensor:
+    policy, objective, experience = step.policy, step.objective, step.experience
+    answers, advantages = experience.answers, experience.answer_advantages
     assert answers is not None
     assert advantages is not None
-
-    def logprobs_and_entropy(of: Outputs) -> tuple[Tensor, Tensor]:
-        return gather_logprobs(
-            of.logits,
-            pack.token_ids,
-            pack.row_index,
-            temperature=objective.temperature,
-            vocab_range=of.head.vocab_range,
-            return_entropy=True,
-            backend=policy.backend,
+    ref_logprobs = None
+    if reference is not None and objective.text.beta:
+        ref_logprobs = reference.logprobs(
+            pack, temperature=objective.temperature, backend=policy.backend
         )
-
-    logprobs, entropy = logprobs_and_entropy(outputs)
-    with torch.no_grad():
-        ref_logprobs, _ = logprobs_and_entropy(reference)
+    weights = experience.token_weights
     per_token = objective.text.aggregation == "token_mean"
-    result = grpo_loss(
-        logprobs,
+    head = outputs.head
+    result = linear_grpo_loss(
+        outputs.hidden,
+        head.weight,
+        pack.token_ids,
         answers.logprobs[pack.tokens],
         advantages[pack.completions].float(),
         pack.cu_seqlens,
+        row_index=pack.row_index,
+        bias=head.bias,
+        policy_weights=None if weights is None else weights[pack.tokens],
         level="sequence",
         ref_logprobs=ref_logprobs,
-        entropy=entropy.detach()[pack.row_index],  # for the metrics
         denominator=float(len(answers.logprobs if per_token else answers.token_ids)),
         params=objective.text,
+        temperature=objective.temperature,
+        vocab_range=head.vocab_range,
         backend=policy.backend,
     )
-    step.metrics.add("text", result)
+    step.metrics.add("text", result.loss, result.metrics)
     return result.loss
 
 
-def _image_loss(step: _Update, pack: Pack, outputs: Outputs, reference: Outputs) -> Tensor:
+def _image_loss(step: _Update, pack: Pack, outputs: Outputs, reference: Outputs | None) -> Tensor:
     pictures, advantages = step.experience.pictures, step.experience.picture_advantages
     assert pictures is not None
     assert advantages is not None
     steps = len(pictures.steps)
     total = len(pictures.latents) * steps
     taken = torch.tensor(pictures.steps).repeat(len(pictures.latents))[pack.pictures]
+    velocity_ref = None
+    if reference is not None and step.objective.image.beta:
+        velocity_ref = reference.velocity
     result = flow_policy_loss(
         outputs.velocity,
         pictures.velocities.flatten(0, 1)[pack.pictures],
         pictures.noise.flatten(0, 1)[pack.pictures],
         step.schedule.coefficients(taken, device=step.policy.device),
         advantages.repeat_interleave(steps)[pack.pictures].float(),
-        velocity_ref=reference.velocity,
+        velocity_ref=velocity_ref,
         denominator=float(total),
         params=step.objective.image,
         backend=step.policy.backend,
     )
-    step.metrics.add("image", result)
+    step.metrics.add("image", result.loss, result.metrics)
     return result.loss
 
 
@@ -167,19 +170,20 @@ class _Metrics:
     It stays on the device until the last pack, so that no pack waits for the one before it.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, objective: Objective) -> None:
+        self.objective = objective
         self.losses: dict[str, Tensor] = {}  # fp64 scalars
         self.texts: list[LossMetrics] = []
         self.images: list[FlowLossMetrics] = []
 
-    def add(self, modality: str, result: PolicyLoss | FlowPolicyLoss) -> None:
+    def add(self, modality: str, loss: Tensor, metrics: LossMetrics | FlowLossMetrics) -> None:
         """The loss and metrics of one pack; losses have a common denominator, and add up."""
         name = f"loss/{modality}"
-        self.losses[name] = self.losses.get(name, 0.0) + result.loss.detach().double()
-        if isinstance(result.metrics, LossMetrics):
-            self.texts.append(result.metrics)
+        self.losses[name] = self.losses.get(name, 0.0) + loss.detach().double()
+        if isinstance(metrics, LossMetrics):
+            self.texts.append(metrics)
         else:
-            self.images.append(result.metrics)
+            self.images.append(metrics)
 
     def result(self) -> dict[str, float]:
         """All metrics by name."""
@@ -188,21 +192,23 @@ class _Metrics:
         return dict(zip(found, values, strict=True))
 
     def on_device(self) -> dict[str, Tensor]:
-        """The same as fp64 scalars that nobody has waited for."""
+        """The same as fp64 scalars that nobody has waited for.
+
+        The distance to a reference that does not weigh is not measured, and so not said.
+        """
         found: dict[str, Tensor] = {}
         if self.texts:
             text = LossMetrics.merge(self.texts)
-            found |= {
-                "kl/text": text.kl,
-                "kl_old/text": text.kl_old,
-                "entropy/text": text.entropy,
-            } | _bounds("text", text)
+            if self.objective.text.beta:
+                found["kl/text"] = text.kl
+            found |= {"kl_old/text": text.kl_old, "entropy/text": text.entropy}
+            found |= _bounds("text", text)
         if self.images:
             image = FlowLossMetrics.merge(self.images)
-            found |= {
-                "kl/image": image.kl_velocity_mse,
-                "kl_gaussian/image": image.kl_gaussian,
-            } | _bounds("image", image)
+            if self.objective.image.beta:
+                found["kl/image"] = image.kl_velocity_mse
+                found["kl_gaussian/image"] = image.kl_gaussian
+            found |= _bounds("image", image)
         return self.losses | {name: value.double() for name, value in found.items()}
 
 

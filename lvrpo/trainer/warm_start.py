@@ -11,7 +11,7 @@ from lvrpo import random
 from lvrpo.data.example import Example, Picture
 from lvrpo.models.flow import interpolate, velocity_target
 from lvrpo.models.protocol import Policy
-from lvrpo.ops.gather_logprobs import gather_logprobs
+from lvrpo.ops.linear_logprobs import linear_logprobs
 
 
 def supervised_gradient(
@@ -47,8 +47,14 @@ def supervised_gradient(
     outputs = policy.forward(pack)
     metrics, total = {}, outputs.hidden.new_zeros(())
     if questions:
-        logprobs = gather_logprobs(
-            outputs.logits, pack.token_ids, pack.row_index, backend=policy.backend
+        head = outputs.head
+        logprobs = linear_logprobs(
+            outputs.hidden,
+            head.weight,
+            pack.token_ids,
+            pack.row_index,
+            bias=head.bias,
+            backend=policy.backend,
         )
         loss = -logprobs.mean()
         metrics["loss/text"] = float(loss.detach())

@@ -21,7 +21,6 @@ from trainer.small_policy import (
 from lvrpo.models.protocol import DivergedError
 from lvrpo.models.unified.tokenizer import EOS
 from lvrpo.ops.flow_step import flow_step
-from lvrpo.ops.gather_logprobs import gather_logprobs
 from lvrpo.testing import check_against_plain
 
 
@@ -121,13 +120,7 @@ def test_logprobs_are_those_of_a_full_forward_pass(policy):
     found = answers(policy, prompts("understand", 4))
     (pack,) = policy.packs(found.groups())
     with torch.no_grad():
-        logprobs = gather_logprobs(
-            policy.forward(pack).logits,
-            pack.token_ids,
-            pack.row_index,
-            temperature=1.3,
-            vocab_range=policy.answer_range,
-        )
+        logprobs = policy.forward(pack).logprobs(pack, temperature=1.3, backend=policy.backend)
     assert pack.token_ids.tolist() == [token for tokens in found.token_ids for token in tokens]
     check_against_plain(found.logprobs, logprobs.double(), logprobs, scale=8.0)
 

@@ -14,11 +14,23 @@ from lvrpo.models.unified.latents import LinearAutoencoder
 from lvrpo.models.unified.model import UnifiedConfig, UnifiedModel
 from lvrpo.models.unified.policy import UnifiedPolicy
 from lvrpo.models.unified.tokenizer import Tokenizer
+from lvrpo.params.flow import FlowLossParams
+from lvrpo.params.policy_loss import LossParams
 from lvrpo.trainer.experience import Experience
+from lvrpo.trainer.objective import Objective
 
 SCHEDULE = FlowSchedule(num_steps=5, window=(0, 2))
 GROUP = 3
 MAX_TOKENS = 4
+TEMPERATURE = 1.3
+OBJECTIVE = Objective(
+    text=LossParams(beta=0.1),
+    image=FlowLossParams(clip_low=0.2, clip_high=0.2, log_ratio_scale=0.5, beta=0.3),
+    text_weight=0.7,
+    image_weight=1.9,
+    temperature=TEMPERATURE,
+    max_rows=1 << 20,
+)
 
 
 def small_policy(
@@ -49,7 +61,7 @@ def prompts(task: Skill, count: int, seed: int = 0) -> list[Example]:
 
 def answers(policy: Policy, examples: list[Example], group_size: int = GROUP) -> Answers:
     return policy.sample_texts(
-        examples, group_size, max_tokens=MAX_TOKENS, temperature=1.3, seed=7, step=2
+        examples, group_size, max_tokens=MAX_TOKENS, temperature=TEMPERATURE, seed=7, step=2
     )
 
 

@@ -4,32 +4,32 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from typing import get_args
 
 import pytest
 import torch
 from torch import Tensor
-from trainer.small_policy import GROUP, SCHEDULE, experience, small_policy
+from trainer.small_policy import (
+    GROUP,
+    OBJECTIVE,
+    SCHEDULE,
+    TEMPERATURE,
+    experience,
+    small_policy,
+)
 
 from lvrpo import grpo_loss
 from lvrpo.models.unified.policy import UnifiedPolicy
-from lvrpo.params.flow import FlowLossParams
-from lvrpo.params.policy_loss import LossParams
+from lvrpo.params.flow import Variant
+from lvrpo.params.policy_loss import LOSS_PRESETS, LossParams
 from lvrpo.runs.config_file import load_config
+from lvrpo.trainer.correction import correct_sampler
 from lvrpo.trainer.experience import Experience
 from lvrpo.trainer.loop import SELF_TEST_TOLERANCE, SelfTestError, check_ratio
 from lvrpo.trainer.objective import Objective
-from lvrpo.trainer.update import ScheduleMismatch, _Metrics, policy_gradient
+from lvrpo.trainer.update import ScheduleMismatch, _Metrics, pack_experience, policy_gradient
 
-TEMPERATURE = 1.3  # of small_policy.answers
 MIXES = {"text": (3, 0), "image": (0, 3), "mixed": (2, 2)}
-OBJECTIVE = Objective(
-    text=LossParams(beta=0.1),
-    image=FlowLossParams(clip_low=0.2, clip_high=0.2, log_ratio_scale=0.5, beta=0.3),
-    text_weight=0.7,
-    image_weight=1.9,
-    temperature=TEMPERATURE,
-    max_rows=1 << 20,
-)
 
 
 @pytest.fixture(params=MIXES.values(), ids=MIXES.keys())
@@ -207,7 +207,10 @@ def text_terms(policy: UnifiedPolicy, reference: UnifiedPolicy, found: Experienc
             ref = logprobs(reference, example, tokens)
         advantage = found.answer_advantages[i].double()
         kl = (ref - new).exp() - (ref - new) - 1
-        terms.append((clipped((new - old).exp(), advantage) + OBJECTIVE.text.beta * kl).mean())
+        policy_term = clipped((new - old).exp(), advantage)
+        if found.token_weights is not None:
+            policy_term = policy_term * found.token_weights[start - len(tokens) : start]
+        terms.append((policy_term + OBJECTIVE.text.beta * kl).mean())
     return terms
 
 
@@ -299,6 +302,73 @@ def test_weights_scale_their_modality_alone():
     assert image["understand.0.qkv.weight"].any()
 
 
+@pytest.mark.parametrize("text", [0.0, 0.1])
+@pytest.mark.parametrize("image", [0.0, 0.3])
+def test_the_reference_is_asked_only_where_its_kl_weighs(monkeypatch, text, image):
+    """One pack holds both modalities, the others one; nothing is said of what nobody measured."""
+    policy, reference = small_policy(), small_policy(seed=1)
+    found = experience(policy, 2, 2)
+    objective = dataclasses.replace(
+        OBJECTIVE,
+        text=LossParams(beta=text),
+        image=dataclasses.replace(OBJECTIVE.image, beta=image),
+        max_rows=100,
+    )
+    packs = list(pack_experience(policy, found, SCHEDULE, objective))
+    needed = sum(
+        bool((text and len(pack.token_ids)) or (image and pack.pictures.stop > pack.pictures.start))
+        for pack in packs
+    )
+    assert needed == 0 or text + image
+    asked = []
+    reference.module.register_forward_hook(lambda *_: asked.append(1))
+    metrics = policy_gradient(policy, reference, found, SCHEDULE, objective)
+    assert len(asked) == needed
+    assert ("kl/text" in metrics) == bool(text)
+    assert ("kl/image" in metrics) == ("kl_gaussian/image" in metrics) == bool(image)
+    assert {"loss/text", "loss/image", "entropy/text", "kl_old/text"} <= metrics.keys()
+    alone = policy_gradient(policy, policy, found, SCHEDULE, objective)
+    if not text + image:
+        assert metrics == alone
+
+
+def test_tokens_weigh_what_the_correction_of_their_sampler_says():
+    """Ratios start at one again, and a token that was dropped has no gradient but its KL's."""
+    policy, reference = small_policy(), small_policy(seed=1)
+    sampler = small_policy(seed=2)
+    with torch.no_grad():
+        sampler.module.head.weight.mul_(8)
+    found = experience(sampler, 3, 0)
+    config = load_config(
+        overrides=["loss.sampler_correction=icepop", f"rollout.temperature={TEMPERATURE}"]
+    )
+    answers, weights, metrics = correct_sampler(policy, found.answers, config)
+    assert 0 < metrics["sampler/dropped"] < 1
+    assert metrics["sampler/dropped"] == pytest.approx(float((weights == 0).float().mean()))
+    ratio = (answers.logprobs - found.answers.logprobs).exp()
+    inside = (ratio >= 0.5) & (ratio <= 5)
+    torch.testing.assert_close(weights, torch.where(inside, ratio, 0.0))
+
+    corrected = dataclasses.replace(found, answers=answers, token_weights=weights)
+    packed, told = gradients((policy, reference, corrected))
+    assert told["ratio/text/min"] == pytest.approx(1, abs=1e-6)
+    assert told["ratio/text/max"] == pytest.approx(1, abs=1e-6)
+    several, _ = gradients(
+        (policy, reference, corrected), dataclasses.replace(OBJECTIVE, max_rows=40)
+    )
+    assert_equal(several, packed)
+    policy.module.zero_grad()
+    terms = text_terms(policy, reference, corrected)
+    (OBJECTIVE.text_weight * sum(terms) / len(terms)).backward()
+    assert_equal(packed, grads_of(policy))
+
+
+def test_without_a_correction_nothing_changes():
+    policy = small_policy()
+    answers = experience(policy, 2, 0).answers
+    assert correct_sampler(policy, answers, load_config()) == (answers, None, {})
+
+
 def test_a_better_answer_becomes_more_likely():
     """Along the negative gradient the samples with positive advantages gain probability."""
     policy = small_policy()
@@ -317,15 +387,23 @@ def test_a_better_answer_becomes_more_likely():
     assert after["loss/image"] < before["loss/image"]
 
 
-@pytest.mark.parametrize("preset", ["grpo", "dr_grpo", "bnpo", "dapo", "gspo", "reinforce"])
-def test_every_preset_is_the_same_in_several_packs(preset):
-    config = load_config(overrides=[f"loss.preset={preset}", f"rollout.temperature={TEMPERATURE}"])
+@pytest.mark.parametrize(
+    "key",
+    [
+        *(f"preset={name}" for name in LOSS_PRESETS),
+        *(f"image_variant={v}" for v in get_args(Variant)),
+    ],
+)
+def test_every_loss_of_the_configuration_is_the_same_in_several_packs(key):
+    config = load_config(overrides=[f"loss.{key}", f"rollout.temperature={TEMPERATURE}"])
     objective = Objective.from_config(config)
     policy = small_policy()
     case = policy, small_policy(seed=1), experience(policy, 3, 1)
     whole, metrics = gradients(case, objective)
     parts, of_parts = gradients(case, dataclasses.replace(objective, max_rows=30))
     assert_equal(parts, whole)
+    assert whole["head.weight"].any()
+    assert whole["latent_out.weight"].any()
     assert of_parts == pytest.approx(metrics, rel=1e-6, abs=1e-9)
 
 
@@ -353,10 +431,10 @@ def test_the_objective_is_that_of_the_configuration():
 
 
 def test_a_ratio_that_is_not_a_number_fails_the_self_test():
-    metrics = _Metrics()
+    metrics = _Metrics(OBJECTIVE)
     for log_ratio in (0.0, math.nan, 0.0):
         result = grpo_loss(torch.zeros(2), torch.zeros(2), [1.0], [0, 2])
         result.metrics.extremes[:2] += log_ratio
-        metrics.add("text", result)
+        metrics.add("text", result.loss, result.metrics)
     with pytest.raises(SelfTestError, match=r"ratio/text/m.. is nan"):
         check_ratio(metrics.result())

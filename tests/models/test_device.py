@@ -1,0 +1,130 @@
+"""Device and dtype are the policy's: whatever samples, scores or trains with it follows."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+
+import pytest
+import torch
+from models.other_device import Device, OnDevice, moved
+from torch import Tensor
+from trainer.small_policy import (
+    MAX_TOKENS,
+    OBJECTIVE,
+    SCHEDULE,
+    answers,
+    experience,
+    pictures,
+    prompts,
+    small_policy,
+)
+
+from lvrpo.models.answering import answer_probability
+from lvrpo.models.unified.policy import UnifiedPolicy
+from lvrpo.trainer.update import policy_gradient
+from lvrpo.trainer.warm_start import supervised_gradient
+
+
+def on_device(policy: UnifiedPolicy) -> UnifiedPolicy:
+    policy = copy.deepcopy(policy)
+    moved(policy.module)
+    moved(policy.autoencoder)
+    return policy
+
+
+def held(tensor: Tensor | None) -> Tensor:
+    assert isinstance(tensor, OnDevice)
+    return tensor.held
+
+
+def assert_same_gradients(ours: UnifiedPolicy, theirs: UnifiedPolicy) -> None:
+    expected = dict(theirs.module.named_parameters())
+    for name, parameter in ours.module.named_parameters():
+        if expected[name].grad is None:
+            assert parameter.grad is None
+        else:
+            assert torch.equal(held(parameter.grad), expected[name].grad), name
+
+
+def test_an_op_on_both_devices_is_an_error():
+    with Device():
+        ours = OnDevice(torch.ones(2))
+        with pytest.raises(RuntimeError, match="of the host"):
+            ours + torch.ones(2)
+        with pytest.raises(RuntimeError, match="of the host"):
+            ours[torch.tensor([0])]
+        assert (ours + 1).cpu().tolist() == [2, 2]
+
+
+def test_texts_are_sampled_where_the_policy_is():
+    """And read once per position, to learn who goes on, and once at the end."""
+    policy, questions = small_policy(torch.float32), prompts("understand", 3)
+    there = answers(policy, questions)
+    with Device() as device:
+        here = answers(on_device(policy), questions)
+        assert device.reads <= MAX_TOKENS + 1
+    assert here.token_ids == there.token_ids
+    assert torch.equal(held(here.logprobs), there.logprobs)
+
+
+def test_pictures_are_sampled_where_the_policy_is():
+    """And come back at the end, with one look at whether they are finite."""
+    policy, requests = small_policy(torch.float32), prompts("generate", 2)
+    there = pictures(policy, requests)
+    with Device() as device:
+        here = pictures(on_device(policy), requests)
+        assert device.reads == 2
+    assert torch.equal(here.images, there.images)
+    for name in ("latents", "velocities", "noise"):
+        assert torch.equal(held(getattr(here, name)), getattr(there, name))
+
+
+def test_the_update_is_made_where_the_policy_is():
+    """Only the metrics are read, all at once."""
+    policy, reference = small_policy(torch.float32), small_policy(torch.float32, seed=1)
+    found = experience(policy, 2, 2)
+    metrics = policy_gradient(policy, reference, found, SCHEDULE, OBJECTIVE)
+    with Device() as device:
+        here, there = on_device(small_policy(torch.float32)), on_device(reference)
+        sampled = dataclasses.replace(
+            experience(here, 2, 2),
+            answer_advantages=OnDevice(found.answer_advantages),
+            picture_advantages=OnDevice(found.picture_advantages),
+        )
+        device.reads = 0
+        assert policy_gradient(here, there, sampled, SCHEDULE, OBJECTIVE) == metrics
+        assert device.reads == 1
+        assert_same_gradients(here, policy)
+
+
+def test_the_warm_start_is_made_where_the_policy_is():
+    policy = small_policy(torch.float32)
+    blank = torch.zeros(1, 16, 16).numpy()
+    questions = prompts("understand", 3)
+    drawings = [[dataclasses.replace(e, target=blank)] * 2 for e in prompts("generate", 2)]
+    metrics = supervised_gradient(policy, questions, drawings, seed=0, step=1)
+    with Device():
+        here = on_device(small_policy(torch.float32))
+        assert supervised_gradient(here, questions, drawings, seed=0, step=1) == metrics
+        assert_same_gradients(here, policy)
+
+
+def test_answers_are_judged_where_the_policy_is():
+    policy, words = small_policy(torch.float32), (["what digit is at top-left"] * 2, ["3", "4"])
+    images = torch.rand(2, 1, 16, 16, generator=torch.Generator().manual_seed(0))
+    there = answer_probability(policy, images, *words)
+    with Device():
+        assert torch.equal(held(answer_probability(on_device(policy), images, *words)), there)
+
+
+def test_a_policy_of_bf16_samples_and_updates():
+    policy = small_policy(torch.bfloat16)
+    policy = dataclasses.replace(policy, autoencoder=policy.autoencoder.float())
+    found = experience(policy, 2, 2)
+    assert found.answers.logprobs.dtype == torch.float32
+    metrics = policy_gradient(policy, policy, found, SCHEDULE, OBJECTIVE)
+    assert all(abs(metrics[f"ratio/text/{end}"] - 1) < 0.1 for end in ("min", "max"))
+    for name, parameter in policy.module.named_parameters():
+        assert parameter.grad.dtype == torch.bfloat16, name
+        assert parameter.grad.isfinite().all(), name
