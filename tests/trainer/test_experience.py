@@ -9,9 +9,11 @@ import pytest
 import torch
 from runs.tiny import OVERRIDES, run_tiny, tiny_config
 
+from lvrpo import normalize_advantages
 from lvrpo.models.protocol import Answers
 from lvrpo.models.unified.policy import UnifiedPolicy
 from lvrpo.models.unified.tokenizer import EOS
+from lvrpo.params.advantages import ADVANTAGE_PRESETS, AdvantageParams
 from lvrpo.rewards.combine import FunctionReward, RewardError
 from lvrpo.runs.config_file import load_config
 from lvrpo.runs.log import read_evals, read_metrics
@@ -19,6 +21,8 @@ from lvrpo.runs.setup import Task, load_or_fit_task
 from lvrpo.trainer.experience import gather_experience, shuffle_within_groups
 from lvrpo.trainer.schedule import flow_schedule
 
+#: (reward - mean) / (standard deviation + 1e-4), of the group alone.
+PAPER = "rewards.advantage=paper"
 REWARDS = torch.arange(12.0)[:, None] * torch.tensor([1.0, -1.0])  # 3 groups of 4, 2 rewards
 
 
@@ -100,6 +104,50 @@ def test_advantages_are_of_the_group(task):
     assert not any("generate" in alarm for alarm in metrics["alarm"])
 
 
+@pytest.mark.parametrize("name", ADVANTAGE_PRESETS)
+def test_every_estimator_of_the_configuration(task, name):
+    """Of both modalities, with the lengths of the answers; a drawing is as long as any other."""
+    given = torch.tensor([1.0, 2.0, 6.0, 5.0, 0.0, 3.0])
+    found, _ = gather(
+        task,
+        f"rewards.advantage={name}",
+        "loss.advantage_clip=1.5",
+        "rewards.truncated=keep",
+        score=lambda samples: given,
+        texts=lambda samples: given,
+    )
+    lengths = [len(ids) for ids in found.answers.token_ids]
+    assert len(set(lengths)) > 1
+    params = AdvantageParams.preset(name, clip=1.5)
+    for advantages, tokens in (
+        (found.answer_advantages, lengths),
+        (found.picture_advantages, [1] * 6),
+    ):
+        expected = normalize_advantages(given, 3, lengths=tokens, params=params).values
+        torch.testing.assert_close(advantages, expected)
+        assert advantages.any()
+
+
+def test_the_bound_of_an_advantage_holds_for_both_modalities(task):
+    scores = [0.0, 0.0, 9.0, 1.0, 1.0, 1.0]
+    bound = [PAPER, "rewards.truncated=keep", "loss.advantage_clip=0.25"]
+    found, _ = gather(task, *bound, score=lambda s: scores, texts=lambda s: scores)
+    for advantages in (found.answer_advantages, found.picture_advantages):
+        assert advantages.abs().max() == 0.25
+
+
+def test_the_sampler_is_corrected_before_the_first_update(task):
+    plain, metrics = gather(task)
+    assert plain.token_weights is None
+    assert not any(key.startswith("sampler/") for key in metrics)
+    found, metrics = gather(task, "loss.sampler_correction=tis")
+    # The sampler was the policy itself, up to the rounding of another layout.
+    torch.testing.assert_close(found.answers.logprobs, plain.answers.logprobs)
+    torch.testing.assert_close(found.token_weights, torch.ones(len(found.answers.logprobs)))
+    assert metrics["sampler/gap_max"] < 1e-4
+    assert metrics["sampler/dropped"] == 0
+
+
 def test_groups_are_the_samples_of_one_prompt(task):
     seen = []
     gather(task, score=lambda samples: seen.extend(samples.examples) or range(len(samples)))
@@ -111,10 +159,6 @@ def test_an_alarm_when_nothing_can_be_learned(task):
     _, metrics = gather(task, score=lambda samples: [0.5] * len(samples))
     assert "every generate advantage is zero: this step teaches nothing" in metrics["alarm"]
     assert metrics["constant_groups/generate"] == 1
-
-
-#: (reward - mean) / (standard deviation + 1e-4), of the group alone.
-PAPER = "rewards.advantage=paper"
 
 
 def failing_for(groups):

@@ -1,0 +1,90 @@
+"""A model family is one object: another one trains by the same loop, without a line of its own."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+import torch
+from trainer.fake_family import LinearPolicy
+from trainer.small_policy import OBJECTIVE, SCHEDULE, TEMPERATURE, prompts
+
+from lvrpo.models.answering import answer_probability
+from lvrpo.models.protocol import Policy
+from lvrpo.trainer.experience import Experience
+from lvrpo.trainer.update import policy_gradient
+from lvrpo.trainer.warm_start import supervised_gradient
+
+GROUP = 4
+
+
+def experience(policy: Policy) -> Experience:
+    generator = torch.Generator().manual_seed(0)
+    key = {"seed": 3, "step": 1}
+    questions, drawings = prompts("understand", 3), prompts("generate", 2)
+    return Experience(
+        policy.sample_texts(questions, GROUP, max_tokens=5, temperature=TEMPERATURE, **key),
+        torch.randn(3 * GROUP, generator=generator),
+        policy.sample_images(drawings, GROUP, SCHEDULE, **key),
+        torch.randn(2 * GROUP, generator=generator),
+    )
+
+
+def gradients(policy: LinearPolicy) -> dict[str, torch.Tensor]:
+    found = {name: p.grad for name, p in policy.module.named_parameters()}
+    policy.module.zero_grad()
+    return found
+
+
+def test_its_update_replays_its_rollout():
+    policy = LinearPolicy.fresh()
+    metrics = policy_gradient(policy, policy, experience(policy), SCHEDULE, OBJECTIVE)
+    for key in ("text", "image"):
+        assert abs(metrics[f"ratio/{key}/min"] - 1) < 1e-5
+        assert abs(metrics[f"ratio/{key}/max"] - 1) < 1e-5
+        assert abs(metrics[f"kl/{key}"]) < 1e-9
+    assert all(gradient.any() for gradient in gradients(policy).values())
+
+
+def test_its_packs_are_its_own_affair():
+    policy, reference = LinearPolicy.fresh(), LinearPolicy.fresh(1)
+    found = experience(LinearPolicy.fresh(2))
+    parts = dataclasses.replace(OBJECTIVE, max_rows=1)
+    whole_metrics = policy_gradient(policy, reference, found, SCHEDULE, OBJECTIVE)
+    whole = gradients(policy)
+    metrics = policy_gradient(policy, reference, found, SCHEDULE, parts)
+    for name, gradient in gradients(policy).items():
+        torch.testing.assert_close(gradient, whole[name])
+    assert metrics.keys() == whole_metrics.keys()
+
+
+def test_it_learns_what_it_is_rewarded_for():
+    policy = LinearPolicy.fresh()
+    found = experience(policy)
+    reference = policy.with_weights_of(policy)
+    optimizer = torch.optim.SGD(policy.module.parameters(), lr=0.1)
+    losses = []
+    for _ in range(5):
+        optimizer.zero_grad()
+        metrics = policy_gradient(policy, reference, found, SCHEDULE, OBJECTIVE)
+        losses.append(metrics["loss/text"] + metrics["loss/image"])
+        optimizer.step()
+    assert losses == sorted(losses, reverse=True)
+
+
+def test_it_is_warmed_up_and_answers():
+    policy = LinearPolicy.fresh()
+    questions = [dataclasses.replace(e, answer="3") for e in prompts("understand", 4)]
+    blank = np.zeros((1, 16, 16), np.float32)
+    drawings = [[dataclasses.replace(e, target=blank)] * 2 for e in prompts("generate", 2)]
+    optimizer = torch.optim.SGD(policy.module.parameters(), lr=0.3)
+    rows = []
+    for _ in range(20):
+        optimizer.zero_grad()
+        rows.append(supervised_gradient(policy, questions, drawings, seed=0, step=1))
+        optimizer.step()
+    assert rows[-1]["loss/text"] < rows[0]["loss/text"] / 4
+    assert rows[-1]["loss/image"] < rows[0]["loss/image"]
+    pictures = torch.zeros(2, 1, 16, 16)
+    three, four = answer_probability(policy, pictures, [questions[0].prompt] * 2, ["3", "4"])
+    assert three > 0.5 > four
