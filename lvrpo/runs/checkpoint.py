@@ -11,15 +11,18 @@ import errno
 import hashlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from lvrpo.runs.files import write_atomically
+from lvrpo.runs.files import flush_to_disk, write_atomically
 from lvrpo.trainer.journal import Snapshot
 
 FORMAT = "lvrpo-checkpoint-3"
@@ -79,19 +82,20 @@ def save_checkpoint(
         for leftover in (*folder.glob(".writing-*"), *folder.glob(".deleting-*")):
             shutil.rmtree(leftover)
         temporary.mkdir()
-        write_tensors(temporary / _TENSORS, tensors)
+        _write_tensors(temporary / _TENSORS, tensors)
         content = {
             "format": FORMAT,
             "step": step,
             "sha256": sha256(temporary / _TENSORS),
             **state,
         }
-        write_text(temporary / _STATE, json.dumps(content, indent=1, sort_keys=True) + "\n")
+        text = json.dumps(content, indent=1, sort_keys=True) + "\n"
+        write_atomically(temporary / _STATE, text.encode())
         if final.exists():
             _delete(final)
         os.replace(temporary, final)
         _sync_folder(folder)
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
         shutil.rmtree(temporary, ignore_errors=True)
         raise CheckpointError(_write_failed(final, error)) from error
     for old in checkpoints(folder)[:-keep]:
@@ -117,9 +121,6 @@ def load_checkpoint(path: Path) -> Checkpoint:
     Raises:
         CheckpointError: it is missing, not an lvrpo checkpoint, or its checksum does not match.
     """
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
     try:
         text = (path / _STATE).read_bytes()
         state = json.loads(text)
@@ -181,16 +182,10 @@ def delete_after(folder: Path, step: int) -> None:
             _delete(path)
 
 
-def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Write a safetensors file atomically and flush it to the disk."""
-    from safetensors.torch import save
-
-    write_atomically(path, save({name: t.detach().contiguous() for name, t in tensors.items()}))
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a text file atomically and flush it to the disk."""
-    write_atomically(path, text.encode())
+def _write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Write a safetensors file, straight from the tensors, and flush it to the disk."""
+    save_file({name: t.detach().contiguous() for name, t in tensors.items()}, path)
+    flush_to_disk(path)
 
 
 def sha256(path: Path) -> str:
@@ -210,7 +205,10 @@ def _sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
-def _write_failed(path: Path, error: OSError) -> str:
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return f"{path}: no space left on the disk; the checkpoints before it are kept"
-    return f"{path}: {error.strerror or error}; the checkpoints before it are kept"
+def _write_failed(path: Path, error: OSError | SafetensorError) -> str:
+    reason = (error.strerror if isinstance(error, OSError) else None) or str(error)
+    number = error.errno if isinstance(error, OSError) else None
+    code = re.search(r"\(os error (\d+)\)", reason)  # all that safetensors says of it
+    if (int(code[1]) if code else number) in (errno.ENOSPC, errno.EDQUOT):
+        reason = "no space left on the disk"
+    return f"{path}: {reason}; the checkpoints before it are kept"

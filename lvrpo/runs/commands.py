@@ -11,7 +11,7 @@ from lvrpo.models.protocol import Policy
 from lvrpo.runs.changes import fingerprint
 from lvrpo.runs.checkpoint import load_newest
 from lvrpo.runs.config_file import load_config
-from lvrpo.runs.directory import RunDirectoryError
+from lvrpo.runs.directory import RunDirectoryError, is_run, require_format
 from lvrpo.runs.environment import write_environment
 from lvrpo.runs.inputs import reward_label
 from lvrpo.runs.journal import RunJournal
@@ -77,8 +77,9 @@ def load_policy(directory: Path) -> tuple[TrainConfig, Task, Policy]:
         RunDirectoryError: not a run, or no checkpoint yet.
         CheckpointError: the checkpoint is damaged.
     """
-    if not (directory / "config.toml").exists():
+    if not is_run(directory):
         raise RunDirectoryError(f"{directory} is not a run: it has no config.toml")
+    require_format(directory)
     config = load_config(directory / "config.toml")
     if load_newest(directory / "task") is None:
         raise RunDirectoryError(f"{directory} has no checkpoint yet: lvrpo train {directory}")

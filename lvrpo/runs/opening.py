@@ -31,12 +31,19 @@ from lvrpo.runs.checkpoint import (
     load_newest,
     save_checkpoint,
     step_of,
-    write_text,
 )
 from lvrpo.runs.config_file import Settings, load_config, read_settings, to_toml
-from lvrpo.runs.directory import RunDirectoryError, locked
+from lvrpo.runs.directory import (
+    VERSION,
+    RunDirectoryError,
+    is_run,
+    locked,
+    require_format,
+    write_version,
+)
 from lvrpo.runs.files import Row, read_rows, write_atomically
 from lvrpo.runs.inputs import (
+    INPUTS,
     Inputs,
     compare_inputs,
     find_inputs,
@@ -44,7 +51,7 @@ from lvrpo.runs.inputs import (
     read_inputs,
     write_inputs,
 )
-from lvrpo.runs.log import METRICS, read_changes, read_metrics, write_changes
+from lvrpo.runs.log import CHANGES, METRICS, read_changes, read_metrics, write_changes
 from lvrpo.runs.preflight import check_config
 from lvrpo.runs.rewards import used_rewards
 from lvrpo.runs.setup import Data
@@ -85,8 +92,8 @@ def open_run(
 ) -> Iterator[OpenRun]:
     """Hold a run directory and settle its configuration.
 
-    A new directory gets `config.toml` and `inputs.json`. An existing run goes on with its own
-    configuration; of the keys that are named again some may change, and are recorded.
+    A new directory gets `version.json`, `inputs.json` and `config.toml`. An existing run goes on
+    with its own configuration; of the keys that are named again some may change, and are recorded.
 
     Args:
         directory: of the run.
@@ -99,10 +106,11 @@ def open_run(
 
     Raises:
         ConfigError: the configuration is wrong, or a key differs that may not change.
-        RunDirectoryError: the directory is in use or cannot be made, or its inputs have changed.
+        RunDirectoryError: the directory is in use, cannot be made, or is of another version, or its
+            inputs have changed.
     """
     named = read_settings(config_file, overrides)
-    is_new = not (directory / "config.toml").exists()
+    is_new = not is_run(directory)
     if is_new:
         _refuse_other_contents(directory)
         config = _new_config(origin, named)
@@ -116,7 +124,7 @@ def open_run(
             return
         if resume_at is not None:
             raise RunDirectoryError(f"{directory} has no checkpoint of step {resume_at}")
-        if (directory / "config.toml").exists():
+        if is_run(directory):
             raise RunDirectoryError(f"{directory} was started by another process just now")
         inputs = find_inputs(config, _rewards(config))
         changes: list[Row] = []
@@ -125,9 +133,10 @@ def open_run(
         if not dry:
             if origin is not None:
                 _copy_warm_start(origin, directory, config)
+            write_version(directory)
             write_inputs(directory, inputs)
             write_changes(directory, changes)
-            write_text(directory / "config.toml", to_toml(config))
+            write_atomically(directory / "config.toml", to_toml(config).encode())
         facts = {} if origin is None else {"warm_start_of": os.path.abspath(origin)}
         step = 0 if origin is None else config.warm_start.steps
         yield OpenRun(directory, config, data, step, facts, changes)
@@ -140,6 +149,7 @@ def _existing(
     resume_at: int | None,
     dry: bool,
 ) -> OpenRun:
+    require_format(directory)
     own = load_config(directory / "config.toml")
     config = changed_config(directory, own, named)
     step, changes = _step_to_resume(directory, resume_at, accept_changes)
@@ -160,7 +170,7 @@ def _existing(
         delete_after(directory / "checkpoints", step)
         write_inputs(directory, inputs)
         if config != own:
-            write_text(directory / "config.toml", to_toml(config))
+            write_atomically(directory / "config.toml", to_toml(config).encode())
     return OpenRun(directory, config, data, step, {}, changes)
 
 
@@ -233,8 +243,10 @@ def _rewards(config: TrainConfig) -> list[str]:
 
 
 def _refuse_other_contents(directory: Path) -> None:
-    # What starts with a dot may be of a run that was killed while it wrote its configuration.
-    others = [path.name for path in directory.glob("*") if not path.name.startswith(".")]
+    # These, and what starts with a dot, may be of a run that was killed before it had begun.
+    early = (VERSION, INPUTS, CHANGES)
+    names = [path.name for path in directory.glob("*")]
+    others = [name for name in names if name not in early and not name.startswith(".")]
     if others:
         raise RunDirectoryError(
             f"{directory} is not empty and not a run (it has {min(others)}, no config.toml); give "
@@ -245,8 +257,9 @@ def _refuse_other_contents(directory: Path) -> None:
 def _new_config(origin: Path | None, named: Settings) -> TrainConfig:
     if origin is None:
         return named.over(TrainConfig())
-    if not (origin / "config.toml").exists():
+    if not is_run(origin):
         raise RunDirectoryError(f"{origin} is not a run: it has no config.toml")
+    require_format(origin)
     if load_newest(origin / "reference") is None:
         raise RunDirectoryError(f"{origin} has not finished its warm start: lvrpo train {origin}")
     return forked_config(origin, load_config(origin / "config.toml"), named)

@@ -14,12 +14,13 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from runs.test_resume import Stop, assert_same_run, stop_after
-from runs.tiny import OVERRIDES, command, run_tiny, settings
+from runs.test_resume import assert_same_run
+from runs.tiny import OVERRIDES, Stop, StopAfter, command, run_tiny, settings
 
+from lvrpo.models.unified.policy import UnifiedPolicy
 from lvrpo.runs.checkpoint import checkpoints, load_newest
 from lvrpo.runs.log import read_metrics
-from lvrpo.trainer import loop, rollout
+from lvrpo.trainer import loop
 
 
 def refused(*arguments: object, tiny: bool = False, after_start: bool = False) -> str:
@@ -48,7 +49,7 @@ def run(trained, tmp_path) -> Path:
 def half_way(tmp_path) -> Path:
     """A run that stopped after its fourth step of six."""
     with pytest.raises(Stop):
-        run_tiny(tmp_path / "run", listener=stop_after(4))
+        run_tiny(tmp_path / "run", signals=StopAfter(4))
     return tmp_path / "run"
 
 
@@ -392,13 +393,13 @@ def test_a_reward_function_that_fails_is_no_signal_if_asked(tmp_path):
 
 
 def test_a_rollout_that_the_update_cannot_reproduce(tmp_path, monkeypatch):
-    sample_tokens = rollout._sample_tokens
+    sample_texts = UnifiedPolicy.sample_texts
 
-    def misreport(*arguments):
-        ids, logprobs = sample_tokens(*arguments)
-        return ids, logprobs - 0.01
+    def misreport(*arguments, **options):
+        answers = sample_texts(*arguments, **options)
+        return dataclasses.replace(answers, logprobs=answers.logprobs - 0.01)
 
-    monkeypatch.setattr(rollout, "_sample_tokens", misreport)
+    monkeypatch.setattr(UnifiedPolicy, "sample_texts", misreport)
     message = refused("train", tmp_path / "run", tiny=True, after_start=True)
     assert message.startswith("self test: ratio/text/max is 1.01")
     assert "before the first update" in message

@@ -7,8 +7,7 @@ from typing import Any
 
 import pytest
 from pydantic import TypeAdapter
-from runs.test_resume import Stop, stop_after
-from runs.tiny import OVERRIDES, command, run_tiny, settings
+from runs.tiny import OVERRIDES, Stop, StopAfter, command, run_tiny, settings
 
 from lvrpo.models.flow import DYNAMICS
 from lvrpo.params.advantages import ADVANTAGE_PRESETS
@@ -92,7 +91,7 @@ def test_a_number_is_refused_by_its_key_or_takes_a_step(tmp_path, key):
             last = 1
         said = f"{key} is taken"
         try:
-            run_tiny(tmp_path / str(number), *short, listener=stop_after(last))
+            run_tiny(tmp_path / str(number), *short, signals=StopAfter(last))
         except Stop:
             pass
         except ConfigError as error:

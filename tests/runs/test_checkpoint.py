@@ -2,9 +2,11 @@ from __future__ import annotations
 
 import errno
 import json
+import resource
 
 import pytest
 import torch
+from safetensors import SafetensorError
 
 from lvrpo.runs import checkpoint as module
 from lvrpo.runs.checkpoint import (
@@ -14,6 +16,7 @@ from lvrpo.runs.checkpoint import (
     load_newest,
     save_checkpoint,
 )
+from lvrpo.runs.files import write_atomically
 
 TENSORS = {"weight": torch.arange(6.0).view(2, 3), "step": torch.tensor(3.0)}
 
@@ -63,19 +66,37 @@ def test_truncated_tensors(tmp_path):
         load_checkpoint(path)
 
 
-def test_full_disk_leaves_the_previous_checkpoint(tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(errno.ENOSPC, "No space left on device"),
+        SafetensorError("I/O error: No space left on device (os error 28)"),
+    ],
+)
+def test_full_disk_leaves_the_previous_checkpoint(tmp_path, monkeypatch, error):
     save_checkpoint(tmp_path, 1, TENSORS, {}, keep=1)
 
-    def no_space(path, content):
-        path.write_bytes(content[: len(content) // 2])
-        raise OSError(errno.ENOSPC, "No space left on device")
+    def no_space(tensors, path):
+        path.write_bytes(b"half")
+        raise error
 
-    monkeypatch.setattr(module, "write_atomically", no_space)
+    monkeypatch.setattr(module, "save_file", no_space)
     with pytest.raises(CheckpointError, match=r"step-00000002: no space left on the disk"):
         save_checkpoint(tmp_path, 2, TENSORS, {}, keep=1)
     monkeypatch.undo()
     assert load_newest(tmp_path).step == 1
     assert [path.name for path in tmp_path.iterdir()] == ["step-00000001"]
+
+
+def test_a_file_that_the_system_refuses_is_named(tmp_path):
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))
+    try:
+        with pytest.raises(CheckpointError, match=r"step-00000001: .*File too large"):
+            save_checkpoint(tmp_path, 1, {"weight": torch.ones(1000)}, {}, keep=1)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_killed_while_writing(tmp_path):
@@ -111,5 +132,5 @@ def test_a_full_disk_is_named(tmp_path, monkeypatch):
 
     monkeypatch.setattr("os.fsync", no_space)
     with pytest.raises(OSError, match=r"No space left on device: '.*/config\.toml'"):
-        module.write_text(tmp_path / "config.toml", "[run]\n")
+        write_atomically(tmp_path / "config.toml", b"[run]\n")
     assert list(tmp_path.iterdir()) == []
