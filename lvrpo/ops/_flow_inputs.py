@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from lvrpo import checks
-from lvrpo.dtypes import numbers
+from lvrpo.dtypes import numbers, widen
 from lvrpo.ops.flow_step import check_coefficients
 from lvrpo.params.flow import StepCoefficients
 
@@ -54,6 +54,18 @@ class FlowInputs:
     def latents(self) -> dict[str, Tensor | None]:
         """By name."""
         return {name: getattr(self, name) for name in LATENTS}
+
+    def as_data(self) -> FlowInputs:
+        """The same without a graph, and in the dtype of the result, but for the velocity."""
+        dtype = widen(self.velocity).dtype
+
+        def data(x: Tensor | None) -> Any:
+            return None if x is None else checks.as_saved(x.detach().to(dtype))
+
+        steps = {name: data(getattr(self.coeffs, name)) for name in ("c_v", "std", "dt")}
+        names = "velocity_old", "noise", "velocity_ref", "advantages", "policy_weights"
+        found = {name: data(getattr(self, name)) for name in (*names, "denominator")}
+        return dataclasses.replace(self, **found, coeffs=dataclasses.replace(self.coeffs, **steps))
 
     def samples(self) -> dict[str, Tensor | None]:
         """What has one number per sample, by name."""

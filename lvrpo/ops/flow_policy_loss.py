@@ -5,6 +5,7 @@ N pairs of (image, trained step), D elements in each. Derivation: docs/ops/flow_
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,7 +15,7 @@ from torch.autograd.function import once_differentiable
 
 from lvrpo import backends, checks
 from lvrpo.backends import Backend, library
-from lvrpo.dtypes import numbers, widen
+from lvrpo.dtypes import numbers
 from lvrpo.ops._flow_inputs import FlowInputs, as_denominator, per_sample
 from lvrpo.ops.flow_step import check_latents
 from lvrpo.params.flow import (
@@ -71,7 +72,7 @@ def flow_policy_loss(
             global count when the batch is split over micro-batches or ranks. None for the number of
             samples that count. Where it is 0, as a count of nothing is, the loss is 0.
         params: the objective.
-        backend: "cpp", "torch", or None for the first that can run.
+        backend: a name of `lvrpo.backends.ALL`, or None for the first that can run.
 
     Returns:
         loss: [] fp32 (fp64 from an fp64 velocity).
@@ -112,7 +113,8 @@ def flow_policy_loss(
         loss, named = functional(**inputs.arguments(), params=params)
         metrics = FlowLossMetrics.of(named)
     else:
-        loss, sums, extremes = _apply(inputs, params, chosen)
+        options = _Options(inputs.as_data(), params, _numbers(params), chosen)
+        loss, sums, extremes = _FlowPolicyLoss.apply(velocity, options)  # type: ignore[no-untyped-call]
         metrics = FlowLossMetrics(sums, extremes)
     # Saturation makes a finite loss of an infinite velocity, but not a finite distance.
     if checks.check_values(loss) and not bool(torch.isfinite(metrics.sums.sum() + loss.detach())):
@@ -120,81 +122,55 @@ def flow_policy_loss(
     return FlowPolicyLoss(loss, metrics)
 
 
-def _apply(
-    inputs: FlowInputs, params: FlowLossParams, backend: Backend
-) -> tuple[Tensor, Tensor, Tensor]:
-    dtype = widen(inputs.velocity).dtype
+@dataclasses.dataclass(frozen=True)
+class _Options:
+    """What `lvrpo::flow_policy_loss_fwd` takes besides the velocity, from whom.
 
-    def data(x: Tensor | None) -> Tensor | None:
-        return None if x is None else x.detach().to(dtype)
+    Attributes:
+        inputs: in the dtype of the result.
+        params: the objective.
+        numbers: those of `params`.
+        backend: one with kernels.
+    """
 
-    coeffs = inputs.coeffs
-    return _FlowPolicyLoss.apply(  # type: ignore[no-untyped-call,no-any-return]
-        inputs.velocity,
-        *(
-            checks.as_saved(data(x))
-            for x in (inputs.velocity_old, inputs.noise, inputs.velocity_ref)
-        ),
-        *(data(x) for x in (coeffs.c_v, coeffs.std, coeffs.dt, inputs.advantages)),
-        inputs.mask,
-        data(inputs.policy_weights),
-        data(inputs.denominator),
-        _numbers(params),
-        params.choices(),
-        params.beta > 0,
-        backend,
-    )
+    inputs: FlowInputs
+    params: FlowLossParams
+    numbers: Tensor
+    backend: Backend
 
 
 class _FlowPolicyLoss(torch.autograd.Function):
     @staticmethod
     def forward(  # type: ignore[override]
-        ctx: Any,
-        velocity: Tensor,
-        velocity_old: Tensor,
-        noise: Tensor,
-        velocity_ref: Tensor | None,
-        c_v: Tensor,
-        std: Tensor,
-        dt: Tensor,
-        advantages: Tensor,
-        mask: Tensor | None,
-        policy_weights: Tensor | None,
-        denominator: Tensor | None,
-        numbers: Tensor,
-        choices: dict[str, str],
-        pulls: bool,
-        backend: Backend,
+        ctx: Any, velocity: Tensor, options: _Options
     ) -> tuple[Tensor, Tensor, Tensor]:
-        loss, sums, extremes, directions = backend.op("flow_policy_loss_fwd")(
+        inputs, params, ctx.backend = options.inputs, options.params, options.backend
+        loss, sums, extremes, directions = ctx.backend.op("flow_policy_loss_fwd")(
             velocity,
-            velocity_old,
-            noise,
-            velocity_ref,
-            c_v,
-            std,
-            dt,
-            advantages,
-            mask,
-            policy_weights,
-            denominator,
-            numbers,
-            **choices,
+            inputs.velocity_old,
+            inputs.noise,
+            inputs.velocity_ref,
+            inputs.coeffs.c_v,
+            inputs.coeffs.std,
+            inputs.coeffs.dt,
+            inputs.advantages,
+            inputs.mask,
+            inputs.policy_weights,
+            inputs.denominator,
+            options.numbers,
+            **params.choices(),
         )
-        reference = velocity_ref if pulls else None
-        ctx.backend = backend
-        ctx.save_for_backward(velocity, velocity_old, noise, reference, directions)
+        reference = inputs.velocity_ref if params.beta > 0 else None
+        latents = velocity, inputs.velocity_old, inputs.noise, reference
+        ctx.save_for_backward(*latents, directions)
         ctx.mark_non_differentiable(sums, extremes)
         return loss, sums, extremes
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dloss: Tensor, *_: Tensor) -> tuple[Any, ...]:
-        velocity, velocity_old, noise, velocity_ref, directions = ctx.saved_tensors
-        dvelocity = ctx.backend.op("flow_policy_loss_bwd")(
-            dloss, velocity, velocity_old, noise, velocity_ref, directions
-        )
-        return dvelocity, *[None] * 14
+    def backward(ctx: Any, dloss: Tensor, *_: Tensor) -> tuple[Tensor, None]:
+        dvelocity: Tensor = ctx.backend.op("flow_policy_loss_bwd")(dloss, *ctx.saved_tensors)
+        return dvelocity, None
 
 
 @library.register("flow_policy_loss_fwd", kernels=OP)

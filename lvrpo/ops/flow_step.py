@@ -6,6 +6,7 @@ so one op serves every dynamics. Derivation: docs/ops/flow_step.md.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import fields
 from typing import Any
 
@@ -46,7 +47,7 @@ def flow_step(
         x_t: [N, ...] any floating dtype; the latents at time `coeffs.t`.
         coeffs: [N], or [1] for one step shared by all images.
         noise: [N, ...] standard normal. None when every std is 0.
-        backend: "cpp", "torch", or None for the first that can run.
+        backend: a name of `lvrpo.backends.ALL`, or None for the first that can run.
 
     Returns:
         x_next: [N, ...] fp32 (fp64 from an fp64 velocity).
@@ -64,13 +65,11 @@ def flow_step(
         stepped: tuple[Tensor, Tensor] = functional(velocity, x_t, kept, checks.as_saved(noise))
         return stepped
     dtype = widen(velocity).dtype
-    data = (noise, coeffs.c_x, coeffs.c_v, coeffs.std)
-    return _FlowStep.apply(  # type: ignore[no-untyped-call,no-any-return]
-        velocity,
-        x_t.to(dtype),
-        *(None if x is None else checks.as_saved(x.detach().to(dtype)) for x in data),
-        chosen,
-    )
+    data = [
+        None if x is None else checks.as_saved(x.detach().to(dtype))
+        for x in (noise, coeffs.c_x, coeffs.c_v, coeffs.std)
+    ]
+    return _FlowStep.apply(velocity, x_t.to(dtype), data, chosen)  # type: ignore[no-untyped-call,no-any-return]
 
 
 class _FlowStep(torch.autograd.Function):
@@ -79,13 +78,9 @@ class _FlowStep(torch.autograd.Function):
         ctx: Any,
         velocity: Tensor,
         x_t: Tensor,
-        noise: Tensor | None,
-        c_x: Tensor,
-        c_v: Tensor,
-        std: Tensor,
+        data: Sequence[Tensor | None],  # noise, c_x, c_v, std
         backend: Backend,
     ) -> tuple[Tensor, Tensor]:
-        data = noise, c_x, c_v, std
         x_next, logprob = backend.op("flow_step_fwd")(velocity, x_t, *data)
         ctx.save_for_backward(*data)
         ctx.velocity_dtype, ctx.backend = velocity.dtype, backend
@@ -93,10 +88,10 @@ class _FlowStep(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dx_next: Tensor, dlogprob: Tensor) -> tuple[Any, ...]:
+    def backward(ctx: Any, dx_next: Tensor, dlogprob: Tensor) -> tuple[Tensor, Tensor, None, None]:
         run = ctx.backend.op("flow_step_bwd")
         dvelocity, dx_t = run(dx_next, dlogprob, *ctx.saved_tensors)
-        return dvelocity.to(ctx.velocity_dtype), dx_t, None, None, None, None, None
+        return dvelocity.to(ctx.velocity_dtype), dx_t, None, None
 
 
 @library.register("flow_step_fwd", kernels=OP)

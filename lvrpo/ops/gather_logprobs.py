@@ -114,7 +114,7 @@ def gather_logprobs(
         inplace_backward: the gradient takes the place of the logits in memory. Their values are
             lost in the backward: reading them afterwards reads the gradient, and autograd raises
             where it needs them after that. The torch backend and torch.compile do without.
-        backend: a name from `lvrpo.ops`, or None for the first that can run.
+        backend: a name of `lvrpo.backends.ALL`, or None for the first that can run.
 
     Returns:
         logprobs: of the shape of token_ids, fp32 (fp64 from fp64 logits), nats.

@@ -77,7 +77,7 @@ def grpo_loss(
             modalities); a sum of such losses is then the loss of the whole. A tensor is not read on
             the host. 0 is the count of a step without active tokens, whose loss is 0.
         params: the loss.
-        backend: "cpp", "triton", "torch", or None for the first that can run.
+        backend: a name of `lvrpo.backends.ALL`, or None for the first that can run.
 
     Returns:
         PolicyLoss in fp32 (fp64 from fp64 log-probs).

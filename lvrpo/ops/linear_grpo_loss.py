@@ -95,7 +95,8 @@ def linear_grpo_loss(
         ignore_index: see `token_ids`.
         memory_budget: likewise; the one thing to tune. Larger chunks touch the weight and its
             gradient less often.
-        backend: "cpp", "triton", "torch" (all logits at once), or None for the first that can run.
+        backend: a name of `lvrpo.backends.ALL`, or None for the first that can run; the
+            reference, "torch", has all logits at once.
 
     Returns:
         FusedPolicyLoss in fp32 (fp64 from fp64).

@@ -130,7 +130,8 @@ def linear_logprobs(
             row.
         memory_budget: bytes of the logits that exist at a time. None: 3.8 GB on a GPU; on a CPU 12
             MiB or what 112 rows take, whichever is more.
-        backend: "cpp", "triton", "torch" (all logits at once), or None for the first that can run.
+        backend: a name of `lvrpo.backends.ALL`, or None for the first that can run; the
+            reference, "torch", has all logits at once.
 
     Returns:
         logprobs: of the shape of token_ids, fp32 (fp64 from fp64), nats. Logits are sums in fp32

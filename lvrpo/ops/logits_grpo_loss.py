@@ -89,7 +89,7 @@ def logits_grpo_loss(
             call. Their values are lost: reading them afterwards reads the gradient, autograd raises
             where it needs them, and a second backward is an error. Without a gradient to form
             nothing is overwritten. The torch backend and torch.compile do without.
-        backend: "cpp", "triton", "torch", or None for the first that can run.
+        backend: a name of `lvrpo.backends.ALL`, or None for the first that can run.
 
     Returns:
         FusedPolicyLoss in fp32 (fp64 from fp64).

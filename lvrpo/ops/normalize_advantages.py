@@ -59,7 +59,7 @@ def normalize_advantages(
         lengths: [B] tokens of each sample, any integers, for the estimators that count tokens
             (`params.needs_lengths`); the others ignore it.
         params: the estimator.
-        backend: "cpp", "triton", "torch", or None for the first that can run.
+        backend: a name of `lvrpo.backends.ALL`, or None for the first that can run.
 
     Returns:
         Advantages in fp32 (fp64 from fp64 rewards).

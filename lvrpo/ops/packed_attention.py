@@ -6,6 +6,7 @@ widths. Derivation: docs/ops/packed_attention.md.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from typing import Any, Literal, overload
 
@@ -14,7 +15,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from lvrpo import backends, checks
-from lvrpo.backends import library
+from lvrpo.backends import Backend, library
 from lvrpo.dtypes import numbers
 from lvrpo.masks import SpanMask
 from lvrpo.masks.schedule import schedule
@@ -88,8 +89,8 @@ def packed_attention(
         dropout_p: 0; a prompt that is shared would be dropped out alike for all its completions.
         window_size: None or (-1, -1); rows of a branch are not where their positions are, so that
             a window is no one range of rows.
-        backend: "cpp", "triton" (heads up to 256 wide, in fp64 128), "torch", "flash" (flash
-            attention, 16 bits only), or None for the first but "flash" that can run.
+        backend: a name of `lvrpo.backends.ALL`, or None for the first but "flash" that can run.
+            "triton" takes heads up to 256 wide (128 in fp64), "flash" (flash attention) 16 bits.
 
     Returns:
         out: [Lq, Hq, Dv] in q's dtype; 0 in a row that sees no key, which gets no gradient.
@@ -119,36 +120,57 @@ def packed_attention(
         with checks.without_autocast(q):
             result: Tensor | tuple[Tensor, Tensor] = functional(q, k, v, mask, **how)
         return result
-    tables = (mask.q_lo, mask.q_hi, mask.rows, mask.spans, mask.runs)
     order: Schedule | tuple[None, None, None] = (None, None, None)
     if chosen.reads_schedule:
         # Only the interpreter's masks are on the host, where they have none.
         order = mask.schedule or schedule(mask)
-    out, lse = _PackedAttention.apply(q, k, v, *tables, *order, numbers(scale, softcap), chosen)
+    options = _Options(mask, order, numbers(scale, softcap), chosen)
+    out, lse = _PackedAttention.apply(q, k, v, options)
     return (out, lse) if return_lse else out
+
+
+@dataclasses.dataclass(frozen=True)
+class _Options:
+    """What `lvrpo::packed_attention_fwd` takes besides q, k and v, from whom."""
+
+    mask: SpanMask
+    schedule: Schedule | tuple[None, None, None]
+    numbers: Tensor
+    backend: Backend
+
+    def tables(self) -> tuple[Tensor | None, ...]:
+        """Those of the mask and of its schedule, in the order of the op."""
+        mask = self.mask
+        return (mask.q_lo, mask.q_hi, mask.rows, mask.spans, mask.runs, *self.schedule)
 
 
 class _PackedAttention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, Tensor]:
-        *tensors, values, ctx.backend = inputs
-        out, lse = ctx.backend.op("packed_attention_fwd")(*tensors[:9], values)
-        ctx.save_for_backward(*tensors[:3], out, lse, values, *tensors[3:])
+    def forward(  # type: ignore[override]
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, options: _Options
+    ) -> tuple[Tensor, Tensor]:
+        tables, ctx.backend = options.tables(), options.backend
+        *of_forward, _, _ = tables  # the backward alone goes by keys
+        run = options.backend.op("packed_attention_fwd")
+        out, lse = run(q, k, v, *of_forward, options.numbers)
+        ctx.save_for_backward(q, k, v, out, lse, options.numbers, *tables)
         ctx.set_materialize_grads(False)
         return out, lse
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Any, ...]:
+    def backward(
+        ctx: Any, dout: Tensor | None, dlse: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor, None]:
         # Once: activation checkpointing unpacks what was saved a single time.
         q, k, v, out, lse, values, *tables = ctx.saved_tensors
         dout = torch.zeros_like(out) if dout is None else dout
         if not any(ctx.needs_input_grad[1:3]):
             tables = _with_constant_keys(*tables)
-        gradients = ctx.backend.op("packed_attention_bwd")(
+        dq, dk, dv = ctx.backend.op("packed_attention_bwd")(
             dout, dlse, q, k, v, out, lse, *tables, values
         )
-        return (*gradients, *[None] * 10)
+        return dq, dk, dv, None
 
 
 def _with_constant_keys(*tables: Tensor | None) -> tuple[Tensor | None, ...]:
