@@ -111,9 +111,10 @@ def _text_loss(step: _Update, pack: Pack, outputs: Outputs, reference: Outputs |
     assert advantages is not None
     ref_logprobs = None
     if reference is not None and objective.text.beta:
-        ref_logprobs = reference.logprobs(
-            pack, temperature=objective.temperature, backend=policy.backend
-        )
+        with torch.no_grad():
+            ref_logprobs = reference.logprobs(
+                pack, temperature=objective.temperature, backend=policy.backend
+            )
     weights = experience.token_weights
     per_token = objective.text.aggregation == "token_mean"
     head = outputs.head
