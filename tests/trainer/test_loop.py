@@ -2,66 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
-
 import pytest
 import torch
 from runs.tiny import Stop, StopAfter, tiny_config
+from trainer.memory_journal import MemoryJournal
 
 from lvrpo.runs.setup import Task, load_or_fit_task
 from lvrpo.runs.signals import Signals
-from lvrpo.trainer.journal import GalleryItem, Snapshot
 from lvrpo.trainer.loop import train
-
-
-def copy_of(snapshot: Snapshot) -> Snapshot:
-    return Snapshot(snapshot.step, {name: t.clone() for name, t in snapshot.tensors.items()})
-
-
-class MemoryJournal:
-    bridge = None
-
-    def __init__(self) -> None:
-        self.saved: list[Snapshot] = []
-        self.references: list[Snapshot] = []
-        self.rows: list[Mapping[str, Any]] = []
-        self.evals: dict[tuple[str, int], tuple[Mapping[str, Any], Sequence[GalleryItem]]] = {}
-        self.said: list[str] = []
-        self.sampled: list[tuple[str, int, int]] = []
-        self.end: tuple[BaseException, int, Snapshot | None] | None = None
-
-    def latest(self) -> Snapshot | None:
-        return self.saved[-1] if self.saved else None
-
-    def reference(self) -> Snapshot:
-        return self.references[-1]
-
-    def step(self, row: Mapping[str, Any]) -> None:
-        self.rows.append(row)
-
-    def save(self, snapshot: Snapshot) -> None:
-        self.saved.append(copy_of(snapshot))
-
-    def save_reference(self, snapshot: Snapshot) -> None:
-        self.references.append(copy_of(snapshot))
-
-    def is_evaluated(self, label: str, step: int) -> bool:
-        return (label, step) in self.evals
-
-    def evaluating(self, label: str, done: int, total: int) -> None:
-        self.sampled.append((label, done, total))
-
-    def evaluation(
-        self, label: str, row: Mapping[str, Any], gallery: Sequence[GalleryItem]
-    ) -> None:
-        self.evals[label, row["step"]] = row, gallery
-
-    def message(self, text: str) -> None:
-        self.said.append(text)
-
-    def ended(self, error: BaseException, step: int, finished: Snapshot | None) -> None:
-        self.end = error, step, finished and copy_of(finished)
 
 
 @pytest.fixture(scope="module")
