@@ -95,7 +95,7 @@ def train(
         bool, typer.Option("--print-config", help="Print the resolved configuration and stop.")
     ] = False,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Check everything, say what would run, and stop.")
+        bool, typer.Option("--dry-run", help="Check everything, print what would run, and stop.")
     ] = False,
     debug: Debug = False,
 ) -> None:
@@ -106,11 +106,10 @@ def train(
     overrides += ["run.shuffle_rewards=true"] if shuffle_rewards else []
     with one_line_errors(debug):
         from lvrpo.runs.commands import describe_run, open_run, run_training
+        from lvrpo.runs.config_file import load_config, to_toml
         from lvrpo.runs.signals import Stopped
 
         if print_config:
-            from lvrpo.runs.config_file import load_config, to_toml
-
             typer.echo(to_toml(load_config(config, overrides)), nl=False)
             return
         if run is None:
@@ -128,7 +127,8 @@ def train(
             with opening as opened:
                 if dry_run:
                     for line in describe_run(opened):
-                        typer.echo(line)
+                        typer.echo(f"# {line}")  # so that the whole is TOML
+                    typer.echo(to_toml(opened.config), nl=False)
                     return
                 run_training(opened)
         except KeyboardInterrupt as stop:

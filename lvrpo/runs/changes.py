@@ -27,9 +27,7 @@ CHANGEABLE = RATE | {
     "run.checkpoint_every",
     "run.keep_checkpoints",
     "run.eval_items",
-    "run.gallery_items",
     "run.threads",
-    "rewards.on_error",
     "rewards.max_failures",
     "rewards.timeout",
 }

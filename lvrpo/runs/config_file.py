@@ -164,9 +164,12 @@ def line_of(text: str, key: str) -> int | None:
 
 
 def expected(key: str) -> str:
-    """What `section.key` may be, in words: "an integer in [1, 9]", "one of grpo, dapo"."""
-    section, _, name = key.partition(".")
-    return _expected(_schema(SECTIONS[section])["properties"][name])
+    """What a key may be, in words: "an integer in [1, 9]", "one of grpo, dapo".
+
+    Args:
+        key: `section.key`, or `section.key.name` for the entries of a table.
+    """
+    return _expected(_schema(key))
 
 
 def _expected(schema: Mapping[str, Any]) -> str:
@@ -193,9 +196,17 @@ def _number(value: float) -> str:
     return short if float(short) == value else str(value)
 
 
+def _schema(key: str) -> dict[str, Any]:
+    """The JSON schema of the values of a key, see `expected`."""
+    section, name, *entry = key.split(".", 2)
+    schema: dict[str, Any] = _properties(section)[name]
+    return schema["additionalProperties"] if entry else schema
+
+
 @functools.cache
-def _schema(section: type) -> dict[str, Any]:
-    return TypeAdapter(section).json_schema()
+def _properties(section: str) -> dict[str, Any]:
+    properties: dict[str, Any] = TypeAdapter(SECTIONS[section]).json_schema()["properties"]
+    return properties
 
 
 def _in_words(error: ValidationError, section: str = "") -> str:
@@ -203,19 +214,13 @@ def _in_words(error: ValidationError, section: str = "") -> str:
     first = error.errors(include_url=False)[0]
     if first["type"] == "value_error":  # by a validator of ours
         return str(first["ctx"]["error"])
-    name, *inner = map(str, first["loc"])
-    key = f"{section}.{name}"
-    known = _schema(SECTIONS[section])["properties"]
-    if name not in known:
-        return (
-            f"unknown key {key}; [{section}] has {', '.join(known)}{_meant(name, known, section)}"
-        )
-    schema = known[name]
-    if inner and schema["type"] == "object":
-        schema, key = schema["additionalProperties"], f"{key}.{inner[0]}"
-    value = first["input"]
-    meant = _meant(value, schema.get("enum", ())) if isinstance(value, str) else ""
-    return f"{key} is {value!r}, expected {_expected(schema)}{meant}"
+    key, value = ".".join([section, *map(str, first["loc"])]), first["input"]
+    known = _properties(section)
+    if first["loc"][0] not in known:
+        close = _meant(str(first["loc"][0]), known, section)
+        return f"unknown key {key}; [{section}] has {', '.join(known)}{close}"
+    close = _meant(value, _schema(key).get("enum", ())) if isinstance(value, str) else ""
+    return f"{key} is {value!r}, expected {expected(key)}{close}"
 
 
 def _meant(word: str, words: Iterable[str], section: str = "") -> str:

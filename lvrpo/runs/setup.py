@@ -82,8 +82,6 @@ class SceneData:
 
     def __init__(self, section: DataSection) -> None:
         self.scenes = SceneConfig(
-            rows=section.rows,
-            cols=section.columns,
             understand=tuple(section.questions.items()),
             generate=tuple(section.requests.items()),
         )
@@ -168,6 +166,11 @@ def data_of(section: DataSection) -> Data:
     return SceneData(section) if section.source == "scenes" else JsonlData(section)
 
 
+#: Of a drawing prompt in the warm start, each with noise of its own, in label, flow and time; the
+#: prompt is computed once for all.
+TARGETS_PER_PROMPT = 4
+
+
 class Task:
     """Everything of a run that is fixed before its first step.
 
@@ -209,10 +212,7 @@ class Task:
             hidden=section.hidden,
             layers=section.layers,
             heads=section.heads,
-            kv_heads=section.kv_heads,
-            head_dim=section.head_dim,
             mlp=section.mlp,
-            vision_layers=section.vision_layers,
             image_channels=channels,
             image_patch=section.image_patch,
             latent_dim=section.latent_dim,
@@ -249,14 +249,14 @@ class Task:
         """
         section, seed = self.config.warm_start, self._seed("warm start", step)
         questions = self.source.labelled(
-            "understand", section.understand_batch, section.label_noise_understand, seed
+            "understand", section.understand_batch, section.label_noise, seed
         )
         drawings = self.source.labelled(
             "generate",
             section.generate_batch,
-            section.label_noise_generate,
+            section.label_noise,
             seed,
-            copies=section.noise_draws,
+            copies=TARGETS_PER_PROMPT,
         )
         return [group[0] for group in questions], drawings
 

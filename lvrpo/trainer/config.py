@@ -66,7 +66,6 @@ class RunSection:
     checkpoint_every: Positive = 20
     keep_checkpoints: Positive = 2
     eval_items: Count = 2048
-    gallery_items: Count = 12
     threads: Annotated[int, Field(ge=0, le=1024)] = 0  # 0: torch's own choice
     backend: Backend = ""  # of every op; empty: the first that can run
     shuffle_rewards: bool = False  # the control: rewards are permuted within each group
@@ -81,8 +80,6 @@ class DataSection:
     channels: Annotated[int, Field(ge=1, le=3)] = 1  # of a JSONL run's pictures, which are
     height: Pixels = 32  # converted and resized
     width: Pixels = 32
-    rows: Annotated[int, Field(ge=1, le=9)] = 2  # cells of a scene
-    columns: Annotated[int, Field(ge=1, le=9)] = 2
     questions: Weights = field(
         default_factory=lambda: {"name": 0.45, "count_of": 0.15, "compare": 0.25, "sum": 0.15}
     )
@@ -96,10 +93,7 @@ class ModelSection:
     hidden: Size = 96
     layers: Annotated[int, Field(ge=1, le=1024)] = 3
     heads: Size = 4
-    kv_heads: Size = 2
-    head_dim: Annotated[int, Field(ge=2, le=4096)] = 32
     mlp: Size = 256
-    vision_layers: Annotated[int, Field(ge=0, le=1024)] = 0
     image_patch: Pixels = 8
     latent_patch: Pixels = 8
     latent_dim: Size = 12
@@ -117,10 +111,7 @@ class WarmStartSection:
     lr: Rate = 2e-3
     understand_batch: Batch = 224
     generate_batch: Batch = 48
-    noise_draws: Size = 4  # per drawing prompt: targets with noise of their own, in label and flow
-    label_noise_understand: Share = 0.3
-    label_noise_generate: Share = 0.3
-    ema: Annotated[float, Field(ge=0, lt=1)] = 0.995
+    label_noise: Share = 0.3  # of an answer; of each digit of a target
 
     @model_validator(mode="after")
     def _imitates_something(self) -> WarmStartSection:
@@ -182,8 +173,7 @@ class RewardSection:
         "softmax"  # of r_sem over patches; "max" is the paper's choice
     )
     truncated: Truncated = "zero"  # an answer cut at max_answer_tokens
-    on_error: Literal["raise", "no_signal"] = "raise"  # or what a reward fails at has no score
-    max_failures: Share = 0.5  # share of a step's samples that a reward may fail at
+    max_failures: Share = 0.0  # share of a step's samples that a reward may fail at
     timeout: Weight = 0.0  # seconds a reward may take for a step's samples; 0 is no limit
 
 

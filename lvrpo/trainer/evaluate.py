@@ -36,7 +36,7 @@ def evaluate(
     *,
     reference: Policy | None,
     items: int,
-    gallery_items: int,
+    gallery_items: int = 12,
     seed: int,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> tuple[dict[str, Any], list[GalleryItem]]:

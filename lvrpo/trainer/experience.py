@@ -132,12 +132,11 @@ def score_samples(
         samples without any score, and of those that each reward failed at, with alarms.
 
     Raises:
-        RewardError: a reward failed, or under "no_signal" at more than `max_failures` of the
-            samples.
+        RewardError: a reward failed at more than `max_failures` of the samples.
     """
     metrics: dict[str, Any] = {"alarm": []}
     columns = []
-    tolerant = section.on_error == "no_signal"
+    tolerant = section.max_failures > 0
     labels = map(reward_label, getattr(section, modality))
     for name, reward in zip(labels, rewards, strict=True):
         failures: list[RewardError] = []

@@ -159,7 +159,6 @@ def _evaluate_once(
         schedule,
         reference=reference,
         items=config.run.eval_items,
-        gallery_items=config.run.gallery_items,
         seed=config.run.seed,
         progress=partial(journal.evaluating, label),
     )

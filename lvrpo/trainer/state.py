@@ -23,6 +23,9 @@ from lvrpo.trainer.config import TrainConfig
 from lvrpo.trainer.journal import Snapshot
 from lvrpo.trainer.schedule import Bridge, learning_rate, warm_start_rate
 
+#: Decay of the average of the warm start's weights.
+EMA = 0.995
+
 
 class TrainState:
     """Weights, their running average, the optimizer with its rate, and the number of steps.
@@ -57,7 +60,7 @@ class TrainState:
         self._mid_step = False  # the weights are no longer, or not yet, those of a finished step
         self._kept: Snapshot | None = None  # the last finished step, see `keep`
         if self.step < config.warm_start.steps:
-            self.average = running_average(model, config.warm_start.ema)
+            self.average = running_average(model, EMA)
             self._begin_warm_start()
         else:
             self._begin_policy_phase()

@@ -59,13 +59,13 @@ BAD_SETTINGS = {
     "run.seed=x": "run.seed is 'x', expected an integer",
     "run.threads=-1": "run.threads is -1, expected an integer in [0, 1024]",
     "run.backend=gpu": "run.backend is 'gpu', expected one of cpp, torch",
-    "data.rows=0": "data.rows is 0, expected an integer in [1, 9]",
+    "data.channels=0": "data.channels is 0, expected an integer in [1, 3]",
     "data.questions={color=1.0}": "color",
     "model.heads=3": "[model] model.heads is 3, expected a multiple of kv_heads = 2",
     "model.image_patch=3": "model.image_patch is 3, which does not tile pictures of 16 x 16",
     "model.latent_patch=3": "model.latent_patch is 3, which does not tile pictures of 16 x 16",
     "model.latent_dim=65": "model.latent_dim is 65, expected 1 to 64",
-    "warm_start.noise_draws=0": "warm_start.noise_draws is 0",
+    "warm_start.label_noise=2": "warm_start.label_noise is 2",
     "rollout.dynamics=foo": "rollout.dynamics is 'foo', expected one of flow_sde",
     "rollout.dynamics=ode": "rollout.dynamics is 'ode' with rollout.noise_level 0.7: no step",
     "rollout.noise_level=-1": "rollout.noise_level is -1, expected a number in ",
@@ -83,7 +83,7 @@ BAD_SETTINGS = {
     "rewards.generate={'json:absent'=1.0}": "json has no attribute 'absent'",
     "optimizer.lr=nan": "optimizer.lr is nan, expected a number",
     "optimizer.final_lr_fraction=-1": "optimizer.final_lr_fraction is -1, expected a number in ",
-    "warm_start.ema=1.5": "warm_start.ema is 1.5, expected a number in [0, 1)",
+    "loss.advantage_clip=-1": "loss.advantage_clip is -1, expected a number in (0, 1e6]",
     "loss.text_kl=-1": "loss.text_kl is -1, expected a number in ",
     "run.seed=99999999999999999999": "run.seed is 99999999999999999999",
     "rollout.group_size=1": "rollout.group_size is 1, expected an integer in [2, ",
@@ -375,7 +375,6 @@ def test_a_reward_function_that_fails_is_no_signal_if_asked(tmp_path):
     both = settings(
         [
             f"rewards.generate={{ r_ins = 1.0, '{name}' = 1.0 }}",
-            "rewards.on_error=no_signal",
             "rewards.max_failures=1",
             "run.steps=8",
         ]

@@ -134,9 +134,7 @@ def test_sections_have_no_other_types():
         assert schema["type"] in ("integer", "number", "string", "boolean", "object"), key
 
 
-@pytest.mark.parametrize(
-    "setting", ["data.rows=1", "data.columns=1", "rollout.dynamics=ode", "run.threads=1"]
-)
+@pytest.mark.parametrize("setting", ["rollout.dynamics=ode", "run.threads=1"])
 def test_of_a_run_that_only_answers(tmp_path, setting):
     """What concerns drawings alone is no obstacle where nothing is drawn."""
     assert run_tiny(tmp_path, "rollout.generate_prompts=0", setting, "run.steps=1")

@@ -1,10 +1,14 @@
 from __future__ import annotations
 
 import dataclasses
+import re
+from pathlib import Path
 
 import pytest
+import tomli_w
 
 from lvrpo.runs.config_file import (
+    expected,
     from_table,
     line_of,
     load_config,
@@ -12,7 +16,7 @@ from lvrpo.runs.config_file import (
     to_table,
     to_toml,
 )
-from lvrpo.trainer.config import ConfigError, RunSection
+from lvrpo.trainer.config import ConfigError, RunSection, TrainConfig
 
 
 def test_toml_round_trip(tmp_path):
@@ -50,7 +54,7 @@ BAD = {
     "too many stochastic steps": (["rollout.stochastic_steps=11"], "stochastic_steps is 11"),
     "temperature": (["rollout.temperature=0"], "rollout.temperature is 0"),
     "advantage": (["rewards.advantage=best"], "rewards.advantage is 'best'"),
-    "noise": (["warm_start.label_noise_generate=2"], "label_noise_generate is 2"),
+    "noise": (["warm_start.label_noise=2"], "label_noise is 2"),
 }
 
 
@@ -120,3 +124,25 @@ def test_sections_check_themselves():
         RunSection(steps=-1)
     with pytest.raises(dataclasses.FrozenInstanceError):
         RunSection().steps = 2
+
+
+def test_the_page_of_the_configuration_says_what_the_code_does():
+    """Every key in the order of its section, with its default and what it may be."""
+    page = (Path(__file__).parents[2] / "docs" / "configuration.md").read_text()
+    tables = {}
+    for part in page.split("\n## ")[1:]:
+        rows = re.findall(r"^\| `(\w+)` \| (.*?) \| (.*?) \| .+ \|$", part, re.M)
+        if part.startswith("["):
+            tables[part[1 : part.index("]")]] = {name: cells for name, *cells in rows}
+    for section, values in to_table(TrainConfig()).items():
+        in_code = {
+            name: [_in_toml(value), expected(f"{section}.{name}")] for name, value in values.items()
+        }
+        assert tables[section] == in_code
+        assert list(tables[section]) == list(in_code)
+
+
+def _in_toml(value: object) -> str:
+    if isinstance(value, dict):
+        return "{ " + ", ".join(f"{name} = {weight}" for name, weight in value.items()) + " }"
+    return tomli_w.dumps({"key": value}).removeprefix("key = ").strip()

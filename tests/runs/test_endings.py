@@ -16,9 +16,19 @@ from pathlib import Path
 import pytest
 import torch
 from runs.test_resume import assert_same_run, wait_for
-from runs.tiny import OVERRIDES, Stop, StopAfter, command, heed_signals, run_tiny, settings
+from runs.tiny import (
+    OVERRIDES,
+    Stop,
+    StopAfter,
+    command,
+    heed_signals,
+    run_tiny,
+    settings,
+    tiny_config,
+)
 
 from lvrpo.runs.checkpoint import checkpoints, load_newest
+from lvrpo.runs.config_file import load_config
 from lvrpo.runs.log import read_changes, read_evals, read_metrics
 from lvrpo.runs.signals import Signals, Stopped
 from lvrpo.trainer import loop
@@ -378,7 +388,7 @@ def test_a_lower_rate_holds_at_once(trained, tmp_path):
 
 @pytest.mark.parametrize(
     "setting",
-    ["run.checkpoint_every=1", "run.keep_checkpoints=1", "run.gallery_items=4", "run.threads=1"],
+    ["run.checkpoint_every=1", "run.keep_checkpoints=1", "run.threads=1"],
 )
 def test_what_changes_no_number_may_change(trained, tmp_path, setting):
     run = copy_of(trained, tmp_path)
@@ -421,6 +431,8 @@ def test_a_dry_run_checks_and_creates_nothing(trained, tmp_path):
     assert result.exit_code == 0, result.output
     assert f"{tmp_path / 'new'}: new" in result.stdout
     assert "generate: 2 prompts x 3 samples; 1 r_ins" in result.stdout
+    (tmp_path / "resolved.toml").write_text(result.stdout)
+    assert load_config(tmp_path / "resolved.toml") == tiny_config()
     assert not (tmp_path / "new").exists()
     assert command("train", tmp_path / "new", "--dry-run", "-s", "loss.preset=x").exit_code == 2
 

@@ -89,7 +89,7 @@ def test_drawings_alone_have_a_result(tmp_path):
     for name in ("train.jsonl", "test.jsonl"):
         rows = (tmp_path / name).read_text().splitlines(keepends=True)
         (tmp_path / name).write_text("".join(row for row in rows if "answer" not in row))
-    config = [*OVERRIDES, *overrides, "rollout.understand_prompts=0", "run.gallery_items=6"]
+    config = [*OVERRIDES, *overrides, "rollout.understand_prompts=0"]
     result = command("train", tmp_path / "run", *settings(config))
     assert result.exit_code == 0, result.output
     assert "digits" not in result.stderr
