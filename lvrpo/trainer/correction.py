@@ -41,7 +41,7 @@ def correct_sampler(
     correction = sampler_weights(
         old,
         answers.logprobs,
-        torch.tensor([0, *ends], device=old.device),
+        torch.tensor([0, *ends]).to(old.device),
         params=SamplerCorrectionParams.preset(name),
     )
     told = ("kl", "gap_max", "truncated", "dropped", "effective_sample_size")

@@ -22,6 +22,8 @@ from trainer.small_policy import (
 
 from lvrpo.models.answering import answer_probability
 from lvrpo.models.unified.policy import UnifiedPolicy
+from lvrpo.runs.config_file import load_config
+from lvrpo.trainer.correction import correct_sampler
 from lvrpo.trainer.update import policy_gradient
 from lvrpo.trainer.warm_start import supervised_gradient
 
@@ -96,6 +98,22 @@ def test_the_update_is_made_where_the_policy_is():
         assert policy_gradient(here, there, sampled, SCHEDULE, OBJECTIVE) == metrics
         assert device.reads == 1
         assert_same_gradients(here, policy)
+
+
+def test_a_sampler_is_corrected_where_the_policy_is():
+    policy = small_policy(torch.float32)
+    config = load_config(overrides=["loss.sampler_correction=icepop"])  # at another temperature
+    found = experience(policy, 3, 0).answers
+    there, weights, metrics = correct_sampler(policy, found, config)
+    with Device() as device:
+        here = on_device(policy)
+        found = experience(here, 3, 0).answers
+        device.reads = 0
+        corrected, ours, told = correct_sampler(here, found, config)
+        assert device.reads == 1
+    assert told == metrics
+    assert torch.equal(held(ours), weights)
+    assert torch.equal(held(corrected.logprobs), there.logprobs)
 
 
 def test_the_warm_start_is_made_where_the_policy_is():
