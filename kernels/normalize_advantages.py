@@ -35,7 +35,7 @@ from lvrpo.kernels._advantages import (
 )
 from lvrpo.kernels._launch import LaunchConfig, cdiv, launch
 from lvrpo.kernels._primitives import as_scalar, positions
-from lvrpo.params.advantages import ADVANTAGE_NUMBERS, ADVANTAGE_STATS
+from lvrpo.params.advantages import ADVANTAGE_NUMBERS, ADVANTAGE_STATS, sums_to_zero
 
 # The names that these kernels have arithmetic for, by the parameter of `AdvantageParams`.
 CHOICES = ESTIMATOR_CHOICES | {
@@ -339,10 +339,7 @@ def normalize_advantages(
         "DECOUPLED": decoupled,
         "BASELINE": baseline,
         "SCALE": scale,
-        # Where every group sums to zero the batch has no mean to subtract.
-        "CENTRED": baseline in ("mean", "leave_one_out")
-        and scale != "leave_one_out"
-        and whiten != "token",
+        "CENTRED": sums_to_zero(baseline, scale, whiten),
     }
     measured = None
     if whiten != "none":

@@ -7,6 +7,7 @@ import math
 from typing import Any
 
 import torch
+from presets import LOSS_FORMS
 from torch import Tensor
 
 from lvrpo.ops.grpo_loss import LossMetrics, LossParams, grpo_loss
@@ -51,6 +52,13 @@ PARAMS = {
     "token sum": LossParams(
         aggregation="token_sum", beta=0.1, kl="k1", kl_limit=0.3, kl_gradient="k2"
     ),
+}
+
+_TESTED = {(params.ratio, params.surrogate) for params in PARAMS.values()}
+PARAMS |= {
+    name: params
+    for name, params in LOSS_FORMS.items()
+    if (params.ratio, params.surrogate) not in _TESTED
 }
 
 

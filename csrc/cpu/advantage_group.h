@@ -34,6 +34,18 @@ struct Estimator {
     const double sum = std::max(std + eps, std_floor);
     return sum > 0 ? sum : 1.0;
   }
+  bool scales_by_batch() const {
+    switch (scale) {
+      case Scale::batch:
+      case Scale::nonzero:
+        return true;
+      case Scale::group:
+      case Scale::leave_one_out:
+      case Scale::none:
+        break;
+    }
+    return false;
+  }
   bool sums_to_zero() const {
     return (baseline == Baseline::mean || baseline == Baseline::leave_one_out) && scale != Scale::leave_one_out &&
            whiten != Whiten::token;
@@ -101,9 +113,17 @@ inline Column centre_sum(const Group& g, double* total) {
 // From the deviation from the mean to the one from the estimator's baseline.
 inline void subtract_baseline(const Group& g, int64_t k) {
   const int64_t stride = g.rewards;
-  if (g.estimator.baseline == Baseline::none)
-    for (int64_t b = 0; b < g.size; ++b) g.part[b * stride + k] = g.value[b * stride + k];
-  if (g.estimator.baseline != Baseline::length) return;
+  switch (g.estimator.baseline) {
+    case Baseline::none:
+      for (int64_t b = 0; b < g.size; ++b) g.part[b * stride + k] = g.value[b * stride + k];
+      return;
+    case Baseline::mean:
+    case Baseline::leave_one_out:  // a factor of the same deviation: see scale_part
+    case Baseline::second_best:    // keep_lead has done it
+      return;
+    case Baseline::length:
+      break;
+  }
   double shift = 0, tokens = 0;
   for (int64_t b = 0; b < g.size; ++b) {
     const double length = static_cast<double>(g.lengths[b]) * g.counted[b * stride + k];

@@ -136,6 +136,7 @@ double weighted_sum(const Input& in, const double* value, const double* counted,
 // What a group is divided by where that is the same for the whole batch: one number per reward, or one for their sum.
 std::vector<double> batch_spread(const Input& in, const Estimator& estimator, const Moments& m) {
   const int64_t rewards = in.rewards;
+  if (!estimator.scales_by_batch()) return std::vector<double>(rewards, 1.0);
   if (estimator.scale == Scale::nonzero) {
     const int64_t columns = estimator.decoupled ? rewards : 1;
     std::vector<double> fraction = sum_over_chunks(in, columns, [&](const Chunk& chunk, double* sum) {
@@ -152,7 +153,6 @@ std::vector<double> batch_spread(const Input& in, const Estimator& estimator, co
     for (int64_t k = 0; k < columns; ++k) fraction[k] /= estimator.decoupled ? m.count[k] : m.scored;
     return fraction;
   }
-  if (estimator.scale != Scale::batch) return std::vector<double>(rewards, 1.0);
   if (estimator.decoupled) return m.std;
 
   Doubles total = std::make_unique_for_overwrite<double[]>(in.batch);

@@ -108,6 +108,12 @@ class AdvantageParams:
         return from_preset(cls, ADVANTAGE_PRESETS, name, changes)
 
 
+def sums_to_zero(baseline: str, scale: str, whiten: str) -> bool:
+    """Whether the advantages of every group do, so that the batch has no mean to subtract."""
+    divides_alike = scale != "leave_one_out"
+    return baseline in ("mean", "leave_one_out") and divides_alike and whiten != "token"
+
+
 _SUM = {"combine": "sum", "std_floor": 0.0, "whiten": "none"}
 _UNSCALED = {"combine": "sum", "scale": "none", "whiten": "none"}
 ADVANTAGE_PRESETS: dict[str, dict[str, Any]] = {

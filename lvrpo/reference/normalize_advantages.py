@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lvrpo.dtypes import number
-from lvrpo.params.advantages import ADVANTAGE_STATS
+from lvrpo.params.advantages import ADVANTAGE_STATS, sums_to_zero
 
 if TYPE_CHECKING:
     from lvrpo.params.advantages import AdvantageParams
@@ -152,7 +152,7 @@ def _whiten(
     if params.whiten == "token":
         assert lengths is not None
         tokens = tokens * lengths
-    if not sums_to_zero(params):
+    if not sums_to_zero(params.baseline, params.scale, str(params.whiten)):
         before = _largest(values)
         per_reward = scored * (per_reward - (tokens @ per_reward) / tokens.sum().clamp(min=1))
         values = per_reward.sum(1)
@@ -166,13 +166,6 @@ def _floored(spread: Tensor, params: AdvantageParams) -> Tensor:
     """What a spread makes of a divisor: never 0."""
     divisor = (spread + params.eps).clamp(min=number(params.std_floor, spread))
     return torch.where(divisor > 0, divisor, 1.0)
-
-
-def sums_to_zero(params: AdvantageParams) -> bool:
-    """Whether the advantages of every group do, so that the batch has no mean to subtract."""
-    divides_alike = params.scale != "leave_one_out"
-    centred = params.baseline in ("mean", "leave_one_out")
-    return centred and divides_alike and params.whiten != "token"
 
 
 def _largest(x: Tensor) -> Tensor:

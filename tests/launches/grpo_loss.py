@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import torch
+from presets import LOSS_FORMS, loss_preset
 
 from lvrpo.kernels import grpo_loss as kernels
 from lvrpo.ops.grpo_loss import LossParams
@@ -40,16 +41,11 @@ def call(
     )
 
 
-#: Presets that differ in what is compiled for their tokens.
-FORMS = ("grpo", "gspo", "gspo_token", "cispo", "sapo", "vespo", "gmpo", "rloo")
-FORMS += ("dppo_tv", "dppo_kl", "reinforce")
-
-
 def every_form() -> None:
-    for name in FORMS:
-        params = LossParams.preset(name, beta=0.1, entropy_coef=0.01)
+    for name in LOSS_FORMS:
+        params = loss_preset(name, beta=0.1, entropy_coef=0.01)
         call(5000, 64, params)
-        if name in ("grpo", "dppo_kl", "reinforce"):
+        if name in ("grpo", "dppo_kl", "gpg"):
             call(5000, 64, params, torch.float64)
     for kl in ("k1", "k2", "abs"):
         call(5000, 64, LossParams(kl=kl, kl_factor="ratio", kl_gradient="k2", count_empty=False))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import torch
+from presets import LOSS_FORMS, loss_preset
 
 from lvrpo.dtypes import numbers
 from lvrpo.kernels import logits_grpo_loss as kernels
@@ -52,13 +53,9 @@ def call(
     )
 
 
-#: Presets that differ in what is compiled for a token.
-FORMS = ("grpo", "cispo", "sapo", "dppo_tv", "dppo_kl", "reinforce")
-
-
 def every_form() -> None:
-    for name in FORMS:
-        params = LossParams.preset(name, beta=0.1, entropy_coef=0.01)
+    for name in (name for name, form in LOSS_FORMS.items() if not form.sequence_level):
+        params = loss_preset(name, beta=0.1, entropy_coef=0.01)
         call(64, params)
         if name in ("grpo", "dppo_kl"):
             call(64, params, torch.float64)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import torch
+from presets import ADVANTAGE_FORMS
 
 from lvrpo.kernels import normalize_advantages as kernels
 from lvrpo.ops.normalize_advantages import numbers_of
@@ -23,24 +24,10 @@ def call(groups, samples, rewards, dtype, params) -> None:
     )
 
 
-#: Every baseline, scale and whitening at least once.
-FORMS = (
-    "decoupled",
-    "gdpo_token",
-    "grpo",
-    "grpo_batch",
-    "grpo_leave_one_out",
-    "reinforce_pp",
-    "opo",
-    "gpg",
-    "pass_at_k",
-)
-
-
 def every_form() -> None:
     for dtype in (torch.bfloat16, torch.float16, torch.float32, torch.float64):
         call(64, 512, 3, dtype, AdvantageParams())
-    for name in FORMS:
+    for name in ADVANTAGE_FORMS:
         call(64, 512, 3, torch.float32, AdvantageParams.preset(name))
     for rewards in (1, 12):
         call(64, 512, rewards, torch.float32, AdvantageParams(scale="batch"))

@@ -4,6 +4,8 @@ autograd, with the normaliser of the library it comes from."""
 from __future__ import annotations
 
 import math
+import re
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,6 +14,7 @@ from loss_inputs import make_inputs
 from torch import Tensor
 
 from lvrpo.ops.grpo_loss import LOSS_PRESETS, LossParams, grpo_loss
+from lvrpo.params.policy_loss import LOSS_CHOICES
 
 LENGTHS = [3, 5, 1, 8, 4, 9, 6]
 MAX_LENGTH = 10
@@ -174,8 +177,12 @@ def masked_inputs(spread: float = 1.0) -> dict[str, Any]:
     return inputs
 
 
-def test_every_preset_has_a_formula():
+def test_every_preset_has_a_formula_and_a_row_of_the_docs():
     assert set(PUBLISHED) == set(LOSS_PRESETS)
+    page = (Path(__file__).parents[2] / "docs/ops/grpo_loss.md").read_text(encoding="utf-8")
+    names = {*LOSS_PRESETS, *(name for names in LOSS_CHOICES.values() for name in names)}
+    missing = [name for name in sorted(names) if not re.search(rf"\b{name}\b", page)]
+    assert not missing, f"docs/ops/grpo_loss.md does not say what these are: {missing}"
 
 
 @pytest.mark.parametrize("spread", [0.002, 1.0, 8.0])

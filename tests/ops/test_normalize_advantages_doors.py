@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from presets import ADVANTAGE_FORMS
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 
@@ -23,13 +24,6 @@ PARAMS = {name: AdvantageParams.preset(name) for name in ADVANTAGE_PRESETS} | {
     "clipped": AdvantageParams(clip=0.7),
     "batch scale, whitened": AdvantageParams(combine="sum", scale="batch", whiten="token"),
 }
-
-
-#: Every baseline, scale and whitening at least once: compiling takes its time.
-FORMS = (
-    *("decoupled", "grpo", "gdpo_token", "grpo_batch", "grpo_leave_one_out"),
-    *("reinforce_pp", "opo", "gpg", "pass_at_k"),
-)
 
 
 def flat(result: Advantages) -> list[Tensor]:
@@ -71,7 +65,7 @@ def table_with_unscored(rewards: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 @pytest.mark.parametrize(
     ("path", "rewards", "name"),
     [("host", rewards, name) for rewards in (1, 3) for name in PARAMS]
-    + [("unread", 3, name) for name in FORMS],
+    + [("unread", 3, name) for name in ADVANTAGE_FORMS],
 )
 def test_an_unscored_sample_is_as_if_it_were_not_there(backend, path, rewards, name):
     params = PARAMS[name]
@@ -102,7 +96,7 @@ def test_nobody_is_scored(backend, params):
     assert bool(ours.stats.all_zero)
 
 
-@pytest.mark.parametrize("name", FORMS)
+@pytest.mark.parametrize("name", ADVANTAGE_FORMS)
 def test_what_nobody_could_refuse_does_not_count(backend, name):
     params = PARAMS[name]
     r, groups, lengths, _ = table_with_unscored(2)
@@ -199,7 +193,7 @@ def test_tensors_made_under_inference_mode(backend):
     assert torch.equal(weight.grad, ours)
 
 
-@pytest.mark.parametrize("name", FORMS)
+@pytest.mark.parametrize("name", ADVANTAGE_FORMS)
 def test_autocast_changes_nothing(backend, name):
     """An op of the fp32 list: what comes is taken as it is."""
     r, lengths = torch.rand(12, 2), torch.arange(12)

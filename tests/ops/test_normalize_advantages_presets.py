@@ -8,14 +8,16 @@ from __future__ import annotations
 
 import itertools
 import math
+import re
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
 
 from lvrpo.ops.normalize_advantages import normalize_advantages
-from lvrpo.params.advantages import ADVANTAGE_PRESETS, AdvantageParams
+from lvrpo.params.advantages import ADVANTAGE_CHOICES, ADVANTAGE_PRESETS, AdvantageParams
 
 pytestmark = pytest.mark.usefixtures("poison_empty")
 
@@ -221,6 +223,14 @@ def test_is_the_published_formula(backend, name, rewards, gaps, unscored):
 def test_every_preset_has_its_formula():
     # "decoupled" is "gdpo" with a floor: the difference has its own test below.
     assert set(FORMULAS) == set(ADVANTAGE_PRESETS) - {"decoupled"}
+
+
+def test_the_docs_say_what_every_name_is():
+    page = Path(__file__).parents[2] / "docs/ops/normalize_advantages.md"
+    text = page.read_text(encoding="utf-8")
+    names = {*ADVANTAGE_PRESETS, *(name for names in ADVANTAGE_CHOICES.values() for name in names)}
+    missing = [name for name in sorted(names) if not re.search(rf'[`"]{name}[`"]', text)]
+    assert not missing, f"{page.name} does not say what these are: {missing}"
 
 
 def test_decoupled_is_gdpo_where_the_floor_is_low(backend):
