@@ -4,44 +4,40 @@ from __future__ import annotations
 
 import json
 import os
-import platform
 import sys
 from datetime import datetime, timezone
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from lvrpo import __version__, info
+from lvrpo import info
 from lvrpo.runs.files import write_atomically
 
 ENVIRONMENT = "environment.json"
-PACKAGES = ("torch", "numpy", "scikit-learn", "triton")
+#: Beside lvrpo, Python and torch.
+PACKAGES = ("numpy", "scikit-learn", "triton")
 
 
 def environment(**facts: Any) -> dict[str, Any]:
-    """Versions, commit and machine, and the caller's own facts beside them; never fails.
+    """Where and when a run began, with `lvrpo.info.environment`; never fails.
 
     Args:
-        facts: whatever else decides the numbers: `seed`, `judge_accuracy`, `judge_total`, ...
+        facts: whatever else decides the numbers: `seed`, `device`, `judge_accuracy`, ...
 
     Returns:
-        "started", "command", "versions", "commit" (None outside a checkout, ending in "-dirty" with
-        changes on top), "cpu", "cores", "threads", "device", and the facts.
+        "started", "command", "versions", "cores" that this process may use, what
+        `lvrpo.info.environment` has beside versions, and the facts.
     """
-    import torch
-
+    known = info.environment()
+    versions = {name: known.pop(name) for name in ("lvrpo", "python", "torch")}
     return {
         "started": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
-        "versions": _versions(),
-        "commit": info.commit(),
-        "platform": platform.platform(),
-        "cpu": info.cpu_name(),
+        "versions": versions | _versions(),
         "cores": len(os.sched_getaffinity(0))
         if hasattr(os, "sched_getaffinity")
         else os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "device": "cpu",  # whatever else the machine has: the trainer uses nothing else
+        **known,
         **facts,
     }
 
@@ -60,7 +56,7 @@ def read_environment(run_dir: str | Path) -> dict[str, Any]:
 
 
 def _versions() -> dict[str, str]:
-    versions = {"lvrpo": __version__, "python": platform.python_version()}
+    versions = {}
     for name in PACKAGES:
         try:
             versions[name] = metadata.version(name)
