@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -12,7 +13,6 @@ from lvrpo.runs.changes import fingerprint
 from lvrpo.runs.checkpoint import load_newest
 from lvrpo.runs.config_file import load_config
 from lvrpo.runs.directory import RunDirectoryError, is_run, require_format
-from lvrpo.runs.environment import write_environment
 from lvrpo.runs.inputs import reward_label
 from lvrpo.runs.journal import RunJournal
 from lvrpo.runs.opening import OpenRun as OpenRun
@@ -59,13 +59,15 @@ def run_training(run: OpenRun) -> None:
             view.message(f"{change['key']}: {change['new']} in place of {change['old']}")
         view.message("preparing data and rewards")
         task = load_or_fit_task(config, run.directory, run.data)
-        if not (run.directory / "environment.json").exists():
-            write_environment(run.directory, seed=config.run.seed, **run.facts, **task.facts())
         for line in task.notes():
             view.message(line)
+
+        def facts() -> dict[str, Any]:
+            return {"seed": config.run.seed, **run.facts, **task.facts()}
+
         with (
             Signals() as signals,
-            RunJournal(run.directory, config, task.fingerprint, view) as journal,
+            RunJournal(run.directory, config, task.fingerprint, view, facts) as journal,
         ):
             train(config, task, journal, signals)
 

@@ -10,7 +10,7 @@ The logs are those of log.py.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -24,6 +24,7 @@ from lvrpo.runs.checkpoint import (
     save_checkpoint,
     step_of,
 )
+from lvrpo.runs.environment import ENVIRONMENT, write_environment
 from lvrpo.runs.gallery import save_gallery
 from lvrpo.runs.log import METRICS, RunWriter, read_changes, read_evals
 from lvrpo.runs.progress import ProgressView
@@ -39,13 +40,21 @@ class RunJournal:
         config: in force.
         task: fingerprint of the parts in `task/` that the weights are made for.
         view: of whoever waits.
+        facts: about a run that begins, for environment.json.
 
     Raises:
         CheckpointError: the newest checkpoint is damaged or foreign.
     """
 
-    def __init__(self, directory: Path, config: TrainConfig, task: str, view: ProgressView) -> None:
-        self._directory, self._config, self._view = directory, config, view
+    def __init__(
+        self,
+        directory: Path,
+        config: TrainConfig,
+        task: str,
+        view: ProgressView,
+        facts: Callable[[], Mapping[str, Any]] = dict,
+    ) -> None:
+        self._directory, self._config, self._view, self._facts = directory, config, view, facts
         self._made_with = {"fingerprint": fingerprint(config), "task": task}
         self.bridge = rate_bridge(config, read_changes(directory))
         newest = load_newest(directory / "checkpoints")
@@ -79,6 +88,11 @@ class RunJournal:
         """The newest checkpoint as the run began; its memory is the caller's, so only once."""
         latest, self._latest = self._latest, None
         return latest
+
+    def begin(self, *, device: str, dtype: str) -> None:
+        """Write environment.json, unless the run goes on."""
+        if not (self._directory / ENVIRONMENT).exists():
+            write_environment(self._directory, device=device, dtype=dtype, **self._facts())
 
     def reference(self) -> Snapshot:
         """The weights in `reference/`.

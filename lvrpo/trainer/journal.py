@@ -72,6 +72,9 @@ class Journal(Protocol):
     def latest(self) -> Snapshot | None:
         """What was saved last; None for a new run."""
 
+    def begin(self, *, device: str, dtype: str) -> None:
+        """Note where the weights are and what they are; told once, before the first step."""
+
     def reference(self) -> Snapshot:
         """What `save_reference` was given, in this process or before it."""
 

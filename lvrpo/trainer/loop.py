@@ -64,6 +64,8 @@ def train(config: TrainConfig, task: Task, journal: Journal, interrupts: Interru
     policy = task.policy(task.new_model())
     state = TrainState(policy.module, config, journal.latest(), journal.bridge)
     training = _Training(config, task, policy, state, journal, interrupts)
+    weight = next(policy.module.parameters())
+    journal.begin(device=str(weight.device), dtype=str(weight.dtype).removeprefix("torch."))
     try:
         _warm_start(training)
         _grpo(training)

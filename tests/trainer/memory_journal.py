@@ -27,6 +27,9 @@ class MemoryJournal:
     def latest(self) -> Snapshot | None:
         return self.saved[-1] if self.saved else None
 
+    def begin(self, *, device: str, dtype: str) -> None:
+        self.begun = device, dtype
+
     def reference(self) -> Snapshot:
         return self.references[-1]
 
