@@ -29,7 +29,7 @@ def test_a_whole_run(whole):
     assert [snapshot.step for snapshot in whole.saved] == [2, 3, 4, 6]
     assert [snapshot.step for snapshot in whole.references] == [3]
     assert list(whole.evals) == [("warm start", 3), ("after", 6)]
-    assert all(len(gallery) == 2 for _, gallery in whole.evals.values())
+    assert all(gallery for _, gallery in whole.evals.values())
     assert whole.sampled[-1] == ("after", 16, 16)
     assert whole.begun == ("cpu", "float32")
     assert whole.end is None
