@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import typing
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 from pydantic import TypeAdapter
 from runs.tiny import OVERRIDES, Stop, StopAfter, command, run_tiny, settings
 
+from lvrpo import backends
 from lvrpo.models.flow import DYNAMICS
 from lvrpo.params.advantages import ADVANTAGE_PRESETS
 from lvrpo.params.flow import KL_FORMS, VARIANTS
 from lvrpo.params.policy_loss import LOSS_PRESETS
 from lvrpo.params.sampler_correction import SAMPLER_CORRECTION_PRESETS
 from lvrpo.runs.config_file import load_config
-from lvrpo.trainer.config import ConfigError, TrainConfig
+from lvrpo.trainer.config import Backend, ConfigError, TrainConfig
 
 VALUES = (
     "-1",
@@ -127,6 +128,11 @@ def test_whatever_an_op_offers_has_a_key(key, names):
     for each in names:
         config = load_config(overrides=[f"{key}={each}"])
         assert getattr(getattr(config, section), name) == each
+
+
+def test_a_run_may_ask_for_whatever_runs_on_a_cpu():
+    on_cpu = [backend.name for backend in backends.ALL if backend.device in ("cpu", "")]
+    assert [*get_args(Backend)] == [*on_cpu, ""]
 
 
 def test_sections_have_no_other_types():
