@@ -22,7 +22,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from lvrpo.runs.files import flush_to_disk, write_atomically
+from lvrpo.runs.files import flush_to_disk, sha256, write_atomically
 from lvrpo.trainer.journal import Snapshot
 
 FORMAT = "lvrpo-checkpoint-3"
@@ -186,15 +186,6 @@ def _write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
     """Write a safetensors file, straight from the tensors, and flush it to the disk."""
     save_file({name: t.detach().contiguous() for name, t in tensors.items()}, path)
     flush_to_disk(path)
-
-
-def sha256(path: Path) -> str:
-    """Hex digest of a file."""
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def _sync_folder(folder: Path) -> None:

@@ -1,4 +1,4 @@
-"""Files of JSON lines that survive anything: appended in one piece, cut back to what is whole.
+"""Files that survive anything: JSON lines appended in one piece, all else replaced in one piece.
 
 A line counts when its newline is there. A kill leaves a part of the last line at most; a power
 failure may leave NULs in its place, or a part that happens to end in a newline.
@@ -7,6 +7,7 @@ failure may leave NULs in its place, or a part that happens to end in a newline.
 from __future__ import annotations
 
 import errno
+import hashlib
 import json
 import math
 import os
@@ -86,3 +87,12 @@ def write_atomically(path: Path, data: bytes) -> None:
         raise
     finally:
         partial.unlink(missing_ok=True)
+
+
+def sha256(path: Path) -> str:
+    """Hex digest of a file."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()

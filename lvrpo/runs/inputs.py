@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from lvrpo.runs.directory import RunDirectoryError
-from lvrpo.runs.files import write_atomically
+from lvrpo.runs.files import sha256, write_atomically
 from lvrpo.trainer.config import TrainConfig
 
 INPUTS = "inputs.json"
@@ -42,7 +42,7 @@ def find_inputs(config: TrainConfig, rewards: Iterable[str]) -> Inputs:
     for spec in rewards:
         code = _code_file(spec)
         if code is not None:
-            found[f"reward {reward_label(spec)}"] = {"path": str(code), "code": _sha256(code)}
+            found[f"reward {reward_label(spec)}"] = {"path": str(code), "code": sha256(code)}
     return found
 
 
@@ -113,7 +113,7 @@ def _data_file(path: Path) -> dict[str, Any]:
         "path": str(path),
         "lines": hashlib.sha256(content).hexdigest(),
         "examples": len(rows),
-        "pictures": {name: _sha256(path.parent / name) for name in names},
+        "pictures": {name: sha256(path.parent / name) for name in names},
     }
 
 
@@ -124,7 +124,3 @@ def _code_file(spec: str) -> Path | None:
         return Path(where)
     found = importlib.util.find_spec(where) if where else None
     return Path(found.origin) if found and found.origin and os.path.exists(found.origin) else None
-
-
-def _sha256(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()

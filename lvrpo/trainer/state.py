@@ -65,7 +65,7 @@ class TrainState:
         else:
             self._begin_policy_phase()
         if saved is not None:
-            _restore_optimizer(model, self._optimizer, _part(saved, "optimizer."))
+            restore_optimizer(model, self._optimizer, _part(saved, "optimizer."))
             # The weights last: what makes room in an optimizer is a step that moves none.
             load_weights(model, saved, "model.")
             if self.average is not None:
@@ -138,7 +138,7 @@ class TrainState:
         parts: dict[str, Mapping[str, Tensor]] = {"model": self.model.state_dict()}
         if self.average is not None:
             parts["average"] = self.average.state_dict()
-        parts["optimizer"] = _optimizer_tensors(self.model, self._optimizer)
+        parts["optimizer"] = optimizer_tensors(self.model, self._optimizer)
         return {f"{part}.{name}": t for part, named in parts.items() for name, t in named.items()}
 
 
@@ -161,15 +161,22 @@ def running_average(model: nn.Module, decay: float) -> AveragedModel:
 _FLAT = StateDictOptions(flatten_optimizer_state_dict=True)
 
 
-def _optimizer_tensors(model: nn.Module, optimizer: Optimizer) -> dict[str, Tensor]:
-    """What an optimizer has gathered; its hyperparameters are the configuration's."""
+def optimizer_tensors(model: nn.Module, optimizer: Optimizer) -> dict[str, Tensor]:
+    """What any optimizer has gathered, by parameter; its hyperparameters are left out.
+
+    Nothing is copied, and nothing is there before its first step.
+    """
     if not optimizer.state:  # asking torch would give it one, of a step that was never made
         return {}
     named = get_optimizer_state_dict(model, optimizer, options=_FLAT)
     return {name: torch.as_tensor(v) for name, v in named.items() if name.startswith("state.")}
 
 
-def _restore_optimizer(model: nn.Module, optimizer: Optimizer, saved: Mapping[str, Tensor]) -> None:
+def restore_optimizer(model: nn.Module, optimizer: Optimizer, saved: Mapping[str, Tensor]) -> None:
+    """Give an optimizer that has made no step what `optimizer_tensors` returned, copied.
+
+    It makes a step of rate 0, so the weights are loaded after it.
+    """
     named: dict[str, Any] = get_optimizer_state_dict(model, optimizer, options=_FLAT)
     for name, value in saved.items():
         named[name] = value.item() if isinstance(named.get(name), int | float) else value.clone()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 
 import pytest
 import torch
@@ -13,7 +14,12 @@ from lvrpo.models.protocol import DivergedError
 from lvrpo.runs.errors import USER_ERRORS
 from lvrpo.trainer.journal import Snapshot
 from lvrpo.trainer.schedule import learning_rate, warm_start_rate
-from lvrpo.trainer.state import TrainState, load_weights
+from lvrpo.trainer.state import (
+    TrainState,
+    load_weights,
+    optimizer_tensors,
+    restore_optimizer,
+)
 
 
 def small_model(seed: int = 0) -> nn.Module:
@@ -78,6 +84,40 @@ def test_a_weight_without_a_gradient_so_far_has_no_history():
     for _ in range(3):
         assert step(state) == step(other)
     assert all(map(torch.equal, state.tensors().values(), other.tensors().values()))
+
+
+OPTIMIZERS = [
+    torch.optim.SGD,
+    partial(torch.optim.SGD, momentum=0.9),
+    torch.optim.Adafactor,
+    torch.optim.Adagrad,
+    torch.optim.NAdam,
+    torch.optim.RMSprop,
+]
+
+
+@pytest.mark.parametrize("make", OPTIMIZERS)
+@pytest.mark.parametrize("steps", [0, 3])
+def test_any_optimizer_goes_on_from_its_tensors(make, steps):
+    def train(model, optimizer, first, count):
+        for seed in range(first, first + count):
+            generator = torch.Generator().manual_seed(seed)
+            for parameter in model.parameters():
+                parameter.grad = torch.randn(parameter.shape, generator=generator)
+            optimizer.step()
+            optimizer.zero_grad()
+
+    model = small_model()
+    optimizer = make(model.parameters(), lr=0.01)
+    train(model, optimizer, 0, steps)
+    saved = {name: t.clone() for name, t in optimizer_tensors(model, optimizer).items()}
+    other = small_model(seed=1)
+    resumed = make(other.parameters(), lr=0.01)
+    restore_optimizer(other, resumed, saved)
+    other.load_state_dict(model.state_dict())
+    train(model, optimizer, steps, 3)
+    train(other, resumed, steps, 3)
+    assert all(map(torch.equal, model.parameters(), other.parameters()))
 
 
 def test_the_policy_begins_with_the_average_of_the_warm_start():
