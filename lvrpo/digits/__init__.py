@@ -4,7 +4,7 @@ from lvrpo.info import require
 
 require("einops", "numpy", "scikit-learn")
 
-from lvrpo.digits.checks import RuleChecks, RuleReward, check_samples
+from lvrpo.digits.checks import DigitRules, check_samples
 from lvrpo.digits.encoder import DualEncoder, train_dual_encoder
 from lvrpo.digits.judge import digit_judge, gold_reader, read_pictures, reader_accuracy
 from lvrpo.digits.phrases import scene_words
@@ -13,9 +13,8 @@ from lvrpo.digits.scenes import SceneConfig, scene_examples, with_label_noise
 
 __all__ = [
     "SPLITS",
+    "DigitRules",
     "DualEncoder",
-    "RuleChecks",
-    "RuleReward",
     "SceneConfig",
     "Split",
     "check_samples",

@@ -1,38 +1,22 @@
-"""Instruction following, r_ins: does the drawing satisfy its rule, is the answer the right one."""
+"""What digit drawings satisfy, read cell by cell, and the rules of a run made of it."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass, field
-
-import torch
-from torch import Tensor
+from collections.abc import Container, Sequence
+from dataclasses import dataclass
 
 from lvrpo.data.example import Example
 from lvrpo.digits.judge import DigitReader, digit_judge, read_pictures
+from lvrpo.digits.phrases import questions_about
 from lvrpo.digits.pictures import Cell
 from lvrpo.digits.rules import LayoutRule, digit_rule
-from lvrpo.rewards.samples import Samples
+from lvrpo.rewards.answers import check_answers
+from lvrpo.rewards.parts import Verdicts
+from lvrpo.rewards.reward import Samples
 
 
-@dataclass(frozen=True)
-class RuleChecks:
-    """What was checked, one entry per sample, NaN where there is no rule.
-
-    Args:
-        strict: [B] fp32, 1 where everything is right, else 0.
-        partial: [B] fp32 in [0, 1], the share of the requirement that is met. For a text: 1 for
-            the right answer, else 0.
-        format: [B] fp32, 1 where a text has the form of an answer; NaN for drawings.
-    """
-
-    strict: Tensor
-    partial: Tensor
-    format: Tensor
-
-
-def check_samples(samples: Samples, reader: DigitReader | None = None) -> RuleChecks:
+def check_samples(samples: Samples, reader: DigitReader | None = None) -> Verdicts:
     """Check every sample against its own example.
 
     Args:
@@ -43,17 +27,13 @@ def check_samples(samples: Samples, reader: DigitReader | None = None) -> RuleCh
     Raises:
         ValueError: a drawing does not have the size of its rule's canvas.
     """
-    count = len(samples)
-    table = torch.full((3, count), math.nan)
+    verdicts = check_answers(samples)
     seen: list[tuple[Cell, ...]] = []
     if samples.images is not None and any(example.rule for example in samples.examples):
         seen = read_pictures(reader or digit_judge(), samples.images)
     for cells, at in zip(seen, samples.image_index, strict=False):
-        table[:2, at] = torch.tensor(_check_drawing(samples.examples[at], cells))
-    for at, text in enumerate(samples.texts):
-        if text is not None:
-            table[:, at] = torch.tensor(_check_answer(samples.examples[at], text))
-    return RuleChecks(*table)
+        verdicts.strict[at], verdicts.partial[at] = _check_drawing(samples.examples[at], cells)
+    return verdicts
 
 
 def _check_drawing(example: Example, cells: Sequence[Cell]) -> tuple[float, float]:
@@ -67,47 +47,21 @@ def _check_drawing(example: Example, cells: Sequence[Cell]) -> tuple[float, floa
     return float(rule.satisfied_by(cells)), rule.partial(cells)
 
 
-def _check_answer(example: Example, text: str) -> tuple[float, float, float]:
-    answer, given = (" ".join(words.split()) for words in (example.answer or "", text))
-    right = float(given == answer)
-    if answer in ("yes", "no"):
-        well_formed = given in ("yes", "no")
-    elif answer.isdecimal():
-        well_formed = given.isdecimal()
-    else:
-        well_formed = bool(given)
-    return right, right, float(well_formed)
-
-
 @dataclass(frozen=True)
-class RuleReward:
-    """r_ins = strict_weight * strict + (1 - strict_weight) * partial.
-
-    Texts score (1 - format_weight) * right + format_weight * well-formed. A drawing whose example
-    has no rule scores NaN.
+class DigitRules:
+    """The rules of a run's examples; a `lvrpo.rewards.parts.Rules`.
 
     Args:
-        strict_weight: 1 is the paper's binary reward. A partial score tells apart the drawings of
-            a group that are all wrong, which is where learning starts.
-        format_weight: share of an answer's score that its mere form earns.
-        reader: of the drawn digits; None means the judge.
+        kinds: of question to ask about a drawing, of `questions.QUESTIONS`; None means all.
     """
 
-    strict_weight: float = 0.5
-    format_weight: float = 0.0
-    reader: DigitReader | None = None
-    name: str = field(default="r_ins", init=False)
-    may_be_nan: bool = field(default=True, init=False)
+    kinds: Container[str] | None = None
 
-    def __post_init__(self) -> None:
-        for name in ("strict_weight", "format_weight"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"RuleReward: {name} is {getattr(self, name)}, expected 0 to 1")
+    def check(self, samples: Samples) -> Verdicts:
+        """By the judge."""
+        return check_samples(samples)
 
-    def __call__(self, samples: Samples) -> Tensor:
-        """[B] fp32 in [0, 1], NaN where there is no rule."""
-        checks = check_samples(samples, self.reader)
-        w, f = self.strict_weight, self.format_weight
-        drawn = w * checks.strict + (1 - w) * checks.partial
-        written = (1 - f) * checks.strict + f * checks.format
-        return torch.where(checks.format.isnan(), drawn, written)
+    def questions_about(self, example: Example) -> list[tuple[str, str]]:
+        """What a drawing true to the rule of an example answers."""
+        rule = digit_rule(example)
+        return questions_about(rule, self.kinds) if rule else []

@@ -17,6 +17,7 @@ from torch.nn import functional as F
 
 from lvrpo.digits.pictures import assemble, dissect, jitter
 from lvrpo.digits.scenes import SceneConfig, generator, scene_examples
+from lvrpo.rewards.semantic import pool_similarity
 
 # Overlapping windows: every cell is one of them, and a digit across a border is in none alone.
 _WINDOW, _STRIDE = 8, 4
@@ -67,6 +68,10 @@ class DualEncoder(nn.Module):
         )
         self.caption_head = nn.Linear(dim, dim)
         self.log_scale = nn.Parameter(torch.tensor(2.5))
+
+    def phrases_of(self, prompt: str) -> list[str]:
+        """See `key_phrases`."""
+        return key_phrases(prompt)
 
     def knows(self, phrase: str) -> bool:
         """Whether every word of the phrase is in the vocabulary."""
@@ -126,24 +131,6 @@ class DualEncoder(nn.Module):
         encoder = cls(data["words"], channels, height, width, data["dim"])
         encoder.load_state_dict(state)
         return encoder.eval().requires_grad_(False)
-
-
-def pool_similarity(similarity: Tensor, pool: str, *, top_k: int = 2) -> Tensor:
-    """Pool [..., P] similarities over the patches.
-
-    Args:
-        similarity: [..., P].
-        pool: "max" (the paper's) is satisfied by one patch, however wrong the rest; "topk" is the
-            mean of the `top_k` best; "softmax" weights every patch by exp(10 * similarity).
-        top_k: for "topk".
-    """
-    if pool == "max":
-        return similarity.amax(dim=-1)
-    if pool == "topk":
-        return similarity.topk(min(top_k, similarity.shape[-1]), dim=-1).values.mean(dim=-1)
-    if pool == "softmax":
-        return (similarity * (10 * similarity).softmax(dim=-1)).sum(dim=-1)
-    raise ValueError(f"pool is {pool!r}, expected 'max', 'topk' or 'softmax'")
 
 
 def train_dual_encoder(

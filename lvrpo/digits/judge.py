@@ -12,7 +12,6 @@ from typing import Protocol
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from lvrpo.digits.pictures import SIDE, Cell, Split, digit_pools
@@ -21,8 +20,6 @@ from lvrpo.digits.pictures import SIDE, Cell, Split, digit_pools
 #: has 11.5; an empty cell that went through the autoencoder keeps less than 0.1.
 INK_THRESHOLD = 5.0
 _GAMMA, _COST = 0.15, 10.0  # 98.9 % in ten-fold cross-validation on the training digits
-_CLASSES = 10
-_PAIRS = np.array([(a, b) for a in range(_CLASSES) for b in range(a + 1, _CLASSES)])
 
 
 class DigitReader(Protocol):
@@ -37,11 +34,7 @@ class DigitReader(Protocol):
 
 
 class DigitJudge:
-    """RBF support vector machine, one against one, evaluated as two matrix products.
-
-    scikit-learn fits it. Its own `predict` visits the support vectors once per sample, an order of
-    magnitude slower, and NumPy's products would bring a second pool of threads beside torch's.
-    """
+    """RBF support vector machine, one against one."""
 
     name = "judge"
 
@@ -49,19 +42,14 @@ class DigitJudge:
         from sklearn.svm import SVC
 
         pool = digit_pools()["train"]
-        machine = SVC(C=_COST, gamma=_GAMMA).fit(pool.images.reshape(-1, SIDE**2), pool.labels)
-        self._support = torch.from_numpy(machine.support_vectors_).float()
-        self._weights = torch.from_numpy(_pairwise(machine.dual_coef_, machine.n_support_)).float()
-        self._intercepts = torch.from_numpy(machine.intercept_).float()
-        one_hot = torch.eye(_CLASSES)
-        winner, loser = one_hot[_PAIRS[:, 0]], one_hot[_PAIRS[:, 1]]
-        self._swing, self._without_swing = winner - loser, loser.sum(dim=0)
+        self._machine = SVC(C=_COST, gamma=_GAMMA)
+        self._machine.fit(pool.images.reshape(-1, SIDE**2), pool.labels)
 
     def classify(self, cells: Tensor) -> Tensor:
         """[M, 8, 8] fp32 pictures in [0, 1] to [M] int64 labels."""
-        kernel = torch.exp(_square_distances(cells, self._support).mul_(-_GAMMA))
-        first_wins = torch.addmm(self._intercepts, kernel, self._weights) > 0
-        return torch.addmm(self._without_swing, first_wins.float(), self._swing).argmax(dim=1)
+        if not len(cells):  # which scikit-learn refuses
+            return torch.empty(0, dtype=torch.int64)
+        return torch.from_numpy(self._machine.predict(cells.flatten(1).numpy()))
 
 
 class GoldReader:
@@ -136,17 +124,3 @@ def _square_distances(cells: Tensor, known: Tensor) -> Tensor:  # [M, 8, 8], [K,
     x = cells.flatten(1)
     products = torch.addmm(known.square().sum(dim=1), x, known.T, alpha=-2.0)
     return products.add_(x.square().sum(dim=1, keepdim=True))
-
-
-def _pairwise(
-    dual: NDArray[np.float64],  # [classes - 1, support vectors], libsvm's packing
-    per_class: NDArray[np.int32],  # support vectors of each class, which are stored by class
-) -> NDArray[np.float64]:
-    """[support vectors, pairs]: the weights of each pair's decision, zero outside its classes."""
-    ends = np.cumsum(per_class)
-    of_class = [slice(end - n, end) for end, n in zip(ends, per_class, strict=True)]
-    weights = np.zeros((dual.shape[1], len(_PAIRS)))
-    for pair, (first, second) in enumerate(_PAIRS):
-        weights[of_class[first], pair] = dual[second - 1, of_class[first]]
-        weights[of_class[second], pair] = dual[first, of_class[second]]
-    return weights

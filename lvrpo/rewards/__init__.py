@@ -5,27 +5,32 @@ from lvrpo.info import require
 require("einops", "numpy")
 
 from lvrpo.data.example import FinishReason
-from lvrpo.rewards.combine import (
-    FunctionReward,
-    Reward,
-    RewardError,
-    Truncated,
-    load_reward,
-    score,
-)
+from lvrpo.rewards.answers import RuleReward, check_answers
 from lvrpo.rewards.knowledge import KnowledgeReward
-from lvrpo.rewards.samples import Samples
+from lvrpo.rewards.parts import AnswerProbability, PhraseEncoder, RewardParts, Rules, Verdicts
+from lvrpo.rewards.registry import FoundReward, find_reward, load_reward
+from lvrpo.rewards.reward import FunctionReward, Reward, RewardError, Samples
+from lvrpo.rewards.score import Truncated, score
 from lvrpo.rewards.semantic import SemanticReward
 
 __all__ = [
+    "AnswerProbability",
     "FinishReason",
+    "FoundReward",
     "FunctionReward",
     "KnowledgeReward",
+    "PhraseEncoder",
     "Reward",
     "RewardError",
+    "RewardParts",
+    "RuleReward",
+    "Rules",
     "Samples",
     "SemanticReward",
     "Truncated",
+    "Verdicts",
+    "check_answers",
+    "find_reward",
     "load_reward",
     "score",
 ]

@@ -3,38 +3,41 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Container, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import TypeAlias
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from lvrpo.digits.phrases import questions_about
-from lvrpo.digits.rules import digit_rule
-from lvrpo.rewards.samples import Samples
-
-#: (images [N, C, H, W], N questions, N answers) to [N], the probability of each answer in [0, 1].
-AnswerProbability: TypeAlias = Callable[[Tensor, Sequence[str], Sequence[str]], Tensor]
+from lvrpo.data.example import Example
+from lvrpo.rewards.parts import AnswerProbability, RewardParts
+from lvrpo.rewards.reward import Samples
 
 
 @dataclass(frozen=True)
 class KnowledgeReward:
-    """Mean probability of the right answer to the questions that a prompt's rule settles.
+    """Mean probability of the right answer to the questions that a prompt settles.
 
     "draw 3 at top-left" settles "what digit is at top-left" and "how many digits are there". NaN
-    for texts, for prompts without a rule, and where no question is left to ask.
+    for texts, and where there is no question to ask.
 
     Args:
         answer_probability: of a frozen model; the policy's own answers would move with it.
-        kinds: of question that the model has learned, see `scene_tasks.QUESTIONS`; its answers to
-            others would be noise in the reward. None means all.
+        questions_about: what a right drawing of an example answers, each question with its one
+            right answer. Kinds that the model has not learned would be noise in the reward.
     """
 
     answer_probability: AnswerProbability
-    kinds: Container[str] | None = None
+    questions_about: Callable[[Example], Sequence[tuple[str, str]]]
     name: str = field(default="r_kn", init=False)
     may_be_nan: bool = field(default=True, init=False)
+    needs: ClassVar[tuple[str, ...]] = ("answer_probability", "rules")
+
+    @classmethod
+    def from_parts(cls, parts: RewardParts) -> KnowledgeReward:
+        """The reward of a run."""
+        return cls(parts.answer_probability, parts.rules.questions_about)
 
     @torch.no_grad()
     def __call__(self, samples: Samples) -> Tensor:
@@ -46,8 +49,7 @@ class KnowledgeReward:
         scores = torch.full((len(samples),), math.nan)
         drawings, owners, questions, answers = [], [], [], []
         for drawing, at in enumerate(samples.image_index):
-            rule = digit_rule(samples.examples[at])
-            for question, answer in questions_about(rule, self.kinds) if rule else ():
+            for question, answer in self.questions_about(samples.examples[at]):
                 drawings.append(drawing)
                 owners.append(at)
                 questions.append(question)

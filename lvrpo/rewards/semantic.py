@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
 
-from lvrpo.digits.encoder import DualEncoder, key_phrases, pool_similarity
-from lvrpo.rewards.samples import Samples
+from lvrpo.rewards.parts import PhraseEncoder, RewardParts
+from lvrpo.rewards.reward import RewardError, Samples
 
 
 @dataclass(frozen=True)
@@ -29,17 +29,29 @@ class SemanticReward:
         top_k: of pool "topk".
     """
 
-    encoder: DualEncoder
+    encoder: PhraseEncoder
     form: Literal["dense", "global"] = "dense"
     pool: Literal["softmax", "topk", "max"] = "softmax"
     top_k: int = 2
     name: str = field(default="r_sem", init=False)
     may_be_nan: bool = field(default=True, init=False)
+    needs: ClassVar[tuple[str, ...]] = ("encoder",)
 
     def __post_init__(self) -> None:
         if self.form not in ("dense", "global"):
             raise ValueError(f"SemanticReward: form is {self.form!r}, expected 'dense' or 'global'")
         pool_similarity(torch.zeros(1, 1), self.pool, top_k=self.top_k)
+
+    @classmethod
+    def from_parts(cls, parts: RewardParts) -> SemanticReward:
+        """The reward of a run.
+
+        Raises:
+            RewardError: the data has no encoder.
+        """
+        if parts.encoder is None:
+            raise RewardError("r_sem needs an encoder of pictures and phrases, and there is none")
+        return cls(parts.encoder, pool=parts.options["semantic_pool"])
 
     @torch.no_grad()
     def __call__(self, samples: Samples) -> Tensor:
@@ -47,7 +59,7 @@ class SemanticReward:
         scores = torch.full((len(samples),), math.nan)
         if samples.images is None:
             return scores
-        asked = [key_phrases(samples.examples[at].prompt) for at in samples.image_index]
+        asked = [self.encoder.phrases_of(samples.examples[at].prompt) for at in samples.image_index]
         known = [
             i
             for i, phrases in enumerate(asked)
@@ -71,3 +83,21 @@ class SemanticReward:
         pooled = pool_similarity(similarity, self.pool, top_k=self.top_k)
         total = torch.zeros(len(captions)).index_add_(0, drawing, pooled)
         return total / drawing.bincount(minlength=len(captions))
+
+
+def pool_similarity(similarity: Tensor, pool: str, *, top_k: int = 2) -> Tensor:
+    """Pool [..., P] similarities over the patches.
+
+    Args:
+        similarity: [..., P].
+        pool: "max" (the paper's) is satisfied by one patch, however wrong the rest; "topk" is the
+            mean of the `top_k` best; "softmax" weights every patch by exp(10 * similarity).
+        top_k: for "topk".
+    """
+    if pool == "max":
+        return similarity.amax(dim=-1)
+    if pool == "topk":
+        return similarity.topk(min(top_k, similarity.shape[-1]), dim=-1).values.mean(dim=-1)
+    if pool == "softmax":
+        return (similarity * (10 * similarity).softmax(dim=-1)).sum(dim=-1)
+    raise ValueError(f"pool is {pool!r}, expected 'max', 'topk' or 'softmax'")

@@ -10,9 +10,9 @@ import json
 from pathlib import Path
 from typing import Any
 
+from lvrpo.rewards.registry import reward_label
 from lvrpo.runs.config_file import Settings, to_table
 from lvrpo.runs.files import Row
-from lvrpo.runs.inputs import reward_label
 from lvrpo.trainer.config import ConfigError, TrainConfig
 from lvrpo.trainer.schedule import Bridge, learning_rate
 

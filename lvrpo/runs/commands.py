@@ -9,11 +9,11 @@ import torch
 
 from lvrpo.data.example import SKILLS
 from lvrpo.models.protocol import Policy
+from lvrpo.rewards.registry import reward_label
 from lvrpo.runs.changes import fingerprint
 from lvrpo.runs.checkpoint import load_newest
 from lvrpo.runs.config_file import load_config
 from lvrpo.runs.directory import RunDirectoryError, is_run, require_format
-from lvrpo.runs.inputs import reward_label
 from lvrpo.runs.journal import RunJournal
 from lvrpo.runs.opening import OpenRun as OpenRun
 from lvrpo.runs.opening import open_run as open_run

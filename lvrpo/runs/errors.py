@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from lvrpo.data.jsonl import DataError
 from lvrpo.models.protocol import DivergedError
-from lvrpo.rewards.combine import RewardError
+from lvrpo.rewards.reward import RewardError
 from lvrpo.runs.checkpoint import CheckpointError
 from lvrpo.runs.directory import RunDirectoryError
 from lvrpo.trainer.config import ConfigError

@@ -18,7 +18,7 @@ from lvrpo.data.jsonl import DataError, load_picture
 from lvrpo.intervals import wilson_interval
 from lvrpo.models.protocol import Policy
 from lvrpo.models.unified.tokenizer import words_of
-from lvrpo.rewards.combine import RewardError
+from lvrpo.rewards.reward import RewardError
 from lvrpo.runs.changes import fingerprint
 from lvrpo.runs.checkpoint import load_newest
 from lvrpo.runs.commands import load_policy

@@ -15,6 +15,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from lvrpo.rewards.registry import reward_label
 from lvrpo.runs.directory import RunDirectoryError
 from lvrpo.runs.files import sha256, write_atomically
 from lvrpo.trainer.config import TrainConfig
@@ -44,12 +45,6 @@ def find_inputs(config: TrainConfig, rewards: Iterable[str]) -> Inputs:
         if code is not None:
             found[f"reward {reward_label(spec)}"] = {"path": str(code), "code": sha256(code)}
     return found
-
-
-def reward_label(spec: str) -> str:
-    """A reward's name without the folders of its file: "my_rewards.py:color"."""
-    where, separator, attribute = spec.rpartition(":")
-    return f"{Path(where).name}:{attribute}" if separator else spec
 
 
 def compare_inputs(then: Inputs, now: Inputs) -> dict[str, str]:

@@ -18,9 +18,9 @@ from lvrpo.data.example import SKILLS
 from lvrpo.models.unified.latents import LinearAutoencoder
 from lvrpo.models.unified.model import UnifiedConfig, UnifiedModel
 from lvrpo.params.advantages import AdvantageParams
-from lvrpo.runs.inputs import reward_label
+from lvrpo.rewards.registry import BUILT_IN, reward_label
 from lvrpo.runs.probe import probe_rewards
-from lvrpo.runs.rewards import BUILT_IN, own_reward, used_rewards
+from lvrpo.runs.rewards import imported, used_rewards
 from lvrpo.runs.setup import Data, Task, data_of
 from lvrpo.trainer.config import Backend, ConfigError, TrainConfig
 from lvrpo.trainer.objective import Objective
@@ -139,16 +139,14 @@ def _check_rewards(config: TrainConfig, data: Data) -> None:
                 f"{reward_label(name)!r}; rename one of the files"
             )
     for name in chain.from_iterable(used_rewards(config).values()):
-        if ":" in name:
-            own_reward(name)
-        elif name not in BUILT_IN:
+        if ":" not in name and name not in BUILT_IN:
             raise ConfigError(
                 f"rewards: unknown reward {name!r}; expected one of {', '.join(BUILT_IN)} or "
                 "'module:function'"
             )
-        elif name == "r_sem" and data.new_encoder() is None:
+        if "encoder" in imported(name).needs and data.new_encoder() is None:
             raise ConfigError(
-                "rewards: r_sem comes with an encoder of digit scenes; with data.source = "
+                "rewards: {name} comes with an encoder of digit scenes; with data.source = "
                 f"{config.data.source!r} set rewards.generate to r_ins where drawings have rules, "
                 "or to a reward of your own ('module:function')"
             )

@@ -13,10 +13,9 @@ import torch
 from lvrpo.data.example import Example, FinishReason, Skill
 from lvrpo.data.sources import Source
 from lvrpo.models.unified.latents import LinearAutoencoder
-from lvrpo.rewards.combine import RewardError
-from lvrpo.rewards.samples import Samples
-from lvrpo.runs.inputs import reward_label
-from lvrpo.runs.rewards import used_rewards
+from lvrpo.rewards.registry import reward_label
+from lvrpo.rewards.reward import RewardError, Samples
+from lvrpo.runs.rewards import imported, used_rewards
 from lvrpo.runs.setup import Data, Task
 from lvrpo.trainer.config import TrainConfig
 from lvrpo.trainer.experience import score_samples
@@ -41,10 +40,11 @@ def probe_rewards(config: TrainConfig, data: Data, autoencoder: LinearAutoencode
     """
     used = used_rewards(config)
     names = set(chain.from_iterable(used.values()))
-    encoder = data.new_encoder() if "r_sem" in names else None
+    needs = set().union(*(imported(name).needs for name in names))
+    encoder = data.new_encoder() if "encoder" in needs else None
     task = Task(config, data, autoencoder, encoder)
-    # Only r_kn asks the model anything, and a large one takes its time.
-    with torch.device("cpu" if "r_kn" in names else "meta"):
+    # A large model that no reward asks anything would take its time.
+    with torch.device("cpu" if "answer_probability" in needs else "meta"):
         model = task.new_model().requires_grad_(False)
     rewards = task.rewards(task.policy(model))
     for name in used:

@@ -17,7 +17,7 @@ from lvrpo import random
 from lvrpo.data.example import Example, Skill
 from lvrpo.data.jsonl import JsonlExamples
 from lvrpo.data.sources import JsonlSource, Source, first_of
-from lvrpo.digits.checks import RuleChecks, RuleReward, check_samples
+from lvrpo.digits.checks import DigitRules, check_samples
 from lvrpo.digits.encoder import DualEncoder, train_dual_encoder
 from lvrpo.digits.judge import gold_reader
 from lvrpo.digits.phrases import scene_words
@@ -30,13 +30,12 @@ from lvrpo.models.unified.latents import LinearAutoencoder
 from lvrpo.models.unified.model import UnifiedConfig, UnifiedModel
 from lvrpo.models.unified.policy import UnifiedPolicy
 from lvrpo.models.unified.tokenizer import Tokenizer
-from lvrpo.rewards.combine import Reward
-from lvrpo.rewards.knowledge import KnowledgeReward
-from lvrpo.rewards.samples import Samples
-from lvrpo.rewards.semantic import SemanticReward
+from lvrpo.rewards.parts import RewardParts, Rules, Verdicts
+from lvrpo.rewards.registry import FoundReward
+from lvrpo.rewards.reward import Reward, Samples
 from lvrpo.runs.changes import fingerprint
 from lvrpo.runs.checkpoint import Checkpoint, load_checkpoint, load_newest, save_checkpoint
-from lvrpo.runs.rewards import own_reward, used_rewards
+from lvrpo.runs.rewards import imported, used_rewards
 from lvrpo.runs.vocabulary import Vocabulary, common_words, pictures_to_fit
 from lvrpo.trainer.config import ConfigError, DataSection, TrainConfig
 from lvrpo.trainer.schedule import noise_floor_note
@@ -60,6 +59,10 @@ class Data(Protocol):
     @property
     def training_rows(self) -> Sequence[Mapping[str, Any]]:
         """The lines of the training file; empty where examples are made and not read."""
+
+    @property
+    def rules(self) -> Rules:
+        """What is right, and what can be asked about it."""
 
     def new_encoder(self) -> DualEncoder | None:
         """Of pictures and their words, freshly initialised; None where there is none to fit."""
@@ -86,6 +89,8 @@ class SceneData:
             generate=tuple(section.requests.items()),
         )
         self.source = SceneSource(self.scenes)
+        # The answerer of a run has learned these questions alone.
+        self.rules = DigitRules(kinds=section.questions)
         self.words = scene_words()
 
     def new_encoder(self) -> DualEncoder:
@@ -109,6 +114,7 @@ class JsonlData:
     """A user's files; their rules are those of digit scenes."""
 
     spelled = True
+    rules = DigitRules()
 
     def __init__(self, section: DataSection) -> None:
         if not section.eval_source:
@@ -197,6 +203,14 @@ class Task:
         self._evaluation_file: JsonlExamples | None = None
         self._rewards: dict[Skill, list[Reward]] | None = None
 
+    @cached_property
+    def found_rewards(self) -> dict[Skill, list[FoundReward]]:
+        """Those of the skills that are trained, in the order of the configuration's weights."""
+        return {
+            skill: [imported(name) for name in weights]
+            for skill, weights in used_rewards(self.config).items()
+        }
+
     @property
     def source(self) -> Source:
         """Where the prompts come from; reads the data files if nobody has."""
@@ -272,23 +286,17 @@ class Task:
     def rewards(self, reference: Policy) -> Mapping[Skill, list[Reward]]:
         """The rewards of each sampled task, in the order of the configuration's weights."""
         if self._rewards is None:
+            parts = RewardParts(
+                options=dataclasses.asdict(self.config.rewards),
+                rules=self.data.rules,
+                answer_probability=partial(answer_probability, reference),
+                encoder=self.encoder,
+            )
             self._rewards = {
-                task: [self._reward(name, reference) for name in weights]
-                for task, weights in used_rewards(self.config).items()
+                skill: [reward.make(parts) for reward in found]
+                for skill, found in self.found_rewards.items()
             }
         return self._rewards
-
-    def _reward(self, name: str, reference: Policy) -> Reward:
-        if name == "r_ins":
-            return RuleReward(strict_weight=self.config.rewards.strict_weight)
-        if name == "r_sem":
-            assert self.encoder is not None  # check_rewards
-            return SemanticReward(self.encoder, pool=self.config.rewards.semantic_pool)
-        if name == "r_kn":
-            scenes = self.config.data.source == "scenes"
-            learned = self.config.data.questions if scenes else None
-            return KnowledgeReward(partial(answer_probability, reference), kinds=learned)
-        return own_reward(name)
 
     def facts(self) -> dict[str, Any]:
         """What every result is reported with: how good the judge itself is."""
@@ -315,7 +323,8 @@ class Task:
     def _no_rule_notes(self) -> list[str]:
         drawings = [row for row in self.data.training_rows if row["task"] == "generate"]
         without = [row for row in drawings if "rule" not in row]
-        names = [n for n in used_rewards(self.config).get("generate", {}) if n in ("r_ins", "r_kn")]
+        found = self.found_rewards.get("generate", ())
+        names = [reward.name for reward in found if "rules" in reward.needs]
         if not without:
             return []
         return [
@@ -334,7 +343,7 @@ class Task:
         """[B] 1 where everything is right, 0 where not, NaN where no rule tells."""
         return self._checks(samples).strict
 
-    def _checks(self, samples: Samples) -> RuleChecks:
+    def _checks(self, samples: Samples) -> Verdicts:
         """What the rules say; an answer that was cut is not right, unless it is scored as it is."""
         checks = check_samples(samples)
         if self.config.rewards.truncated != "keep":

@@ -22,7 +22,7 @@ from lvrpo.params.advantages import ADVANTAGE_PRESETS
 from lvrpo.params.flow import KlForm, Variant
 from lvrpo.params.policy_loss import LOSS_PRESETS
 from lvrpo.params.sampler_correction import SAMPLER_CORRECTION_PRESETS
-from lvrpo.rewards.combine import Truncated
+from lvrpo.rewards.score import Truncated
 
 
 class ConfigError(ValueError):

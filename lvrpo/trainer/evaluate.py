@@ -13,8 +13,8 @@ from lvrpo.data.example import Example, FinishReason
 from lvrpo.intervals import clustered_mean
 from lvrpo.models.flow import FlowSchedule
 from lvrpo.models.protocol import Policy
-from lvrpo.rewards.samples import Samples
-from lvrpo.runs.inputs import reward_label
+from lvrpo.rewards.registry import reward_label
+from lvrpo.rewards.reward import Samples
 from lvrpo.runs.rewards import used_rewards
 from lvrpo.runs.scores import reward_row
 from lvrpo.runs.setup import Task

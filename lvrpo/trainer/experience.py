@@ -16,9 +16,9 @@ from lvrpo.models.flow import FlowSchedule
 from lvrpo.models.protocol import Answers, Pictures, Policy
 from lvrpo.ops.normalize_advantages import normalize_advantages
 from lvrpo.params.advantages import AdvantageParams
-from lvrpo.rewards.combine import Reward, RewardError, score
-from lvrpo.rewards.samples import Samples
-from lvrpo.runs.inputs import reward_label
+from lvrpo.rewards.registry import reward_label
+from lvrpo.rewards.reward import Reward, RewardError, Samples
+from lvrpo.rewards.score import score
 from lvrpo.runs.setup import Task
 from lvrpo.trainer.config import RewardSection, TrainConfig
 from lvrpo.trainer.correction import correct_sampler

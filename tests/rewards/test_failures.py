@@ -19,8 +19,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lvrpo.data.example import Example
-from lvrpo.rewards.combine import FunctionReward, RewardError, load_reward, score
-from lvrpo.rewards.samples import Samples
+from lvrpo.rewards.registry import load_reward
+from lvrpo.rewards.reward import FunctionReward, RewardError, Samples
+from lvrpo.rewards.score import score
 
 GROUP = 3
 

@@ -7,9 +7,11 @@ import pytest
 import torch
 
 from lvrpo.data.example import Example
+from lvrpo.digits.checks import DigitRules
 from lvrpo.digits.rules import LayoutRule, RelationRule, SumRule
-from lvrpo.rewards.combine import RewardError, Samples, score
 from lvrpo.rewards.knowledge import KnowledgeReward
+from lvrpo.rewards.reward import RewardError, Samples
+from lvrpo.rewards.score import score
 
 IMAGE = np.zeros((1, 16, 16), np.float32)
 LAYOUT = Example("generate", "l", "draw", rule=LayoutRule(2, 2, (3, None, None, 7)))
@@ -33,7 +35,7 @@ def test_asks_what_the_rule_settles_about_the_right_picture():
             Samples.of_images([LAYOUT, FREE, RELATION, SUM], images),
         ]
     )
-    scores = KnowledgeReward(answerer)(samples)
+    scores = KnowledgeReward(answerer, DigitRules().questions_about)(samples)
     assert asked == [
         (0, "what digit is at top-left", "3"),
         (0, "what digit is at bottom-right", "7"),
@@ -51,7 +53,9 @@ def test_nothing_to_ask_asks_nothing():
     def never(images, questions, answers):
         raise AssertionError
 
-    scores = KnowledgeReward(never)(Samples.of_texts([QUESTION], ["3"]))
+    scores = KnowledgeReward(never, DigitRules().questions_about)(
+        Samples.of_texts([QUESTION], ["3"])
+    )
     assert math.isnan(scores.item())
 
 
@@ -64,7 +68,7 @@ def test_nothing_to_ask_asks_nothing():
     ],
 )
 def test_a_bad_answerer_is_refused(given, message):
-    reward = KnowledgeReward(lambda images, questions, answers: given)
+    reward = KnowledgeReward(lambda images, questions, answers: given, DigitRules().questions_about)
     with pytest.raises(RewardError, match=message):
         score([reward], Samples.of_images([LAYOUT], torch.zeros(1, 1, 16, 16)))
 
@@ -77,6 +81,6 @@ def test_only_learned_kinds_are_asked():
         return torch.ones(len(questions))
 
     samples = Samples.of_images([LAYOUT, SUM], torch.zeros(2, 1, 16, 16))
-    scores = KnowledgeReward(answerer, kinds={"name": 1.0})(samples)
+    scores = KnowledgeReward(answerer, DigitRules(kinds={"name": 1.0}).questions_about)(samples)
     assert asked == ["what digit is at top-left", "what digit is at bottom-right"]
     assert scores.isnan().tolist() == [False, True]

@@ -9,12 +9,11 @@ from lvrpo.data.example import Example
 from lvrpo.digits.encoder import (
     DualEncoder,
     key_phrases,
-    pool_similarity,
     train_dual_encoder,
 )
 from lvrpo.digits.scenes import SceneConfig, generator, scene_examples, with_label_noise
-from lvrpo.rewards.combine import Samples
-from lvrpo.rewards.semantic import SemanticReward
+from lvrpo.rewards.reward import Samples
+from lvrpo.rewards.semantic import SemanticReward, pool_similarity
 
 
 @pytest.fixture(scope="module")

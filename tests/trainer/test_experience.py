@@ -14,7 +14,7 @@ from lvrpo.models.protocol import Answers
 from lvrpo.models.unified.policy import UnifiedPolicy
 from lvrpo.models.unified.tokenizer import EOS
 from lvrpo.params.advantages import ADVANTAGE_PRESETS, AdvantageParams
-from lvrpo.rewards.combine import FunctionReward, RewardError
+from lvrpo.rewards.reward import FunctionReward, RewardError
 from lvrpo.runs.config_file import load_config
 from lvrpo.runs.log import read_evals, read_metrics
 from lvrpo.runs.setup import Task, load_or_fit_task

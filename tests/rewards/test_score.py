@@ -1,8 +1,6 @@
 from __future__ import annotations
 
 import math
-import re
-import sys
 from dataclasses import dataclass
 
 import numpy as np
@@ -10,7 +8,8 @@ import pytest
 import torch
 
 from lvrpo.data.example import Example
-from lvrpo.rewards.combine import FunctionReward, RewardError, Samples, load_reward, score
+from lvrpo.rewards.reward import FunctionReward, RewardError, Samples
+from lvrpo.rewards.score import score
 
 IMAGE = np.zeros((1, 8, 8), np.float32)
 EXAMPLES = [
@@ -64,7 +63,7 @@ def test_scores_carry_no_gradient():
         (Fixed(torch.ones(3, dtype=torch.complex64)), "returned a tensor of torch.complex64"),
         (
             FunctionReward(lambda samples: 1 / 0, "mine"),
-            r"'mine' raised ZeroDivisionError.*'q0'.*at .*test_combine.py:\d+$",
+            r"'mine' raised ZeroDivisionError.*'q0'.*at .*test_score.py:\d+$",
         ),
     ],
 )
@@ -106,100 +105,3 @@ def test_samples_must_be_consistent():
         Samples(EXAMPLES, ["1", "2", "x"], finish_reasons=["end", "stop", "length"])
     with pytest.raises(ValueError, match="exactly the samples without a text"):
         Samples(EXAMPLES, ["1", "2", None], torch.zeros(1, 1, 8, 8), [1])
-
-
-MODULE = """
-def length(samples):
-    return [len(text) for text in samples.texts]
-
-class Constant:
-    name = "one"
-    may_be_nan = False
-    def __call__(self, samples):
-        return [1.0] * len(samples)
-
-def partly(samples):
-    return [None] * len(samples)
-partly.may_be_nan = True
-partly.name = "part"
-
-number = 3
-"""
-
-#: dataclasses look up the module that a class says it is of.
-DATACLASS = """
-from __future__ import annotations
-from dataclasses import dataclass
-
-@dataclass
-class Scaled:
-    scale: float = 2.0
-    name: str = "scaled"
-    may_be_nan: bool = False
-    def __call__(self, samples):
-        return [self.scale] * len(samples)
-"""
-
-
-@pytest.fixture
-def spec(tmp_path, monkeypatch):
-    path = tmp_path / "my_own_rewards.py"
-    path.write_text(MODULE)
-    monkeypatch.syspath_prepend(tmp_path)
-    yield path
-    sys.modules.pop("my_own_rewards", None)
-
-
-def test_load_reward(spec):
-    for where in ("my_own_rewards", str(spec)):
-        length = load_reward(f"{where}:length")
-        assert (length.name, length.may_be_nan) == ("length", False)
-        assert score([length], SAMPLES)[:, 0].tolist() == [1, 1, 1]
-        assert load_reward(f"{where}:Constant").name == "one"
-        partly = load_reward(f"{where}:partly")
-        assert (partly.name, partly.may_be_nan) == ("part", True)
-
-
-def test_a_reward_file_may_define_dataclasses_and_be_called_like_a_package(tmp_path):
-    path = tmp_path / "json.py"
-    path.write_text(DATACLASS)
-    assert score([load_reward(f"{path}:Scaled")], SAMPLES)[:, 0].tolist() == [2, 2, 2]
-    assert sys.modules["json"].__file__ != str(path)
-
-
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        ("length", "expected 'module:function'"),
-        ("no_such_module:f", "ModuleNotFoundError"),
-        ("no_such_file.py:f", "no file"),
-        ("my_own_rewards:nothing", "no attribute 'nothing'"),
-        ("my_own_rewards:number", "is a int, expected a function"),
-    ],
-)
-def test_load_reward_says_what_is_wrong(spec, text, message):
-    with pytest.raises(RewardError, match=message):
-        load_reward(text)
-
-
-BROKEN = {
-    "import json\njson.loads('')\n": r"DecodeError: .*, at {path}:2 \(from .*decoder.py:\d+\)$",
-    "import sys\nsys.exit('usage: mine')\n": "SystemExit: usage: mine, at {path}:2$",
-    "import absent_package\n": "ModuleNotFoundError: No module named 'absent_package', at {path}:1",
-    "def reward(samples:\n": r"SyntaxError: .*mine.py, line 1",
-    "class reward:\n    def __init__(self, x):\n        pass\n": "TypeError: .*missing 1 required",
-    "class reward:\n    def __init__(self):\n        1 / 0\n": "ZeroDivisionError: .*at {path}:3$",
-}
-
-
-@pytest.mark.parametrize(("code", "message"), BROKEN.items())
-@pytest.mark.parametrize("by_file", [True, False])
-def test_code_that_cannot_be_loaded_is_named_by_its_line(
-    tmp_path, monkeypatch, code, message, by_file
-):
-    path = tmp_path / "mine.py"
-    path.write_text(code)
-    monkeypatch.syspath_prepend(tmp_path)
-    with pytest.raises(RewardError, match=message.format(path=re.escape(str(path)))):
-        load_reward(f"{path if by_file else 'mine'}:reward")
-    sys.modules.pop("mine", None)

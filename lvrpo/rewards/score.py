@@ -1,84 +1,27 @@
-"""What a reward is, and the table of scores that advantages are made from.
+"""The table of scores that advantages are made from: every reward called, in time, on a copy.
 
-A reward is any callable with a `name`, from `Samples` to one number per sample. NaN in the table
-means that there is no score. Weighting and normalising is `lvrpo.normalize_advantages`.
+NaN in the table means that there is no score. Weighting and normalising is
+`lvrpo.normalize_advantages`.
 """
 
 from __future__ import annotations
 
 import copy
-import importlib
-import importlib.util
 import math
-import sys
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass
-from pathlib import Path
-from types import ModuleType
-from typing import Any, Literal, Protocol, TypeAlias, get_args, runtime_checkable
+from typing import Any, Literal, TypeAlias, get_args
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from lvrpo.rewards._calls import TimeLimitError, call_within, defined_at, frame_of, raised_at
-from lvrpo.rewards.samples import Samples
+from lvrpo.rewards._calls import TimeLimitError, call_within, defined_at, raised_at
+from lvrpo.rewards.reward import FunctionReward, Reward, RewardError, Samples
 
 #: What a text that was cut at the limit of tokens scores, see `score`.
 Truncated: TypeAlias = Literal["zero", "keep", "mask"]
-
-
-class RewardError(ValueError):
-    """A reward failed or returned something that must not reach the loss.
-
-    Attributes:
-        kind: what went wrong, without the samples it went wrong on.
-        samples: the rows that have no score of this reward because of it.
-    """
-
-    def __init__(self, message: str, *, kind: str = "", samples: Sequence[int] = ()) -> None:
-        super().__init__(message)
-        self.kind, self.samples = kind, samples
-
-
-@runtime_checkable
-class Reward(Protocol):
-    """One column of scores."""
-
-    @property
-    def name(self) -> str:
-        """For reports."""
-
-    @property
-    def may_be_nan(self) -> bool:
-        """Whether NaN means "does not apply"; without it a NaN is taken for a bug."""
-
-    def __call__(self, samples: Samples) -> Any:
-        """[B] numbers, one score per sample: a tensor, an array, or a sequence.
-
-        None in a sequence means that there is no score for this sample. The samples are a copy:
-        what is written into them is seen by nobody.
-        """
-
-
-@dataclass(frozen=True)
-class FunctionReward:
-    """A plain function as a reward.
-
-    Args:
-        function: from `Samples` to B numbers, see `Reward`.
-        name: for reports.
-        may_be_nan: whether NaN is meant, as None always is.
-    """
-
-    function: Callable[[Samples], Any]
-    name: str
-    may_be_nan: bool = False
-
-    def __call__(self, samples: Samples) -> Any:
-        """What the function returns."""
-        return self.function(samples)
 
 
 def score(
@@ -274,56 +217,3 @@ def _describe(samples: Samples, bad: Tensor, first: int) -> str:
     more = int(bad.sum()) - 1
     others = f" and {more} more samples" if more else ""
     return f"sample {first + at} ({sampled}) of prompt {example.uid!r} ({example.prompt!r}){others}"
-
-
-def load_reward(spec: str) -> Reward:
-    """A user's reward from "package.module:attribute" or "path/to/file.py:attribute".
-
-    The attribute is a reward, a class of rewards that takes no arguments, or a plain function from
-    `Samples` to numbers; a function may set `name` and `may_be_nan` as its own attributes.
-
-    Raises:
-        RewardError: it cannot be imported or made, is not there, or cannot be called.
-    """
-    where, separator, attribute = spec.rpartition(":")
-    if not separator or not where or not attribute:
-        raise RewardError(f"reward {spec!r}: expected 'module:function' or 'file.py:function'")
-    is_file = where.endswith(".py")
-    try:
-        module = _import_file(Path(where)) if is_file else importlib.import_module(where)
-        found = getattr(module, attribute, None)
-        if isinstance(found, type):
-            found = found()
-    except (Exception, SystemExit) as error:
-        at = frame_of(error, [_file_module(Path(where)) if is_file else where])
-        raise RewardError(f"reward {spec!r}: {type(error).__name__}: {error}{at}") from error
-    if found is None:
-        raise RewardError(f"reward {spec!r}: {where} has no attribute {attribute!r}")
-    if not callable(found):
-        raise RewardError(f"reward {spec!r} is a {type(found).__name__}, expected a function")
-    if isinstance(found, Reward):
-        return found
-    name = str(getattr(found, "name", attribute))
-    return FunctionReward(found, name, bool(getattr(found, "may_be_nan", False)))
-
-
-def _file_module(path: Path) -> str:
-    # Not the bare stem: a file may be called like a package that is imported already.
-    return f"lvrpo_reward:{path.resolve()}"
-
-
-def _import_file(path: Path) -> ModuleType:
-    if not path.is_file():
-        raise FileNotFoundError(f"no file {path}")
-    module_spec = importlib.util.spec_from_file_location(_file_module(path), path)
-    assert module_spec is not None
-    assert module_spec.loader is not None
-    module = importlib.util.module_from_spec(module_spec)
-    # dataclasses and pickle look a class's module up by name.
-    sys.modules[module_spec.name] = module
-    try:
-        module_spec.loader.exec_module(module)
-    except BaseException:
-        del sys.modules[module_spec.name]
-        raise
-    return module

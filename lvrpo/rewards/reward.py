@@ -1,9 +1,13 @@
-"""What a batch of groups sampled: what every reward is given."""
+"""What a reward is, and what it is given.
+
+A reward is any callable with a `name`, from `Samples` to one number per sample.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -111,3 +115,55 @@ class Samples:
         ]
         ends = [*starts[1:], len(self)]
         return [range(start, end) for start, end in zip(starts, ends, strict=False)]
+
+
+class RewardError(ValueError):
+    """A reward failed or returned something that must not reach the loss.
+
+    Attributes:
+        kind: what went wrong, without the samples it went wrong on.
+        samples: the rows that have no score of this reward because of it.
+    """
+
+    def __init__(self, message: str, *, kind: str = "", samples: Sequence[int] = ()) -> None:
+        super().__init__(message)
+        self.kind, self.samples = kind, samples
+
+
+@runtime_checkable
+class Reward(Protocol):
+    """One column of scores."""
+
+    @property
+    def name(self) -> str:
+        """For reports."""
+
+    @property
+    def may_be_nan(self) -> bool:
+        """Whether NaN means "does not apply"; without it a NaN is taken for a bug."""
+
+    def __call__(self, samples: Samples) -> Any:
+        """[B] numbers, one score per sample: a tensor, an array, or a sequence.
+
+        None in a sequence means that there is no score for this sample. The samples are a copy:
+        what is written into them is seen by nobody.
+        """
+
+
+@dataclass(frozen=True)
+class FunctionReward:
+    """A plain function as a reward.
+
+    Args:
+        function: from `Samples` to B numbers, see `Reward`.
+        name: for reports.
+        may_be_nan: whether NaN is meant, as None always is.
+    """
+
+    function: Callable[[Samples], Any]
+    name: str
+    may_be_nan: bool = False
+
+    def __call__(self, samples: Samples) -> Any:
+        """What the function returns."""
+        return self.function(samples)
