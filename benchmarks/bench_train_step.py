@@ -19,9 +19,8 @@ from torch import Tensor
 
 import lvrpo
 from lvrpo import backends
-from lvrpo.models.unified.policy import UnifiedPolicy
 from lvrpo.runs.config_file import load_config
-from lvrpo.runs.setup import Task, load_or_fit_task
+from lvrpo.runs.setup import FrozenParts, Setup
 from lvrpo.testing import check_against_plain
 from lvrpo.trainer.config import TrainConfig
 from lvrpo.trainer.experience import Experience, gather_experience
@@ -42,30 +41,29 @@ BACKENDS = sorted(
 class Step:
     """The first policy step of a run, on one backend, as often as asked for."""
 
-    def __init__(self, config: TrainConfig, task: Task, backend: str) -> None:
+    def __init__(self, config: TrainConfig, parts: FrozenParts, backend: str) -> None:
         run = dataclasses.replace(config.run, backend=backend)
         self.config = dataclasses.replace(config, run=run)
-        self.task = Task(self.config, task.data, task.autoencoder, task.encoder)
+        self.task = Setup(self.config).task(parts)
         self.schedule = flow_schedule(config.rollout)
         self.objective = Objective.from_config(config)
-        self.reference = self.task.policy(self.task.new_model().requires_grad_(False))
+        self.reference = self.task.new_policy()
+        self.reference.module.requires_grad_(False)
+        self.rewards = self.task.make_rewards(self.reference)
         self.stages: dict[str, list[float]] = defaultdict(list)
         self.reset()
 
     def reset(self) -> None:
         """Every round starts from the same weights and does the same work."""
-        model = self.task.new_model()
+        self.policy = self.task.new_policy()
+        model = self.policy.module
         weights = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
         warm = Snapshot(self.config.warm_start.steps, weights)
         self.state = TrainState(model, self.config, warm)
 
-    @property
-    def policy(self) -> UnifiedPolicy:
-        return self.task.policy(self.state.model)
-
     def experience(self) -> tuple[Experience, dict[str, Any]]:
         return gather_experience(
-            self.policy, self.reference, self.task, self.config, self.schedule, self.state.step + 1
+            self.policy, self.task, self.rewards, self.config, self.schedule, self.state.step + 1
         )
 
     def gradient(self, found: Experience) -> dict[str, float]:
@@ -86,8 +84,9 @@ class Step:
         step = copy.copy(self)
         step.reset()
         if double:
-            step.reference = step.task.policy(copy.deepcopy(self.reference.module).double())
-            for model in (step.state.model.double(), step.reference.module):
+            step.reference = step.task.new_policy()
+            for policy in (step.policy, step.reference):
+                model = policy.module.double()
                 model.velocity = model.latent_out  # which is otherwise rounded to fp32
         metrics = step.gradient(found)
         losses = {name: torch.tensor(metrics[name]) for name in ("loss/text", "loss/image")}
@@ -110,8 +109,8 @@ def steps(request: pytest.FixtureRequest, tmp_path_factory: Any) -> dict[str, St
             f"rollout.generate_prompts={drawings}",
         ]
     )
-    task = load_or_fit_task(config, Path(tmp_path_factory.mktemp("task")))
-    steps = {backend.name: Step(config, task, backend.name) for backend in BACKENDS}
+    parts = Setup(config).frozen_parts(Path(tmp_path_factory.mktemp("task")))
+    steps = {backend.name: Step(config, parts, backend.name) for backend in BACKENDS}
     found, _ = steps["torch"].experience()
     gold = steps["torch"].results(found, double=True)
     plain = steps["torch"].results(found)

@@ -41,7 +41,7 @@ from lvrpo.models.unified.model import UnifiedConfig, UnifiedModel
 from lvrpo.models.unified.policy import UnifiedPolicy
 from lvrpo.models.unified.tokenizer import Tokenizer
 from lvrpo.runs.config_file import load_config
-from lvrpo.runs.setup import load_or_fit_task
+from lvrpo.runs.setup import Setup
 from lvrpo.testing import DEFAULT_ULPS, check_against_plain
 from lvrpo.trainer.experience import Experience
 from lvrpo.trainer.objective import Objective
@@ -300,7 +300,7 @@ def bench_default_configuration(
     if request.config.getoption("--size") == "small":
         overrides = ["rollout.understand_prompts=4", "rollout.generate_prompts=4"]
     config = load_config(overrides=overrides)
-    step = Step(config, load_or_fit_task(config, tmp_path), "")
+    step = Step(config, Setup(config).frozen_parts(tmp_path), "")
     experience, _ = step.experience()
     # An untrained policy's answers are all wrong, which would leave nothing to compare.
     advantages = [torch.randn(len(x)) for x in vars(experience).values() if isinstance(x, Tensor)]

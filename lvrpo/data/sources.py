@@ -112,6 +112,32 @@ class JsonlSource:
         ]
 
 
+class FileSource:
+    """One file to measure with; there is nothing to learn from.
+
+    Args:
+        file: of the prompts.
+    """
+
+    def __init__(self, file: JsonlExamples) -> None:
+        self.file = file
+
+    @property
+    def picture_shape(self) -> tuple[int, int, int]:
+        """[C, H, W] of every picture."""
+        return self.file.picture_shape
+
+    def examples(self, split: Split, skill: Skill, count: int, seed: int) -> list[Example]:
+        """The first ones, of the test split alone."""
+        return first_of(self.file, skill, count) if split == "test" else []
+
+    def labelled(
+        self, skill: Skill, count: int, noise: float, seed: int, copies: int = 1
+    ) -> list[list[Example]]:
+        """None."""
+        return []
+
+
 _LABELS: dict[Skill, str] = {"understand": "answer", "generate": "target"}
 
 

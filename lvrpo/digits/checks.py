@@ -7,7 +7,7 @@ from collections.abc import Container, Sequence
 from dataclasses import dataclass
 
 from lvrpo.data.example import Example
-from lvrpo.digits.judge import DigitReader, digit_judge, read_pictures
+from lvrpo.digits.judge import DigitReader, digit_judge, gold_reader, read_pictures
 from lvrpo.digits.phrases import questions_about
 from lvrpo.digits.pictures import Cell
 from lvrpo.digits.rules import LayoutRule, digit_rule
@@ -34,6 +34,11 @@ def check_samples(samples: Samples, reader: DigitReader | None = None) -> Verdic
     for cells, at in zip(seen, samples.image_index, strict=False):
         verdicts.strict[at], verdicts.partial[at] = _check_drawing(samples.examples[at], cells)
     return verdicts
+
+
+def gold_check(samples: Samples) -> Verdicts:
+    """`check_samples` by the reader that no reward uses."""
+    return check_samples(samples, gold_reader())
 
 
 def _check_drawing(example: Example, cells: Sequence[Cell]) -> tuple[float, float]:

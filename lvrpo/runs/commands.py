@@ -18,9 +18,8 @@ from lvrpo.runs.journal import RunJournal
 from lvrpo.runs.opening import OpenRun as OpenRun
 from lvrpo.runs.opening import open_run as open_run
 from lvrpo.runs.progress import ProgressView
-from lvrpo.runs.setup import Task, load_or_fit_task
+from lvrpo.runs.setup import FrozenParts, Setup
 from lvrpo.runs.signals import Signals
-from lvrpo.trainer.config import TrainConfig
 from lvrpo.trainer.loop import train
 from lvrpo.trainer.state import load_weights
 
@@ -58,21 +57,21 @@ def run_training(run: OpenRun) -> None:
         for change in run.changes:
             view.message(f"{change['key']}: {change['new']} in place of {change['old']}")
         view.message("preparing data and rewards")
-        task = load_or_fit_task(config, run.directory, run.data)
-        for line in task.notes():
+        parts = run.setup.frozen_parts(run.directory)
+        for line in run.setup.notes(parts):
             view.message(line)
 
         def facts() -> dict[str, Any]:
-            return {"seed": config.run.seed, **run.facts, **task.facts()}
+            return {"seed": config.run.seed, **run.facts, **run.setup.data.facts()}
 
         with (
             Signals() as signals,
-            RunJournal(run.directory, config, task.fingerprint, view, facts) as journal,
+            RunJournal(run.directory, config, parts.fingerprint, view, facts) as journal,
         ):
-            train(config, task, journal, signals)
+            train(config, run.setup.task(parts), journal, signals)
 
 
-def load_policy(directory: Path) -> tuple[TrainConfig, Task, Policy]:
+def load_policy(directory: Path) -> tuple[Setup, FrozenParts, Policy]:
     """The averaged weights of a run's newest checkpoint, ready to sample from.
 
     Raises:
@@ -83,14 +82,13 @@ def load_policy(directory: Path) -> tuple[TrainConfig, Task, Policy]:
         raise RunDirectoryError(f"{directory} is not a run: it has no config.toml")
     require_format(directory)
     config = load_config(directory / "config.toml")
-    if load_newest(directory / "task") is None:
+    setup = Setup(config)
+    parts, newest = setup.saved_parts(directory), load_newest(directory / "checkpoints")
+    if parts is None or newest is None:
         raise RunDirectoryError(f"{directory} has no checkpoint yet: lvrpo train {directory}")
-    task = load_or_fit_task(config, directory)
-    newest = load_newest(directory / "checkpoints")
-    if newest is None:
-        raise RunDirectoryError(f"{directory} has no checkpoint yet: lvrpo train {directory}")
-    newest.require({"fingerprint": fingerprint(config), "task": task.fingerprint})
-    model = task.new_model()
+    newest.require({"fingerprint": fingerprint(config), "task": parts.fingerprint})
+    policy = setup.new_policy(parts)
     is_average = "average.n_averaged" in newest.tensors  # the warm start goes on
-    load_weights(model, newest.snapshot(), "average.module." if is_average else "model.")
-    return config, task, task.policy(model.requires_grad_(False))
+    load_weights(policy.module, newest.snapshot(), "average.module." if is_average else "model.")
+    policy.module.requires_grad_(False)
+    return setup, parts, policy

@@ -15,9 +15,8 @@ from typing import Any
 
 from lvrpo.data.example import SKILLS, Example
 from lvrpo.data.jsonl import DataError, load_picture
+from lvrpo.data.words import words_of
 from lvrpo.intervals import wilson_interval
-from lvrpo.models.protocol import Policy
-from lvrpo.models.unified.tokenizer import words_of
 from lvrpo.rewards.reward import RewardError
 from lvrpo.runs.changes import fingerprint
 from lvrpo.runs.checkpoint import load_newest
@@ -27,10 +26,11 @@ from lvrpo.runs.gallery import save_enlarged
 from lvrpo.runs.log import Row
 from lvrpo.runs.progress import ProgressView
 from lvrpo.runs.scores import eval_rewards, eval_scores
-from lvrpo.runs.setup import Task
+from lvrpo.runs.setup import Setup
 from lvrpo.trainer.evaluate import evaluate
 from lvrpo.trainer.schedule import flow_schedule
 from lvrpo.trainer.state import load_weights
+from lvrpo.trainer.task import Rewards, Task
 
 #: First words that tell a question, and a request to draw, in English.
 _QUESTIONS = frozenset(
@@ -104,25 +104,25 @@ def evaluate_run(directory: Path, *, items: int, seed: int, data: Path | None) -
     Raises:
         DataError: the file is wrong, or no rule and no answer tells what is right in it.
     """
-    config, task, policy = load_policy(directory)
+    setup, parts, policy = load_policy(directory)
+    config, task = setup.config, setup.task(parts, data)
     notes = []
     if data is not None:
-        task.use_evaluation_file(data)
         texts = [
             text
             for name in SKILLS
-            for example in task.evaluation_examples(name, items)
+            for example in task.source.examples("test", name, items, 0)
             for text in (example.prompt, example.answer or "")
         ]
-        notes = _foreign_note(task.tokenizer.words, texts, data)
-    reference = _reference(directory, task, notes)
+        notes = _foreign_note(parts.words, texts, data)
+    rewards = _rewards(directory, setup, task, notes)
     with ProgressView() as view:
         row, _ = evaluate(
             policy,
             task,
-            config.rollout,
+            rewards,
+            config,
             flow_schedule(config.rollout),
-            reference=reference,
             items=items,
             gallery_items=0,
             seed=seed,
@@ -136,22 +136,21 @@ def evaluate_run(directory: Path, *, items: int, seed: int, data: Path | None) -
     return Evaluation(row, notes)
 
 
-def _reference(directory: Path, task: Task, notes: list[str]) -> Policy | None:
-    """The policy that rewards are computed with; None, and a note, where that cannot be."""
+def _rewards(directory: Path, setup: Setup, task: Task, notes: list[str]) -> Rewards:
+    """The rewards of the run; none, and a note, where they cannot be made."""
     saved = load_newest(directory / "reference")
     if saved is None:
         notes.append("the warm start goes on: rewards are not measured yet")
-        return None
-    saved.require({"fingerprint": fingerprint(task.config), "task": task.fingerprint})
-    model = task.new_model()
-    load_weights(model, saved.snapshot())
-    reference = task.policy(model.requires_grad_(False))
+        return {}
+    saved.require({"fingerprint": fingerprint(setup.config), "task": task.fingerprint})
+    reference = task.new_policy()
+    load_weights(reference.module, saved.snapshot())
+    reference.module.requires_grad_(False)
     try:
-        task.rewards(reference)
+        return task.make_rewards(reference)
     except RewardError as error:
         notes.append(f"rewards are not measured: {error}")
-        return None
-    return reference
+        return {}
 
 
 def _foreign_note(known: Iterable[str], texts: Sequence[str], data: Path) -> list[str]:
@@ -246,8 +245,9 @@ def draw_prompt(
         The files, and what to know about them.
     """
     output_paths(output, count)  # whatever cannot be written is said before anything is drawn
-    config, task, policy = load_policy(directory)
-    notes = prompt_notes(task.tokenizer.words, prompt, about_a_picture=False)
+    setup, parts, policy = load_policy(directory)
+    config = setup.config
+    notes = prompt_notes(parts.words, prompt, about_a_picture=False)
     example = Example("generate", "command line", prompt)
     schedule = flow_schedule(config.rollout)
     drawn = policy.sample_images([example], count, schedule, seed=seed, step=0).images
@@ -268,10 +268,11 @@ def answer_question(
     Returns:
         The answers, and what to know about them.
     """
-    config, task, policy = load_policy(directory)
-    notes = prompt_notes(task.tokenizer.words, question, about_a_picture=True)
+    setup, parts, policy = load_policy(directory)
+    config = setup.config
+    notes = prompt_notes(parts.words, question, about_a_picture=True)
     try:
-        pixels = load_picture(image, task.vocabulary.picture_shape)
+        pixels = load_picture(image, parts.picture_shape)
     except Exception as error:  # Pillow raises a different class for every broken format
         raise DataError(f"{image}: cannot be read: {error}") from error
     example = Example("understand", "command line", question, image=pixels, answer="")

@@ -53,8 +53,7 @@ from lvrpo.runs.inputs import (
 )
 from lvrpo.runs.log import CHANGES, METRICS, read_changes, read_metrics, write_changes
 from lvrpo.runs.preflight import check_config
-from lvrpo.runs.rewards import used_rewards
-from lvrpo.runs.setup import Data
+from lvrpo.runs.setup import Setup, used_rewards
 from lvrpo.trainer.config import ConfigError, TrainConfig
 
 
@@ -65,7 +64,7 @@ class OpenRun:
     Attributes:
         directory: of the run.
         config: in force.
-        data: of its prompts.
+        setup: its parts.
         step: the last finished one.
         facts: about its beginning, for environment.json.
         changes: of this opening, as rows of changes.jsonl.
@@ -73,7 +72,7 @@ class OpenRun:
 
     directory: Path
     config: TrainConfig
-    data: Data
+    setup: Setup
     step: int
     facts: dict[str, Any]
     changes: list[Row]
@@ -115,7 +114,7 @@ def open_run(
         _refuse_other_contents(directory)
         config = _new_config(origin, named)
         with named.located():
-            data = check_config(config)  # before anything is created
+            setup = check_config(config)  # before anything is created
     elif origin is not None:
         raise RunDirectoryError(f"{directory} is a run already; give --from a new directory")
     with contextlib.nullcontext() if dry else locked(directory):
@@ -139,7 +138,7 @@ def open_run(
             write_atomically(directory / "config.toml", to_toml(config).encode())
         facts = {} if origin is None else {"warm_start_of": os.path.abspath(origin)}
         step = 0 if origin is None else config.warm_start.steps
-        yield OpenRun(directory, config, data, step, facts, changes)
+        yield OpenRun(directory, config, setup, step, facts, changes)
 
 
 def _existing(
@@ -159,7 +158,7 @@ def _existing(
             f"{step - config.warm_start.steps} policy updates behind it"
         )
     with named.located():
-        data = check_config(config)
+        setup = check_config(config)
     inputs = find_inputs(config, _rewards(config))
     bridge = rate_bridge(own, read_changes(directory) + changes)
     changes += changes_between(own, config, step, bridge)
@@ -171,7 +170,7 @@ def _existing(
         write_inputs(directory, inputs)
         if config != own:
             write_atomically(directory / "config.toml", to_toml(config).encode())
-    return OpenRun(directory, config, data, step, {}, changes)
+    return OpenRun(directory, config, setup, step, {}, changes)
 
 
 def _step_to_resume(

@@ -1,6 +1,6 @@
 """Refuse a run that could not be run, before its directory exists or an hour has passed.
 
-Whoever uses a value also checks it: here every such part is built once, and thrown away.
+Whoever uses a value also checks it: what is made here is what the run uses.
 """
 
 from __future__ import annotations
@@ -15,23 +15,20 @@ from typing import get_args
 import torch
 
 from lvrpo.data.example import SKILLS
-from lvrpo.models.unified.latents import LinearAutoencoder
-from lvrpo.models.unified.model import UnifiedConfig, UnifiedModel
 from lvrpo.params.advantages import AdvantageParams
 from lvrpo.rewards.registry import BUILT_IN, reward_label
 from lvrpo.runs.probe import probe_rewards
-from lvrpo.runs.rewards import imported, used_rewards
-from lvrpo.runs.setup import Data, Task, data_of
+from lvrpo.runs.setup import Data, FrozenParts, Setup, used_rewards
 from lvrpo.trainer.config import Backend, ConfigError, TrainConfig
 from lvrpo.trainer.objective import Objective
 from lvrpo.trainer.schedule import flow_schedule
 
 
-def check_config(config: TrainConfig) -> Data:
+def check_config(config: TrainConfig) -> Setup:
     """Build whatever reads the configuration, the data and the user's rewards included.
 
     Returns:
-        The data, so that files are read once.
+        The parts of the run, so that files are read once.
 
     Raises:
         ConfigError: a value is wrong; the message starts with its section.
@@ -55,18 +52,17 @@ def check_config(config: TrainConfig) -> Data:
         Objective.from_config(config)
         AdvantageParams.preset(config.rewards.advantage, clip=config.loss.advantage_clip)
     with _named("data"):
-        data = _data_with_prompts(config)
-    _check_patches(config, data.source.picture_shape)
-    with _named("model"):
-        section = config.model
-        autoencoder = LinearAutoencoder(
-            *data.source.picture_shape, patch=section.latent_patch, dim=section.latent_dim
-        )
-        _check_memory(Task(config, data, autoencoder, None).model_config())
+        setup = Setup(config)
+        _check_data(config, setup.data)
+    _check_patches(config, setup.data.source.picture_shape)
     with _named("rewards"):
-        _check_rewards(config, data)
-        probe_rewards(config, data, autoencoder)
-    return data
+        _check_rewards(setup)
+    with _named("model"):
+        parts = setup.unfitted_parts()
+        _check_memory(setup, parts)
+    with _named("rewards"):
+        probe_rewards(setup, parts)
+    return setup
 
 
 def _check_patches(config: TrainConfig, picture_shape: tuple[int, int, int]) -> None:
@@ -86,10 +82,11 @@ def _check_patches(config: TrainConfig, picture_shape: tuple[int, int, int]) -> 
         )
 
 
-def _check_memory(shape: UnifiedConfig) -> None:
+def _check_memory(setup: Setup, parts: FrozenParts) -> None:
     """Refuse a model whose weights, reference, average, gradient and moments cannot be held."""
     with torch.device("meta"):
-        parameters = sum(weight.numel() for weight in UnifiedModel(shape).parameters())
+        module = setup.new_policy(parts).module
+    parameters, shape = sum(weight.numel() for weight in module.parameters()), setup.config.model
     needed = 6 * 4 * parameters
     there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     if needed > there:
@@ -100,8 +97,8 @@ def _check_memory(shape: UnifiedConfig) -> None:
         )
 
 
-def _data_with_prompts(config: TrainConfig) -> Data:
-    data = data_of(config.data)
+def _check_data(config: TrainConfig, data: Data) -> None:
+    """See that there are prompts, something to imitate, and pictures."""
     to_imitate = []
     for task in SKILLS:
         prompts = getattr(config.rollout, f"{task}_prompts")
@@ -119,37 +116,36 @@ def _data_with_prompts(config: TrainConfig) -> Data:
             f"data.source is {config.data.source!r}, which has no picture to fit the latents on: "
             "expected a 'target' with some drawing prompts, or some questions with an 'image'"
         )
-    return data
 
 
-def _check_rewards(config: TrainConfig, data: Data) -> None:
+def _check_rewards(setup: Setup) -> None:
     """See that every reward exists and applies to the data.
 
     Raises:
-        ConfigError: an unknown name, two of one name, or r_sem without digit scenes.
+        ConfigError: an unknown name, two of one name, or one that needs what the data lacks.
         RewardError: a reward of the user's cannot be imported.
     """
-    used = set(chain.from_iterable(used_rewards(config).values()))
     labels: dict[str, str] = {}
-    for name in sorted(used):
+    for name in sorted(set(chain.from_iterable(used_rewards(setup.config).values()))):
         other = labels.setdefault(reward_label(name), name)
         if other != name:
             raise ConfigError(
                 f"rewards: {other!r} and {name!r} would both be reported as "
                 f"{reward_label(name)!r}; rename one of the files"
             )
-    for name in chain.from_iterable(used_rewards(config).values()):
         if ":" not in name and name not in BUILT_IN:
             raise ConfigError(
                 f"rewards: unknown reward {name!r}; expected one of {', '.join(BUILT_IN)} or "
                 "'module:function'"
             )
-        if "encoder" in imported(name).needs and data.new_encoder() is None:
-            raise ConfigError(
-                "rewards: {name} comes with an encoder of digit scenes; with data.source = "
-                f"{config.data.source!r} set rewards.generate to r_ins where drawings have rules, "
-                "or to a reward of your own ('module:function')"
-            )
+    for rewards in setup.rewards.values():
+        for label, reward in rewards.items():
+            if "encoder" in reward.needs and setup.data.new_encoder() is None:
+                raise ConfigError(
+                    f"rewards: {label} comes with an encoder of digit scenes; with data.source = "
+                    f"{setup.config.data.source!r} set rewards.generate to r_ins where drawings "
+                    "have rules, or to a reward of your own ('module:function')"
+                )
 
 
 @contextlib.contextmanager

@@ -6,53 +6,45 @@ warm start.
 
 from __future__ import annotations
 
-from itertools import chain
+from collections.abc import Mapping
 
 import torch
 
 from lvrpo.data.example import Example, FinishReason, Skill
 from lvrpo.data.sources import Source
-from lvrpo.models.unified.latents import LinearAutoencoder
-from lvrpo.rewards.registry import reward_label
+from lvrpo.rewards.registry import FoundReward
 from lvrpo.rewards.reward import RewardError, Samples
-from lvrpo.runs.rewards import imported, used_rewards
-from lvrpo.runs.setup import Data, Task
-from lvrpo.trainer.config import TrainConfig
+from lvrpo.runs.setup import FrozenParts, Setup
 from lvrpo.trainer.experience import score_samples
 
-#: Training prompts of each task.
+#: Training prompts of each skill.
 PROMPTS = 4
 
 
-def probe_rewards(config: TrainConfig, data: Data, autoencoder: LinearAutoencoder) -> None:
-    """Score a group of samples, right and wrong ones, for a few training prompts of each task.
+def probe_rewards(setup: Setup, parts: FrozenParts) -> None:
+    """Score a group of samples, right and wrong ones, for a few training prompts of each skill.
 
     Nothing is fitted for it: an encoder and an answerer that know nothing show what they fail at
     and where they have no score.
 
     Args:
-        config: of the run; its rewards are known to exist.
-        data: of the configuration.
-        autoencoder: of the model's shape.
+        setup: of the run; its rewards are known to exist.
+        parts: of the run's shape, see `Setup.unfitted_parts`.
 
     Raises:
         RewardError: as in a step of the run, or no reward has a score for any of the samples.
     """
-    used = used_rewards(config)
-    names = set(chain.from_iterable(used.values()))
-    needs = set().union(*(imported(name).needs for name in names))
-    encoder = data.new_encoder() if "encoder" in needs else None
-    task = Task(config, data, autoencoder, encoder)
+    source = setup.data.source
     # A large model that no reward asks anything would take its time.
-    with torch.device("cpu" if "answer_probability" in needs else "meta"):
-        model = task.new_model().requires_grad_(False)
-    rewards = task.rewards(task.policy(model))
-    for name in used:
-        examples = data.source.examples("train", name, PROMPTS, 0)
-        samples = _answers(examples) if name == "understand" else _drawings(examples, data.source)
-        table, _ = score_samples(rewards[name], samples, name, config.rewards)
+    with torch.device("cpu" if "answer_probability" in setup.needs else "meta"):
+        policy = setup.new_policy(parts)
+    policy.module.requires_grad_(False)
+    for skill, rewards in setup.make_rewards(parts, policy).items():
+        examples = source.examples("train", skill, PROMPTS, 0)
+        samples = _answers(examples) if skill == "understand" else _drawings(examples, source)
+        table, _ = score_samples(rewards, samples, setup.config.rewards)
         if bool(table.isnan().all()):
-            raise RewardError(_nothing_to_say(name, list(used[name]), examples))
+            raise RewardError(_nothing_to_say(skill, setup.rewards[skill], examples))
 
 
 def _answers(examples: list[Example]) -> Samples:
@@ -81,11 +73,15 @@ def _drawings(examples: list[Example], source: Source) -> Samples:
     )
 
 
-def _nothing_to_say(task: Skill, names: list[str], examples: list[Example]) -> str:
+def _nothing_to_say(
+    skill: Skill, rewards: Mapping[str, FoundReward], examples: list[Example]
+) -> str:
     first = examples[0]
-    needs = "; r_ins and r_kn need drawings with a 'rule'" if task == "generate" else ""
-    labels = ", ".join(map(reward_label, names))
+    by_rule = [label for label, reward in rewards.items() if "rules" in reward.needs]
+    hint = ""
+    if skill == "generate" and by_rule:
+        hint = f"; rewards by rule ({', '.join(by_rule)}) need drawings with a 'rule'"
     return (
-        f"rewards.{task}: no reward ({labels}) has a score for any of {len(examples)} training "
-        f"prompts, {first.uid!r} ({first.prompt!r}) for one{needs}"
+        f"rewards.{skill}: no reward ({', '.join(rewards)}) has a score for any of {len(examples)} "
+        f"training prompts, {first.uid!r} ({first.prompt!r}) for one{hint}"
     )

@@ -52,18 +52,9 @@ def eval_scores(row: Mapping[str, Any]) -> list[Score]:
     return scores
 
 
-def reward_row(task: str, name: str, mean: Mean) -> dict[str, Any]:
-    """The keys of an evaluation row that hold the mean of one reward."""
-    key = f"{task}/{name}"
-    return {
-        f"reward/{key}": mean.value,
-        f"reward_error/{key}": mean.error,
-        f"reward_count/{key}": mean.count,
-    }
-
-
 def eval_rewards(row: Mapping[str, Any]) -> dict[tuple[str, str], Mean]:
-    """{(task, name): mean} of the rewards of an evaluation row, the inverse of `reward_row`."""
+    """{(task, name): mean} of the rewards of an evaluation row, the inverse of
+    `lvrpo.trainer.evaluate.reward_row`."""
     found = {}
     for key, value in row.items():
         head, _, rest = key.partition("/")

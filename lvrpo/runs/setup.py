@@ -1,10 +1,10 @@
-"""What a run learns: its prompts, its rewards, and the frozen parts of its policy."""
+"""The parts of a run, made from its configuration: the one module that knows them all."""
 
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from functools import cached_property, partial
 from itertools import chain
 from pathlib import Path
@@ -13,13 +13,12 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from lvrpo import random
-from lvrpo.data.example import Example, Skill
+from lvrpo.data.example import SKILLS, Skill
 from lvrpo.data.jsonl import JsonlExamples
-from lvrpo.data.sources import JsonlSource, Source, first_of
-from lvrpo.digits.checks import DigitRules, check_samples
+from lvrpo.data.sources import FileSource, JsonlSource, Source
+from lvrpo.data.words import common_words
+from lvrpo.digits.checks import DigitRules, gold_check
 from lvrpo.digits.encoder import DualEncoder, train_dual_encoder
-from lvrpo.digits.judge import gold_reader
 from lvrpo.digits.phrases import scene_words
 from lvrpo.digits.rules import parse_rule
 from lvrpo.digits.scenes import SceneConfig
@@ -30,15 +29,14 @@ from lvrpo.models.unified.latents import LinearAutoencoder
 from lvrpo.models.unified.model import UnifiedConfig, UnifiedModel
 from lvrpo.models.unified.policy import UnifiedPolicy
 from lvrpo.models.unified.tokenizer import Tokenizer
-from lvrpo.rewards.parts import RewardParts, Rules, Verdicts
-from lvrpo.rewards.registry import FoundReward
-from lvrpo.rewards.reward import Reward, Samples
+from lvrpo.rewards.checks import VerdictChecks
+from lvrpo.rewards.parts import RewardParts, Rules
+from lvrpo.rewards.registry import FoundReward, find_reward, reward_label
 from lvrpo.runs.changes import fingerprint
-from lvrpo.runs.checkpoint import Checkpoint, load_checkpoint, load_newest, save_checkpoint
-from lvrpo.runs.rewards import imported, used_rewards
-from lvrpo.runs.vocabulary import Vocabulary, common_words, pictures_to_fit
+from lvrpo.runs.checkpoint import load_checkpoint, load_newest, save_checkpoint
 from lvrpo.trainer.config import ConfigError, DataSection, TrainConfig
 from lvrpo.trainer.schedule import noise_floor_note
+from lvrpo.trainer.task import Rewards, Task
 
 
 class Data(Protocol):
@@ -71,7 +69,7 @@ class Data(Protocol):
         """The same, fitted on the training split."""
 
     def facts(self) -> dict[str, Any]:
-        """What every result is reported with."""
+        """What every result is reported with: how good the judge itself is."""
 
     def notes(self) -> list[str]:
         """Lines worth reading before the first step."""
@@ -172,57 +170,159 @@ def data_of(section: DataSection) -> Data:
     return SceneData(section) if section.source == "scenes" else JsonlData(section)
 
 
-#: Of a drawing prompt in the warm start, each with noise of its own, in label, flow and time; the
-#: prompt is computed once for all.
-TARGETS_PER_PROMPT = 4
+@dataclass(frozen=True)
+class FrozenParts:
+    """What the weights of a run are made for; kept with them, for data files change.
 
-
-class Task:
-    """Everything of a run that is fixed before its first step.
-
-    Vocabulary, autoencoder and r_sem's encoder are made from training data once and kept in the run
-    directory, so that nothing depends on what becomes of the data. `data` is
-    that of the configuration where it is not given; without a `vocabulary` it is the data's.
-    `fingerprint` is of the saved parts, so that checkpoints made with others can be told.
+    Attributes:
+        words: of one token each; their order fixes their ids.
+        picture_shape: [C, H, W].
+        answer_range: [low, high) of the tokens that answers are sampled from.
+        autoencoder: between pictures and latents.
+        encoder: of pictures and phrases, where a reward needs it.
+        fingerprint: of all this as it was saved; empty for parts that never were.
     """
 
-    def __init__(
-        self,
-        config: TrainConfig,
-        data: Data | None,
-        autoencoder: LinearAutoencoder,
-        encoder: DualEncoder | None,
-        vocabulary: Vocabulary | None = None,
-        fingerprint: str = "",
-    ) -> None:
-        self.config, self.data = config, data or data_of(config.data)
-        self.vocabulary = vocabulary or vocabulary_of(self.data)
-        self.tokenizer = Tokenizer(self.vocabulary.words)
-        self.autoencoder, self.encoder = autoencoder, encoder
-        self.fingerprint = fingerprint
-        self._evaluation_file: JsonlExamples | None = None
-        self._rewards: dict[Skill, list[Reward]] | None = None
+    words: tuple[str, ...]
+    picture_shape: tuple[int, int, int]
+    answer_range: tuple[int, int]
+    autoencoder: LinearAutoencoder
+    encoder: DualEncoder | None = None
+    fingerprint: str = ""
+
+
+class Setup:
+    """Everything that a configuration names, each part made once, when it is first asked for.
+
+    Args:
+        config: of a run.
+
+    Raises:
+        ConfigError: an entry of `[data]` is missing.
+    """
+
+    def __init__(self, config: TrainConfig) -> None:
+        self.config = config
+        self.data = data_of(config.data)
 
     @cached_property
-    def found_rewards(self) -> dict[Skill, list[FoundReward]]:
-        """Those of the skills that are trained, in the order of the configuration's weights."""
+    def rewards(self) -> Mapping[Skill, Mapping[str, FoundReward]]:
+        """Those of each skill that has prompts, by label; a user's file is executed for it.
+
+        Raises:
+            RewardError: one cannot be imported.
+        """
+        used = used_rewards(self.config)
+        found = {
+            name: find_reward(name) for name in dict.fromkeys(chain.from_iterable(used.values()))
+        }
         return {
-            skill: [imported(name) for name in weights]
-            for skill, weights in used_rewards(self.config).items()
+            skill: {reward_label(name): found[name] for name in names}
+            for skill, names in used.items()
         }
 
     @property
-    def source(self) -> Source:
-        """Where the prompts come from; reads the data files if nobody has."""
-        return self.data.source
+    def needs(self) -> frozenset[str]:
+        """Fields of `RewardParts` that rewards cannot do without."""
+        found = [reward for rewards in self.rewards.values() for reward in rewards.values()]
+        return frozenset().union(*(reward.needs for reward in found))
 
-    def model_config(self) -> UnifiedConfig:
+    def unfitted_parts(self) -> FrozenParts:
+        """Parts of the right shape that have learned nothing."""
+        encoder = self.data.new_encoder() if "encoder" in self.needs else None
+        return self._parts(self._new_autoencoder(self.data.source.picture_shape), encoder)
+
+    def _parts(self, autoencoder: LinearAutoencoder, encoder: DualEncoder | None) -> FrozenParts:
+        data, tokenizer = self.data, Tokenizer(self.data.words)
+        answers = tokenizer.text_token_range if data.spelled else tokenizer.word_token_range
+        return FrozenParts(
+            tuple(data.words), data.source.picture_shape, answers, autoencoder, encoder
+        )
+
+    def _new_autoencoder(self, picture_shape: tuple[int, int, int]) -> LinearAutoencoder:
+        section = self.config.model
+        return LinearAutoencoder(*picture_shape, patch=section.latent_patch, dim=section.latent_dim)
+
+    def frozen_parts(self, run_dir: Path) -> FrozenParts:
+        """The parts of a run: read from `run_dir/task`, or made from the data and kept there.
+
+        Raises:
+            CheckpointError: `task/` is damaged, or of a run of another configuration.
+            ConfigError: the data has no picture, or a reward needs what its run did not keep.
+        """
+        kept = self.saved_parts(run_dir)
+        if kept is not None:
+            if kept.encoder is None and "encoder" in self.needs:
+                raise ConfigError(
+                    f"{run_dir / 'task'} has no encoder of pictures and phrases, which no reward "
+                    "of its run needed; leave the new one out, or start a new run"
+                )
+            return kept
+        section, encoder = self.config.model, None
+        autoencoder = LinearAutoencoder.fit(
+            pictures_to_fit(self.data.source), section.latent_patch, section.latent_dim
+        )
+        tensors = {f"autoencoder.{name}": t for name, t in autoencoder.state_dict().items()}
+        if "encoder" in self.needs:
+            encoder = self.data.fit_encoder(self.config.run.seed)
+        if encoder is not None:
+            tensors |= {f"encoder.{name}": t for name, t in encoder.state_dict().items()}
+        parts = self._parts(autoencoder, encoder)
+        state = {
+            "fingerprint": fingerprint(self.config),
+            "vocabulary": {key: getattr(parts, key) for key in _VOCABULARY},
+            "encoder_words": [] if encoder is None else list(encoder.words),
+        }
+        path = save_checkpoint(run_dir / "task", 0, tensors, state, keep=1)
+        return dataclasses.replace(parts, fingerprint=load_checkpoint(path).fingerprint)
+
+    def saved_parts(self, run_dir: Path) -> FrozenParts | None:
+        """What `frozen_parts` kept, whatever became of the data; None before it was called.
+
+        Raises:
+            CheckpointError: `task/` is damaged, or of a run of another configuration.
+        """
+        saved = load_newest(run_dir / "task")
+        if saved is None:
+            return None
+        saved.require({"fingerprint": fingerprint(self.config)})
+        state: Mapping[str, Any] = saved.state
+        vocabulary: dict[str, Any] = {key: tuple(state["vocabulary"][key]) for key in _VOCABULARY}
+        shape = vocabulary["picture_shape"]
+        autoencoder = self._new_autoencoder(shape)
+        autoencoder.load_state_dict(_with_prefix(saved.tensors, "autoencoder."))
+        encoder = None
+        if state["encoder_words"]:
+            encoder = DualEncoder(state["encoder_words"], *shape)
+            encoder.load_state_dict(_with_prefix(saved.tensors, "encoder."))
+            encoder.eval().requires_grad_(False)
+        return FrozenParts(
+            **vocabulary, autoencoder=autoencoder, encoder=encoder, fingerprint=saved.fingerprint
+        )
+
+    def new_policy(self, parts: FrozenParts) -> UnifiedPolicy:
+        """A policy initialised from the run's seed; torch's own random state is left alone."""
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(self.config.run.seed)
+            module = UnifiedModel(self._model_config(parts))
+        _, height, width = parts.picture_shape
+        patch = self.config.model.latent_patch
+        return UnifiedPolicy(
+            module=module,
+            tokenizer=Tokenizer(parts.words),
+            autoencoder=parts.autoencoder,
+            latent_grid=(height // patch, width // patch),
+            answer_range=parts.answer_range,
+            backend=self.config.run.backend or None,
+        )
+
+    def _model_config(self, parts: FrozenParts) -> UnifiedConfig:
         """The model's shape: the configuration's sizes, the data's channels and vocabulary."""
         section = self.config.model
-        channels, *sides = self.vocabulary.picture_shape
+        channels, *sides = parts.picture_shape
         patch = min(section.image_patch, section.latent_patch)
         return UnifiedConfig(
-            vocab_size=len(self.tokenizer),
+            vocab_size=len(Tokenizer(parts.words)),
             hidden=section.hidden,
             layers=section.layers,
             heads=section.heads,
@@ -233,86 +333,72 @@ class Task:
             max_grid=max(UnifiedConfig.max_grid, max(sides) // patch),
         )
 
-    def new_model(self) -> UnifiedModel:
-        """A model initialised from the run's seed; torch's own random state is left alone."""
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(self.config.run.seed)
-            return UnifiedModel(self.model_config())
+    def task(self, parts: FrozenParts, evaluation_file: Path | None = None) -> Task:
+        """What the run learns.
 
-    def policy(self, model: UnifiedModel) -> UnifiedPolicy:
-        """A model with the frozen parts around it."""
-        _, height, width = self.vocabulary.picture_shape
-        patch = self.config.model.latent_patch
-        return UnifiedPolicy(
-            module=model,
-            tokenizer=self.tokenizer,
-            autoencoder=self.autoencoder,
-            latent_grid=(height // patch, width // patch),
-            answer_range=self.vocabulary.answer_range,
-            backend=self.config.run.backend or None,
-        )
+        Args:
+            parts: of the run.
+            evaluation_file: JSONL, to measure with instead of the data; that is not read then.
 
-    def training_examples(self, task: Skill, count: int, step: int) -> list[Example]:
-        """Prompts of one policy step."""
-        return self.source.examples("train", task, count, self._seed("policy", step))
-
-    def warm_start_examples(self, step: int) -> tuple[list[Example], list[list[Example]]]:
-        """Questions, and groups of drawings of one prompt, of one supervised step.
-
-        Some of their labels are wrong on purpose, independently within a group.
+        Raises:
+            DataError: the file is wrong.
         """
-        section, seed = self.config.warm_start, self._seed("warm start", step)
-        questions = self.source.labelled(
-            "understand", section.understand_batch, section.label_noise, seed
-        )
-        drawings = self.source.labelled(
-            "generate",
-            section.generate_batch,
-            section.label_noise,
-            seed,
-            copies=TARGETS_PER_PROMPT,
-        )
-        return [group[0] for group in questions], drawings
-
-    def evaluation_examples(self, task: Skill, count: int) -> list[Example]:
-        """Held-out prompts: the same for every seed, before and after."""
-        if self._evaluation_file is not None:
-            return first_of(self._evaluation_file, task, count)
-        return self.source.examples("test", task, count, 0)
-
-    def _seed(self, *ids: int | str) -> int:
-        return int(random.stream(self.config.run.seed, *ids).integers(1 << 62))
-
-    def rewards(self, reference: Policy) -> Mapping[Skill, list[Reward]]:
-        """The rewards of each sampled task, in the order of the configuration's weights."""
-        if self._rewards is None:
-            parts = RewardParts(
-                options=dataclasses.asdict(self.config.rewards),
-                rules=self.data.rules,
-                answer_probability=partial(answer_probability, reference),
-                encoder=self.encoder,
+        source: Source
+        if evaluation_file is None:
+            source = self.data.source
+        else:
+            source = FileSource(
+                JsonlExamples(evaluation_file, parts.picture_shape, parse_rule=parse_rule)
             )
-            self._rewards = {
-                skill: [reward.make(parts) for reward in found]
-                for skill, found in self.found_rewards.items()
-            }
-        return self._rewards
+        return Task(
+            source=source,
+            checks=self.checks,
+            new_policy=partial(self.new_policy, parts),
+            make_rewards=partial(self.make_rewards, parts),
+            fingerprint=parts.fingerprint,
+        )
 
-    def facts(self) -> dict[str, Any]:
-        """What every result is reported with: how good the judge itself is."""
-        return self.data.facts()
+    @property
+    def checks(self) -> VerdictChecks:
+        """What is counted and watched."""
+        return VerdictChecks(
+            self.data.rules.check,
+            audits={"gold": gold_check},
+            cut_is_wrong=self.config.rewards.truncated != "keep",
+        )
 
-    def notes(self) -> list[str]:
+    def make_rewards(self, parts: FrozenParts, reference: Policy) -> Rewards:
+        """The rewards, made for a run.
+
+        Args:
+            parts: of the run.
+            reference: the frozen policy that answers.
+
+        Raises:
+            RewardError: one cannot be imported, or made from these parts.
+        """
+        given = RewardParts(
+            options=dataclasses.asdict(self.config.rewards),
+            rules=self.data.rules,
+            answer_probability=partial(answer_probability, reference),
+            encoder=parts.encoder,
+        )
+        return {
+            skill: {label: reward.make(given) for label, reward in rewards.items()}
+            for skill, rewards in self.rewards.items()
+        }
+
+    def notes(self, parts: FrozenParts) -> list[str]:
         """Lines worth reading before the first step."""
-        elements = self.autoencoder.tokens * self.autoencoder.dim
+        elements = parts.autoencoder.tokens * parts.autoencoder.dim
         draws = self.config.rollout.generate_prompts
         floor = [noise_floor_note(self.config, elements)] if draws else []
-        return [*floor, *self.data.notes(), *self._cut_answers_note(), *self._no_rule_notes()]
+        return [*floor, *self.data.notes(), *self._cut_answers_note(parts), *self._no_rule_notes()]
 
-    def _cut_answers_note(self) -> list[str]:
+    def _cut_answers_note(self, parts: FrozenParts) -> list[str]:
         answers = [row["answer"] for row in self.data.training_rows if "answer" in row]
-        most = self.config.rollout.max_answer_tokens
-        cut = [answer for answer in answers if len(self.tokenizer.encode(answer)) > most]
+        most, tokenizer = self.config.rollout.max_answer_tokens, Tokenizer(parts.words)
+        cut = [answer for answer in answers if len(tokenizer.encode(answer)) > most]
         if not cut:
             return []
         return [
@@ -323,138 +409,41 @@ class Task:
     def _no_rule_notes(self) -> list[str]:
         drawings = [row for row in self.data.training_rows if row["task"] == "generate"]
         without = [row for row in drawings if "rule" not in row]
-        found = self.found_rewards.get("generate", ())
-        names = [reward.name for reward in found if "rules" in reward.needs]
         if not without:
             return []
         return [
-            f"WARNING: {name} has no score for {len(without)} of {len(drawings)} drawing prompts, "
+            f"WARNING: {label} has no score for {len(without)} of {len(drawings)} drawing prompts, "
             f"which have no 'rule', {without[0]['prompt']!r} for one"
-            for name in names
+            for label, reward in self.rewards.get("generate", {}).items()
+            if "rules" in reward.needs
         ]
 
-    def use_evaluation_file(self, path: Path) -> None:
-        """Evaluate on a JSONL file instead of the test split; no other data is read."""
-        self._evaluation_file = JsonlExamples(
-            path, self.vocabulary.picture_shape, parse_rule=parse_rule
-        )
 
-    def is_right(self, samples: Samples) -> Tensor:
-        """[B] 1 where everything is right, 0 where not, NaN where no rule tells."""
-        return self._checks(samples).strict
-
-    def _checks(self, samples: Samples) -> Verdicts:
-        """What the rules say; an answer that was cut is not right, unless it is scored as it is."""
-        checks = check_samples(samples)
-        if self.config.rewards.truncated != "keep":
-            checks.strict[samples.truncated] = 0.0
-        return checks
-
-    def measure(self, samples: Samples) -> dict[str, float]:
-        """Strict, partial and gold scores of a batch: watched in training, never trained on."""
-        task = samples.examples[0].task
-        checks = self._checks(samples)
-        metrics = {f"strict/{task}": _mean(checks.strict)}
-        if task == "generate":
-            metrics["partial/generate"] = _mean(checks.partial)
-            metrics["gold/generate"] = _mean(check_samples(samples, gold_reader()).strict)
-        return {name: value for name, value in metrics.items() if not math.isnan(value)}
-
-    def count(self, samples: Samples) -> dict[str, Any]:
-        """How many samples are right, in all and by kind of prompt, as a row of evals.jsonl.
-
-        Samples that no rule tells about are left out; nothing is said where there are no others.
-        """
-        task = samples.examples[0].task
-        measure = "correct" if task == "understand" else "strict"
-        checks = self._checks(samples)
-        row: dict[str, Any] = {}
-        by_kind: dict[str, list[int]] = {"": list(range(len(samples)))}
-        for i, example in enumerate(samples.examples):
-            if example.kind:
-                by_kind.setdefault(example.kind, []).append(i)
-        if len(by_kind) == 2:  # a single kind is the whole
-            by_kind = {"": by_kind[""]}
-        for kind, members in by_kind.items():
-            strict = checks.strict[members]
-            total = int((~strict.isnan()).sum())
-            prefix = f"{task}/{kind}" if kind else task
-            if total:
-                row[f"{prefix}/{measure}"] = int(strict.nansum())
-                row[f"{prefix}/total"] = total
-        if row and task == "generate":
-            row["generate/gold"] = int(check_samples(samples, gold_reader()).strict.nansum())
-            row["generate/partial"] = float(checks.partial.nanmean())
-        return row
+_VOCABULARY = ("words", "picture_shape", "answer_range")
 
 
-def _mean(values: Tensor) -> float:
-    return float(values.nanmean())
+def used_rewards(config: TrainConfig) -> dict[Skill, dict[str, float]]:
+    """Names of rewards with their weights, of the skills that have prompts in a step."""
+    return {
+        skill: getattr(config.rewards, skill)
+        for skill in SKILLS
+        if getattr(config.rollout, f"{skill}_prompts")
+    }
 
 
-def vocabulary_of(data: Data) -> Vocabulary:
-    """The vocabulary of a run that begins."""
-    return Vocabulary.of(data.words, data.source.picture_shape, spelled=data.spelled)
-
-
-def load_or_fit_task(config: TrainConfig, run_dir: Path, data: Data | None = None) -> Task:
-    """The task of a run: read from `run_dir/task`, or made from the training data and kept there.
-
-    Args:
-        config: of the run.
-        run_dir: its directory.
-        data: of the configuration, when the caller has it already.
+def pictures_to_fit(source: Source) -> Tensor:
+    """[N, C, H, W] target pictures; where there is none, the pictures that are asked about.
 
     Raises:
-        CheckpointError: `task/` is damaged, or of a run of another configuration.
+        ConfigError: there is none either.
     """
-    saved = load_newest(run_dir / "task")
-    if saved is not None:
-        return _saved_task(config, saved, data)
-    data = data or data_of(config.data)
-    section = config.model
-    autoencoder = LinearAutoencoder.fit(
-        pictures_to_fit(data.source), section.latent_patch, section.latent_dim
-    )
-    tensors = {f"autoencoder.{name}": t for name, t in autoencoder.state_dict().items()}
-    encoder: DualEncoder | None = None
-    if _wants_encoder(config):
-        encoder = data.fit_encoder(config.run.seed)
-    if encoder is not None:
-        tensors |= {f"encoder.{name}": t for name, t in encoder.state_dict().items()}
-    vocabulary = vocabulary_of(data)
-    state = {
-        "fingerprint": fingerprint(config),
-        "vocabulary": dataclasses.asdict(vocabulary),
-        "encoder_words": list(encoder.words) if encoder is not None else [],
-    }
-    path = save_checkpoint(run_dir / "task", 0, tensors, state, keep=1)
-    return Task(config, data, autoencoder, encoder, vocabulary, load_checkpoint(path).fingerprint)
-
-
-def _saved_task(config: TrainConfig, saved: Checkpoint, data: Data | None) -> Task:
-    saved.require({"fingerprint": fingerprint(config)})
-    vocabulary = Vocabulary.from_json(saved.state["vocabulary"])
-    section = config.model
-    autoencoder = LinearAutoencoder(
-        *vocabulary.picture_shape, patch=section.latent_patch, dim=section.latent_dim
-    )
-    autoencoder.load_state_dict(_with_prefix(saved.tensors, "autoencoder."))
-    encoder: DualEncoder | None = None
-    if saved.state["encoder_words"]:
-        encoder = DualEncoder(saved.state["encoder_words"], *vocabulary.picture_shape)
-        encoder.load_state_dict(_with_prefix(saved.tensors, "encoder."))
-        encoder.eval().requires_grad_(False)
-    elif _wants_encoder(config):
-        raise ConfigError(
-            f"{saved.path} has no encoder of r_sem, which its run did not use; leave r_sem out of "
-            "rewards.generate, or start a new run"
-        )
-    return Task(config, data, autoencoder, encoder, vocabulary, saved.fingerprint)
-
-
-def _wants_encoder(config: TrainConfig) -> bool:
-    return "r_sem" in chain.from_iterable(used_rewards(config).values())
+    pictures = [example.target for (example,) in source.labelled("generate", 1024, 0.0, 0)]
+    if not any(picture is not None for picture in pictures):
+        pictures = [example.image for (example,) in source.labelled("understand", 1024, 0.0, 0)]
+    found = [torch.from_numpy(picture) for picture in pictures if picture is not None]
+    if not found:
+        raise ConfigError("data: the training file has no picture to fit the latents on")
+    return torch.stack(found)
 
 
 def _with_prefix(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:

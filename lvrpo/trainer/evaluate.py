@@ -10,17 +10,14 @@ from typing import Any
 import torch
 
 from lvrpo.data.example import Example, FinishReason
-from lvrpo.intervals import clustered_mean
+from lvrpo.intervals import Mean, clustered_mean
 from lvrpo.models.flow import FlowSchedule
 from lvrpo.models.protocol import Policy
-from lvrpo.rewards.registry import reward_label
 from lvrpo.rewards.reward import Samples
-from lvrpo.runs.rewards import used_rewards
-from lvrpo.runs.scores import reward_row
-from lvrpo.runs.setup import Task
-from lvrpo.trainer.config import RolloutSection
+from lvrpo.trainer.config import TrainConfig
 from lvrpo.trainer.experience import score_samples
 from lvrpo.trainer.journal import GalleryItem
+from lvrpo.trainer.task import Checks, Rewards, Task
 
 #: Prompts evaluated at once; bounds the memory, changes no number.
 CHUNK = 256
@@ -31,25 +28,24 @@ EVALUATION_STEP = -1
 def evaluate(
     policy: Policy,
     task: Task,
-    rollout: RolloutSection,
+    rewards: Rewards,
+    config: TrainConfig,
     schedule: FlowSchedule,
     *,
-    reference: Policy | None,
     items: int,
     gallery_items: int = 12,
     seed: int,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> tuple[dict[str, Any], list[GalleryItem]]:
-    """One sampled answer or drawing for each of `items` held-out prompts per task.
+    """One sampled answer or drawing for each of `items` held-out prompts per skill.
 
     Args:
         policy: what is measured; it samples as in training, at the same temperature and noise.
         task: gives the prompts and judges the samples.
-        rollout: sampling parameters.
+        rewards: to report the means of; may be empty.
+        config: in force: how is sampled and scored.
         schedule: of the denoising.
-        reference: the policy that rewards are computed with, see `Task.rewards`; None to leave the
-            rewards out.
-        items: prompts per task.
+        items: prompts per skill.
         gallery_items: how many of them, in all, are returned as pictures.
         seed: of the samples.
         progress: told how many prompts are sampled, and of how many.
@@ -62,8 +58,9 @@ def evaluate(
     """
     row: dict[str, Any] = {}
     gallery: list[GalleryItem] = []
-    questions = task.evaluation_examples("understand", items)
-    prompts = task.evaluation_examples("generate", items)
+    # The same prompts for every seed, before and after.
+    questions = task.source.examples("test", "understand", items, 0)
+    prompts = task.source.examples("test", "generate", items, 0)
     total = len(questions) + len(prompts)
     if questions:
         texts: list[str] = []
@@ -72,8 +69,8 @@ def evaluate(
             answers = policy.sample_texts(
                 chunk,
                 1,
-                max_tokens=rollout.max_answer_tokens,
-                temperature=rollout.temperature,
+                max_tokens=config.rollout.max_answer_tokens,
+                temperature=config.rollout.temperature,
                 seed=seed,
                 step=EVALUATION_STEP,
             )
@@ -81,9 +78,9 @@ def evaluate(
             reasons += answers.finish_reasons
             progress(len(texts), total)
         samples = Samples.of_texts(questions, texts, reasons)
-        row |= task.count(samples) | _reward_means(task, samples, reference)
+        row |= task.checks.count(samples) | _reward_means(rewards, samples, config)
         row["truncated/understand"] = float(samples.truncated.float().mean())
-        gallery += _gallery(task, samples, seed, gallery_items // 2)
+        gallery += _gallery(task.checks, samples, seed, gallery_items // 2)
     if prompts:
         images = []
         for chunk in _chunks(prompts):
@@ -91,8 +88,8 @@ def evaluate(
             images.append(drawn.images)
             progress(len(questions) + CHUNK * (len(images) - 1) + len(chunk), total)
         samples = Samples.of_images(prompts, torch.cat(images))
-        row |= task.count(samples) | _reward_means(task, samples, reference)
-        gallery += _gallery(task, samples, seed, gallery_items - gallery_items // 2)
+        row |= task.checks.count(samples) | _reward_means(rewards, samples, config)
+        gallery += _gallery(task.checks, samples, seed, gallery_items - gallery_items // 2)
     return row, gallery
 
 
@@ -100,32 +97,39 @@ def _chunks(examples: Sequence[Example]) -> list[Sequence[Example]]:
     return [examples[i : i + CHUNK] for i in range(0, len(examples), CHUNK)]
 
 
-def _reward_means(task: Task, samples: Samples, reference: Policy | None) -> dict[str, Any]:
+def _reward_means(rewards: Rewards, samples: Samples, config: TrainConfig) -> dict[str, Any]:
     """The mean of every configured reward, over the samples that it has a score for."""
-    modality, config = samples.examples[0].task, task.config
-    names = used_rewards(config).get(modality, {})
-    if reference is None or not names:
+    modality = samples.examples[0].task
+    own = rewards.get(modality, {})
+    if not own:
         return {}
     # No larger batches than in training: a reward's time limit is for those.
     size = config.rollout.group_size * getattr(config.rollout, f"{modality}_prompts")
     tables = [
         score_samples(
-            task.rewards(reference)[modality],
-            samples.take(range(start, min(start + size, len(samples)))),
-            modality,
-            config.rewards,
+            own, samples.take(range(start, min(start + size, len(samples)))), config.rewards
         )[0]
         for start in range(0, len(samples), size)
     ]
     clusters = [_asked(example) for example in samples.examples]
     row: dict[str, Any] = {}
-    for name, column in zip(map(reward_label, names), torch.cat(tables).T.tolist(), strict=True):
+    for name, column in zip(own, torch.cat(tables).T.tolist(), strict=True):
         pairs = zip(column, clusters, strict=True)
         known = [(score, cluster) for score, cluster in pairs if not math.isnan(score)]
         if known:
             scores, prompts = zip(*known, strict=True)
             row |= reward_row(modality, name, clustered_mean(scores, prompts))
     return row
+
+
+def reward_row(task: str, name: str, mean: Mean) -> dict[str, Any]:
+    """The keys of an evaluation row that hold the mean of one reward."""
+    key = f"{task}/{name}"
+    return {
+        f"reward/{key}": mean.value,
+        f"reward_error/{key}": mean.error,
+        f"reward_count/{key}": mean.count,
+    }
 
 
 def _asked(example: Example) -> str:
@@ -136,9 +140,9 @@ def _asked(example: Example) -> str:
     return example.identity.digest
 
 
-def _gallery(task: Task, samples: Samples, seed: int, count: int) -> list[GalleryItem]:
+def _gallery(checks: Checks, samples: Samples, seed: int, count: int) -> list[GalleryItem]:
     items = []
-    right = task.is_right(samples)
+    right = checks.right(samples)
     for i, example in islice(enumerate(samples.examples), count):
         drawn = None if samples.images is None else samples.images[i].numpy()
         shown = drawn if drawn is not None else example.image

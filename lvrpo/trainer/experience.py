@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,9 +19,9 @@ from lvrpo.params.advantages import AdvantageParams
 from lvrpo.rewards.registry import reward_label
 from lvrpo.rewards.reward import Reward, RewardError, Samples
 from lvrpo.rewards.score import score
-from lvrpo.runs.setup import Task
 from lvrpo.trainer.config import RewardSection, TrainConfig
 from lvrpo.trainer.correction import correct_sampler
+from lvrpo.trainer.task import Rewards, Task, training_examples
 
 
 @dataclass(frozen=True)
@@ -37,13 +37,21 @@ class Experience:
 
 def gather_experience(
     policy: Policy,
-    reference: Policy,
     task: Task,
+    rewards: Rewards,
     config: TrainConfig,
     schedule: FlowSchedule,
     step: int,
 ) -> tuple[Experience, dict[str, Any]]:
     """Sample the groups of one step and score them.
+
+    Args:
+        policy: that samples.
+        task: its prompts and checks.
+        rewards: of the skills that are trained.
+        config: in force.
+        schedule: of the denoising.
+        step: number of this step; with the run's seed it fixes every draw.
 
     Returns:
         The experience, and metrics: rewards, each reward's share of the advantage variance, the
@@ -59,7 +67,7 @@ def gather_experience(
     answers = pictures = None
     if rollout.understand_prompts:
         answers = policy.sample_texts(
-            task.training_examples("understand", rollout.understand_prompts, step),
+            training_examples(task.source, "understand", rollout.understand_prompts, seed, step),
             rollout.group_size,
             max_tokens=rollout.max_answer_tokens,
             temperature=rollout.temperature,
@@ -68,7 +76,7 @@ def gather_experience(
         )
     if rollout.generate_prompts:
         pictures = policy.sample_images(
-            task.training_examples("generate", rollout.generate_prompts, step),
+            training_examples(task.source, "generate", rollout.generate_prompts, seed, step),
             rollout.group_size,
             schedule,
             seed=seed,
@@ -85,9 +93,8 @@ def gather_experience(
         samples["generate"] = Samples.of_images(examples, pictures.images)
     tables: dict[Skill, Tensor] = {}
     for modality, sampled in samples.items():
-        rewards = task.rewards(reference)[modality]
-        tables[modality], reported = score_samples(rewards, sampled, modality, config.rewards)
-        _merge(metrics, reported | task.measure(sampled))
+        tables[modality], reported = score_samples(rewards[modality], sampled, config.rewards)
+        _merge(metrics, reported | task.checks.measure(sampled))
     metrics["time/rewards"] = clock.lap()
 
     advantages: dict[Skill, Tensor] = {}
@@ -117,14 +124,13 @@ def gather_experience(
 
 
 def score_samples(
-    rewards: Sequence[Reward], samples: Samples, modality: Skill, section: RewardSection
+    rewards: Mapping[str, Reward], samples: Samples, section: RewardSection
 ) -> tuple[Tensor, dict[str, Any]]:
-    """The table of scores of one task, as `[rewards]` of the configuration says.
+    """The table of scores of one skill, as `[rewards]` of the configuration says.
 
     Args:
-        rewards: in the order of the configuration's weights.
-        samples: B samples of one task.
-        modality: that task.
+        rewards: by label, in the order of the configuration's weights.
+        samples: B samples of one skill.
         section: of the configuration.
 
     Returns:
@@ -137,8 +143,8 @@ def score_samples(
     metrics: dict[str, Any] = {"alarm": []}
     columns = []
     tolerant = section.max_failures > 0
-    labels = map(reward_label, getattr(section, modality))
-    for name, reward in zip(labels, rewards, strict=True):
+    modality = samples.examples[0].task
+    for name, reward in rewards.items():
         failures: list[RewardError] = []
         column = score(
             [reward],

@@ -15,7 +15,6 @@ from typing import Any
 
 from lvrpo.models.flow import FlowSchedule
 from lvrpo.models.protocol import Policy
-from lvrpo.runs.setup import Task
 from lvrpo.trainer.config import TrainConfig
 from lvrpo.trainer.evaluate import evaluate
 from lvrpo.trainer.experience import gather_experience
@@ -23,6 +22,7 @@ from lvrpo.trainer.journal import Interrupts, Journal, Snapshot
 from lvrpo.trainer.objective import Objective
 from lvrpo.trainer.schedule import flow_schedule
 from lvrpo.trainer.state import TrainState, load_weights
+from lvrpo.trainer.task import Rewards, Task, warm_start_examples
 from lvrpo.trainer.update import policy_gradient
 from lvrpo.trainer.warm_start import supervised_gradient
 
@@ -61,7 +61,7 @@ def train(config: TrainConfig, task: Task, journal: Journal, interrupts: Interru
         RewardError: a reward function failed.
         SelfTestError: the update does not reproduce the rollout.
     """
-    policy = task.policy(task.new_model())
+    policy = task.new_policy()
     state = TrainState(policy.module, config, journal.latest(), journal.bridge)
     training = _Training(config, task, policy, state, journal, interrupts)
     weight = next(policy.module.parameters())
@@ -81,7 +81,9 @@ def _warm_start(training: _Training) -> None:
         with training.interrupts.step():
             started = time.perf_counter()
             step = state.step + 1
-            questions, drawings = training.task.warm_start_examples(step)
+            questions, drawings = warm_start_examples(
+                training.task.source, config.warm_start, config.run.seed, step
+            )
             metrics: dict[str, Any] = supervised_gradient(
                 training.policy, questions, drawings, seed=config.run.seed, step=step
             )
@@ -94,16 +96,17 @@ def _warm_start(training: _Training) -> None:
 def _grpo(training: _Training) -> None:
     config, policy, state = training.config, training.policy, training.state
     reference = _reference(training)
+    rewards = training.task.make_rewards(reference)
     schedule = flow_schedule(config.rollout)
     objective = Objective.from_config(config)
     first = config.warm_start.steps
-    _evaluate_once(training, WARM_START, first, reference, reference, schedule)
+    _evaluate_once(training, WARM_START, first, reference, rewards, schedule)
     while state.step < training.total:
         with training.interrupts.step():
             started = time.perf_counter()
             step = state.step + 1
             experience, metrics = gather_experience(
-                policy, reference, training.task, config, schedule, step
+                policy, training.task, rewards, config, schedule, step
             )
             update_started = time.perf_counter()
             for update in range(config.optimizer.updates_per_rollout):
@@ -118,7 +121,7 @@ def _grpo(training: _Training) -> None:
                         metrics["time/update"] = time.perf_counter() - update_started
                         metrics["time/total"] = time.perf_counter() - started
                         _finish_step(training, "grpo", metrics)
-    _evaluate_once(training, AFTER, training.total, policy, reference, schedule)
+    _evaluate_once(training, AFTER, training.total, policy, rewards, schedule)
 
 
 def _finish_step(training: _Training, phase: str, metrics: dict[str, Any]) -> None:
@@ -136,9 +139,10 @@ def _reference(training: _Training) -> Policy:
     state, journal = training.state, training.journal
     if state.step == training.config.warm_start.steps:
         journal.save_reference(Snapshot(state.step, state.model.state_dict()))
-    model = training.task.new_model()
-    load_weights(model, journal.reference())
-    return training.task.policy(model.requires_grad_(False))
+    reference = training.task.new_policy()
+    load_weights(reference.module, journal.reference())
+    reference.module.requires_grad_(False)
+    return reference
 
 
 def _evaluate_once(
@@ -146,7 +150,7 @@ def _evaluate_once(
     label: str,
     step: int,
     policy: Policy,
-    reference: Policy,
+    rewards: Rewards,
     schedule: FlowSchedule,
 ) -> None:
     # A run that was given more steps is evaluated again at its new end.
@@ -157,9 +161,9 @@ def _evaluate_once(
     row, gallery = evaluate(
         policy,
         training.task,
-        config.rollout,
+        rewards,
+        config,
         schedule,
-        reference=reference,
         items=config.run.eval_items,
         seed=config.run.seed,
         progress=partial(journal.evaluating, label),

@@ -4,6 +4,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from lvrpo.data.words import words_of
 from lvrpo.digits.phrases import scene_words
 from lvrpo.digits.scenes import SceneConfig, scene_examples
 from lvrpo.models.unified.tokenizer import (
@@ -14,7 +15,6 @@ from lvrpo.models.unified.tokenizer import (
     IMAGE,
     PAD,
     Tokenizer,
-    words_of,
 )
 
 WORDS = Tokenizer(scene_words())

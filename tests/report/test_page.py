@@ -20,7 +20,7 @@ from lvrpo.report.page import write_report
 from lvrpo.report.summary import collect_alarms, compare_scores
 from lvrpo.runs.gallery import save_gallery
 from lvrpo.runs.log import RunWriter
-from lvrpo.runs.scores import reward_row
+from lvrpo.trainer.evaluate import reward_row
 from lvrpo.trainer.journal import GalleryItem
 
 

@@ -408,9 +408,9 @@ def test_a_rollout_that_the_update_cannot_reproduce(tmp_path, monkeypatch):
 def test_a_rollout_with_another_schedule(tmp_path, monkeypatch):
     gather = loop.gather_experience
 
-    def with_another(policy, reference, task, config, schedule, step):
+    def with_another(policy, task, rewards, config, schedule, step):
         other = dataclasses.replace(schedule, shift=2.0)
-        return gather(policy, reference, task, config, other, step)
+        return gather(policy, task, rewards, config, other, step)
 
     monkeypatch.setattr(loop, "gather_experience", with_another)
     message = refused("train", tmp_path / "run", tiny=True, after_start=True)

@@ -18,7 +18,8 @@ from lvrpo.intervals import (
 from lvrpo.runs.environment import environment, read_environment, write_environment
 from lvrpo.runs.gallery import load_gallery, save_gallery
 from lvrpo.runs.log import RunWriter, read_evals, read_metrics
-from lvrpo.runs.scores import eval_rewards, eval_scores, reward_row
+from lvrpo.runs.scores import eval_rewards, eval_scores
+from lvrpo.trainer.evaluate import reward_row
 from lvrpo.trainer.journal import GalleryItem
 
 

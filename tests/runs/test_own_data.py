@@ -16,14 +16,14 @@ from runs.own_data import write_own_data
 from runs.tiny import OVERRIDES, command, settings, tiny_config
 
 from lvrpo.data.sources import JsonlSource
+from lvrpo.data.words import common_words
 from lvrpo.models.unified.tokenizer import Tokenizer
 from lvrpo.report import charts
 from lvrpo.runs.gallery import load_gallery
 from lvrpo.runs.log import read_evals, read_metrics
 from lvrpo.runs.preflight import check_config
 from lvrpo.runs.scores import eval_rewards
-from lvrpo.runs.setup import data_of, load_or_fit_task, vocabulary_of
-from lvrpo.runs.vocabulary import common_words
+from lvrpo.runs.setup import Setup, data_of
 from lvrpo.trainer.config import ConfigError, DataSection
 
 
@@ -71,9 +71,9 @@ def test_drawings_without_a_rule_are_scored_by_the_users_reward_before_and_after
         assert set(means) == {("understand", "r_ins"), ("generate", name)}
         assert means["generate", name].count == 3
         assert 0 <= means["generate", name].value <= 1
-    # The gallery holds the last evaluation's drawings, at 8 bits: one of the three is here.
+    # The gallery holds the last evaluation's drawings, at 8 bits.
     pictures = [item for item in load_gallery(own / "run")["after"] if item.task == "generate"]
-    assert len(pictures) == 1
+    assert len(pictures) == 3
     page = (own / "run" / "report.html").read_text()
     assert "reward.py:brightness" in page
     assert "Rewards, mean over the held-out samples" in page
@@ -137,7 +137,7 @@ def test_sample_draws_in_colour_and_answers(own, tmp_path):
 
 
 def source_of(folder: Path, *changes: str) -> JsonlSource:
-    return check_config(tiny_config(*write_own_data(folder), *changes)).source
+    return check_config(tiny_config(*write_own_data(folder), *changes)).data.source
 
 
 def test_every_prompt_comes_once_before_any_comes_again(tmp_path):
@@ -192,11 +192,11 @@ def test_the_same_wording_in_both_files_is_a_note(tmp_path):
         path = tmp_path / f"{name}.jsonl"
         path.write_text(re.sub(r" number \d of \w+", "", path.read_text()))
     config = tiny_config(*overrides)
-    data = check_config(config)
-    (note,) = data.notes()
+    setup = check_config(config)
+    (note,) = setup.data.notes()
     assert note.startswith("3 of 3 held-out drawing prompts are training prompts word for word")
     assert "'draw a dark square' for one" in note
-    assert note in load_or_fit_task(config, tmp_path / "run", data).notes()
+    assert note in setup.notes(setup.frozen_parts(tmp_path / "run"))
     # The same target as well is an overlap.
     (tmp_path / "test-t0.png").write_bytes((tmp_path / "train-t0.png").read_bytes())
     with pytest.raises(
@@ -215,9 +215,9 @@ def test_labels_of_a_file_are_taken_as_they_are(tmp_path):
 
 
 def test_words_of_the_training_file_are_tokens_and_the_rest_is_spelled(tmp_path):
-    vocabulary = vocabulary_of(data_of(tiny_config(*write_own_data(tmp_path)).data))
-    tokenizer = Tokenizer(vocabulary.words)
-    low, high = vocabulary.answer_range
+    parts = Setup(tiny_config(*write_own_data(tmp_path))).unfitted_parts()
+    tokenizer = Tokenizer(parts.words)
+    low, high = parts.answer_range
     assert all(low <= token < high for token in tokenizer.encode("dark light \u00e9tude"))
     assert len(tokenizer.encode("dark light")) == 2
     assert common_words(["b a a", "a-c b!"]) == ["a", "b", "a-c"]
@@ -231,9 +231,11 @@ def test_questions_alone_are_enough(tmp_path):
         rows = (tmp_path / name).read_text().splitlines(keepends=True)
         (tmp_path / name).write_text("".join(row for row in rows if "answer" in row))
     config = tiny_config(*overrides, "rollout.generate_prompts=0")
-    task = load_or_fit_task(config, tmp_path / "run", check_config(config))
-    pictures = np.stack([e.image for e in task.source.examples("train", "understand", 6, 0)])
-    assert task.autoencoder.mean.mean() == pytest.approx(pictures.mean(), abs=0.02)
+    setup = check_config(config)
+    shown = setup.data.source.examples("train", "understand", 6, 0)
+    pictures = np.stack([example.image for example in shown])
+    autoencoder = setup.frozen_parts(tmp_path / "run").autoencoder
+    assert autoencoder.mean.mean() == pytest.approx(pictures.mean(), abs=0.02)
     result = command("train", tmp_path / "run2", *settings([*OVERRIDES, *overrides]))
     assert "set rollout.generate_prompts = 0 to train without it" in result.stderr
     # A reward of drawings that cannot be used is no obstacle where nothing is drawn.
@@ -247,7 +249,8 @@ def test_notes_count_the_latents_of_the_users_pictures_and_answers_that_are_cut(
     def notes(*changes: str) -> list[str]:
         config = tiny_config(*write_own_data(tmp_path), *changes)
         folder = tmp_path / f"run {len(changes)}"
-        return load_or_fit_task(config, folder, check_config(config)).notes()
+        setup = check_config(config)
+        return setup.notes(setup.frozen_parts(folder))
 
     (floor,) = notes()
     (finer,) = notes("model.latent_patch=4")
@@ -256,7 +259,8 @@ def test_notes_count_the_latents_of_the_users_pictures_and_answers_that_are_cut(
     assert "max_answer_tokens" not in floor
     config = tiny_config(*write_own_data(tmp_path))
     (tmp_path / "train.jsonl").write_text(rows.replace('"dark"', '"a b c d e"'))
-    _, cut = load_or_fit_task(config, tmp_path / "run 3", check_config(config)).notes()
+    setup = check_config(config)
+    _, cut = setup.notes(setup.frozen_parts(tmp_path / "run 3"))
     assert cut.startswith("WARNING: 3 of 6 training answers, 'a b c d e' for one, are longer than")
 
 
@@ -300,12 +304,14 @@ def test_pictures_larger_than_the_default_grid(tmp_path):
     config = tiny_config(
         *write_own_data(tmp_path), "data.height=96", "data.width=64", "model.latent_patch=4"
     )
-    task = load_or_fit_task(config, tmp_path / "run", check_config(config))
-    assert task.model_config().max_grid == 24
-    policy = task.policy(task.new_model())
+    setup = check_config(config)
+    policy = setup.new_policy(setup.frozen_parts(tmp_path / "run"))
+    assert policy.module.config.max_grid == 24
     assert policy.latent_grid == (24, 16)
     builder = policy.builder()
-    builder.noise(*policy.latent_grid, parent=policy.add_prompt(builder, task.source.train[0]))
+    builder.noise(
+        *policy.latent_grid, parent=policy.add_prompt(builder, setup.data.source.train[0])
+    )
     builder.build()
 
 

@@ -17,7 +17,6 @@ from lvrpo.runs.commands import open_run
 from lvrpo.runs.config_file import load_config
 from lvrpo.runs.journal import RunJournal
 from lvrpo.runs.progress import ProgressView
-from lvrpo.runs.setup import load_or_fit_task
 from lvrpo.runs.signals import Signals
 from lvrpo.trainer.config import TrainConfig
 from lvrpo.trainer.loop import train
@@ -74,12 +73,12 @@ def run_tiny(
 ) -> bool:
     view = ProgressView(console=Console(file=out or io.StringIO(), width=200))
     with open_run(directory, None, [*OVERRIDES, *overrides]) as run:
-        task = load_or_fit_task(run.config, directory, run.data)
+        parts = run.setup.frozen_parts(directory)
         with (
             signals or Signals() as held,
-            RunJournal(directory, run.config, task.fingerprint, view) as journal,
+            RunJournal(directory, run.config, parts.fingerprint, view) as journal,
         ):
-            train(run.config, task, journal, held)
+            train(run.config, run.setup.task(parts), journal, held)
     return True
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import threading
 
@@ -17,9 +18,10 @@ from lvrpo.params.advantages import ADVANTAGE_PRESETS, AdvantageParams
 from lvrpo.rewards.reward import FunctionReward, RewardError
 from lvrpo.runs.config_file import load_config
 from lvrpo.runs.log import read_evals, read_metrics
-from lvrpo.runs.setup import Task, load_or_fit_task
+from lvrpo.runs.setup import Setup
 from lvrpo.trainer.experience import gather_experience, shuffle_within_groups
 from lvrpo.trainer.schedule import flow_schedule
+from lvrpo.trainer.task import Task
 
 #: (reward - mean) / (standard deviation + 1e-4), of the group alone.
 PAPER = "rewards.advantage=paper"
@@ -67,27 +69,23 @@ def test_shuffling_carries_rewards_that_do_not_apply():
 
 @pytest.fixture(scope="module")
 def task(tmp_path_factory) -> Task:
-    return load_or_fit_task(tiny_config(), tmp_path_factory.mktemp("task"))
+    setup = Setup(tiny_config())
+    return setup.task(setup.frozen_parts(tmp_path_factory.mktemp("task")))
 
 
 def gather(task, *overrides, score=None, texts=None):
     """One step of a fresh model, its drawings scored by `score` and its answers by `texts`."""
     config = tiny_config(*overrides)
-    policy = task.policy(task.new_model())
-    names = config.rewards.generate
-    rewards = dict(task.rewards(policy))
+    policy = task.new_policy()
+    rewards = dict(task.make_rewards(policy))
     if score is not None:
-        rewards["generate"] = [FunctionReward(score, name, True) for name in names]
+        names = config.rewards.generate
+        rewards["generate"] = {name: FunctionReward(score, name, True) for name in names}
     if texts is not None:
-        rewards["understand"] = [FunctionReward(texts, "r_ins")]
-
-    class Scored(Task):
-        def rewards(self, reference):
-            return rewards
-
-    scored = Scored(config, task.data, task.autoencoder, task.encoder)
+        rewards["understand"] = {"r_ins": FunctionReward(texts, "r_ins")}
     schedule = flow_schedule(config.rollout)
-    return gather_experience(policy, policy, scored, config, schedule, step=4)
+    checked = dataclasses.replace(task, checks=Setup(config).checks)
+    return gather_experience(policy, checked, rewards, config, schedule, step=4)
 
 
 def test_advantages_are_of_the_group(task):
@@ -332,17 +330,22 @@ def test_the_rewards_of_the_default_configuration(tmp_path):
     overrides = [override for override in OVERRIDES if "rewards" not in override]
     config = load_config(overrides=overrides)
     assert list(config.rewards.generate) == ["r_ins", "r_sem", "r_kn"]
-    task = load_or_fit_task(config, tmp_path)
-    policy = task.policy(task.new_model())
     schedule = flow_schedule(config.rollout)
-    found, metrics = gather_experience(policy, policy, task, config, schedule, step=4)
+
+    def gathered():
+        setup = Setup(config)
+        task = setup.task(setup.frozen_parts(tmp_path))
+        policy = task.new_policy()
+        rewards = task.make_rewards(policy)
+        return gather_experience(policy, task, rewards, config, schedule, step=4)
+
+    found, metrics = gathered()
     assert -1 <= metrics["reward/generate/r_sem"] <= 1
     assert 0 < metrics["reward/generate/r_kn"] < 1
     shares = [metrics[f"share/generate/{name}"] for name in config.rewards.generate]
     assert sum(shares) == pytest.approx(1, abs=1e-3)
     assert found.picture_advantages.isfinite().all()
     # The encoder is kept with the run: a second process scores the same.
-    again = load_or_fit_task(config, tmp_path)
-    _, repeated = gather_experience(policy, policy, again, config, schedule, step=4)
+    _, repeated = gathered()
     for name in ("r_sem", "r_kn"):
         assert repeated[f"reward/generate/{name}"] == metrics[f"reward/generate/{name}"]

@@ -7,14 +7,16 @@ import torch
 from runs.tiny import Stop, StopAfter, tiny_config
 from trainer.memory_journal import MemoryJournal
 
-from lvrpo.runs.setup import Task, load_or_fit_task
+from lvrpo.runs.setup import Setup
 from lvrpo.runs.signals import Signals
 from lvrpo.trainer.loop import train
+from lvrpo.trainer.task import Task
 
 
 @pytest.fixture(scope="module")
 def task(tmp_path_factory: pytest.TempPathFactory) -> Task:
-    return load_or_fit_task(tiny_config(), tmp_path_factory.mktemp("task"))
+    setup = Setup(tiny_config())
+    return setup.task(setup.frozen_parts(tmp_path_factory.mktemp("task")))
 
 
 @pytest.fixture(scope="module")

@@ -8,29 +8,15 @@ from __future__ import annotations
 
 import hashlib
 import json
-import re
-import unicodedata
 from collections.abc import Iterable, Sequence
+
+from lvrpo.data.words import WORD
 
 PAD, BOS, IMAGE, IMAGE_END, DRAW, DRAW_END = range(6)
 CONTROL_TOKENS = ("<pad>", "<bos>", "<image>", "</image>", "<draw>", "</draw>")
 FIRST_BYTE = len(CONTROL_TOKENS)
 EOS = FIRST_BYTE + 256
 FIRST_WORD = EOS + 1
-
-# Letters and digits of any script, and the marks that belong to them: without the vowel signs a
-# Hindi or Thai word would fall apart. All scripts with such marks in wide use lie below U+3100.
-_MARKS = "".join(
-    chr(code) for code in range(0x300, 0x3100) if unicodedata.category(chr(code)).startswith("M")
-)
-_LETTERS = rf"(?:[^\W_]|[{_MARKS}])+"
-# A word is a whole run of these characters, so two neighbouring word tokens had a gap between them.
-_RUN = re.compile(rf"({_LETTERS}(?:-{_LETTERS})*)")
-
-
-def words_of(text: str) -> list[str]:
-    """The runs of letters and digits, maybe joined by hyphens, that can be one token each."""
-    return _RUN.findall(text)
 
 
 class Tokenizer:
@@ -39,7 +25,7 @@ class Tokenizer:
     A single space between two known words is implied and costs no token.
 
     Args:
-        words: the known words, each a run as `words_of` finds them; the order fixes their ids.
+        words: the known words, each as `lvrpo.data.words` finds them; the order fixes their ids.
     """
 
     def __init__(self, words: Iterable[str]) -> None:
@@ -48,7 +34,7 @@ class Tokenizer:
         if len(self._ids) != len(self.words):
             raise ValueError("Tokenizer: a word occurs twice")
         for word in self.words:
-            if not _RUN.fullmatch(word):
+            if not WORD.fullmatch(word):
                 raise ValueError(
                     f"Tokenizer: {word!r} is not a run of letters, digits and inner hyphens"
                 )
@@ -70,7 +56,7 @@ class Tokenizer:
         """Ids of the words and bytes of `text`; no <bos>, no <eos>."""
         ids: list[int] = []
         after_word = False
-        pieces = _RUN.split(text)  # gap, run, gap, run, ..., gap
+        pieces = WORD.split(text)  # gap, run, gap, run, ..., gap
         for i in range(0, len(pieces) - 1, 2):
             gap, run = pieces[i], pieces[i + 1]
             word = self._ids.get(run)

@@ -1,0 +1,91 @@
+"""What a run learns, as data: prompts, what is right, how a policy and its rewards are made."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from torch import Tensor
+
+from lvrpo import random
+from lvrpo.data.example import Example, Skill
+from lvrpo.data.sources import Source
+from lvrpo.models.protocol import Policy
+from lvrpo.rewards.reward import Reward, Samples
+from lvrpo.trainer.config import WarmStartSection
+
+#: Of a drawing prompt in the warm start, each with noise of its own, in label, flow and time; the
+#: prompt is computed once for all.
+TARGETS_PER_PROMPT = 4
+#: The rewards of each skill that is trained, by the names they are reported under, in the order of
+#: the configuration's weights.
+Rewards = Mapping[Skill, Mapping[str, Reward]]
+
+
+class Checks(Protocol):
+    """What is watched and never trained on, for samples of one skill."""
+
+    def right(self, samples: Samples) -> Tensor:
+        """[B] fp32, 1 where everything is right, 0 where not, NaN where nothing tells."""
+
+    def measure(self, samples: Samples) -> dict[str, float]:
+        """Metrics of a training batch."""
+
+    def count(self, samples: Samples) -> dict[str, Any]:
+        """Counts of an evaluation as "<skill>[/<kind>]/<measure>" beside a ".../total"."""
+
+
+@dataclass(frozen=True)
+class Task:
+    """Everything of a run that is fixed before its first step.
+
+    Args:
+        source: of the prompts.
+        checks: of the samples.
+        new_policy: makes a policy with the weights that the run begins with, the same every time.
+        make_rewards: from the frozen policy of the end of the warm start, once in a run.
+        fingerprint: of the parts that weights are made for, so that foreign weights can be told.
+    """
+
+    source: Source
+    checks: Checks
+    new_policy: Callable[[], Policy]
+    make_rewards: Callable[[Policy], Rewards]
+    fingerprint: str
+
+
+def training_examples(
+    source: Source, skill: Skill, count: int, seed: int, step: int
+) -> list[Example]:
+    """Prompts of one policy step; `seed` is the run's."""
+    return source.examples("train", skill, count, _seed(seed, "policy", step))
+
+
+def warm_start_examples(
+    source: Source, section: WarmStartSection, seed: int, step: int
+) -> tuple[list[Example], list[list[Example]]]:
+    """Questions, and groups of drawings of one prompt, of one supervised step.
+
+    Some of their labels are wrong on purpose, independently within a group.
+
+    Args:
+        source: of the prompts.
+        section: how many, and how wrong.
+        seed: of the run.
+        step: number of this step.
+    """
+    drawn = _seed(seed, "warm start", step)
+    questions = source.labelled("understand", section.understand_batch, section.label_noise, drawn)
+    drawings = source.labelled(
+        "generate",
+        section.generate_batch,
+        section.label_noise,
+        drawn,
+        copies=TARGETS_PER_PROMPT,
+    )
+    return [group[0] for group in questions], drawings
+
+
+def _seed(seed: int, *ids: int | str) -> int:
+    return int(random.stream(seed, *ids).integers(1 << 62))
