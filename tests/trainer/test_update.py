@@ -270,6 +270,9 @@ def test_a_ratio_away_from_one_stops_the_run(case):
     with pytest.raises(SelfTestError, match="is nan before"):
         check_ratio({"ratio/text/max": float("nan")})
     check_ratio({"ratio/text/max": 1 + SELF_TEST_TOLERANCE / 2, "loss/text": 7.0})
+    check_ratio({"ratio/text/max": 1.05}, torch.bfloat16)
+    with pytest.raises(SelfTestError, match=r"1.05 before .* within 0.001"):
+        check_ratio({"ratio/text/max": 1.05}, torch.float32)
 
 
 def test_another_schedule_is_refused(case):
