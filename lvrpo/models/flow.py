@@ -187,3 +187,17 @@ def noise_floor(
     if params.log_ratio_scale != "mean":
         floor = floor * params.log_ratio_scale * num_elements
     return floor
+
+
+def noise_floor_note(schedule: FlowSchedule, num_elements: int, params: FlowLossParams) -> str:
+    """The largest `noise_floor` in fp32 and bf16, next to the clip range it competes with."""
+    clip = min(params.clip_low, params.clip_high)
+    floors = {}
+    for dtype, kind in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
+        floor = noise_floor(schedule, num_elements, torch.finfo(kind).eps, params=params)
+        floors[dtype] = float(floor.max())
+    line = ", ".join(f"{dtype} {floor:.1e}" for dtype, floor in floors.items())
+    note = f"noise floor of the image log-ratio: {line}; clip range {clip:g}"
+    if clip < 3 * floors["fp32"]:
+        note += " - WARNING: below 3x the fp32 floor, the clip cuts noise"
+    return note

@@ -11,7 +11,7 @@ import math
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass
-from typing import Any, Literal, TypeAlias, get_args
+from typing import Any, Literal, Protocol, TypeAlias, get_args
 
 import numpy as np
 import torch
@@ -69,6 +69,69 @@ def score(
     elif truncated == "mask":
         table = table.masked_fill(cut, math.nan)
     return table
+
+
+class Scoring(Protocol):
+    """What is made of cut answers and failing rewards; `[rewards]` of a configuration is one."""
+
+    @property
+    def truncated(self) -> Truncated:
+        """See `score`."""
+
+    @property
+    def max_failures(self) -> float:
+        """Share of the samples that a reward may fail at, which have no score of it then."""
+
+    @property
+    def timeout(self) -> float:
+        """See `score`."""
+
+
+def score_samples(
+    rewards: Mapping[str, Reward], samples: Samples, scoring: Scoring
+) -> tuple[Tensor, dict[str, Any]]:
+    """The table of scores of one skill, with what is told of cut answers and failing rewards.
+
+    Args:
+        rewards: by label, in the order of the configuration's weights.
+        samples: B samples of one skill.
+        scoring: see there.
+
+    Returns:
+        [B, K] fp32, NaN where a reward has no score, and metrics: the shares of cut answers, of
+        samples without any score, and of those that each reward failed at, with alarms.
+
+    Raises:
+        RewardError: a reward failed at more than `max_failures` of the samples.
+    """
+    metrics: dict[str, Any] = {"alarm": []}
+    columns = []
+    tolerant = scoring.max_failures > 0
+    modality = samples.examples[0].task
+    for name, reward in rewards.items():
+        failures: list[RewardError] = []
+        column = score(
+            [reward],
+            samples,
+            truncated=scoring.truncated,
+            timeout=scoring.timeout,
+            on_failure=failures.append if tolerant else None,
+        )
+        columns.append(column)
+        if tolerant:
+            share = sum(len(failure.samples) for failure in failures) / len(samples)
+            metrics[f"failed/{modality}/{name}"] = share
+            if share > scoring.max_failures:
+                raise RewardError(
+                    f"{failures[0]}; without a score are {share:.0%} of the samples, more than "
+                    f"rewards.max_failures = {scoring.max_failures:g} allows"
+                )
+        metrics["alarm"] += dict.fromkeys(f"{failure.kind}: no signal" for failure in failures)
+    table = torch.cat(columns, dim=1)
+    metrics[f"unscored/{modality}"] = float(table.isnan().all(dim=1).float().mean())
+    if modality == "understand":
+        metrics["truncated/understand"] = float(samples.truncated.float().mean())
+    return table, metrics
 
 
 @dataclass(frozen=True)

@@ -14,8 +14,8 @@ from lvrpo.data.example import Example, FinishReason, Skill
 from lvrpo.data.sources import Source
 from lvrpo.rewards.registry import FoundReward
 from lvrpo.rewards.reward import RewardError, Samples
+from lvrpo.rewards.score import score_samples
 from lvrpo.runs.setup import FrozenParts, Setup
-from lvrpo.trainer.experience import score_samples
 
 #: Training prompts of each skill.
 PROMPTS = 4

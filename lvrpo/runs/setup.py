@@ -24,6 +24,7 @@ from lvrpo.digits.rules import parse_rule
 from lvrpo.digits.scenes import SceneConfig
 from lvrpo.digits.task import SceneSource, judge_facts
 from lvrpo.models.answering import answer_probability
+from lvrpo.models.flow import noise_floor_note
 from lvrpo.models.protocol import Policy
 from lvrpo.models.unified.latents import LinearAutoencoder
 from lvrpo.models.unified.model import UnifiedConfig, UnifiedModel
@@ -35,7 +36,8 @@ from lvrpo.rewards.registry import FoundReward, find_reward, reward_label
 from lvrpo.runs.changes import fingerprint
 from lvrpo.runs.checkpoint import load_checkpoint, load_newest, save_checkpoint
 from lvrpo.trainer.config import ConfigError, DataSection, TrainConfig
-from lvrpo.trainer.schedule import noise_floor_note
+from lvrpo.trainer.objective import Objective
+from lvrpo.trainer.schedule import flow_schedule
 from lvrpo.trainer.task import Rewards, Task
 
 
@@ -392,7 +394,9 @@ class Setup:
         """Lines worth reading before the first step."""
         elements = parts.autoencoder.tokens * parts.autoencoder.dim
         draws = self.config.rollout.generate_prompts
-        floor = [noise_floor_note(self.config, elements)] if draws else []
+        schedule = flow_schedule(self.config.rollout)
+        objective = Objective.from_config(self.config)
+        floor = [noise_floor_note(schedule, elements, objective.image)] if draws else []
         return [*floor, *self.data.notes(), *self._cut_answers_note(parts), *self._no_rule_notes()]
 
     def _cut_answers_note(self, parts: FrozenParts) -> list[str]:

@@ -14,8 +14,8 @@ from lvrpo.intervals import Mean, clustered_mean
 from lvrpo.models.flow import FlowSchedule
 from lvrpo.models.protocol import Policy
 from lvrpo.rewards.reward import Samples
+from lvrpo.rewards.score import score_samples
 from lvrpo.trainer.config import TrainConfig
-from lvrpo.trainer.experience import score_samples
 from lvrpo.trainer.journal import GalleryItem
 from lvrpo.trainer.task import Checks, Rewards, Task
 

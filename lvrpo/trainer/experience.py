@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,9 +16,9 @@ from lvrpo.models.protocol import Answers, Pictures, Policy
 from lvrpo.ops.normalize_advantages import normalize_advantages
 from lvrpo.params.advantages import AdvantageParams
 from lvrpo.rewards.registry import reward_label
-from lvrpo.rewards.reward import Reward, RewardError, Samples
-from lvrpo.rewards.score import score
-from lvrpo.trainer.config import RewardSection, TrainConfig
+from lvrpo.rewards.reward import Samples
+from lvrpo.rewards.score import score_samples
+from lvrpo.trainer.config import TrainConfig
 from lvrpo.trainer.correction import correct_sampler
 from lvrpo.trainer.task import Rewards, Task, training_examples
 
@@ -121,53 +120,6 @@ def gather_experience(
         answers, moved.get("understand"), pictures, moved.get("generate"), weights
     )
     return experience, metrics
-
-
-def score_samples(
-    rewards: Mapping[str, Reward], samples: Samples, section: RewardSection
-) -> tuple[Tensor, dict[str, Any]]:
-    """The table of scores of one skill, as `[rewards]` of the configuration says.
-
-    Args:
-        rewards: by label, in the order of the configuration's weights.
-        samples: B samples of one skill.
-        section: of the configuration.
-
-    Returns:
-        [B, K] fp32, NaN where a reward has no score, and metrics: the shares of cut answers, of
-        samples without any score, and of those that each reward failed at, with alarms.
-
-    Raises:
-        RewardError: a reward failed at more than `max_failures` of the samples.
-    """
-    metrics: dict[str, Any] = {"alarm": []}
-    columns = []
-    tolerant = section.max_failures > 0
-    modality = samples.examples[0].task
-    for name, reward in rewards.items():
-        failures: list[RewardError] = []
-        column = score(
-            [reward],
-            samples,
-            truncated=section.truncated,
-            timeout=section.timeout,
-            on_failure=failures.append if tolerant else None,
-        )
-        columns.append(column)
-        if tolerant:
-            share = sum(len(failure.samples) for failure in failures) / len(samples)
-            metrics[f"failed/{modality}/{name}"] = share
-            if share > section.max_failures:
-                raise RewardError(
-                    f"{failures[0]}; without a score are {share:.0%} of the samples, more than "
-                    f"rewards.max_failures = {section.max_failures:g} allows"
-                )
-        metrics["alarm"] += dict.fromkeys(f"{failure.kind}: no signal" for failure in failures)
-    table = torch.cat(columns, dim=1)
-    metrics[f"unscored/{modality}"] = float(table.isnan().all(dim=1).float().mean())
-    if modality == "understand":
-        metrics["truncated/understand"] = float(samples.truncated.float().mean())
-    return table, metrics
 
 
 def _merge(metrics: dict[str, Any], found: dict[str, Any]) -> None:

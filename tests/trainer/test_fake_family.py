@@ -7,11 +7,19 @@ import dataclasses
 import numpy as np
 import torch
 from trainer.fake_family import LinearPolicy
+from trainer.memory_journal import MemoryJournal
 from trainer.small_policy import OBJECTIVE, SCHEDULE, TEMPERATURE, prompts
 
+from lvrpo import random
+from lvrpo.data.example import Example, Skill
 from lvrpo.models.answering import answer_probability
 from lvrpo.models.protocol import Policy
+from lvrpo.rewards.reward import FunctionReward, Samples
+from lvrpo.runs.config_file import load_config
+from lvrpo.runs.signals import Signals
 from lvrpo.trainer.experience import Experience
+from lvrpo.trainer.loop import train
+from lvrpo.trainer.task import Task
 from lvrpo.trainer.update import policy_gradient
 from lvrpo.trainer.warm_start import supervised_gradient
 
@@ -88,3 +96,73 @@ def test_it_is_warmed_up_and_answers():
     pictures = torch.zeros(2, 1, 16, 16)
     three, four = answer_probability(policy, pictures, [questions[0].prompt] * 2, ["3", "4"])
     assert three > 0.5 > four
+
+
+class Numbers:
+    """A source of prompts that name the digit which is their answer, or the grey to draw."""
+
+    picture_shape = (1, 16, 16)
+
+    def examples(self, split: str, skill: Skill, count: int, seed: int) -> list[Example]:
+        return [group[0] for group in self.labelled(skill, count, 0.0, seed)]
+
+    def labelled(
+        self, skill: Skill, count: int, noise: float, seed: int, copies: int = 1
+    ) -> list[list[Example]]:
+        digits = random.stream(seed, "digits", skill).integers(10, size=count).tolist()
+        return [[self._example(skill, digit)] * copies for digit in digits]
+
+    def _example(self, skill: Skill, digit: int) -> Example:
+        picture, prompt = np.full(self.picture_shape, digit / 10, np.float32), f"say {digit}"
+        if skill == "understand":
+            return Example(skill, f"ask {digit}", prompt, image=picture, answer=str(digit))
+        return Example(skill, f"draw {digit}", prompt, target=picture)
+
+
+class NoChecks:
+    def right(self, samples: Samples) -> torch.Tensor:
+        return torch.full((len(samples),), torch.nan)
+
+    def measure(self, samples: Samples) -> dict[str, float]:
+        return {}
+
+    def count(self, samples: Samples) -> dict[str, float]:
+        return {}
+
+
+def right_answers(samples: Samples) -> list[bool]:
+    return [text == e.answer for text, e in zip(samples.texts, samples.examples, strict=True)]
+
+
+def brightness(samples: Samples) -> torch.Tensor:
+    return samples.images.flatten(1).mean(dim=1)
+
+
+def test_it_trains_by_the_same_loop_and_evaluation():
+    """From the first step of the warm start on; both rewards rise on held-out prompts."""
+    rewards = {
+        "understand": {"answers": FunctionReward(right_answers, "answers")},
+        "generate": {"brightness": FunctionReward(brightness, "brightness")},
+    }
+    task = Task(Numbers(), NoChecks(), LinearPolicy.fresh, lambda reference: rewards, "numbers")
+    config = load_config(
+        overrides=[
+            "warm_start.steps=5",
+            "warm_start.lr=0.05",
+            "run.steps=40",
+            "run.eval_items=128",
+            "optimizer.lr=0.03",
+            "loss.text_kl=0",
+            "loss.image_kl=0",
+            "rollout.max_answer_tokens=2",
+            "rewards.understand={ answers = 1.0 }",
+            "rewards.generate={ brightness = 1.0 }",
+        ]
+    )
+    journal = MemoryJournal()
+    train(config, task, journal, Signals())
+    assert [row["step"] for row in journal.rows] == list(range(1, 46))
+    (before, _), (after, gallery) = journal.evals.values()
+    assert gallery
+    for key in ("reward/understand/answers", "reward/generate/brightness"):
+        assert after[key] > before[key] + 0.1, key
