@@ -15,9 +15,10 @@ from typing import Any
 
 import torch
 
+from lvrpo.data.example import SKILLS
 from lvrpo.models.flow import FlowSchedule
 from lvrpo.models.protocol import Policy
-from lvrpo.trainer.config import TrainConfig
+from lvrpo.trainer.config import ConfigError, TrainConfig
 from lvrpo.trainer.evaluate import evaluate
 from lvrpo.trainer.experience import gather_experience
 from lvrpo.trainer.journal import Interrupts, Journal, Snapshot
@@ -58,12 +59,20 @@ def train(config: TrainConfig, task: Task, journal: Journal, interrupts: Interru
         interrupts: when whatever ends the run has to wait.
 
     Raises:
+        ConfigError: there are prompts that ask for what the policy cannot do.
         ValueError: the journal's snapshot is of another model.
         DivergedError: a gradient is not finite.
         RewardError: a reward function failed.
         SelfTestError: the update does not reproduce the rollout.
     """
     policy = task.new_policy()
+    for skill in SKILLS:
+        prompts = getattr(config.rollout, f"{skill}_prompts")
+        if prompts and skill not in policy.skills:
+            raise ConfigError(
+                f"rollout.{skill}_prompts is {prompts}, expected 0: the policy can only "
+                f"{' and '.join(sorted(policy.skills))}"
+            )
     state = TrainState(policy.module, config, journal.latest(), journal.bridge)
     training = _Training(config, task, policy, state, journal, interrupts)
     weight = next(policy.module.parameters())

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 
 import numpy as np
+import pytest
 import torch
 from trainer.fake_family import LinearPolicy
 from trainer.memory_journal import MemoryJournal
@@ -17,6 +18,7 @@ from lvrpo.models.protocol import Policy
 from lvrpo.rewards.reward import FunctionReward, Samples
 from lvrpo.runs.config_file import load_config
 from lvrpo.runs.signals import Signals
+from lvrpo.trainer.config import ConfigError
 from lvrpo.trainer.experience import Experience
 from lvrpo.trainer.loop import train
 from lvrpo.trainer.task import Task
@@ -166,3 +168,12 @@ def test_it_trains_by_the_same_loop_and_evaluation():
     assert gallery
     for key in ("reward/understand/answers", "reward/generate/brightness"):
         assert after[key] > before[key] + 0.1, key
+
+
+def test_it_is_not_asked_for_what_it_cannot_do():
+    def new_policy() -> LinearPolicy:
+        return dataclasses.replace(LinearPolicy.fresh(), skills=frozenset({"understand"}))
+
+    task = Task(Numbers(), NoChecks(), new_policy, lambda reference: {}, "numbers")
+    with pytest.raises(ConfigError, match=r"generate_prompts is 32, .* only understand"):
+        train(load_config(), task, MemoryJournal(), Signals())
