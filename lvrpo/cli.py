@@ -9,16 +9,9 @@ from __future__ import annotations
 
 import contextlib
 import signal
-import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, NoReturn
-
-if __name__ == "__main__":  # `python -m lvrpo.cli`: the door that says what is missing
-    from lvrpo import __main__ as door
-
-    door.main()
-    sys.exit()
 
 import typer
 

@@ -83,10 +83,6 @@ def test_every_command_without_typer(arguments):
     refused(run_module("typer", "lvrpo", *arguments), "typer")
 
 
-def test_the_command_by_the_name_of_its_module():
-    refused(run_module("typer", "lvrpo.cli", "--help"), "typer")
-
-
 @pytest.mark.parametrize("package", ["typer", "numpy", "einops", *KERNELS])
 def test_info_needs_torch_only(package):
     result = run_module(package, "lvrpo", "info")

@@ -251,7 +251,7 @@ def test_no_disk_space_keeps_the_previous_checkpoint(half_way, trained):
     saved = load_newest(half_way / "checkpoints")
     assert (saved.path / "tensors.safetensors").stat().st_size > limit
     result = subprocess.run(
-        [sys.executable, "-m", "lvrpo.cli", "train", half_way, "--no-report"],
+        [sys.executable, "-m", "lvrpo", "train", half_way, "--no-report"],
         preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)),
         capture_output=True,
         text=True,
@@ -356,7 +356,7 @@ def test_a_reward_function_that_hangs_ends_the_run_and_the_process(tmp_path, nam
     overrides = own_reward_overrides(tmp_path, name)
     run = tmp_path / "run"
     ended = subprocess.run(
-        [sys.executable, "-m", "lvrpo.cli", "train", run, *overrides, "-s", "rewards.timeout=1"],
+        [sys.executable, "-m", "lvrpo", "train", run, *overrides, "-s", "rewards.timeout=1"],
         capture_output=True,
         text=True,
         timeout=300,

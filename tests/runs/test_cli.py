@@ -28,9 +28,7 @@ def test_help_of_the_whole_lists_every_command():
 
 
 def test_module_runs_as_a_command():
-    result = subprocess.run(
-        [sys.executable, "-m", "lvrpo.cli", "info"], capture_output=True, text=True
-    )
+    result = subprocess.run([sys.executable, "-m", "lvrpo", "info"], capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     assert "gather_logprobs" in result.stdout
 

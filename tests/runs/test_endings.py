@@ -174,7 +174,7 @@ def start(folder: Path, *overrides: str) -> subprocess.Popen:
     reward = f"rewards.generate={{ '{folder}/gate.py:gated' = 1.0 }}"
     flags = settings([*OVERRIDES, *RARE, reward, *overrides])
     return subprocess.Popen(
-        [sys.executable, "-m", "lvrpo.cli", "train", folder / "run", "--no-report", *flags],
+        [sys.executable, "-m", "lvrpo", "train", folder / "run", "--no-report", *flags],
         preexec_fn=heed_signals,
         stderr=subprocess.PIPE,
         stdout=subprocess.PIPE,

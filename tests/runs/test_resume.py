@@ -93,7 +93,7 @@ def test_shuffled_rewards_are_another_run_of_the_same_samples(uninterrupted, tmp
 
 
 def start(directory: Path) -> subprocess.Popen:
-    command = [sys.executable, "-m", "lvrpo.cli", "train", str(directory), "--no-report"]
+    command = [sys.executable, "-m", "lvrpo", "train", str(directory), "--no-report"]
     command += settings(OVERRIDES)
     pipes = {"stderr": subprocess.PIPE, "stdout": subprocess.PIPE}
     return subprocess.Popen(command, preexec_fn=heed_signals, **pipes)
