@@ -52,11 +52,7 @@ class TritonBackend(Backend):
 
     def known(self, op: str, choice: str) -> Sequence[str]:
         """Those that the launcher's file lists."""
-        if not library.has_module(op):
-            return ()
-        kernels = importlib.import_module(f"lvrpo.kernels.{op}")
-        names: dict[str, Sequence[str]] = getattr(kernels, "CHOICES", {})
-        return names.get(choice, ())
+        return _names_in_kernels(op, choice)
 
     def limit(self, op: str, arguments: Mapping[str, Any]) -> str:
         """Attention holds a tile of whole heads."""
@@ -83,6 +79,19 @@ class TritonBackend(Backend):
             return None
         launcher: Function = getattr(importlib.import_module(f"lvrpo.kernels.{op}"), f"{op}_fwd")
         return launcher
+
+
+def _names_in_kernels(op: str, choice: str) -> tuple[str, ...]:
+    if not library.has_module(op):
+        return ()
+    kernels = importlib.import_module(f"lvrpo.kernels.{op}")
+    names: dict[str, tuple[str, ...]] = getattr(kernels, "CHOICES", {})
+    return names.get(choice, ())
+
+
+# What torch.compiler.assume_constant_result sets, which would import torch._dynamo with lvrpo: a
+# graph that is traced imports nothing, and the names do not change.
+_names_in_kernels._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def triton_interprets() -> bool:
