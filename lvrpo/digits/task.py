@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from lvrpo import random
 from lvrpo.data.example import Example, Skill
 from lvrpo.data.sources import Split
+from lvrpo.digits.checks import DigitRules
+from lvrpo.digits.encoder import DualEncoder, train_dual_encoder
 from lvrpo.digits.judge import digit_judge, gold_reader, reader_accuracy
+from lvrpo.digits.phrases import scene_words
 from lvrpo.digits.pictures import digit_pools
 from lvrpo.digits.scenes import SceneConfig, scene_examples, with_label_noise
 
@@ -38,10 +42,35 @@ class SceneSource:
         ]
 
 
-def judge_facts() -> dict[str, Any]:
-    """How good the judge itself is, which every result is reported with."""
-    return {
-        "judge_accuracy": reader_accuracy(digit_judge()),
-        "judge_total": len(digit_pools()["test"].labels),
-        "gold_accuracy": reader_accuracy(gold_reader()),
-    }
+class SceneData:
+    """All that the embedded digit scenes bring to a run."""
+
+    spelled = False
+    training_rows: Sequence[Mapping[str, Any]] = ()
+
+    def __init__(self, scenes: SceneConfig) -> None:
+        self.scenes = scenes
+        self.source = SceneSource(scenes)
+        # The answerer of a run has learned these questions alone.
+        self.rules = DigitRules(kinds=[kind for kind, _ in scenes.understand])
+        self.words = scene_words()
+
+    def new_encoder(self) -> DualEncoder:
+        """Freshly initialised."""
+        return DualEncoder(self.words, *self.source.picture_shape)
+
+    def fit_encoder(self, seed: int) -> DualEncoder:
+        """Fitted on the training split."""
+        return train_dual_encoder(self.scenes, seed=seed)
+
+    def facts(self) -> dict[str, Any]:
+        """How good the judge itself is, which every result is reported with."""
+        return {
+            "judge_accuracy": reader_accuracy(digit_judge()),
+            "judge_total": len(digit_pools()["test"].labels),
+            "gold_accuracy": reader_accuracy(gold_reader()),
+        }
+
+    def notes(self) -> list[str]:
+        """None."""
+        return []

@@ -2,7 +2,7 @@
 
 from lvrpo.info import require
 
-require("einops", "numpy")
+require("numpy")
 
 from lvrpo.data.example import FinishReason
 from lvrpo.rewards.answers import RuleReward, check_answers

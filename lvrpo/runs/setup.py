@@ -18,11 +18,10 @@ from lvrpo.data.jsonl import JsonlExamples
 from lvrpo.data.sources import FileSource, JsonlSource, Source
 from lvrpo.data.words import common_words
 from lvrpo.digits.checks import DigitRules, gold_check
-from lvrpo.digits.encoder import DualEncoder, train_dual_encoder
-from lvrpo.digits.phrases import scene_words
+from lvrpo.digits.encoder import DualEncoder
 from lvrpo.digits.rules import parse_rule
 from lvrpo.digits.scenes import SceneConfig
-from lvrpo.digits.task import SceneSource, judge_facts
+from lvrpo.digits.task import SceneData
 from lvrpo.models.answering import answer_probability
 from lvrpo.models.flow import noise_floor_note
 from lvrpo.models.protocol import Policy
@@ -75,39 +74,6 @@ class Data(Protocol):
 
     def notes(self) -> list[str]:
         """Lines worth reading before the first step."""
-
-
-class SceneData:
-    """The embedded digit scenes."""
-
-    spelled = False
-    training_rows: Sequence[Mapping[str, Any]] = ()
-
-    def __init__(self, section: DataSection) -> None:
-        self.scenes = SceneConfig(
-            understand=tuple(section.questions.items()),
-            generate=tuple(section.requests.items()),
-        )
-        self.source = SceneSource(self.scenes)
-        # The answerer of a run has learned these questions alone.
-        self.rules = DigitRules(kinds=section.questions)
-        self.words = scene_words()
-
-    def new_encoder(self) -> DualEncoder:
-        """See `Data`."""
-        return DualEncoder(self.words, *self.source.picture_shape)
-
-    def fit_encoder(self, seed: int) -> DualEncoder:
-        """See `Data`."""
-        return train_dual_encoder(self.scenes, seed=seed)
-
-    def facts(self) -> dict[str, Any]:
-        """How good the judge itself is."""
-        return judge_facts()
-
-    def notes(self) -> list[str]:
-        """None."""
-        return []
 
 
 class JsonlData:
@@ -169,7 +135,10 @@ def data_of(section: DataSection) -> Data:
         ConfigError: an entry is missing.
         ValueError: an entry is refused by what reads it.
     """
-    return SceneData(section) if section.source == "scenes" else JsonlData(section)
+    if section.source != "scenes":
+        return JsonlData(section)
+    kinds = tuple(section.questions.items()), tuple(section.requests.items())
+    return SceneData(SceneConfig(understand=kinds[0], generate=kinds[1]))
 
 
 @dataclass(frozen=True)
