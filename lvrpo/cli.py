@@ -98,8 +98,9 @@ def train(
     overrides += [] if seed is None else [f"run.seed={seed}"]
     overrides += ["run.shuffle_rewards=true"] if shuffle_rewards else []
     with one_line_errors(debug):
-        from lvrpo.runs.commands import describe_run, open_run, run_training
+        from lvrpo.runs.commands import describe_run, run_training
         from lvrpo.runs.config_file import load_config, to_toml
+        from lvrpo.runs.opening import open_run
         from lvrpo.runs.signals import Stopped
 
         if print_config:

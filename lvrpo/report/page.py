@@ -178,7 +178,7 @@ def _facts(run: Run) -> dict[str, str]:
         "Steps": f"{steps['warm_start']} supervised and {steps['grpo']} GRPO steps",
         "Time in steps": duration(run.seconds) if run.seconds else None,
         "Started": known.get("started"),
-        "Device": known.get("device"),
+        "Device": ", ".join(known[key] for key in ("device", "dtype") if key in known) or None,
         "CPU": f"{known['cpu']}, {known.get('threads')} threads" if known.get("cpu") else None,
         "Commit": commit,
         "Versions": ", ".join(f"{k} {v}" for k, v in known.get("versions", {}).items()) or None,

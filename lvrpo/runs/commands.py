@@ -1,27 +1,18 @@
-"""What the commands do with a run directory: open it, train in it, and load what it learned."""
+"""What `lvrpo train` does with a run directory that it has opened."""
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from lvrpo.data.example import SKILLS
-from lvrpo.models.protocol import Policy
 from lvrpo.rewards.registry import reward_label
-from lvrpo.runs.changes import fingerprint
-from lvrpo.runs.checkpoint import load_newest
-from lvrpo.runs.config_file import load_config
-from lvrpo.runs.directory import RunDirectoryError, is_run, require_format
 from lvrpo.runs.journal import RunJournal
-from lvrpo.runs.opening import OpenRun as OpenRun
-from lvrpo.runs.opening import open_run as open_run
+from lvrpo.runs.opening import OpenRun
 from lvrpo.runs.progress import ProgressView
-from lvrpo.runs.setup import FrozenParts, Setup
 from lvrpo.runs.signals import Signals
 from lvrpo.trainer.loop import train
-from lvrpo.trainer.state import load_weights
 
 
 def describe_run(run: OpenRun) -> list[str]:
@@ -69,26 +60,3 @@ def run_training(run: OpenRun) -> None:
             RunJournal(run.directory, config, parts.fingerprint, view, facts) as journal,
         ):
             train(config, run.setup.task(parts), journal, signals)
-
-
-def load_policy(directory: Path) -> tuple[Setup, FrozenParts, Policy]:
-    """The averaged weights of a run's newest checkpoint, ready to sample from.
-
-    Raises:
-        RunDirectoryError: not a run, or no checkpoint yet.
-        CheckpointError: the checkpoint is damaged.
-    """
-    if not is_run(directory):
-        raise RunDirectoryError(f"{directory} is not a run: it has no config.toml")
-    require_format(directory)
-    config = load_config(directory / "config.toml")
-    setup = Setup(config)
-    parts, newest = setup.saved_parts(directory), load_newest(directory / "checkpoints")
-    if parts is None or newest is None:
-        raise RunDirectoryError(f"{directory} has no checkpoint yet: lvrpo train {directory}")
-    newest.require({"fingerprint": fingerprint(config), "task": parts.fingerprint})
-    policy = setup.new_policy(parts)
-    is_average = "average.n_averaged" in newest.tensors  # the warm start goes on
-    load_weights(policy.module, newest.snapshot(), "average.module." if is_average else "model.")
-    policy.module.requires_grad_(False)
-    return setup, parts, policy

@@ -17,16 +17,17 @@ from lvrpo.data.example import SKILLS, Example
 from lvrpo.data.jsonl import DataError, load_picture
 from lvrpo.data.words import words_of
 from lvrpo.intervals import wilson_interval
+from lvrpo.models.protocol import Policy
 from lvrpo.rewards.reward import RewardError
 from lvrpo.runs.changes import fingerprint
 from lvrpo.runs.checkpoint import load_newest
-from lvrpo.runs.commands import load_policy
-from lvrpo.runs.directory import RunDirectoryError
+from lvrpo.runs.config_file import load_config
+from lvrpo.runs.directory import RunDirectoryError, is_run, require_format
 from lvrpo.runs.gallery import save_enlarged
 from lvrpo.runs.log import Row
 from lvrpo.runs.progress import ProgressView
 from lvrpo.runs.scores import eval_rewards, eval_scores
-from lvrpo.runs.setup import Setup
+from lvrpo.runs.setup import FrozenParts, Setup
 from lvrpo.trainer.evaluate import evaluate
 from lvrpo.trainer.schedule import flow_schedule
 from lvrpo.trainer.state import load_weights
@@ -90,6 +91,29 @@ class Evaluation:
             rate = score.successes / score.total
             found[score.name] = {"rate": rate, "low": low, "high": high, "total": score.total}
         return found
+
+
+def load_policy(directory: Path) -> tuple[Setup, FrozenParts, Policy]:
+    """The averaged weights of a run's newest checkpoint, ready to sample from.
+
+    Raises:
+        RunDirectoryError: not a run, or no checkpoint yet.
+        CheckpointError: the checkpoint is damaged.
+    """
+    if not is_run(directory):
+        raise RunDirectoryError(f"{directory} is not a run: it has no config.toml")
+    require_format(directory)
+    config = load_config(directory / "config.toml")
+    setup = Setup(config)
+    parts, newest = setup.saved_parts(directory), load_newest(directory / "checkpoints")
+    if parts is None or newest is None:
+        raise RunDirectoryError(f"{directory} has no checkpoint yet: lvrpo train {directory}")
+    newest.require({"fingerprint": fingerprint(config), "task": parts.fingerprint})
+    policy = setup.new_policy(parts)
+    is_average = "average.n_averaged" in newest.tensors  # the warm start goes on
+    load_weights(policy.module, newest.snapshot(), "average.module." if is_average else "model.")
+    policy.module.requires_grad_(False)
+    return setup, parts, policy
 
 
 def evaluate_run(directory: Path, *, items: int, seed: int, data: Path | None) -> Evaluation:

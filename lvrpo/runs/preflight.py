@@ -83,11 +83,11 @@ def _check_patches(config: TrainConfig, picture_shape: tuple[int, int, int]) -> 
 
 
 def _check_memory(setup: Setup, parts: FrozenParts) -> None:
-    """Refuse a model whose weights, reference, average, gradient and moments cannot be held."""
+    """Refuse a model whose weights, average or reference, gradient and moments do not fit."""
     with torch.device("meta"):
         module = setup.new_policy(parts).module
     parameters, shape = sum(weight.numel() for weight in module.parameters()), setup.config.model
-    needed = 6 * 4 * parameters
+    needed = 5 * 4 * parameters
     there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     if needed > there:
         raise ConfigError(

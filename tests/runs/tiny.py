@@ -13,9 +13,9 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 from lvrpo.cli import app
-from lvrpo.runs.commands import open_run
 from lvrpo.runs.config_file import load_config
 from lvrpo.runs.journal import RunJournal
+from lvrpo.runs.opening import open_run
 from lvrpo.runs.progress import ProgressView
 from lvrpo.runs.signals import Signals
 from lvrpo.trainer.config import TrainConfig
