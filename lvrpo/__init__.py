@@ -36,7 +36,7 @@ from lvrpo.sampler_correction import (
     top_entropy_threshold,
 )
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = [
     "AdvantageParams",
