@@ -105,14 +105,18 @@ def test_advantages_are_of_the_group(task):
 @pytest.mark.parametrize("name", ADVANTAGE_PRESETS)
 def test_every_estimator_of_the_configuration(task, name):
     """Of both modalities, with the lengths of the answers; a drawing is as long as any other."""
-    given = torch.tensor([1.0, 2.0, 6.0, 5.0, 0.0, 3.0])
+
+    def given(count: int) -> torch.Tensor:
+        return torch.arange(count) * 7 % 5 + torch.arange(count) % 2.0
+
     found, _ = gather(
         task,
+        "rollout.understand_prompts=24",
         f"rewards.advantage={name}",
         "loss.advantage_clip=1.5",
         "rewards.truncated=keep",
-        score=lambda samples: given,
-        texts=lambda samples: given,
+        score=lambda samples: given(len(samples)),
+        texts=lambda samples: given(len(samples)),
     )
     lengths = [len(ids) for ids in found.answers.token_ids]
     assert len(set(lengths)) > 1
@@ -121,7 +125,8 @@ def test_every_estimator_of_the_configuration(task, name):
         (found.answer_advantages, lengths),
         (found.picture_advantages, [1] * 6),
     ):
-        expected = normalize_advantages(given, 3, lengths=tokens, params=params).values
+        rewards = given(len(tokens))
+        expected = normalize_advantages(rewards, 3, lengths=tokens, params=params).values
         torch.testing.assert_close(advantages, expected)
         assert advantages.any()
 
