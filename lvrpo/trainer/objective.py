@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from lvrpo.params.flow import FlowLossParams
-from lvrpo.params.policy_loss import LossParams
+from lvrpo.params.policy_loss import LOSS_PRESETS, LossParams
 from lvrpo.trainer.config import TrainConfig
 
 
@@ -31,7 +31,7 @@ class Objective:
             changes["clip_low"] = loss.text_clip_low
         if loss.text_clip_high:
             changes["clip_high"] = loss.text_clip_high
-        if loss.preset == "dr_grpo":
+        if LOSS_PRESETS[loss.preset].get("aggregation") == "seq_mean_token_sum_norm":
             changes["max_length"] = config.rollout.max_answer_tokens
         text = LossParams.preset(loss.preset, **changes)
         image = FlowLossParams(
