@@ -159,6 +159,14 @@ def check_integer(op: str, name: str, tensor: Tensor) -> None:
         raise ValueError(f"{op}: {name} is {tensor.dtype}, expected torch.int64")
 
 
+def check_scale(op: str, temperature: float, softcap: float | None) -> None:
+    """Temperature and softcap are finite and positive; the softcap may be None."""
+    if not 0 < temperature < math.inf:
+        raise ValueError(f"{op}: temperature is {temperature}, expected finite and > 0")
+    if softcap is not None and not 0 < softcap < math.inf:
+        raise ValueError(f"{op}: softcap is {softcap}, expected > 0, or None for no cap")
+
+
 def check_same_device(op: str, **tensors: Tensor | None) -> None:
     """All tensors are on one device."""
     devices = {name: tensor.device for name, tensor in tensors.items() if tensor is not None}

@@ -6,6 +6,7 @@ value compiles another one. A tensor's values are not.
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -34,3 +35,8 @@ def numbers(*values: float) -> Tensor:
     # Not torch.tensor: only arithmetic with a tensor keeps a traced float a variable of the graph.
     zero = torch.zeros((), dtype=torch.float64, device="cpu")
     return torch.stack([zero + value for value in values])
+
+
+def numbers_by_name(names: Sequence[str], values: Mapping[str, float]) -> Tensor:
+    """`numbers` in the order of `names`."""
+    return numbers(*(values[name] for name in names))

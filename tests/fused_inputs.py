@@ -12,33 +12,24 @@ import torch
 from torch import Tensor
 
 import lvrpo
-from lvrpo.dtypes import numbers
-from lvrpo.ops.head.fused import FusedLoss
-from lvrpo.ops.head.loss_inputs import numbers_of
+from lvrpo.dtypes import numbers, numbers_by_name
 from lvrpo.ops.head.rows import OUTSIDE
-from lvrpo.params.policy_loss import FusedPolicyLoss, LossParams
+from lvrpo.params.policy_loss import LOSS_NUMBERS, FusedPolicyLoss, LossParams
 
 VOCAB = 7
 
 
 def composite_arguments(inputs: Mapping[str, Any], params: LossParams) -> tuple[Any, ...]:
     """What composite ops take of these inputs, besides factors or logits and how they run."""
-    tensors = "old_logprobs", "advantages", "cu_seqlens", "ref_logprobs", "mask", "policy_weights"
-    fused = FusedLoss(
-        inputs["token_ids"],
-        inputs.get("row_index"),
-        inputs.get("vocab_range"),
-        numbers(0.9, 0.0, OUTSIDE),
-        **{name: inputs.get(name) for name in tensors},
-        loss_numbers=numbers_of(params),
-        advantage_per_token=False,
-        count_empty=params.count_empty,
-        sequence_level=params.sequence_level,
-        every_active=True,
-        entropy_bonus=True,
-        choices=params.choices(),
-    )
-    return fused.tensors(), fused.flags(), fused.names()
+    indices = "token_ids", "row_index", "vocab_range"
+    loss = "old_logprobs", "advantages", "cu_seqlens", "ref_logprobs", "mask", "policy_weights"
+    tensors = [
+        *(*(inputs.get(name) for name in indices), numbers(0.9, 0.0, OUTSIDE)),
+        *(inputs.get(name) for name in loss),
+        numbers_by_name(LOSS_NUMBERS, params.numbers()),
+    ]
+    flags = [False, params.count_empty, params.sequence_level, True, True]
+    return tensors, flags, " ".join(f"{kind}={name}" for kind, name in params.choices().items())
 
 
 Tensors = Mapping[str, Tensor]

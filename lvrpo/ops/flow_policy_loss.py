@@ -15,7 +15,7 @@ from torch.autograd.function import once_differentiable
 
 from lvrpo import backends, checks
 from lvrpo.backends import Backend, library
-from lvrpo.dtypes import numbers
+from lvrpo.dtypes import numbers_by_name
 from lvrpo.ops._flow_inputs import FlowInputs, as_denominator, per_sample
 from lvrpo.ops.flow_step import check_latents
 from lvrpo.params.flow import (
@@ -113,7 +113,8 @@ def flow_policy_loss(
         loss, named = functional(**inputs.arguments(), params=params)
         metrics = FlowLossMetrics.of(named)
     else:
-        options = _Options(inputs.as_data(), params, _numbers(params), chosen)
+        numbers = numbers_by_name(FLOW_NUMBERS, params.numbers())
+        options = _Options(inputs.as_data(), params, numbers, chosen)
         loss, sums, extremes = _FlowPolicyLoss.apply(velocity, options)  # type: ignore[no-untyped-call]
         metrics = FlowLossMetrics(sums, extremes)
     # Saturation makes a finite loss of an infinite velocity, but not a finite distance.
@@ -208,8 +209,3 @@ def _bwd_fake(
     directions: Tensor,
 ) -> Tensor:
     return velocity.new_empty(velocity.shape)
-
-
-def _numbers(params: FlowLossParams) -> Tensor:
-    named = params.numbers()
-    return numbers(*(named[name] for name in FLOW_NUMBERS))

@@ -17,7 +17,7 @@ from lvrpo.backends import Backend, library
 from lvrpo.dtypes import numbers, widen
 from lvrpo.ops.head import logprobs as results
 from lvrpo.ops.head.given import check_logits
-from lvrpo.ops.head.targets import Ids, VocabRange, as_rows, as_targets, check_scale
+from lvrpo.ops.head.targets import Ids, VocabRange, as_rows, as_targets
 from lvrpo.reference.gather_logprobs import gather_logprobs as reference_gather_logprobs
 
 OP = "gather_logprobs"
@@ -130,7 +130,7 @@ def gather_logprobs(
             and such a row gives NaN.
         RuntimeError: in the backward: the logits were changed after the forward.
     """
-    check_scale(OP, temperature, softcap)
+    checks.check_scale(OP, temperature, softcap)
     shaped, logits = logits, as_rows(OP, "logits", logits, "V")
     check_logits(OP, logits, inplace_backward)
     targets = as_targets(

@@ -16,12 +16,11 @@ from torch.autograd.function import once_differentiable
 
 from lvrpo import backends, checks
 from lvrpo.backends import library
-from lvrpo.ops.head.fused import FusedLoss, plan_rows, release_gradients, save_gradients
+from lvrpo.ops.head import fused
 from lvrpo.ops.head.linear import LinearHead, dtypes_of, empty_gradients, project
 from lvrpo.ops.head.loss_inputs import Numbers, loss_inputs
 from lvrpo.ops.head.rows import refuse_rows
-from lvrpo.ops.head.targets import Ids, VocabRange, check_scale
-from lvrpo.params.loss_metrics import STATISTICS
+from lvrpo.ops.head.targets import Ids, VocabRange
 from lvrpo.params.policy_loss import FusedPolicyLoss, LossParams
 from lvrpo.reference.linear_grpo_loss import linear_grpo_loss as reference_linear_grpo_loss
 from lvrpo.token_layout import Level
@@ -64,10 +63,9 @@ def linear_grpo_loss(
     hidden, weight and bias go to its dtype (fp64 does not), sums stay fp32, gradients come back in
     the dtypes that were given.
 
-    The gradients wait, unscaled and in fp32, for the backward, which scales them by its upstream
-    gradient and gives them away; a second backward computes them anew. On a GPU one small read
-    before the first GEMM says how many rows have a gradient (for ratios per sequence also where
-    chunks may end). While a CUDA graph is captured nothing is read and every row counts as such.
+    The gradients wait in fp32 for the backward, which gives them away: a second one computes them
+    anew. On a GPU one small read before the first GEMM says how many rows have a gradient; while a
+    CUDA graph is captured nothing is read, and every row counts as such.
 
     Args:
         hidden: [R, H], or [B, C, H] for padded tokens; fp32, fp64, bf16 or fp16.
@@ -104,7 +102,7 @@ def linear_grpo_loss(
     Raises:
         ValueError: as `linear_logprobs` and `grpo_loss`.
     """
-    check_scale(OP, temperature, softcap)
+    checks.check_scale(OP, temperature, softcap)
     head = project(
         OP, hidden, weight, bias, token_ids, row_index, vocab_range, ignore_index, memory_budget
     )
@@ -121,7 +119,6 @@ def linear_grpo_loss(
         policy_weights=policy_weights,
         level=level,
         ref_logprobs=ref_logprobs,
-        entropy=None,
         denominator=denominator,
         params=params,
     ).of_targets(targets, strange)
@@ -145,35 +142,27 @@ def linear_grpo_loss(
     else:
         differentiates = torch.is_grad_enabled()
         needs = [differentiates and x is not None and x.requires_grad for x in head.factors()]
-        how = _How(needs, (head.low, head.high), head.most, chosen.name)
-        fused = FusedLoss.of(head.indices(), data, temperature, softcap)
-        *result, lse = _LinearGrpoLoss.apply(*head.factors(), fused, how)  # type: ignore[no-untyped-call]
+        tensors_of_loss, *loss = fused.loss_arguments(head.indices(), data, temperature, softcap)
+        options = (*loss, needs, *head.columns, head.most, chosen.name)
+        *result, lse = _LinearGrpoLoss.apply(*head.factors(), tensors_of_loss, options)  # type: ignore[no-untyped-call]
         refuse_rows(OP, lse, "hidden @ weight.T + bias")
     return data.finish_fused(*result)
-
-
-@dataclasses.dataclass(frozen=True)
-class _How:
-    """How the fused loss runs: which factors need a gradient, columns, rows at once, backend."""
-
-    needs: Sequence[bool]
-    columns: tuple[int, int]
-    most: int
-    backend: str
 
 
 class _LinearGrpoLoss(torch.autograd.Function):
     @staticmethod
     def forward(  # type: ignore[override]
-        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, fused: FusedLoss, how: _How
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        tensors: list[Tensor | None],
+        options: tuple[Any, ...],  # what else the op takes
     ) -> tuple[Tensor, ...]:
-        factors, tensors = (hidden, weight, bias), fused.tensors()
-        options = fused.flags(), fused.names(), how.needs, *how.columns, how.most, how.backend
-        *results, dhidden, dweight, dbias = torch.ops.lvrpo.linear_grpo_loss_fwd(
-            *factors, tensors, *options
-        )
+        run = torch.ops.lvrpo.linear_grpo_loss_fwd
+        *results, dhidden, dweight, dbias = run(hidden, weight, bias, tensors, *options)
         ctx.dtype, ctx.options = hidden.dtype, options
-        save_gradients(ctx, (*factors, *tensors), [dhidden, dweight, dbias])
+        fused.save_gradients(ctx, (hidden, weight, bias, *tensors), [dhidden, dweight, dbias])
         ctx.mark_non_differentiable(*results[1:])
         return tuple(results)
 
@@ -185,12 +174,10 @@ class _LinearGrpoLoss(torch.autograd.Function):
             run = torch.ops.lvrpo.linear_grpo_loss_fwd
             return list(run(hidden, weight, bias, tensors, *ctx.options)[-3:])
 
-        gradients = release_gradients(ctx, dloss, ctx.dtype, recompute)
-        dhidden, dweight, dbias = (
-            gradient if needed else None
-            for gradient, needed in zip(gradients, ctx.needs_input_grad[:3], strict=True)
-        )
-        return dhidden, dweight, dbias, None, None
+        gradients = fused.release_gradients(ctx, dloss, ctx.dtype, recompute)
+        needs = ctx.needs_input_grad[:3]
+        wanted = (x if needed else None for x, needed in zip(gradients, needs, strict=True))
+        return *wanted, None, None
 
 
 def _fwd_fake(
@@ -203,16 +190,9 @@ def _fwd_fake(
     needs: Sequence[bool],
     *_: Any,
 ) -> tuple[Tensor, ...]:
-    like, token_ids = hidden.new_empty(0, dtype=dtypes_of(hidden)[1]), tensors[0]
-    assert token_ids is not None
-    return (
-        like.new_empty(()),
-        like.new_empty(len(STATISTICS), dtype=torch.float64),
-        like.new_empty(token_ids.shape),
-        like.new_empty(token_ids.shape),
-        like.new_empty(hidden.shape[0]),
-        *empty_gradients(hidden, weight, bias, needs, like.dtype),
-    )
+    like = hidden.new_empty(0, dtype=dtypes_of(hidden)[1])
+    gradients = empty_gradients(hidden, weight, bias, needs, like.dtype)
+    return *fused.empty_results(like, tensors[0], hidden.shape[0]), *gradients
 
 
 @library.composite("linear_grpo_loss_fwd", _fwd_fake, of=["gather_logprobs", "grpo_loss"])
@@ -229,10 +209,10 @@ def _fwd(
     most: int,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    fused = FusedLoss.from_arguments(tensors, flags, names)
-    plan = plan_rows(fused, len(hidden), most, gradient=any(needs))
+    call = fused.FusedLoss.from_arguments(tensors, flags, names)
+    plan = fused.plan_rows(call, len(hidden), most, gradient=any(needs))
     head = LinearHead(hidden, weight, bias, (low, high), plan.chunks(), needs)
-    rows = fused.rows(head, backends.named(backend), plan.order)
-    results = fused.run(rows, plan)
+    rows = call.rows(head, backends.named(backend), plan.order)
+    results = call.run(rows, plan)
     dhidden, dweight, dbias = head.finish()
     return *results, rows.lse, dhidden, dweight, dbias

@@ -20,7 +20,7 @@ from lvrpo.dtypes import numbers
 from lvrpo.ops.head import logprobs as results
 from lvrpo.ops.head.linear import LinearHead, dtypes_of, empty_gradients, project, split
 from lvrpo.ops.head.rows import OUTSIDE, HeadRows, refuse_rows
-from lvrpo.ops.head.targets import Ids, VocabRange, check_scale
+from lvrpo.ops.head.targets import Ids, VocabRange
 from lvrpo.reference.linear_logprobs import linear_logprobs as reference_linear_logprobs
 
 OP = "linear_logprobs"
@@ -143,7 +143,7 @@ def linear_logprobs(
         ValueError: as `gather_logprobs`; also when the dtypes or widths of hidden, weight and bias
             differ, or memory_budget is too small for one row.
     """
-    check_scale(OP, temperature, softcap)
+    checks.check_scale(OP, temperature, softcap)
     head = project(
         OP, hidden, weight, bias, token_ids, row_index, vocab_range, ignore_index, memory_budget
     )
@@ -170,14 +170,15 @@ def linear_logprobs(
             indices=head.indices(),
             numbers=numbers(temperature, softcap or 0.0, OUTSIDE),
             wanted=(return_entropy, return_sum_squares),
-            how=(head.low, head.high, head.most, chosen.name),
+            how=(*head.columns, head.most, chosen.name),
         )
         logprobs, entropy, sum_squares, lse = _LinearLogprobs.apply(  # type: ignore[no-untyped-call]
             *head.factors(), options
         )
         of_rows = [*[entropy] * return_entropy, *[sum_squares] * return_sum_squares]
         of_rows = results.settle(
-            targets, lse, of_rows, lambda bad: refuse_rows(OP, lse, LOGITS, used=bad)
+            *(targets, lse, of_rows),
+            lambda bad: refuse_rows(OP, torch.where(bad, lse, 0.0), LOGITS),
         )
     return results.shape_results(targets, logprobs, of_rows)
 

@@ -6,7 +6,6 @@ docs/ops/logits_grpo_loss.md.
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
@@ -16,12 +15,11 @@ from torch.autograd.function import once_differentiable
 
 from lvrpo import backends, checks
 from lvrpo.backends import library
-from lvrpo.ops.head.fused import FusedLoss, release_gradients, save_gradients
+from lvrpo.ops.head import fused
 from lvrpo.ops.head.given import GivenLogits, check_logits, chunks_of, dtypes_of
 from lvrpo.ops.head.loss_inputs import Numbers, loss_inputs
 from lvrpo.ops.head.rows import OUTSIDE, refuse_rows
-from lvrpo.ops.head.targets import Ids, VocabRange, any_of, as_rows, as_targets, check_scale
-from lvrpo.params.loss_metrics import STATISTICS
+from lvrpo.ops.head.targets import Ids, VocabRange, any_of, as_rows, as_targets
 from lvrpo.params.policy_loss import FusedPolicyLoss, LossParams
 from lvrpo.reference.logits_grpo_loss import logits_grpo_loss as reference_logits_grpo_loss
 from lvrpo.token_layout import Level
@@ -108,7 +106,7 @@ def logits_grpo_loss(
             f"{OP}: logits is {logits.dtype}; inplace_backward=True needs a dtype that holds the "
             "gradient before a loss scale has multiplied it: float32, float64 or bfloat16"
         )
-    check_scale(OP, temperature, softcap)
+    checks.check_scale(OP, temperature, softcap)
     targets, strange = as_targets(
         *(OP, "logits", shaped, logits.shape[1]),
         *(token_ids, row_index, vocab_range, ignore_index),
@@ -124,7 +122,6 @@ def logits_grpo_loss(
         policy_weights=policy_weights,
         level=level,
         ref_logprobs=ref_logprobs,
-        entropy=None,
         denominator=denominator,
         params=params,
     ).of_targets(targets, strange)
@@ -147,41 +144,33 @@ def logits_grpo_loss(
         assert data.mask is not None
         ids = torch.where(data.mask, targets.token_ids, OUTSIDE)
         indices = ids, targets.row_index, targets.ranges
-        how = _How(
-            needed=torch.is_grad_enabled() and logits.requires_grad,
-            inplace=inplace_backward and not torch.compiler.is_compiling(),
-            has_softcap=softcap is not None,
-            backend=chosen.name,
+        needed = torch.is_grad_enabled() and logits.requires_grad
+        inplace = inplace_backward and not torch.compiler.is_compiling()
+        tensors_of_loss, *loss = fused.loss_arguments(indices, data, temperature, softcap)
+        options = (*loss, softcap is not None, chosen.name)
+        *result, lse = _LogitsGrpoLoss.apply(  # type: ignore[no-untyped-call]
+            *(logits, tensors_of_loss, options, needed, inplace and needed)
         )
-        fused = FusedLoss.of(indices, data, temperature, softcap)
-        *result, lse = _LogitsGrpoLoss.apply(logits, fused, how)  # type: ignore[no-untyped-call]
         refuse_rows(OP, lse, "logits")
     return data.finish_fused(*result)
-
-
-@dataclasses.dataclass(frozen=True)
-class _How:
-    """How the fused loss runs: whether and where it writes a gradient, and what a kernel omits."""
-
-    needed: bool
-    inplace: bool
-    has_softcap: bool
-    backend: str
 
 
 class _LogitsGrpoLoss(torch.autograd.Function):
     @staticmethod
     def forward(  # type: ignore[override]
-        ctx: Any, logits: Tensor, fused: FusedLoss, how: _How
+        ctx: Any,
+        logits: Tensor,
+        tensors: list[Tensor | None],
+        options: tuple[Any, ...],  # what else the op takes
+        needed: bool,  # whether there is a gradient to form
+        inplace: bool,  # and whether in the place of the logits
     ) -> tuple[Tensor, ...]:
-        tensors = fused.tensors()
-        options = fused.flags(), fused.names(), how.has_softcap, how.backend
-        dlogits = _gradient_of(logits, how.inplace) if how.needed else logits.new_empty(0, 0)
+        dlogits = _gradient_of(logits, inplace) if needed else logits.new_empty(0, 0)
         results = torch.ops.lvrpo.logits_grpo_loss_fwd(dlogits, logits, tensors, *options)
-        ctx.dtype, ctx.inplace, ctx.options = logits.dtype, how.inplace and how.needed, options
+        ctx.dtype, ctx.inplace, ctx.options = logits.dtype, inplace, options
         if ctx.inplace:
             torch.autograd.graph.increment_version(logits)
-        save_gradients(ctx, (logits, *tensors), [dlogits])
+        fused.save_gradients(ctx, (logits, *tensors), [dlogits])
         ctx.mark_non_differentiable(*results[1:])
         return tuple(results)
 
@@ -202,8 +191,8 @@ class _LogitsGrpoLoss(torch.autograd.Function):
             torch.ops.lvrpo.logits_grpo_loss_fwd(dlogits, logits, tensors, *ctx.options)
             return [dlogits]
 
-        (dlogits,) = release_gradients(ctx, dloss, ctx.dtype, recompute)
-        return dlogits, None, None
+        (dlogits,) = fused.release_gradients(ctx, dloss, ctx.dtype, recompute)
+        return dlogits, None, None, None, None
 
 
 def _gradient_of(logits: Tensor, inplace: bool) -> Tensor:
@@ -215,16 +204,9 @@ def _gradient_of(logits: Tensor, inplace: bool) -> Tensor:
 
 def _fwd_fake(
     dlogits: Tensor, logits: Tensor, tensors: Sequence[Tensor | None], *_: Any
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    like, token_ids = logits.new_empty(0, dtype=dtypes_of(logits)[0]), tensors[0]
-    assert token_ids is not None
-    return (
-        like.new_empty(()),
-        like.new_empty(len(STATISTICS), dtype=torch.float64),
-        like.new_empty(token_ids.shape),
-        like.new_empty(token_ids.shape),
-        like.new_empty(logits.shape[0]),
-    )
+) -> tuple[Tensor, ...]:
+    like = logits.new_empty(0, dtype=dtypes_of(logits)[0])
+    return fused.empty_results(like, tensors[0], logits.shape[0])
 
 
 @library.composite(
@@ -239,30 +221,30 @@ def _fwd(
     has_softcap: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    fused, runs_on = FusedLoss.from_arguments(tensors, flags, names), backends.named(backend)
-    gradient, row_index = dlogits.numel() > 0, fused.row_index
+    call, runs_on = fused.FusedLoss.from_arguments(tensors, flags, names), backends.named(backend)
+    gradient, row_index = dlogits.numel() > 0, call.row_index
     launch = runs_on.fused(OP)
-    if launch is not None and gradient and row_index is None and not fused.sequence_level:
+    if launch is not None and gradient and row_index is None and not call.sequence_level:
         results: tuple[Tensor, Tensor, Tensor, Tensor, Tensor] = launch(
-            *(dlogits, logits, fused.token_ids, fused.vocab_range),
-            *(fused.old_logprobs, fused.advantages, fused.cu_seqlens, fused.ref_logprobs),
-            *(fused.mask, fused.policy_weights, fused.softmax_numbers, fused.loss_numbers),
-            *(has_softcap, fused.advantage_per_token, fused.count_empty),
-            **fused.choices,
+            *(dlogits, logits, call.token_ids, call.vocab_range),
+            *(call.old_logprobs, call.advantages, call.cu_seqlens, call.ref_logprobs),
+            *(call.mask, call.policy_weights, call.softmax_numbers, call.loss_numbers),
+            *(has_softcap, call.advantage_per_token, call.count_empty),
+            **call.choices,
         )
         return results
-    rows = fused.rows(GivenLogits(logits.detach(), dlogits), runs_on)
-    active = any_of(fused.mask, row_index, len(logits))
+    rows = call.rows(GivenLogits(logits.detach(), dlogits), runs_on)
+    active = any_of(call.mask, row_index, len(logits))
     shortest = max(1, SKIPPED_BYTES // max(1, logits.shape[1] * logits.itemsize))
     # On a GPU nothing is read that is there.
     every = [(0, len(logits))] if len(logits) else []
     for chunk in every if logits.is_cuda else chunks_of(active.tolist(), shortest):
         rows.forward(chunk)
-    loss, statistics, dlogprobs, dentropy = fused.loss(rows)
+    loss, statistics, dlogprobs, dentropy = call.loss(rows)
     if gradient:
         # All rows at once: those of which nothing is asked are filled with zeros, and not read.
-        of_rows = rows.sum_over_rows(dentropy) if fused.entropy_bonus else None
+        of_rows = rows.sum_over_rows(dentropy) if call.entropy_bonus else None
         rows.backward((0, len(logits)), dlogprobs, of_rows)
     # Of a masked row that was read nothing is known.
     lse = torch.where(active, rows.lse, 0.0)
-    return loss, statistics, *fused.reported(rows), lse
+    return loss, statistics, *call.reported(rows), lse

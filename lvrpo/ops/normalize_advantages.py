@@ -13,7 +13,7 @@ from torch import Tensor
 
 from lvrpo import backends, checks
 from lvrpo.backends import library
-from lvrpo.dtypes import numbers
+from lvrpo.dtypes import numbers, numbers_by_name
 from lvrpo.params.advantages import (
     ADVANTAGE_NUMBERS,
     ADVANTAGE_STATS,
@@ -82,7 +82,7 @@ def normalize_advantages(
         values, per_reward, *stats = functional(*tensors, params=params)
     else:
         values, per_reward, columns, all_zero = chosen.op(OP)(
-            *tensors, numbers_of(params), **params.choices()
+            *tensors, numbers_by_name(ADVANTAGE_NUMBERS, params.numbers()), **params.choices()
         )
         stats = [*columns.unbind(), all_zero]
     if exact:
@@ -90,12 +90,6 @@ def normalize_advantages(
         stats = [*(x.float() for x in stats[:-1]), stats[-1]]
     named = dict(zip((*ADVANTAGE_STATS, "all_zero"), stats, strict=True))
     return Advantages(values, per_reward, AdvantageStats(**named))
-
-
-def numbers_of(params: AdvantageParams) -> Tensor:
-    """`params.numbers()` in the order of `ADVANTAGE_NUMBERS`, as fp64 on the host."""
-    named = params.numbers()
-    return numbers(*(named[name] for name in ADVANTAGE_NUMBERS))
 
 
 @library.register(OP, kernels=OP)

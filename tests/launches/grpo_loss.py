@@ -7,9 +7,10 @@ from collections.abc import Iterator
 import torch
 from presets import LOSS_FORMS, loss_preset
 
+from lvrpo.dtypes import numbers_by_name
 from lvrpo.kernels import grpo_loss as kernels
 from lvrpo.ops.grpo_loss import LossParams
-from lvrpo.ops.head.loss_inputs import numbers_of
+from lvrpo.params.policy_loss import LOSS_NUMBERS
 
 
 def call(
@@ -34,7 +35,7 @@ def call(
         of(tokens, not bare),
         of(tokens, not bare, torch.bool),
         of(tokens, not bare),
-        numbers_of(params, denominator),
+        numbers_by_name(LOSS_NUMBERS, params.numbers(denominator)),
         per_token,
         params.count_empty,
         **params.choices(),

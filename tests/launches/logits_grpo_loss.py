@@ -7,11 +7,11 @@ from collections.abc import Iterator
 import torch
 from presets import LOSS_FORMS, loss_preset
 
-from lvrpo.dtypes import numbers
+from lvrpo.dtypes import numbers, numbers_by_name
 from lvrpo.kernels import logits_grpo_loss as kernels
 from lvrpo.ops.grpo_loss import LossParams
-from lvrpo.ops.head.loss_inputs import numbers_of
 from lvrpo.ops.head.rows import OUTSIDE
+from lvrpo.params.policy_loss import LOSS_NUMBERS
 
 
 def call(
@@ -45,7 +45,7 @@ def call(
         of(tokens, kind=torch.bool),
         of(tokens, not bare),
         numbers(temperature, softcap or 0.0, OUTSIDE),
-        numbers_of(params),
+        numbers_by_name(LOSS_NUMBERS, params.numbers()),
         softcap is not None,
         False,
         params.count_empty,

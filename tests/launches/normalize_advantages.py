@@ -7,9 +7,9 @@ from collections.abc import Iterator
 import torch
 from presets import ADVANTAGE_FORMS
 
+from lvrpo.dtypes import numbers_by_name
 from lvrpo.kernels import normalize_advantages as kernels
-from lvrpo.ops.normalize_advantages import numbers_of
-from lvrpo.params.advantages import AdvantageParams
+from lvrpo.params.advantages import ADVANTAGE_NUMBERS, AdvantageParams
 
 
 def call(groups, samples, rewards, dtype, params) -> None:
@@ -19,7 +19,7 @@ def call(groups, samples, rewards, dtype, params) -> None:
         torch.empty(groups + 1, **index),
         torch.empty(rewards, dtype=torch.float64, device="meta"),
         torch.empty(samples, **index) if params.needs_lengths else None,
-        numbers_of(params),
+        numbers_by_name(ADVANTAGE_NUMBERS, params.numbers()),
         **params.choices(),
     )
 

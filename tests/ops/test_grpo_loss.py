@@ -24,8 +24,9 @@ from torch import Tensor
 
 from lvrpo import backends
 from lvrpo.backends import library
+from lvrpo.dtypes import numbers_by_name
 from lvrpo.ops.grpo_loss import LOSS_PRESETS, LossParams, grpo_loss
-from lvrpo.ops.head.loss_inputs import numbers_of
+from lvrpo.params.policy_loss import LOSS_NUMBERS
 from lvrpo.testing import check_op
 
 pytestmark = pytest.mark.usefixtures("poison_empty")
@@ -288,7 +289,7 @@ def test_gradcheck(backend, params):
 def test_opcheck(backend):
     inputs = make_inputs([3, 0, 4])
     params = PARAMS["grpo, all terms"]
-    by = (numbers_of(params), False, params.count_empty)
+    by = (numbers_by_name(LOSS_NUMBERS, params.numbers()), False, params.count_empty)
     names = ("logprobs", "old_logprobs", "advantages", "cu_seqlens", "ref_logprobs", "entropy")
     tensors = [inputs[name] for name in (*names, "mask", "policy_weights")]
     op, choices = torch.ops.lvrpo.grpo_loss_fwd_triton.default, params.choices()

@@ -6,9 +6,9 @@ import pytest
 import torch
 from loss_inputs import INF
 
+from lvrpo.dtypes import numbers_by_name
 from lvrpo.ops.grpo_loss import LOSS_PRESETS, LossParams, grpo_loss
-from lvrpo.ops.head.loss_inputs import numbers_of
-from lvrpo.params.policy_loss import LOSS_CHOICES
+from lvrpo.params.policy_loss import LOSS_CHOICES, LOSS_NUMBERS
 
 NAN_AT_1 = torch.tensor([0.0, math.nan])
 BAD = {
@@ -155,9 +155,10 @@ def test_bad_params(change, message):
 def test_the_op_refuses_a_choice_that_does_not_exist(name):
     choices = dict.fromkeys(LOSS_CHOICES, 0) | {name: 9}
     token, none = torch.zeros(1), [None] * 4
+    numbers = numbers_by_name(LOSS_NUMBERS, LossParams().numbers())
     with pytest.raises(RuntimeError, match=f"{name} is 9"):
         torch.ops.lvrpo.grpo_loss_fwd(
-            *(token, None, token, torch.tensor([0, 1]), *none, numbers_of(LossParams()), False),
+            *(token, None, token, torch.tensor([0, 1]), *none, numbers, False),
             count_empty=True,
             **choices,
         )

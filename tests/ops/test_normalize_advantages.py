@@ -13,9 +13,11 @@ from mutants.normalize_advantages import BEST_MUTANTS, LENGTH_MUTANTS, MUTANTS
 from torch import Tensor
 
 from lvrpo.backends import library
-from lvrpo.ops.normalize_advantages import normalize_advantages, numbers_of
+from lvrpo.dtypes import numbers_by_name
+from lvrpo.ops.normalize_advantages import normalize_advantages
 from lvrpo.params.advantages import (
     ADVANTAGE_CHOICES,
+    ADVANTAGE_NUMBERS,
     ADVANTAGE_PRESETS,
     AdvantageParams,
     Advantages,
@@ -277,7 +279,8 @@ def test_opcheck():
         (AdvantageParams(combine="sum", baseline="leave_one_out", scale="batch"), None),
     ):
         choices = library.positions("normalize_advantages", params.choices())
-        torch.library.opcheck(op, (rewards, offsets, weights, counted, numbers_of(params)), choices)
+        numbers = numbers_by_name(ADVANTAGE_NUMBERS, params.numbers())
+        torch.library.opcheck(op, (rewards, offsets, weights, counted, numbers), choices)
 
 
 @pytest.mark.parametrize(

@@ -18,16 +18,38 @@ from lvrpo.backends import Backend
 from lvrpo.dtypes import numbers
 from lvrpo.ops.head.linear import split
 from lvrpo.ops.head.loss_inputs import LossInputs
-from lvrpo.ops.head.rows import OUTSIDE, Chunk, Head, HeadRows, inverse
+from lvrpo.ops.head.rows import OUTSIDE, Chunk, Head, HeadRows
 from lvrpo.ops.head.targets import any_of
+from lvrpo.params.loss_metrics import STATISTICS
+
+
+def loss_arguments(
+    indices: tuple[Tensor, Tensor | None, Tensor | None],  # as `HeadRows` takes them
+    data: LossInputs,
+    temperature: float,
+    softcap: float | None,
+) -> tuple[list[Tensor | None], list[bool], str]:
+    """What `FusedLoss` is made of again inside a composite op, in the order of its fields.
+
+    Returns:
+        Tensors, flags, and the choices in one string, as schemas know no lists of strings.
+    """
+    params = data.params
+    tensors = [
+        *(*indices, numbers(temperature, softcap or 0.0, OUTSIDE)),
+        *(data.old_logprobs, data.advantages, data.layout.offsets, data.ref_logprobs),
+        *(data.mask, data.policy_weights, data.numbers()),
+    ]
+    entropy_bonus = params.entropy_coef != 0
+    every_active = params.beta != 0 or entropy_bonus
+    of_gradient = params.sequence_level, every_active, entropy_bonus
+    choices = " ".join(f"{kind}={name}" for kind, name in params.choices().items())
+    return tensors, [data.per_token, params.count_empty, *of_gradient], choices
 
 
 @dataclasses.dataclass(frozen=True)
 class FusedLoss:
     """What an op takes that forms log-probs and their loss at once, besides factors or logits.
-
-    A composite op takes it as three arguments, `tensors()`, `flags()` and `names()`, whose order is
-    that of the fields.
 
     Attributes:
         token_ids: [T], OUTSIDE for one that is no target; this and the next two are for `HeadRows`.
@@ -60,57 +82,12 @@ class FusedLoss:
     choices: Mapping[str, str]
 
     @classmethod
-    def of(
-        cls,
-        indices: tuple[Tensor, Tensor | None, Tensor | None],  # as `HeadRows` takes them
-        data: LossInputs,
-        temperature: float,
-        softcap: float | None,
-    ) -> FusedLoss:
-        """From arguments that were checked."""
-        params, mask = data.params, data.mask
-        assert mask is not None
-        return cls(
-            *(*indices, numbers(temperature, softcap or 0.0, OUTSIDE)),
-            old_logprobs=data.old_logprobs,
-            advantages=data.advantages,
-            cu_seqlens=data.layout.offsets,
-            ref_logprobs=data.ref_logprobs,
-            mask=mask,
-            policy_weights=data.policy_weights,
-            loss_numbers=data.numbers(),
-            advantage_per_token=data.per_token,
-            count_empty=params.count_empty,
-            sequence_level=params.sequence_level,
-            every_active=params.beta != 0 or params.entropy_coef != 0,
-            entropy_bonus=params.entropy_coef != 0,
-            choices=params.choices(),
-        )
-
-    @classmethod
     def from_arguments(
         cls, tensors: Sequence[Tensor | None], flags: Sequence[bool], names: str
     ) -> FusedLoss:
-        """From the arguments of a composite op."""
+        """From `loss_arguments`."""
         choices = dict(choice.split("=") for choice in names.split())
         return cls(*tensors, *flags, choices)  # type: ignore[arg-type, call-arg]
-
-    def tensors(self) -> list[Tensor | None]:
-        """All of them."""
-        return [
-            *(self.token_ids, self.row_index, self.vocab_range, self.softmax_numbers),
-            *(self.old_logprobs, self.advantages, self.cu_seqlens, self.ref_logprobs),
-            *(self.mask, self.policy_weights, self.loss_numbers),
-        ]
-
-    def flags(self) -> list[bool]:
-        """All of them."""
-        of_op = self.advantage_per_token, self.count_empty
-        return [*of_op, self.sequence_level, self.every_active, self.entropy_bonus]
-
-    def names(self) -> str:
-        """The choices in one string, as schemas know no lists of strings."""
-        return " ".join(f"{argument}={name}" for argument, name in self.choices.items())
 
     def rows(self, head: Head, backend: Backend, order: Tensor | None = None) -> HeadRows:
         """The rows of a head, of which nothing is known yet, in the order of the chunks."""
@@ -203,9 +180,7 @@ def plan_rows(call: FusedLoss, rows: int, most: int, gradient: bool) -> Plan:
     order = (2 - rows_with_gradient.long() - active_rows.long()).argsort(stable=True)
     facts = [rows_with_gradient.sum().reshape(1), active_rows.sum().reshape(1)]
     if whole_sequences:
-        position = inverse(order)
-        if row_of is not None:
-            position = position[row_of]
+        position = order.argsort() if row_of is None else order.argsort()[row_of]
         facts.append(_straddled(position, sequence, has_gradient, (rows, sequences)))
     end, end_of_active, *straddled = torch.cat(facts).tolist()
     groups = [[chunk] for chunk in split(0, end, most)]
@@ -236,16 +211,24 @@ def _straddled(
 ) -> Tensor:
     """[R + 1] how many sequences with a gradient have rows on both sides of a cut before a row."""
     rows, sequences = sizes
-    ends = {}
-    for side, nowhere in (("amin", rows), ("amax", -1)):
-        start = position.new_full((sequences,), nowhere)
+
+    def end(side: str, nowhere: int) -> Tensor:
         inside = torch.where(has_gradient, position, nowhere)
-        ends[side] = start.scatter_reduce(0, sequence, inside, side)
-    there = (ends["amax"] >= 0).long()
+        return position.new_full((sequences,), nowhere).scatter_reduce(0, sequence, inside, side)
+
+    first, last = end("amin", rows), end("amax", -1)
+    present = (last >= 0).long()
     steps = position.new_zeros(rows + 2)
-    steps.index_add_(0, torch.where(there > 0, ends["amin"] + 1, 0), there)
-    steps.index_add_(0, torch.where(there > 0, ends["amax"] + 1, 0), -there)
+    steps.index_add_(0, first + 1, present).index_add_(0, last + 1, -present)
     return steps.cumsum(0)[: rows + 1]
+
+
+def empty_results(like: Tensor, token_ids: Tensor | None, rows: int) -> tuple[Tensor, ...]:
+    """Of the shapes of loss, statistics, log-probs and entropy [T], and log-sum-exp [R]."""
+    assert token_ids is not None
+    of_tokens = like.new_empty(token_ids.shape), like.new_empty(token_ids.shape)
+    statistics = like.new_empty(len(STATISTICS), dtype=torch.float64)
+    return like.new_empty(()), statistics, *of_tokens, like.new_empty(rows)
 
 
 def save_gradients(ctx: Any, inputs: Sequence[Tensor | None], gradients: list[Tensor]) -> None:

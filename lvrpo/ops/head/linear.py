@@ -37,8 +37,7 @@ class Projection:
         weight: [whole vocabulary, H].
         bias: [whole vocabulary], or None.
         targets: of the rows; ids and ranges count through the whole vocabulary.
-        low: the first column of the slice that is multiplied.
-        high: one past its last.
+        columns: the first of the slice that is multiplied, and one past its last.
         sliced: whether the slice says all that the targets' ranges do.
         most: rows of logits, and of their gradient where it has a buffer, that fit the budget.
     """
@@ -47,8 +46,7 @@ class Projection:
     weight: Tensor
     bias: Tensor | None
     targets: Targets
-    low: int
-    high: int
+    columns: tuple[int, int]
     sliced: bool
     most: int
 
@@ -59,7 +57,7 @@ class Projection:
     def indices(self) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """As `HeadRows` takes targets: ids from the first column, ranges where they say more."""
         ids, row_index, ranges = self.targets.indices()
-        ids = torch.where(ids == self.targets.ignore_index, OUTSIDE, ids - self.low)
+        ids = torch.where(ids == self.targets.ignore_index, OUTSIDE, ids - self.columns[0])
         return ids, row_index, None if self.sliced else ranges
 
 
@@ -100,7 +98,7 @@ def project(
     most = _rows_at_once(op, hidden, high - low, memory_budget)
     save = checks.as_saved
     factors = save(hidden), save(weight), save(bias)
-    return Projection(*factors, targets, low, high, is_pair(vocab_range), most)
+    return Projection(*factors, targets, (low, high), is_pair(vocab_range), most)
 
 
 def split(begin: int, end: int, most: int) -> list[Chunk]:

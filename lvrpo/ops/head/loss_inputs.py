@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from lvrpo import checks
-from lvrpo.dtypes import numbers
+from lvrpo.dtypes import numbers_by_name
 from lvrpo.ops.head.targets import Targets
 from lvrpo.params.loss_metrics import STATISTICS, LossMetrics
 from lvrpo.params.policy_loss import LOSS_NUMBERS, FusedPolicyLoss, LossParams
@@ -33,7 +33,6 @@ class LossInputs:
         params: the loss.
         old_logprobs: [T] or None.
         ref_logprobs: [T] or None.
-        entropy: [T] or None; attached to its graph.
         mask: [T] bool or None.
         policy_weights: [T] or None.
         advantages: [T] with `per_token`, else [B].
@@ -41,6 +40,7 @@ class LossInputs:
         divisor: a denominator that is a tensor: it divides the result of the op, which then needs
             no read from the device.
         denominator: for the op; None for its own count.
+        entropy: [T] or None; attached to its graph.
         lost: [] how many tokens that the mask let in were taken out of it; None for none.
     """
 
@@ -48,19 +48,14 @@ class LossInputs:
     params: LossParams
     old_logprobs: Tensor | None
     ref_logprobs: Tensor | None
-    entropy: Tensor | None
     mask: Tensor | None
     policy_weights: Tensor | None
     advantages: Tensor
     per_token: bool
     divisor: Tensor | None
     denominator: float | None
+    entropy: Tensor | None = None
     lost: Tensor | None = None
-
-    @property
-    def level(self) -> Level:
-        """What the advantages are given for."""
-        return "token" if self.per_token else "sequence"
 
     def tensors(self) -> tuple[Tensor | None, ...]:
         """All of them, to choose a backend by."""
@@ -71,13 +66,14 @@ class LossInputs:
 
     def numbers(self) -> Tensor:
         """The numbers of the loss as kernels take them."""
-        return numbers_of(self.params, self.denominator)
+        return numbers_by_name(LOSS_NUMBERS, self.params.numbers(self.denominator))
 
     def for_reference(self) -> dict[str, Any]:
         """Keyword arguments of a reference, but for the log-probs and `entropy`."""
-        names = "old_logprobs", "advantages", "ref_logprobs", "mask", "policy_weights", "level"
-        found = {name: getattr(self, name) for name in (*names, "denominator", "params")}
-        return found | {"cu_seqlens": self.layout.offsets}
+        same = "old_logprobs", "advantages", "ref_logprobs", "mask", "policy_weights"
+        found = {name: getattr(self, name) for name in (*same, "denominator", "params")}
+        level = "token" if self.per_token else "sequence"
+        return {**found, "level": level, "cu_seqlens": self.layout.offsets}
 
     def of_targets(self, targets: Targets, strange: Tensor | None) -> LossInputs:
         """The same without tokens [T] that are ignored, those `strange` among them counted.
@@ -108,10 +104,12 @@ class LossInputs:
             positive = self.divisor > 0
             divisor = torch.where(positive, self.divisor, 1.0)
             loss = torch.where(positive, loss / divisor.to(loss.dtype), 0.0)
-            divided = torch.where(positive, statistics / divisor, 0.0)
-            statistics = torch.where(_is("policy_loss", statistics), divided, statistics)
+            at = STATISTICS.index("policy_loss")
+            divided = torch.where(positive, statistics[at] / divisor, 0.0)
+            statistics = statistics.select_scatter(divided, 0, at)
         if self.lost is not None:
-            statistics = statistics + self.lost * _is("dropped_tokens", statistics)
+            at = STATISTICS.index("dropped_tokens")
+            statistics = statistics.select_scatter(statistics[at] + self.lost, 0, at)
         metrics = LossMetrics.from_statistics(statistics.detach())
         if checks.check_values(loss):
             self._refuse(loss, metrics, logprobs)
@@ -169,80 +167,56 @@ def loss_inputs(
     tokens: tuple[str, Tensor],
     dtype: torch.dtype,
     *,
-    old_logprobs: Tensor | None,
     advantages: Numbers,
     cu_seqlens: Tensor | Sequence[int] | None,
-    mask: Numbers | None,
-    policy_weights: Numbers | None,
     level: Level | None,
-    ref_logprobs: Tensor | None,
-    entropy: Tensor | None,
     denominator: float | Tensor | None,
     params: LossParams,
+    **of_tokens: Numbers | None,
 ) -> LossInputs:
     """Check the arguments of a policy loss and bring them to one form.
 
     `tokens` is the name and the value of the argument that says how the tokens are laid out,
-    `dtype` that of the result; everything else is as the op has it.
+    `dtype` that of the result, and `of_tokens` are old_logprobs, ref_logprobs, mask, policy_weights
+    and, of an op that takes it, entropy; everything is as the op has it.
 
     Raises:
         ValueError: they do not fit each other.
     """
     name, like = tokens
     layout = token_layout(op, name, like, cu_seqlens)
-    device = like.device
-    given = {"old_logprobs": old_logprobs, "ref_logprobs": ref_logprobs, "entropy": entropy}
-    flat: dict[str, Tensor | None] = {}
-    for key, tensor in given.items():
-        if tensor is not None:
-            tensor = checks.as_tensor(op, key, tensor, device)
+    flat: dict[str, Tensor | None] = dict.fromkeys(of_tokens)
+    for key, given in of_tokens.items():
+        if given is None:
+            continue
+        tensor = checks.as_tensor(op, key, given, like.device)
+        if key in ("old_logprobs", "ref_logprobs", "entropy"):
             checks.check_floating(op, key, tensor)
-            tensor = layout.flatten(key, tensor)
-            tensor = (tensor if key == "entropy" else tensor.detach()).to(dtype)
-        flat[key] = tensor
-    for key, value in (("mask", mask), ("policy_weights", policy_weights)):
-        flat[key] = None
-        if value is not None:
-            flat[key] = layout.flatten(key, checks.as_tensor(op, key, value, device)).detach()
-    if flat["mask"] is not None:
-        flat["mask"] = checks.as_mask(op, "mask", flat["mask"])
-    if flat["policy_weights"] is not None:
-        flat["policy_weights"] = flat["policy_weights"].to(dtype)
-    values = checks.as_tensor(op, "advantages", advantages, device).detach()
+        tensor = layout.flatten(key, tensor)
+        tensor = checks.as_mask(op, key, tensor) if key == "mask" else tensor.to(dtype)
+        # The reference saves what it is given; entropy is differentiated, and not of that kind.
+        flat[key] = tensor if key == "entropy" else checks.as_saved(tensor.detach())
+    values = checks.as_tensor(op, "advantages", advantages, like.device).detach()
     only = f"ratio {params.ratio!r}" if params.needs_sequence_advantages else None
     per_token = layout.per_token("advantages", values, level, only_sequences=only)
     checks.check_same_device(
         op, **{name: like}, **flat, advantages=values, cu_seqlens=layout.offsets
     )
-    if params.beta > 0 and ref_logprobs is None:
+    if params.beta > 0 and flat["ref_logprobs"] is None:
         raise ValueError(f"{op}: ref_logprobs is None, but beta is {params.beta}")
     _check_denominator(op, denominator)
     divisor = None
     if isinstance(denominator, Tensor):
         divisor, denominator = denominator.detach().reshape(()).double(), 1.0
-    # The reference saves what it is given; entropy is differentiated, and not of that kind.
-    saved = {key: x if key == "entropy" else checks.as_saved(x) for key, x in flat.items()}
     return LossInputs(
         dataclasses.replace(layout, offsets=checks.as_saved(layout.offsets)),
         params,
-        **saved,
+        **flat,
         advantages=checks.as_saved(values.reshape(-1).to(dtype)),
         per_token=per_token,
         divisor=divisor,
         denominator=denominator,
     )
-
-
-def numbers_of(params: LossParams, denominator: float | None = None) -> Tensor:
-    """`params.numbers(denominator)` in the order of `LOSS_NUMBERS`, as fp64 on the host."""
-    named = params.numbers(denominator)
-    return numbers(*(named[name] for name in LOSS_NUMBERS))
-
-
-def _is(name: str, statistics: Tensor) -> Tensor:
-    """Which of the statistics that is."""
-    number = torch.arange(len(statistics), device=statistics.device)
-    return number == STATISTICS.index(name)
 
 
 def _check_denominator(op: str, denominator: float | Tensor | None) -> None:

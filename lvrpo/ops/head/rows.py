@@ -67,28 +67,21 @@ class HeadRows:
         self.lse, self.entropy = like.new_zeros(rows), like.new_zeros(rows)
         self.sum_squares = like.new_zeros(rows)
         if row_index is not None:
-            self._position = row_index if order is None else inverse(order)[row_index]
+            # Sorting a permutation inverts it.
+            self._position = row_index if order is None else order.argsort()[row_index]
 
     def entropy_of_tokens(self) -> Tensor:
         """[T] the entropy of each token's row."""
         return self.entropy if self.row_index is None else self.entropy[self.row_index]
 
-    def rows_of(self, chunk: Chunk) -> Rows:
-        """The rows of a chunk, as indices into the input."""
-        return slice(*chunk) if self.order is None else self.order[slice(*chunk)]
-
     def forward(
         self, chunk: Chunk, with_entropy: bool = True, with_sum_squares: bool = False
     ) -> Tensor:
         """The logits of a chunk, valid until the next one's, after noting what they say."""
-        rows, here = self.rows_of(chunk), self._tokens_in(chunk)
+        rows, here, targets = self._part(chunk)
         logits = self.head.project(rows, chunk[1] - chunk[0])
         logprobs, lse, entropy, sum_squares = self.backend.op("gather_logprobs_fwd")(
-            logits,
-            *self._arguments(rows, chunk, here),
-            self.numbers,
-            with_entropy,
-            with_sum_squares,
+            *(logits, *targets, self.numbers, with_entropy, with_sum_squares)
         )
         if here is None:
             self.logprobs[rows] = logprobs
@@ -109,14 +102,13 @@ class HeadRows:
         logits: Tensor | None = None,
     ) -> None:
         """Add a chunk's part to the gradients of the head; None for logits projects them again."""
-        rows, here = self.rows_of(chunk), self._tokens_in(chunk)
+        rows, here, (token_ids, row_index, ranges) = self._part(chunk)
         count = chunk[1] - chunk[0]
         if logits is None:
             logits = self.head.project(rows, count)
         dlogits = self.head.gradient_buffer(rows, count)
         # Tokens of other chunks may have a gradient that is not a number yet.
         of_chunk = dlogprobs[rows] if here is None else torch.where(here, dlogprobs, 0.0)
-        token_ids, row_index, ranges = self._arguments(rows, chunk, here)
         # A token that sends nothing back is no target: a row without one need not be read.
         token_ids = torch.where(of_chunk == 0, OUTSIDE, token_ids)
         asked = any_of(token_ids != OUTSIDE, row_index, count)
@@ -152,37 +144,24 @@ class HeadRows:
         bounds = torch.arange(len(self.lse) + 1, device=by_row.device)
         return by_row, torch.searchsorted(in_order, bounds).diff()
 
-    def _tokens_in(self, chunk: Chunk) -> Tensor | None:
-        """[T] whether a token is of this chunk; None when its tokens are its rows."""
-        if self.row_index is None:
-            return None
-        return (self._position >= chunk[0]) & (self._position < chunk[1])
-
-    def _arguments(
-        self, rows: Rows, chunk: Chunk, here: Tensor | None
-    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """token_ids, row_index and vocab_range as the row kernels take them."""
+    def _part(
+        self, chunk: Chunk
+    ) -> tuple[Rows, Tensor | None, tuple[Tensor, Tensor | None, Tensor | None]]:
+        """The rows of a chunk, its tokens [T] (None: one for each), its targets for the kernels."""
+        rows = slice(*chunk) if self.order is None else self.order[slice(*chunk)]
         ranges = None if self.vocab_range is None else self.vocab_range[rows]
-        if here is None:
-            return self.token_ids[rows], None, ranges
+        if self.row_index is None:
+            return rows, None, (self.token_ids[rows], None, ranges)
+        here = (self._position >= chunk[0]) & (self._position < chunk[1])
         token_ids = torch.where(here, self.token_ids, OUTSIDE)
-        return token_ids, torch.where(here, self._position - chunk[0], 0), ranges
+        return rows, here, (token_ids, torch.where(here, self._position - chunk[0], 0), ranges)
 
 
-def inverse(order: Tensor) -> Tensor:
-    """Where in `order` each index is."""
-    return torch.empty_like(order).index_copy_(
-        0, order, torch.arange(len(order), device=order.device)
-    )
-
-
-def refuse_rows(op: str, statistic: Tensor, logits: str, used: Tensor | None = None) -> None:
-    """Name the row whose log-sum-exp, or entropy, is not a number; of those `used`, if given."""
+def refuse_rows(op: str, statistic: Tensor, logits: str) -> None:
+    """Name the first row whose log-sum-exp, or entropy, is not a number."""
     if not checks.check_values(statistic):
         return
     bad = ~statistic.isfinite()
-    if used is not None:
-        bad &= used
     if bool(bad.any()):
         raise ValueError(
             f"{op}: row {int(bad.nonzero()[0])} of {logits} has no finite log-sum-exp; expected "

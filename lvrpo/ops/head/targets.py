@@ -71,9 +71,7 @@ def as_rows(op: str, name: str, tensor: Tensor, width: str) -> Tensor:
     """[..., width] as [R, width]; a view where its strides allow."""
     if tensor.dim() < 2:
         checks.check_shape(op, name, tensor, ("...", "R", width))
-    if tensor.dim() == 2:
-        return tensor
-    return tensor.reshape(math.prod(tensor.shape[:-1]), tensor.shape[-1])
+    return tensor.flatten(0, -2)
 
 
 def as_targets(
@@ -127,14 +125,6 @@ def is_pair(vocab_range: VocabRange) -> bool:
     if vocab_range is None or isinstance(vocab_range, Tensor):
         return False
     return len(vocab_range) == 2 and not isinstance(vocab_range[0], (Sequence, Tensor))
-
-
-def check_scale(op: str, temperature: float, softcap: float | None) -> None:
-    """Temperature and softcap are finite and positive; the softcap may be None."""
-    if not 0 < temperature < math.inf:
-        raise ValueError(f"{op}: temperature is {temperature}, expected finite and > 0")
-    if softcap is not None and not 0 < softcap < math.inf:
-        raise ValueError(f"{op}: softcap is {softcap}, expected > 0, or None for no cap")
 
 
 def _ranges_of(pair: Any, like: Tensor) -> Tensor:
