@@ -10,16 +10,16 @@ import math
 import os
 from collections.abc import Iterator
 from itertools import chain
-from typing import get_args
 
 import torch
 
+from lvrpo import backends
 from lvrpo.data.example import SKILLS
 from lvrpo.params.advantages import AdvantageParams
 from lvrpo.rewards.registry import BUILT_IN, reward_label
 from lvrpo.runs.probe import probe_rewards
 from lvrpo.runs.setup import Data, FrozenParts, Setup, used_rewards
-from lvrpo.trainer.config import Backend, ConfigError, TrainConfig
+from lvrpo.trainer.config import ConfigError, TrainConfig
 from lvrpo.trainer.objective import Objective
 from lvrpo.trainer.schedule import flow_schedule
 
@@ -35,12 +35,7 @@ def check_config(config: TrainConfig) -> Setup:
         DataError: a line or picture of a JSONL file is wrong.
         RewardError: a reward cannot be imported, or fails or says nothing on the training data.
     """
-    from_environment = os.environ.get("LVRPO_BACKEND", "")
-    if not config.run.backend and from_environment not in get_args(Backend):
-        raise ConfigError(
-            f"LVRPO_BACKEND is {from_environment!r} in the environment, expected cpp, torch, or "
-            "unset; run.backend wins over it"
-        )
+    _check_backend(config.run.backend)
     with _named("rollout"):
         schedule = flow_schedule(config.rollout)
     if config.rollout.generate_prompts and not schedule.stochastic_steps:
@@ -63,6 +58,23 @@ def check_config(config: TrainConfig) -> Setup:
     with _named("rewards"):
         probe_rewards(setup, parts)
     return setup
+
+
+def _check_backend(name: str) -> None:
+    """Refuse a backend that does not exist, or that has nothing to train with on a CPU here."""
+    given = f"run.backend is {name!r}"
+    if not name:
+        name = os.environ.get("LVRPO_BACKEND", "")
+        given = f"LVRPO_BACKEND is {name!r} in the environment, over which run.backend wins"
+    if not name:
+        return
+    known = [backend.name for backend in backends.ALL]
+    if name not in known:
+        raise ConfigError(f'{given}, expected one of {", ".join(known)}, or "" for the first')
+    backend = backends.named(name)
+    why_not = backend.why_not("linear_grpo_loss", [torch.empty(0)])
+    if reason := backend.why_unavailable() or "; ".join(why_not):
+        raise ConfigError(f"{given}, which cannot run here: {reason}")
 
 
 def _check_patches(config: TrainConfig, picture_shape: tuple[int, int, int]) -> None:

@@ -40,8 +40,6 @@ class OneOf:
         return core_schema.literal_schema(list(self.names))
 
 
-#: The trainer has no device but the CPU.
-Backend = Literal["cpp", "torch", ""]
 Count = Annotated[int, Field(ge=0, le=10**12)]
 Positive = Annotated[int, Field(ge=1, le=10**12)]
 Batch = Annotated[int, Field(ge=0, le=65536)]
@@ -67,7 +65,7 @@ class RunSection:
     keep_checkpoints: Positive = 2
     eval_items: Count = 2048
     threads: Annotated[int, Field(ge=0, le=1024)] = 0  # 0: torch's own choice
-    backend: Backend = ""  # of every op; empty: the first that can run
+    backend: str = ""  # of every op, a name of `lvrpo.backends.ALL`; empty: the first that can run
     shuffle_rewards: bool = False  # the control: rewards are permuted within each group
 
 

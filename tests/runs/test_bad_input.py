@@ -58,7 +58,7 @@ BAD_SETTINGS = {
     "runs.seed=1": "unknown section [runs]",
     "run.seed=x": "run.seed is 'x', expected an integer",
     "run.threads=-1": "run.threads is -1, expected an integer in [0, 1024]",
-    "run.backend=gpu": "run.backend is 'gpu', expected one of cpp, torch",
+    "run.backend=gpu": "run.backend is 'gpu', expected one of cpp, cuda, triton, torch",
     "data.channels=0": "data.channels is 0, expected an integer in [1, 3]",
     "data.questions={color=1.0}": "color",
     "model.heads=3": "[model] model.heads is 3, expected a multiple of kv_heads = 2",

@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import typing
-from typing import Any, get_args
+from typing import Any
 
 import pytest
 from pydantic import TypeAdapter
 from runs.tiny import OVERRIDES, Stop, StopAfter, command, run_tiny, settings
 
 from lvrpo import backends
+from lvrpo.backends.cuda import CudaBackend
 from lvrpo.models.flow import DYNAMICS
 from lvrpo.params.advantages import ADVANTAGE_PRESETS
 from lvrpo.params.flow import KL_FORMS, VARIANTS
 from lvrpo.params.policy_loss import LOSS_PRESETS
 from lvrpo.params.sampler_correction import SAMPLER_CORRECTION_PRESETS
 from lvrpo.runs.config_file import load_config
-from lvrpo.trainer.config import Backend, ConfigError, TrainConfig
+from lvrpo.runs.preflight import check_config
+from lvrpo.trainer.config import ConfigError, TrainConfig
 
 VALUES = (
     "-1",
@@ -130,9 +132,26 @@ def test_whatever_an_op_offers_has_a_key(key, names):
         assert getattr(getattr(config, section), name) == each
 
 
-def test_a_run_may_ask_for_whatever_runs_on_a_cpu():
-    on_cpu = [backend.name for backend in backends.ALL if backend.device in ("cpu", "")]
-    assert [*get_args(Backend)] == [*on_cpu, ""]
+@pytest.mark.parametrize("backend", backends.ALL, ids=lambda backend: backend.name)
+def test_a_run_on_a_backend_says_why_it_cannot_run_here(tmp_path, monkeypatch, backend):
+    if backend.device in ("cpu", "") and not backend.why_unavailable():
+        assert check_config(load_config(overrides=[*OVERRIDES, f"run.backend={backend.name}"]))
+        monkeypatch.setattr(type(backend), "why_unavailable", lambda _: "its kernels are asleep")
+    run, key = tmp_path / "run", f"run.backend={backend.name}"
+    result = command("train", run, "-s", key, tiny=True)
+    assert result.exit_code == 2
+    reason = backend.why_unavailable() or "it runs on CUDA tensors"
+    assert f"run.backend is '{backend.name}', which cannot run here: " in result.stderr
+    assert reason in result.stderr
+    assert len(result.stderr.splitlines()) == 1
+    assert not run.exists()
+
+
+def test_no_run_is_on_a_backend_of_a_gpu_alone(monkeypatch):
+    monkeypatch.setattr(CudaBackend, "why_unavailable", lambda _: "")
+    monkeypatch.setattr(CudaBackend, "has_kernels", lambda *_: True)
+    with pytest.raises(ConfigError, match=r"'cuda', which cannot run here: .* on CUDA tensors"):
+        check_config(load_config(overrides=["run.backend=cuda"]))
 
 
 def test_sections_have_no_other_types():
