@@ -248,7 +248,9 @@ def _normalised(weights: tuple[float, ...]) -> NDArray[np.float64]:
 def _check_weights(name: str, weights: Weights, kinds: tuple[str, ...]) -> None:
     for kind, weight in weights:
         if kind not in kinds:
-            raise ValueError(f"SceneConfig: {name} has kind {kind!r}, expected one of {kinds}")
+            raise ValueError(
+                f"SceneConfig: {name} has kind {kind!r}, expected one of {', '.join(kinds)}"
+            )
         if not weight >= 0:
             raise ValueError(f"SceneConfig: {name} gives {kind!r} the weight {weight}")
     if not sum(weight for _, weight in weights) > 0:

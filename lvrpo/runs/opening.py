@@ -242,6 +242,8 @@ def _rewards(config: TrainConfig) -> list[str]:
 
 
 def _refuse_other_contents(directory: Path) -> None:
+    if directory.exists() and not directory.is_dir():
+        raise RunDirectoryError(f"{directory} is a file; give a new directory")
     # These, and what starts with a dot, may be of a run that was killed before it had begun.
     early = (VERSION, INPUTS, CHANGES)
     names = [path.name for path in directory.glob("*")]

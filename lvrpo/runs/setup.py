@@ -132,13 +132,21 @@ def data_of(section: DataSection) -> Data:
     """The data that a configuration names.
 
     Raises:
-        ConfigError: an entry is missing.
-        ValueError: an entry is refused by what reads it.
+        ConfigError: an entry is missing, or is refused by what reads it.
     """
     if section.source != "scenes":
         return JsonlData(section)
-    kinds = tuple(section.questions.items()), tuple(section.requests.items())
-    return SceneData(SceneConfig(understand=kinds[0], generate=kinds[1]))
+    scenes = SceneConfig()
+    for key, skill, weights in (
+        ("questions", "understand", section.questions),
+        ("requests", "generate", section.requests),
+    ):
+        kinds: dict[str, Any] = {skill: tuple(weights.items())}
+        try:
+            scenes = dataclasses.replace(scenes, **kinds)
+        except ValueError as error:
+            raise ConfigError(f"data.{key}: {error}") from error
+    return SceneData(scenes)
 
 
 @dataclass(frozen=True)

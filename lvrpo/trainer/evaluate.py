@@ -99,12 +99,12 @@ def _chunks(examples: Sequence[Example]) -> list[Sequence[Example]]:
 
 def _reward_means(rewards: Rewards, samples: Samples, config: TrainConfig) -> dict[str, Any]:
     """The mean of every configured reward, over the samples that it has a score for."""
-    modality = samples.examples[0].task
-    own = rewards.get(modality, {})
+    skill = samples.examples[0].task
+    own = rewards.get(skill, {})
     if not own:
         return {}
     # No larger batches than in training: a reward's time limit is for those.
-    size = config.rollout.group_size * getattr(config.rollout, f"{modality}_prompts")
+    size = config.rollout.group_size * getattr(config.rollout, f"{skill}_prompts")
     tables = [
         score_samples(
             own, samples.take(range(start, min(start + size, len(samples)))), config.rewards
@@ -118,7 +118,7 @@ def _reward_means(rewards: Rewards, samples: Samples, config: TrainConfig) -> di
         known = [(score, cluster) for score, cluster in pairs if not math.isnan(score)]
         if known:
             scores, prompts = zip(*known, strict=True)
-            row |= reward_row(modality, name, clustered_mean(scores, prompts))
+            row |= reward_row(skill, name, clustered_mean(scores, prompts))
     return row
 
 

@@ -91,26 +91,26 @@ def gather_experience(
         examples = _repeat(pictures.examples, rollout.group_size)
         samples["generate"] = Samples.of_images(examples, pictures.images)
     tables: dict[Skill, Tensor] = {}
-    for modality, sampled in samples.items():
-        tables[modality], reported = score_samples(rewards[modality], sampled, config.rewards)
+    for skill, sampled in samples.items():
+        tables[skill], reported = score_samples(rewards[skill], sampled, config.rewards)
         _merge(metrics, reported | task.checks.measure(sampled))
     metrics["time/rewards"] = clock.lap()
 
     advantages: dict[Skill, Tensor] = {}
-    for modality, table in tables.items():
+    for skill, table in tables.items():
         if config.run.shuffle_rewards:
-            table = shuffle_within_groups(table, rollout.group_size, seed, step, modality)
+            table = shuffle_within_groups(table, rollout.group_size, seed, step, skill)
         # A drawing is as long as any other.
         lengths = [1] * len(table)
-        if modality == "understand" and answers is not None:
+        if skill == "understand" and answers is not None:
             lengths = [len(ids) for ids in answers.token_ids]
-        advantages[modality], reported = _advantages(table, lengths, modality, config)
+        advantages[skill], reported = _advantages(table, lengths, skill, config)
         _merge(metrics, reported)
     if answers is not None and config.rewards.truncated == "mask":
         kept = ~samples["understand"].truncated
         advantages["understand"] = advantages["understand"][kept]
         answers = answers.where(kept)
-    moved = {modality: values.to(policy.device) for modality, values in advantages.items()}
+    moved = {skill: values.to(policy.device) for skill, values in advantages.items()}
     metrics["time/advantages"] = clock.lap()
     weights = None
     if answers is not None:
@@ -129,9 +129,9 @@ def _merge(metrics: dict[str, Any], found: dict[str, Any]) -> None:
 
 
 def _advantages(
-    rewards: Tensor, lengths: list[int], modality: Skill, config: TrainConfig
+    rewards: Tensor, lengths: list[int], skill: Skill, config: TrainConfig
 ) -> tuple[Tensor, dict[str, Any]]:
-    weights = getattr(config.rewards, modality)
+    weights = getattr(config.rewards, skill)
     result = normalize_advantages(
         rewards,
         config.rollout.group_size,
@@ -143,30 +143,30 @@ def _advantages(
     stats = result.stats
     metrics: dict[str, Any] = {"alarm": []}
     for k, name in enumerate(map(reward_label, weights)):
-        metrics[f"reward/{modality}/{name}"] = float(stats.mean[k])
-        metrics[f"share/{modality}/{name}"] = float(stats.share[k])
-        metrics[f"constant_groups/{modality}/{name}"] = float(stats.constant_groups[k])
+        metrics[f"reward/{skill}/{name}"] = float(stats.mean[k])
+        metrics[f"share/{skill}/{name}"] = float(stats.share[k])
+        metrics[f"constant_groups/{skill}/{name}"] = float(stats.constant_groups[k])
     zero = result.values.view(-1, config.rollout.group_size).eq(0).all(dim=1)
-    metrics[f"constant_groups/{modality}"] = float(zero.float().mean())
+    metrics[f"constant_groups/{skill}"] = float(zero.float().mean())
     if bool(stats.all_zero):
-        metrics["alarm"].append(f"every {modality} advantage is zero: this step teaches nothing")
+        metrics["alarm"].append(f"every {skill} advantage is zero: this step teaches nothing")
     return result.values, metrics
 
 
 def shuffle_within_groups(
-    rewards: Tensor, group_size: int, seed: int, step: int, modality: str
+    rewards: Tensor, group_size: int, seed: int, step: int, skill: str
 ) -> Tensor:
     """The control experiment: each sample gets the rewards of a random sample of its group.
 
     Args:
         rewards: [P * G, K].
         group_size: G.
-        seed: of the run; with `step` and `modality` it fixes the permutation.
+        seed: of the run; with `step` and `skill` it fixes the permutation.
         step: see `seed`.
-        modality: see `seed`.
+        skill: see `seed`.
     """
     groups = rewards.view(-1, group_size, rewards.shape[1])
-    keys = random.stream(seed, "shuffle", step, modality).random(groups.shape[:2])
+    keys = random.stream(seed, "shuffle", step, skill).random(groups.shape[:2])
     order = torch.from_numpy(keys.argsort(axis=1))
     return groups.gather(1, order[:, :, None].expand_as(groups)).reshape(rewards.shape)
 

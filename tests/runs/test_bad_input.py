@@ -60,7 +60,8 @@ BAD_SETTINGS = {
     "run.threads=-1": "run.threads is -1, expected an integer in [0, 1024]",
     "run.backend=gpu": "run.backend is 'gpu', expected one of cpp, cuda, triton, torch",
     "data.channels=0": "data.channels is 0, expected an integer in [1, 3]",
-    "data.questions={color=1.0}": "color",
+    "data.questions={color=1.0}": "data.questions: SceneConfig: understand has kind 'color'",
+    "data.requests={place=0}": "data.requests: SceneConfig: generate has no weight above zero",
     "model.heads=3": "[model] model.heads is 3, expected a multiple of kv_heads = 2",
     "model.image_patch=3": "model.image_patch is 3, which does not tile pictures of 16 x 16",
     "model.latent_patch=3": "model.latent_patch is 3, which does not tile pictures of 16 x 16",
@@ -104,6 +105,7 @@ def test_bad_config_file(tmp_path):
     for text, message in {
         "[run]\nsede = 1\n": f"{path}:2: unknown key run.sede",
         "[model]\n\nheads = 3\n": f"{path}:3: [model] model.heads is 3",
+        "[data]\nquestions = {nam = 1}\n": f"{path}:2: data.questions: SceneConfig: understand",
         "[run\n": f"{path}: not TOML",
     }.items():
         path.write_text(text)
@@ -125,6 +127,13 @@ def test_other_settings_than_the_run_was_started_with(run, setting):
 
 def test_a_negative_number_of_items(run):
     assert command("eval", run, "--items", -1).exit_code == 2
+
+
+@pytest.mark.parametrize("option", [[], ["--dry-run"]])
+def test_a_file_is_no_run_directory(tmp_path, option):
+    (tmp_path / "mine.toml").write_text("")
+    message = refused("train", tmp_path / "mine.toml", *option)
+    assert f"{tmp_path / 'mine.toml'} is a file; give a new directory" in message
 
 
 @pytest.mark.parametrize("content", ["notes.txt", "checkpoints/x"])
