@@ -6,6 +6,7 @@ names as well.
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import importlib.util
 import sys
@@ -55,6 +56,12 @@ class FoundReward:
             return _as_reward(self.name, self.found)
         if parts is None:
             raise RewardError(f"reward {self.name!r} is made from the parts of a run: give them")
+        known = {field.name for field in dataclasses.fields(RewardParts)}
+        if strange := sorted(self.needs - known):
+            raise RewardError(
+                f"reward {self.name!r} needs {strange[0]!r}, which is no part of a run; expected "
+                f"some of {', '.join(sorted(known))}"
+            )
         return _as_reward(self.name, _guarded(self.name, lambda: from_parts(parts)))
 
 

@@ -32,7 +32,10 @@ def environment(**facts: Any) -> dict[str, Any]:
     versions = {name: known.pop(name) for name in ("lvrpo", "python", "torch")}
     return {
         "started": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        # As it can be typed again: `python -m lvrpo` is `lvrpo`.
+        "command": " ".join(
+            [Path(sys.argv[0]).name.replace("__main__.py", "lvrpo"), *sys.argv[1:]]
+        ),
         "versions": versions | _versions(),
         "cores": len(os.sched_getaffinity(0))
         if hasattr(os, "sched_getaffinity")

@@ -139,6 +139,9 @@ class Scaled:
     def __call__(self, samples):
         return [self.scale] * len(samples)
 
+class Mistaken(Scaled):
+    needs = ("options", "nonsense")
+
 class Odd:
     @classmethod
     def from_parts(cls, parts):
@@ -154,8 +157,10 @@ def test_a_reward_of_yours_is_made_from_the_parts_of_a_run(tmp_path):
     assert score([found.make(PARTS)], SAMPLES)[:, 0].tolist() == [3, 3, 3]
     with pytest.raises(RewardError, match=r"Scaled' is made from the parts of a run"):
         found.make()
-    with pytest.raises(RewardError, match=r"AttributeError: .*absent.*, at .*factory\.py:19$"):
+    with pytest.raises(RewardError, match=r"AttributeError: .*absent.*, at .*factory\.py:22$"):
         load_reward(f"{path}:Odd", PARTS)
+    with pytest.raises(RewardError, match="needs 'nonsense', which is no part of a run; expected"):
+        load_reward(f"{path}:Mistaken", PARTS)
 
 
 @pytest.mark.parametrize("name", BUILT_IN)
