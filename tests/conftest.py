@@ -5,12 +5,17 @@ from __future__ import annotations
 import collections
 from collections.abc import Iterator
 
+import hypothesis
 import pytest
 import torch
 from runnable import RUNNABLE
 
 from lvrpo import backends, info
 from lvrpo.testing import interpreter_with_bf16
+
+# How long an example takes is no property of the code on a machine that does other things too.
+hypothesis.settings.register_profile("lvrpo", deadline=None)
+hypothesis.settings.load_profile("lvrpo")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
