@@ -156,7 +156,8 @@ def test_what_a_kill_left_of_the_configuration_is_no_obstacle(tmp_path):
 
 def test_a_file_in_the_place_of_the_directory(tmp_path):
     (tmp_path / "run").write_text("mine")
-    assert f"{tmp_path / 'run'}: File exists" in refused("train", tmp_path / "run", tiny=True)
+    line = refused("train", tmp_path / "run", tiny=True)
+    assert f"{tmp_path / 'run'} is a file; give a new directory" in line
     assert (tmp_path / "run").read_text() == "mine"
 
 

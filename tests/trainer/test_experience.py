@@ -29,7 +29,7 @@ REWARDS = torch.arange(12.0)[:, None] * torch.tensor([1.0, -1.0])  # 3 groups of
 
 
 def test_shuffling_permutes_the_samples_of_each_group():
-    shuffled = shuffle_within_groups(REWARDS, 4, seed=0, step=1, modality="text")
+    shuffled = shuffle_within_groups(REWARDS, 4, seed=0, step=1, skill="text")
     assert not torch.equal(shuffled, REWARDS)
     assert torch.equal(shuffled[:, 0], -shuffled[:, 1])  # a sample's rewards stay together
     for group, original in zip(shuffled.split(4), REWARDS.split(4), strict=True):
@@ -37,12 +37,12 @@ def test_shuffling_permutes_the_samples_of_each_group():
 
 
 def test_shuffling_is_keyed_by_what_it_is_for():
-    def shuffled(seed=0, step=1, modality="generate"):
+    def shuffled(seed=0, step=1, skill="generate"):
         rewards = torch.arange(64.0)[:, None]
-        return shuffle_within_groups(rewards, 8, seed, step, modality).flatten().tolist()
+        return shuffle_within_groups(rewards, 8, seed, step, skill).flatten().tolist()
 
     assert shuffled() == shuffled()
-    others = [shuffled(seed=1), shuffled(step=2), shuffled(modality="understand")]
+    others = [shuffled(seed=1), shuffled(step=2), shuffled(skill="understand")]
     assert all(other != shuffled() for other in others)
 
 
