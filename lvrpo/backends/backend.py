@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
@@ -14,7 +15,7 @@ FLOATING = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 Function = Callable[..., Any]
 
 
-class Backend:
+class Backend(ABC):
     """One way to run ops. A subclass says in what it differs; it has no state.
 
     A backend has either kernels, which the op calls inside its own autograd function (`op`), or the
@@ -29,9 +30,9 @@ class Backend:
     reads_schedule = False
 
     @property
+    @abstractmethod
     def device(self) -> str:
         """Type of the tensors that it runs on; "" for any."""
-        raise NotImplementedError
 
     def why_unavailable(self) -> str:
         """Why no op can run on it here; empty when one can."""
@@ -41,9 +42,9 @@ class Backend:
         """What `lvrpo.info` tells of it where it is available, after that word."""
         return ""
 
+    @abstractmethod
     def has_kernels(self, op: str) -> bool:
         """Whether it has kernels for an op that is not made of others."""
-        raise NotImplementedError
 
     def implements(self, op: str) -> bool:
         """Whether this build has what it needs to run the op of this name."""
@@ -99,7 +100,7 @@ class Backend:
 
     def op(self, name: str) -> Function:
         """What runs the kernels of `torch.ops.lvrpo.<name>`; choices go by keyword, as names."""
-        raise NotImplementedError
+        raise NotImplementedError(f"{self.name} runs whole ops (`functional`), asked for {name}")
 
     def functional(self, op: str, reference: Function) -> Function | None:
         """The whole op, a differentiable function of the reference's arguments; None: `op` runs it.
