@@ -24,12 +24,12 @@ def describe_run(run: OpenRun) -> list[str]:
     lines += [
         f"  {change['key']}: {change['new']} in place of {change['old']}" for change in run.changes
     ]
-    for task in SKILLS:
-        weights = getattr(config.rewards, task).items()
+    for skill in SKILLS:
+        weights = getattr(config.rewards, skill).items()
         rewards = ", ".join(f"{weight:g} {reward_label(name)}" for name, weight in weights)
-        prompts = getattr(rollout, f"{task}_prompts")
+        prompts = getattr(rollout, f"{skill}_prompts")
         if prompts:
-            lines.append(f"  {task}: {prompts} prompts x {rollout.group_size} samples; {rewards}")
+            lines.append(f"  {skill}: {prompts} prompts x {rollout.group_size} samples; {rewards}")
     steps = f"{config.warm_start.steps} warm-start steps, {config.run.steps} policy updates"
     return [*lines, f"  data: {config.data.source}", f"  {steps}"]
 

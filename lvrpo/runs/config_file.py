@@ -100,8 +100,8 @@ def read_settings(path: Path | None = None, overrides: Iterable[str] = ()) -> Se
     named: dict[str, dict[str, Any]] = {}
     for override in overrides:
         key, equals, value = override.partition("=")
-        section, dot, name = key.strip().partition(".")
-        if not equals or not dot:
+        section, _, name = key.strip().partition(".")
+        if not (equals and section and name):
             raise ConfigError(f"{override!r} is not of the form section.key=value")
         named.setdefault(section, {})[name] = _parse_value(value.strip())
     _make_absolute(named, Path())
@@ -256,11 +256,11 @@ def _make_absolute(table: dict[str, Any], folder: Path) -> None:
     for key in ("source", "eval_source"):
         if isinstance(data, dict) and data.get(key, "") not in ("", "scenes"):
             data[key] = absolute(data[key])
-    for task in ("understand", "generate"):
-        if isinstance(rewards, dict) and isinstance(rewards.get(task), dict):
-            rewards[task] = {
+    for skill in ("understand", "generate"):
+        if isinstance(rewards, dict) and isinstance(rewards.get(skill), dict):
+            rewards[skill] = {
                 absolute(name) if ".py:" in name else name: weight
-                for name, weight in rewards[task].items()
+                for name, weight in rewards[skill].items()
             }
 
 

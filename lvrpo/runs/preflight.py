@@ -112,11 +112,11 @@ def _check_memory(setup: Setup, parts: FrozenParts) -> None:
 def _check_data(config: TrainConfig, data: Data) -> None:
     """See that there are prompts, something to imitate, and pictures."""
     to_imitate = []
-    for task in SKILLS:
-        prompts = getattr(config.rollout, f"{task}_prompts")
-        data.source.examples("train", task, min(1, prompts), 0)
-        batch = getattr(config.warm_start, f"{task}_batch")
-        to_imitate += data.source.labelled(task, min(1, batch), 0.0, 0)
+    for skill in SKILLS:
+        prompts = getattr(config.rollout, f"{skill}_prompts")
+        data.source.examples("train", skill, min(1, prompts), 0)
+        batch = getattr(config.warm_start, f"{skill}_batch")
+        to_imitate += data.source.labelled(skill, min(1, batch), 0.0, 0)
     if config.warm_start.steps and not to_imitate:
         raise ConfigError(
             f"warm_start.steps is {config.warm_start.steps}, but the training data has no answer "
@@ -168,5 +168,6 @@ def _named(section: str) -> Iterator[None]:
     except ValueError as error:
         # Errors with a class of their own name a key, a file or a reward already.
         if type(error) is ValueError:
-            raise ConfigError(f"[{section}] {error}") from error
+            named = str(error).startswith(f"{section}.")
+            raise ConfigError(str(error) if named else f"[{section}] {error}") from error
         raise

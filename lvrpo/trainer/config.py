@@ -222,11 +222,11 @@ class TrainConfig:
 
     @model_validator(mode="after")
     def _rewards_what_it_samples(self) -> TrainConfig:
-        for task in ("understand", "generate"):
-            weights = getattr(self.rewards, task)
-            if getattr(self.rollout, f"{task}_prompts") and not any(weights.values()):
+        for skill in ("understand", "generate"):
+            weights = getattr(self.rewards, skill)
+            if getattr(self.rollout, f"{skill}_prompts") and not any(weights.values()):
                 raise ValueError(
-                    f"rewards.{task} is {weights}, expected a reward whose weight is not 0, as "
-                    f"rollout.{task}_prompts is not 0"
+                    f"rewards.{skill} is {weights}, expected a reward whose weight is not 0, as "
+                    f"rollout.{skill}_prompts is not 0"
                 )
         return self

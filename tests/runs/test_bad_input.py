@@ -62,7 +62,7 @@ BAD_SETTINGS = {
     "data.channels=0": "data.channels is 0, expected an integer in [1, 3]",
     "data.questions={color=1.0}": "data.questions: SceneConfig: understand has kind 'color'",
     "data.requests={place=0}": "data.requests: SceneConfig: generate has no weight above zero",
-    "model.heads=3": "[model] model.heads is 3, expected a multiple of kv_heads = 2",
+    "model.heads=3": "model.heads is 3, expected a multiple of kv_heads = 2",
     "model.image_patch=3": "model.image_patch is 3, which does not tile pictures of 16 x 16",
     "model.latent_patch=3": "model.latent_patch is 3, which does not tile pictures of 16 x 16",
     "model.latent_dim=65": "model.latent_dim is 65, expected 1 to 64",
@@ -104,7 +104,7 @@ def test_bad_config_file(tmp_path):
     path = tmp_path / "mine.toml"
     for text, message in {
         "[run]\nsede = 1\n": f"{path}:2: unknown key run.sede",
-        "[model]\n\nheads = 3\n": f"{path}:3: [model] model.heads is 3",
+        "[model]\n\nheads = 3\n": f"{path}:3: model.heads is 3",
         "[data]\nquestions = {nam = 1}\n": f"{path}:2: data.questions: SceneConfig: understand",
         "[run\n": f"{path}: not TOML",
     }.items():

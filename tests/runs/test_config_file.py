@@ -44,6 +44,8 @@ BAD = {
     "wrong type in a table": (["rewards.generate={r_ins='x'}"], "rewards.generate.r_ins is 'x'"),
     "no table": (["rewards.generate=3"], "rewards.generate is 3, expected a table of names, each "),
     "no section": (["run=3"], "'run=3' is not of the form"),
+    "an empty section": ([".steps=3"], "'.steps=3' is not of the form section.key=value"),
+    "an empty key": (["run.=3"], "'run.=3' is not of the form section.key=value"),
     "no float is an int": (["run.seed=1.0"], "run.seed is 1.0, expected an integer"),
     "close to a key": (["run.sede=1"], r"run.sede; .*; did you mean run.seed\?"),
     "close to a section": (["runs.seed=1"], r"\[runs\]; .*; did you mean run\?"),
