@@ -157,6 +157,16 @@ class Policy(Protocol):
     ) -> Answers:
         """Sample `group_size` answers to every question, each until its end or `max_tokens`.
 
+        Args:
+            examples: questions.
+            group_size: samples of each.
+            max_tokens: of an answer, the end token included.
+            temperature: that logits are divided by. 0 is greedy: the likeliest token, of equal ones
+                that with the lowest id, whatever the seed; the log-probs are then those of
+                temperature 1.
+            seed: of the samples.
+            step: keys their streams too.
+
         Raises:
             DivergedError: the model's logits are not finite.
         """
@@ -167,10 +177,20 @@ class Policy(Protocol):
         group_size: int,
         schedule: FlowSchedule,
         *,
+        start_noise: float = 1.0,
         seed: int,
         step: int,
     ) -> Pictures:
         """Denoise `group_size` pictures for every drawing prompt.
+
+        Args:
+            examples: drawing prompts.
+            group_size: samples of each.
+            schedule: of the denoising.
+            start_noise: standard deviation of the noise that it begins with. 1 is what the model
+                has learned; with 0 and an ODE there is one drawing of a prompt, whatever the seed.
+            seed: of the samples.
+            step: keys their streams too.
 
         Raises:
             DivergedError: what the model drew is not finite.

@@ -116,6 +116,41 @@ def test_tokens_follow_the_models_distribution():
     assert ((counts - count * expected).abs() <= 5 * deviation + 2).all()
 
 
+def greedy(policy, questions, group_size=1, seed=0):
+    return policy.sample_texts(
+        questions, group_size, max_tokens=MAX_TOKENS, temperature=0.0, seed=seed, step=0
+    )
+
+
+def test_a_greedy_answer_is_the_likeliest_token_after_the_other(policy):
+    questions = prompts("understand", 8)
+    found = greedy(policy, questions)
+    (pack,) = policy.packs(found.groups())
+    with torch.no_grad():
+        outputs = policy.forward(pack)
+        logits = policy.module.logits(outputs.hidden)[pack.row_index]
+        logprobs = outputs.logprobs(pack, temperature=1.0, backend=policy.backend)
+    low, high = policy.answer_range
+    assert pack.token_ids.tolist() == (logits[:, low:high].argmax(dim=-1) + low).tolist()
+    check_against_plain(found.logprobs, logprobs.double(), logprobs, scale=8.0)
+
+
+def test_greedy_answers_are_equal_whatever_the_seed(policy):
+    questions = prompts("understand", 4)
+    found = greedy(policy, questions, GROUP, seed=5)
+    once = greedy(policy, questions).token_ids
+    assert found.token_ids == [tokens for tokens in once for _ in range(GROUP)]
+
+
+def test_of_equally_likely_tokens_the_greedy_answer_has_the_lowest(policy):
+    with torch.no_grad():
+        for parameter in policy.module.head.parameters():
+            parameter.zero_()
+    low, _ = policy.answer_range
+    found = greedy(policy, prompts("understand", 2))
+    assert {tokens[0] for tokens in found.token_ids} == {low}
+
+
 def test_logprobs_are_those_of_a_full_forward_pass(policy):
     found = answers(policy, prompts("understand", 4))
     (pack,) = policy.packs(found.groups())
@@ -162,6 +197,25 @@ def test_starting_noise_and_schedule_are_carried_along(policy):
     assert found.images.max() <= 1
     # Of standard normals, all different.
     assert len(found.latents[:, 0].flatten(1).unique(dim=0)) == GROUP
+
+
+@pytest.mark.parametrize("scale", [0.0, 0.25, 1.0, 2.0])
+def test_the_starting_noise_is_scaled_and_no_other(policy, scale):
+    requests = prompts("generate", 2)
+    whole = pictures(policy, requests)
+    found = policy.sample_images(requests, GROUP, SCHEDULE, start_noise=scale, seed=7, step=2)
+    assert torch.equal(found.latents[:, 0], whole.latents[:, 0] * scale)
+    assert torch.equal(found.noise, whole.noise)
+
+
+def test_without_any_noise_there_is_one_drawing_of_a_prompt(policy):
+    requests = prompts("generate", 3)
+    ode = dataclasses.replace(SCHEDULE, dynamics="ode")
+    found = policy.sample_images(requests, GROUP, ode, start_noise=0.0, seed=1, step=4)
+    once = policy.sample_images(requests, 1, ode, start_noise=0.0, seed=2, step=0)
+    repeated = once.images.repeat_interleave(GROUP, dim=0)
+    check_against_plain(found.images, repeated.double(), repeated, scale=64.0)
+    assert found.latents.shape[:2] == (len(requests) * GROUP, 0)
 
 
 def test_an_answer_says_why_it_ended(policy):

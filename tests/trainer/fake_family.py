@@ -150,8 +150,10 @@ class LinearPolicy:
             ids = [START]
             while ids[-1] != END and len(ids) <= max_tokens:
                 hidden = self.module.prompt(prompt) + self.module.token(torch.tensor(ids[-1]))
-                table = (self.module.head(hidden)[END:START] / temperature).log_softmax(-1)
-                drawn = int((table.exp().cumsum(0) < stream.random()).sum().clamp(max=START - 1))
+                logits = self.module.head(hidden)[END:START]
+                table = (logits / (temperature or 1.0)).log_softmax(-1)
+                below = (table.exp().cumsum(0) < stream.random()).sum().clamp(max=START - 1)
+                drawn = int(below if temperature else table.argmax())
                 ids.append(drawn)
                 logprobs.append(table[drawn])
             token_ids.append(ids[1:])
@@ -171,13 +173,14 @@ class LinearPolicy:
         group_size: int,
         schedule: FlowSchedule,
         *,
+        start_noise: float = 1.0,
         seed: int,
         step: int,
     ) -> Pictures:
         streams = sample_streams("picture", examples, group_size, seed, step)
         noise = random.normal(streams, (1 + schedule.num_steps, SIDE**2, WIDTH))
         prompts = torch.tensor([number(e) for e in examples for _ in range(group_size)])
-        x, steps = noise[:, 0], list(schedule.stochastic_steps)
+        x, steps = noise[:, 0] * start_noise, list(schedule.stochastic_steps)
         latents, velocities = [], []
         for k in range(schedule.num_steps):
             velocity = self._velocity(x, torch.full((len(x),), float(schedule.times[k])), prompts)
@@ -190,8 +193,8 @@ class LinearPolicy:
             list(examples),
             group_size,
             nn.functional.interpolate(pixels, size=(16, 16)),
-            torch.stack([latents[k] for k in steps], dim=1),
-            torch.stack([velocities[k] for k in steps], dim=1),
+            torch.stack(latents, dim=1)[:, steps],
+            torch.stack(velocities, dim=1)[:, steps],
             noise[:, [1 + k for k in steps]],
             steps,
             schedule.fingerprint(),

@@ -172,7 +172,7 @@ class UnifiedPolicy:
                 logits,
                 ids,
                 row_index,
-                temperature=temperature,
+                temperature=temperature or 1.0,
                 vocab_range=self.answer_range,
                 backend=self.backend,
             )
@@ -204,14 +204,17 @@ class UnifiedPolicy:
     ) -> tuple[Tensor, Tensor]:
         """A token per entry of `row_index`, and whether all their distributions are finite.
 
-        Drawn by inverting the cumulative distribution.
+        Drawn by inverting the cumulative distribution; the likeliest where the temperature is 0.
         """
         low, high = self.answer_range
-        probabilities = (logits[:, low:high].double() / temperature).softmax(dim=-1)
-        cumulative = probabilities.cumsum(dim=-1)[row_index]
-        ids = torch.searchsorted(cumulative, uniform.double()[:, None]).squeeze(1)
-        ids = ids.clamp(max=high - low - 1) + low
-        return ids, cumulative[:, -1].isfinite().all()
+        scaled = logits[:, low:high].double() / (temperature or 1.0)
+        cumulative = scaled.softmax(dim=-1).cumsum(dim=-1)[row_index]
+        if temperature:
+            ids = torch.searchsorted(cumulative, uniform.double()[:, None]).squeeze(1)
+            ids = ids.clamp(max=high - low - 1)
+        else:
+            ids = scaled.argmax(dim=-1)[row_index]  # of equal ones the first
+        return ids + low, cumulative[:, -1].isfinite().all()
 
     @torch.no_grad()
     def sample_images(
@@ -220,6 +223,7 @@ class UnifiedPolicy:
         group_size: int,
         schedule: FlowSchedule,
         *,
+        start_noise: float = 1.0,
         seed: int,
         step: int,
     ) -> Pictures:
@@ -240,7 +244,7 @@ class UnifiedPolicy:
         streams = sample_streams("picture", examples, group_size, seed, step)
         shape = 1 + schedule.num_steps, *self.latent_shape
         drawn = random.normal(streams, shape).to(self.device)
-        x = drawn[:, 0]
+        x = drawn[:, 0] * start_noise
         latents, velocities, noise, steps = [], [], [], []
         for k in range(schedule.num_steps):
             coefficients = schedule.coefficients(k, device=self.device)
