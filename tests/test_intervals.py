@@ -14,7 +14,9 @@ pytest.importorskip("statsmodels", reason="the extra of the report is missing")
 from lvrpo.intervals import (
     Interval,
     clustered_mean,
+    clustered_rate,
     compare_means,
+    compare_pairs,
     compare_rates,
     wilson_interval,
 )
@@ -154,3 +156,113 @@ def test_intervals_of_means_cover_as_often_as_they_say() -> None:
 def test_a_mean_of_nothing_is_refused(scores: list[float]) -> None:
     with pytest.raises(ValueError, match=r"clustered_mean: \d scores of 2 clusters"):
         clustered_mean(scores, [0, 1])
+
+
+#: (score, score after, cluster) of some prompts.
+prompts = st.lists(
+    st.tuples(st.sampled_from((0.0, 0.5, 1.0)), st.sampled_from((0.0, 1.0)), st.integers(0, 9)),
+    min_size=2,
+    max_size=60,
+)
+
+
+def width(interval: Interval) -> float:
+    return interval.high - interval.low
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.lists(st.sampled_from((0.0, 1.0)), min_size=2, max_size=80))
+def test_a_rate_without_clusters_is_wilsons(scores) -> None:
+    found = clustered_rate(scores, range(len(scores)))
+    assert found == pytest.approx(wilson_interval(sum(scores), len(scores)), abs=1e-12)
+
+
+@settings(max_examples=200, deadline=None)
+@given(prompts, st.integers(2, 5))
+def test_what_holds_of_every_clustered_interval(pairs, copies) -> None:
+    before, after, clusters = map(list, zip(*pairs, strict=True))
+    again = [each * copies for each in (before, after, clusters)]
+    rate, twice = clustered_rate(after, clusters), clustered_rate(again[1], again[2])
+    value = float(np.mean(after))
+    assert 0 <= rate.low <= value + 1e-12
+    assert value - 1e-12 <= rate.high <= 1
+    assert width(rate) > 0
+    assert width(twice) >= width(rate) - 1e-12  # a prompt that is repeated tells nothing new
+    flipped = clustered_rate([1 - each for each in after], clusters)
+    assert flipped == pytest.approx((1 - rate.high, 1 - rate.low), abs=1e-12)
+
+    change = compare_pairs(before, after, clusters)
+    repeated = compare_pairs(*again)
+    assert width(change.interval) > 0
+    assert width(repeated.interval) >= width(change.interval) - 1e-12
+    back = compare_pairs(after, before, clusters)
+    assert back.difference == pytest.approx(-change.difference, abs=1e-12)
+    assert back.interval == pytest.approx((-change.interval.high, -change.interval.low), abs=1e-12)
+
+
+@settings(max_examples=100, deadline=None)
+@given(prompts)
+def test_a_paired_change_is_the_regression_on_a_constant(pairs) -> None:
+    from statsmodels.regression.linear_model import OLS
+
+    before, after, clusters = map(list, zip(*pairs, strict=True))
+    if len(set(clusters)) < 2:
+        assert compare_pairs(before, after, clusters).interval == Interval(-1, 1)
+        return
+    model = OLS(np.subtract(after, before), np.ones(len(pairs)))
+    groups = {"groups": np.array(clusters)}
+    fitted = model.fit(cov_type="cluster", cov_kwds=groups, use_t=True)
+    found = compare_pairs(before, after, clusters, bounded=False)
+    assert found.difference == pytest.approx(fitted.params[0], abs=1e-9)
+    assert found.interval == pytest.approx(fitted.conf_int()[0], abs=1e-9)
+
+
+def test_the_unseen_cluster_of_a_change_weighs_little_where_much_changed() -> None:
+    rng = np.random.default_rng(3)
+    before, after = (rng.integers(0, 2, 600).astype(float).tolist() for _ in range(2))
+    bounded = compare_pairs(before, after, range(600)).interval
+    free = compare_pairs(before, after, range(600), bounded=False).interval
+    assert 1 < width(bounded) / width(free) < 1.01
+
+
+def test_nothing_but_right_answers_leaves_room_for_a_wrong_one() -> None:
+    clusters = [i // 4 for i in range(100)]
+    for score in (0.0, 1.0):
+        scores = [score] * 100
+        # Kish: as many samples as clusters.
+        expected = wilson_interval(25 * score, 25)
+        few_clusters = width(clustered_rate(scores, clusters)) / width(expected)
+        assert 1 <= few_clusters < 1.15
+        change = compare_pairs(scores, scores, clusters)
+        assert change.interval.low < -0.04 < 0 < 0.04 < change.interval.high
+
+
+@pytest.mark.parametrize("alike", [0.01, 0.3, 0.95])
+@pytest.mark.parametrize("rate", [0.02, 0.3, 0.95])
+def test_clustered_intervals_cover_as_often_as_they_say(rate: float, alike: float) -> None:
+    """60 clusters of 1 to 6 prompts; `alike` is the correlation of two in one (beta-binomial)."""
+    rng, covered, changes = np.random.default_rng(5), 0, 0
+    shape = np.array([rate, 1 - rate]) * (1 / alike - 1)
+    for _ in range(300):
+        clusters = np.repeat(range(60), rng.integers(1, 7, 60))
+        chances = rng.beta(*shape, 60)[clusters]
+        before, after = (rng.random((2, len(clusters))) < chances).astype(float).tolist()
+        low, high = clustered_rate(after, clusters.tolist())
+        covered += low <= rate <= high
+        low, high = compare_pairs(before, after, clusters.tolist()).interval
+        changes += low <= 0 <= high
+    assert covered >= 270  # 95 % is 285; three standard errors of the count are 11
+    assert changes >= 274
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: clustered_rate([0.0, 1.5], [0, 1]), "clustered_rate: scores are 0.0 to 1.5"),
+        (lambda: clustered_rate([], []), "clustered_mean: 0 scores"),
+        (lambda: compare_pairs([0.0], [0.0, 1.0], [0]), "compare_pairs: 1 scores before and 2"),
+    ],
+)
+def test_what_is_no_rate_is_refused(call, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        call()
