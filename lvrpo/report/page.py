@@ -6,7 +6,6 @@ that page.html.jinja lays out. A part that the run lacks is said on the page.
 
 from __future__ import annotations
 
-import base64
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,8 @@ import jinja2
 
 from lvrpo.intervals import wilson_interval
 from lvrpo.report import charts
-from lvrpo.report.drawing import DARK, LIGHT, Chart, duration, render
+from lvrpo.report.drawing import duration
+from lvrpo.report.html import data_uri, figure, page_environment
 from lvrpo.report.summary import (
     Comparison,
     Run,
@@ -32,7 +32,6 @@ from lvrpo.runs.gallery import to_png
 from lvrpo.runs.log import PHASES
 from lvrpo.runs.scores import eval_rewards, eval_scores
 
-NO_BREAK, MINUS = "\N{NO-BREAK SPACE}", "\N{MINUS SIGN}"
 GALLERY_LIMIT = 24  # pairs of one task on the page; the folder keeps all
 
 
@@ -66,9 +65,9 @@ def write_report(
         gallery=pair_gallery(run),
         gallery_limit=GALLERY_LIMIT,
         training=[
-            _figure(chart, folder) for chart in charts.training_charts(run.metrics, run.evals)
+            figure(chart, folder) for chart in charts.training_charts(run.metrics, run.evals)
         ],
-        time_figure=_figure(time, folder) if time else None,
+        time_figure=figure(time, folder) if time else None,
         **_side_by_side([run, *others] if others else []),
     )
     write_atomically(path, page.encode())
@@ -76,19 +75,9 @@ def write_report(
 
 
 def _template() -> jinja2.Template:
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
+    environment = page_environment()
     environment.filters |= {
-        "percent": lambda rate: f"{100 * rate:.1f}{NO_BREAK}%",
-        "number": lambda value: f"{value:.3g}".replace("-", MINUS),
-        "signed": lambda value: f"{value:+.3g}".replace("-", MINUS),
-        "points": lambda difference: f"{100 * difference:+.1f}".replace("-", MINUS),
-        "picture": lambda item: _data_uri(to_png(item)),
+        "picture": lambda item: data_uri(to_png(item)),
         "task_name": task_name,
     }
     environment.globals["wilson"] = lambda score: wilson_interval(score.successes, score.total)
@@ -150,20 +139,7 @@ def _results_figure(comparisons: Sequence[Comparison], folder: Path) -> dict[str
     chosen = list(main.values())
     names = [f"{task_name(c.after.task)}: {c.after.kind or c.title}" for c in chosen]
     chart = charts.change_chart([c.before for c in chosen], [c.after for c in chosen], names)
-    return _figure(chart, folder)
-
-
-def _figure(chart: Chart, folder: Path) -> dict[str, str]:
-    """Draw a chart for light and dark pages, and leave the light PNG in `folder`."""
-    light = render(chart, LIGHT)
-    (folder / f"{chart.name}.png").write_bytes(light)
-    return {
-        "title": chart.title,
-        "reading": chart.reading,
-        "alt": chart.alt,
-        "light": _data_uri(light),
-        "dark": _data_uri(render(chart, DARK)),
-    }
+    return figure(chart, folder)
 
 
 def _facts(run: Run) -> dict[str, str]:
@@ -185,7 +161,3 @@ def _facts(run: Run) -> dict[str, str]:
         "Command": known.get("command"),
     }
     return {name: str(value) for name, value in facts.items() if value is not None}
-
-
-def _data_uri(png: bytes) -> str:
-    return "data:image/png;base64," + base64.b64encode(png).decode()
