@@ -73,7 +73,8 @@ def wilson_interval(successes: float, total: float) -> Interval:
     if total == 0:
         return Interval(0.0, 1.0)
     low, high = proportion_confint(successes, total, method="wilson")
-    return Interval(float(low), float(high))
+    rate = successes / total  # which rounding may put outside at 0 and 1
+    return Interval(min(float(low), rate), max(float(high), rate))
 
 
 def clustered_rate(scores: Sequence[float], clusters: Sequence[Hashable]) -> Interval:
