@@ -48,19 +48,23 @@ class Answers:
     finish_reasons: list[FinishReason]  # [P * G], "length" where the limit of tokens cut
     sizes: Sequence[int] = ()  # [P] samples of each prompt, where not all of a group are left
 
+    @property
+    def group_sizes(self) -> list[int]:
+        """[P] samples of each prompt."""
+        return list(self.sizes) or [self.group_size] * len(self.examples)
+
     def groups(self) -> list[tuple[Example, list[list[int]]]]:
         """Every prompt that has samples, with their tokens."""
-        sizes = self.sizes or [self.group_size] * len(self.examples)
         tokens = iter(self.token_ids)
         return [
             (example, list(islice(tokens, size)))
-            for example, size in zip(self.examples, sizes, strict=True)
+            for example, size in zip(self.examples, self.group_sizes, strict=True)
             if size
         ]
 
     def where(self, kept: Tensor) -> Answers:
-        """The samples for which `kept`, [P * G] bool, holds; a group keeps its place."""
-        lengths = torch.tensor([len(ids) for ids in self.token_ids])
+        """The samples for which `kept`, one bool each, holds; a group keeps its place."""
+        lengths = torch.tensor([len(ids) for ids in self.token_ids], dtype=torch.int64)
         tokens = kept.repeat_interleave(lengths).nonzero().flatten()
         chosen = kept.nonzero().flatten().tolist()
         return dataclasses.replace(
@@ -69,7 +73,7 @@ class Answers:
             texts=[self.texts[i] for i in chosen],
             logprobs=self.logprobs[tokens.to(self.logprobs.device)],
             finish_reasons=[self.finish_reasons[i] for i in chosen],
-            sizes=kept.view(-1, self.group_size).sum(dim=1).tolist(),
+            sizes=[int(group.sum()) for group in kept.split(self.group_sizes)],
         )
 
 

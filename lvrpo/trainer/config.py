@@ -196,14 +196,15 @@ class LossSection:
 
 @dataclass(frozen=True, config=STRICT)
 class OptimizerSection:
-    """AdamW for the policy update."""
+    """AdamW for the policy phase, and the updates of one of its steps."""
 
     lr: Rate = 2e-4
     final_lr_fraction: Share = 0.0
     warmup_steps: Count = 5
     grad_clip: Rate = 1.0
     weight_decay: Annotated[float, Field(ge=0, le=1e3)] = 0.0
-    updates_per_rollout: Annotated[int, Field(ge=1, le=10**6)] = 1
+    updates_per_rollout: Annotated[int, Field(ge=1, le=10**6)] = 1  # passes over all of it
+    minibatches: Size = 1  # of a pass, each of whole groups and an update of its own
     max_rows: Positive = 16384  # token budget of one packed buffer; more rows take several
 
 
@@ -219,6 +220,17 @@ class TrainConfig:
     rewards: RewardSection = field(default_factory=RewardSection)
     loss: LossSection = field(default_factory=LossSection)
     optimizer: OptimizerSection = field(default_factory=OptimizerSection)
+
+    @model_validator(mode="after")
+    def _has_groups_for_its_minibatches(self) -> TrainConfig:
+        for key in ("understand_prompts", "generate_prompts"):
+            prompts = getattr(self.rollout, key)
+            if 0 < prompts < self.optimizer.minibatches:
+                raise ValueError(
+                    f"optimizer.minibatches is {self.optimizer.minibatches}, expected at most "
+                    f"rollout.{key} = {prompts}: a minibatch has whole groups of every skill"
+                )
+        return self
 
     @model_validator(mode="after")
     def _rewards_what_it_samples(self) -> TrainConfig:

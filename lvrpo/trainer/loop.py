@@ -22,11 +22,12 @@ from lvrpo.trainer.config import ConfigError, TrainConfig
 from lvrpo.trainer.evaluate import evaluate
 from lvrpo.trainer.experience import gather_experience
 from lvrpo.trainer.journal import Interrupts, Journal, Snapshot
+from lvrpo.trainer.minibatches import minibatches
 from lvrpo.trainer.objective import Objective
 from lvrpo.trainer.schedule import flow_schedule
 from lvrpo.trainer.state import TrainState, load_weights
 from lvrpo.trainer.task import Rewards, Task, warm_start_examples
-from lvrpo.trainer.update import policy_gradient
+from lvrpo.trainer.update import merge_updates, policy_gradient
 from lvrpo.trainer.warm_start import supervised_gradient
 
 WARM_START, AFTER = "warm start", "after"
@@ -111,6 +112,7 @@ def _grpo(training: _Training) -> None:
     schedule = flow_schedule(config.rollout)
     objective = Objective.from_config(config)
     first = config.warm_start.steps
+    epochs, count = config.optimizer.updates_per_rollout, config.optimizer.minibatches
     _evaluate_once(training, WARM_START, first, reference, rewards, schedule)
     while state.step < training.total:
         with training.interrupts.step():
@@ -120,15 +122,18 @@ def _grpo(training: _Training) -> None:
                 policy, training.task, rewards, config, schedule, step
             )
             update_started = time.perf_counter()
-            for update in range(config.optimizer.updates_per_rollout):
-                metrics |= policy_gradient(policy, reference, experience, schedule, objective)
-                if update == 0 and step == first + 1:
-                    check_ratio(metrics, next(policy.module.parameters()).dtype)
+            updates: list[dict[str, float]] = []
+            for part in minibatches(experience, epochs, count, seed=config.run.seed, step=step):
+                found = policy_gradient(policy, reference, part, schedule, objective)
+                if not updates and step == first + 1:
+                    check_ratio(found, next(policy.module.parameters()).dtype)
+                is_last = len(updates) + 1 == epochs * count
                 with training.interrupts.held():
-                    if update + 1 < config.optimizer.updates_per_rollout:
+                    if not is_last:
                         state.keep()
-                    metrics |= state.update()
-                    if update + 1 == config.optimizer.updates_per_rollout:
+                    updates.append(found | state.update())
+                    if is_last:
+                        metrics |= merge_updates(updates)
                         metrics["time/update"] = time.perf_counter() - update_started
                         metrics["time/total"] = time.perf_counter() - started
                         _finish_step(training, "grpo", metrics)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -32,13 +33,14 @@ def policy_gradient(
 ) -> dict[str, float]:
     """Add the gradient of the objective to the model's parameters.
 
-    The gradient is that of the whole rollout, however many packs it takes: every pack's loss is
-    divided by the rollout's own counts. The reference is evaluated only where a KL to it weighs.
-    The tensors of `experience` are on the policy's device; before the last pack is done nothing is
-    read from it but the number of rows that `linear_grpo_loss` asks for.
+    The gradient is that of the whole experience, a rollout or a minibatch of one, however many
+    packs it takes: every pack's loss is divided by the experience's own counts. The reference is
+    evaluated only where a KL to it weighs. The tensors of `experience` are on the policy's device;
+    before the last pack is done nothing is read from it but the number of rows that
+    `linear_grpo_loss` asks for.
 
     Returns:
-        Metrics of the step, keyed as in the run's records.
+        Metrics of the update, keyed as in the run's records.
 
     Raises:
         ScheduleMismatch: the pictures were sampled with another schedule.
@@ -53,6 +55,23 @@ def policy_gradient(
     for pack in pack_experience(policy, experience, schedule, objective):
         _pack_loss(step, pack).backward()  # type: ignore[no-untyped-call]
     return step.metrics.result()
+
+
+def merge_updates(updates: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """Metrics of a step from those of its updates: extremes stay extremes, all else is a mean.
+
+    An update counts as much as any other; a metric that it lacks, as a minibatch without answers
+    does, is the mean of the others. NaN stays NaN.
+    """
+    values: dict[str, list[float]] = {}
+    for metrics in updates:
+        for name, value in metrics.items():
+            values.setdefault(name, []).append(value)
+    merged = {"min": np.min, "max": np.max}
+    return {
+        name: float(merged.get(name.rpartition("/")[2], np.mean)(found))
+        for name, found in values.items()
+    }
 
 
 def pack_experience(

@@ -94,11 +94,17 @@ def test_an_error_in_a_supervised_step(whole, tmp_path, monkeypatch, phase):
     assert_same_run(tmp_path, whole)
 
 
-def test_an_error_between_two_updates_of_one_rollout(tmp_path, monkeypatch):
+@pytest.mark.parametrize(("passes", "minibatches"), [(3, 1), (1, 2), (2, 2)])
+def test_an_error_between_two_updates_of_one_rollout(tmp_path, monkeypatch, passes, minibatches):
     """The weights are those of no finished step then: a copy is saved."""
-    several = (*RARE, "optimizer.updates_per_rollout=3")
+    several = (
+        *RARE,
+        f"optimizer.updates_per_rollout={passes}",
+        f"optimizer.minibatches={minibatches}",
+    )
     assert run_tiny(tmp_path / "whole", *several)
-    fail_in(monkeypatch, loop, "policy_gradient", 3 + 3, MemoryError())
+    updates = passes * minibatches
+    fail_in(monkeypatch, loop, "policy_gradient", 2 * updates, MemoryError())
     with pytest.raises(MemoryError):
         run_tiny(tmp_path / "run", *several)
     monkeypatch.undo()

@@ -9,8 +9,10 @@ from trainer.memory_journal import MemoryJournal
 
 from lvrpo.runs.setup import Setup
 from lvrpo.runs.signals import Signals
-from lvrpo.trainer.loop import train
+from lvrpo.trainer import loop
+from lvrpo.trainer.loop import check_ratio, train
 from lvrpo.trainer.task import Task
+from lvrpo.trainer.update import merge_updates
 
 
 @pytest.fixture(scope="module")
@@ -61,3 +63,31 @@ def test_a_run_that_ends_hands_over_its_last_step_and_goes_on_from_it(task, whol
     assert all(torch.equal(tensor, theirs[name]) for name, tensor in ours.items())
     assert [row["step"] for row in journal.rows] == [1, 2, 3, 4, 5, 6]
     assert journal.evals.keys() == whole.evals.keys()
+
+
+@pytest.mark.parametrize(("passes", "minibatches"), [(1, 1), (2, 1), (1, 2), (2, 2)])
+def test_a_step_has_an_update_for_every_minibatch_of_every_pass(
+    task, monkeypatch, passes, minibatches
+):
+    updates: list[dict[str, float]] = []
+
+    def told(*arguments):
+        updates.append(gradient(*arguments))
+        return updates[-1]
+
+    gradient = loop.policy_gradient
+    monkeypatch.setattr(loop, "policy_gradient", told)
+    journal, count = MemoryJournal(), passes * minibatches
+    config = tiny_config(
+        f"optimizer.updates_per_rollout={passes}", f"optimizer.minibatches={minibatches}"
+    )
+    train(config, task, journal, Signals())
+    rows = [row for row in journal.rows if row["phase"] == "grpo"]
+    assert len(updates) == count * len(rows)
+    for step, row in enumerate(rows):
+        of_step = updates[step * count : (step + 1) * count]
+        assert row.items() >= merge_updates(of_step).items()
+        # The first update finds the weights that sampled.
+        check_ratio(of_step[0])
+    moved = [update["ratio/image/max"] > 1 + 1e-5 for update in updates]
+    assert any(moved) == (count > 1)
