@@ -36,7 +36,7 @@ from lvrpo.runs.changes import fingerprint
 from lvrpo.runs.checkpoint import load_checkpoint, load_newest, save_checkpoint
 from lvrpo.trainer.config import ConfigError, DataSection, TrainConfig
 from lvrpo.trainer.objective import Objective
-from lvrpo.trainer.schedule import flow_schedule
+from lvrpo.trainer.schedule import every_window
 from lvrpo.trainer.task import Rewards, Task
 
 
@@ -371,7 +371,7 @@ class Setup:
         """Lines worth reading before the first step."""
         elements = parts.autoencoder.tokens * parts.autoencoder.dim
         draws = self.config.rollout.generate_prompts
-        schedule = flow_schedule(self.config.rollout)
+        schedule = every_window(self.config.rollout)
         objective = Objective.from_config(self.config)
         floor = [noise_floor_note(schedule, elements, objective.image)] if draws else []
         return [*floor, *self.data.notes(), *self._cut_answers_note(parts), *self._no_rule_notes()]

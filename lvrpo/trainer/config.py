@@ -134,8 +134,10 @@ class RolloutSection:
     shift: Annotated[float, Field(ge=1e-3, le=1e3)] = 3.0
     dynamics: Dynamics = "flow_sde"
     noise_level: Annotated[float, Field(ge=0, le=100)] = 0.7
-    # The first of them; all of these are trained.
+    # A window of them; all of these are trained.
     stochastic_steps: Annotated[int, Field(ge=1, le=4096)] = 5
+    window: Literal["first", "sliding", "random"] = "first"  # where it is in a policy step
+    window_interval: Positive = 25  # policy steps before a sliding window moves on by one
 
     @model_validator(mode="after")
     def _samples_something(self) -> RolloutSection:

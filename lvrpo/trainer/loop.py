@@ -24,7 +24,7 @@ from lvrpo.trainer.experience import gather_experience
 from lvrpo.trainer.journal import Interrupts, Journal, Snapshot
 from lvrpo.trainer.minibatches import minibatches
 from lvrpo.trainer.objective import Objective
-from lvrpo.trainer.schedule import flow_schedule
+from lvrpo.trainer.schedule import flow_schedule, window_start
 from lvrpo.trainer.state import TrainState, load_weights
 from lvrpo.trainer.task import Rewards, Task, warm_start_examples
 from lvrpo.trainer.update import merge_updates, policy_gradient
@@ -109,15 +109,16 @@ def _grpo(training: _Training) -> None:
     config, policy, state = training.config, training.policy, training.state
     reference = _reference(training)
     rewards = training.task.make_rewards(reference)
-    schedule = flow_schedule(config.rollout)
+    as_evaluated = flow_schedule(config.rollout)
     objective = Objective.from_config(config)
     first = config.warm_start.steps
     epochs, count = config.optimizer.updates_per_rollout, config.optimizer.minibatches
-    _evaluate_once(training, WARM_START, first, reference, rewards, schedule)
+    _evaluate_once(training, WARM_START, first, reference, rewards, as_evaluated)
     while state.step < training.total:
         with training.interrupts.step():
             started = time.perf_counter()
             step = state.step + 1
+            schedule = flow_schedule(config.rollout, window_start(config, step))
             experience, metrics = gather_experience(
                 policy, training.task, rewards, config, schedule, step
             )
@@ -137,7 +138,7 @@ def _grpo(training: _Training) -> None:
                         metrics["time/update"] = time.perf_counter() - update_started
                         metrics["time/total"] = time.perf_counter() - started
                         _finish_step(training, "grpo", metrics)
-    _evaluate_once(training, AFTER, training.total, policy, rewards, schedule)
+    _evaluate_once(training, AFTER, training.total, policy, rewards, as_evaluated)
 
 
 def _finish_step(training: _Training, phase: str, metrics: dict[str, Any]) -> None:

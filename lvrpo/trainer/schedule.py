@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 
+from lvrpo import random
 from lvrpo.models.flow import FlowSchedule
 from lvrpo.trainer.config import RolloutSection, TrainConfig, WarmStartSection
 
@@ -41,12 +43,48 @@ def learning_rate(config: TrainConfig, done: int, bridge: Bridge = None) -> floa
     return lr
 
 
-def flow_schedule(rollout: RolloutSection) -> FlowSchedule:
-    """The schedule that a configuration describes: the first steps stochastic, the rest ODE."""
+def flow_schedule(rollout: RolloutSection, first: int = 0) -> FlowSchedule:
+    """The schedule that a configuration describes: a window of stochastic steps, the rest ODE.
+
+    Args:
+        rollout: section in force.
+        first: step of the window, in [0, `last_window(rollout)`]; 0 is what is evaluated.
+    """
     return FlowSchedule(
         num_steps=rollout.denoise_steps,
         shift=rollout.shift,
         dynamics=rollout.dynamics,
         noise_level=rollout.noise_level,
-        window=(0, rollout.stochastic_steps - 1),
+        window=(first, first + rollout.stochastic_steps - 1),
     )
+
+
+def last_window(rollout: RolloutSection) -> int:
+    """The first step of the last window whose steps all draw noise; 0 where windows do not move."""
+    if rollout.window == "first":
+        return 0
+    everywhere = dataclasses.replace(flow_schedule(rollout), window=None)
+    return max(0, len(everywhere.stochastic_steps) - rollout.stochastic_steps)
+
+
+def every_window(rollout: RolloutSection) -> FlowSchedule:
+    """The schedule whose stochastic steps are all that any policy step may train."""
+    last = last_window(rollout) + rollout.stochastic_steps - 1
+    return dataclasses.replace(flow_schedule(rollout), window=(0, last))
+
+
+def window_start(config: TrainConfig, step: int) -> int:
+    """The first stochastic step of the denoising of one policy step.
+
+    A sliding window moves on by one every `rollout.window_interval` policy steps and stays at the
+    end of the denoising when it is there; a random one is drawn for each of them.
+
+    Args:
+        config: in force.
+        step: counted through both phases; with the run's seed it fixes the draw.
+    """
+    rollout = config.rollout
+    last = last_window(rollout)
+    if rollout.window == "random":
+        return int(random.stream(config.run.seed, "window", step).integers(last + 1))
+    return min(last, (step - config.warm_start.steps - 1) // rollout.window_interval)
