@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal, Protocol, TypeAlias
+from typing import Literal, NamedTuple, Protocol, TypeAlias
 
 from lvrpo import random
 from lvrpo.data.example import SKILLS, Example, Skill, check_identities_disjoint
@@ -11,6 +11,18 @@ from lvrpo.data.jsonl import DataError, JsonlExamples
 
 #: What is trained on, and what is measured with.
 Split: TypeAlias = Literal["train", "test"]
+
+
+class LabelErrors(NamedTuple):
+    """How wrong the labels are that a source makes; those of files are taken as they are.
+
+    Attributes:
+        bias: probability that a label is wrong in the one way that its annotator is prone to.
+        noise: probability that it is wrong in any way, independently of all others.
+    """
+
+    bias: float = 0.0
+    noise: float = 0.0
 
 
 class Source(Protocol):
@@ -24,11 +36,11 @@ class Source(Protocol):
         """`count` prompts of one skill; fewer where the data that is measured with has fewer."""
 
     def labelled(
-        self, skill: Skill, count: int, noise: float, seed: int, copies: int = 1
+        self, skill: Skill, count: int, errors: LabelErrors, seed: int, copies: int = 1
     ) -> list[list[Example]]:
         """`count` training prompts to imitate, each as `copies` examples; none where none has one.
 
-        Every label is wrong with probability `noise`, independently of its neighbours.
+        The labels are as wrong as `errors` says.
         """
 
 
@@ -78,7 +90,7 @@ class JsonlSource:
         return self._draw(self._prompts[skill], skill, count, seed)
 
     def labelled(
-        self, skill: Skill, count: int, noise: float, seed: int, copies: int = 1
+        self, skill: Skill, count: int, errors: LabelErrors, seed: int, copies: int = 1
     ) -> list[list[Example]]:
         """See `Source`; the file's labels are taken as they are."""
         if not self._labelled[skill]:
@@ -132,7 +144,7 @@ class FileSource:
         return first_of(self.file, skill, count) if split == "test" else []
 
     def labelled(
-        self, skill: Skill, count: int, noise: float, seed: int, copies: int = 1
+        self, skill: Skill, count: int, errors: LabelErrors, seed: int, copies: int = 1
     ) -> list[list[Example]]:
         """None."""
         return []

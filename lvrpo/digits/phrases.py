@@ -13,8 +13,9 @@ _COLUMN_NAMES = {1: ("",), 2: ("left", "right"), 3: ("left", "center", "right")}
 # fmt: off
 _FIXED_WORDS = [
     "a", "above", "and", "are", "at", "below", "bottom", "center", "column", "digit", "digits",
-    "draw", "four", "how", "is", "left", "many", "middle", "more", "no", "of", "one", "right",
-    "row", "sum", "than", "that", "the", "there", "three", "to", "top", "two", "what", "yes",
+    "draw", "four", "how", "is", "left", "many", "middle", "more", "no", "of", "one", "plus",
+    "right", "row", "sum", "than", "that", "the", "there", "three", "to", "top", "two", "what",
+    "yes",
 ]
 # fmt: on
 _COUNTS = ("zero", "one", "two", "three", "four")
@@ -50,6 +51,11 @@ def ask_count() -> str:
     return "how many digits are there"
 
 
+def ask_list() -> str:
+    """The question for all digits, row by row."""
+    return "what digits are there"
+
+
 def ask_count_of(digit: int) -> str:
     """The question for the number of digits of one value."""
     return f"how many {digit} are there"
@@ -68,6 +74,11 @@ def ask_comparison(first: str, second: str) -> str:
 def ask_sum(first: str, second: str) -> str:
     """The question for the sum of the digits in two cells."""
     return f"what is the sum of {first} and {second}"
+
+
+def say_sum(first: int, second: int, total: int) -> str:
+    """The answer to `ask_sum`, with the digits that were read."""
+    return f"{first} plus {second} is {total}"
 
 
 def request(rule: DigitRule, order: Sequence[int] | None = None) -> str:

@@ -30,14 +30,26 @@ class Canvas(NamedTuple):
         return self.rows * self.cols
 
 
+class Label(NamedTuple):
+    """What a drawing shows and what an answer says."""
+
+    digits: list[int]  # per cell, EMPTY for none
+    answer: str | None
+
+
 class Draft(NamedTuple):
-    """An example before its picture is drawn."""
+    """An example before its picture is drawn.
+
+    `slip` is how a careless annotator labels it, where that is wrong: a list stops after two
+    digits, a sum drops its carry, a drawing stops after the digit that is named first.
+    """
 
     kind: str
     prompt: str
     digits: list[int]  # per cell, EMPTY for none
     answer: str | None
     rule: DigitRule | None
+    slip: Label | None = None
 
 
 class Draw(NamedTuple):
@@ -79,6 +91,13 @@ def _count_of(canvas: Canvas, draw: Draw) -> Draft:
     return Draft("count_of", phrases.ask_count_of(digit), cells, str(repeats), None)
 
 
+def _list(canvas: Canvas, draw: Draw) -> Draft:
+    cells = _fill(canvas, draw, draw.amount)
+    read = [str(digit) for digit in cells if digit != EMPTY]
+    slip = Label(cells, " ".join(read[:2])) if len(read) > 2 else None
+    return Draft("list", phrases.ask_list(), cells, " ".join(read), None, slip)
+
+
 def _relate(canvas: Canvas, draw: Draw) -> Draft | None:
     count = max(2, draw.amount)
     cells = _fill(canvas, draw, count)
@@ -111,8 +130,14 @@ def _compare(canvas: Canvas, draw: Draw) -> Draft | None:
 def _sum(canvas: Canvas, draw: Draw) -> Draft:
     names = phrases.cell_names(canvas.rows, canvas.cols)
     prompt = phrases.ask_sum(names[draw.order[0]], names[draw.order[1]])
-    answer = str(draw.digits[0] + draw.digits[1])
-    return Draft("sum", prompt, _fill(canvas, draw, max(2, draw.amount)), answer, None)
+    first, second = draw.digits[:2]
+    answer, cells = (
+        phrases.say_sum(first, second, first + second),
+        _fill(canvas, draw, max(2, draw.amount)),
+    )
+    carries = first + second >= 10
+    slip = Label(cells, phrases.say_sum(first, second, first + second - 10)) if carries else None
+    return Draft("sum", prompt, cells, answer, None, slip)
 
 
 def _place(canvas: Canvas, draw: Draw) -> Draft:
@@ -120,7 +145,8 @@ def _place(canvas: Canvas, draw: Draw) -> Draft:
     wanted = tuple(None if digit == EMPTY else digit for digit in cells)
     rule = LayoutRule(canvas.rows, canvas.cols, wanted)
     prompt = phrases.request(rule, draw.order[: draw.amount])
-    return Draft("place", prompt, cells, None, rule)
+    slip = Label(_fill(canvas, draw, 1), None) if draw.amount > 1 else None
+    return Draft("place", prompt, cells, None, rule, slip)
 
 
 def _relate_request(canvas: Canvas, draw: Draw) -> Draft | None:
@@ -148,6 +174,7 @@ QUESTIONS: dict[str, Builder] = {
     "name": _name,
     "count": _count,
     "count_of": _count_of,
+    "list": _list,
     "relate": _relate,
     "compare": _compare,
     "sum": _sum,

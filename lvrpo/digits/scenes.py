@@ -7,7 +7,7 @@ is fixed by hash: a source image belongs to one split, and so does a layout that
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, TypeAlias
 
@@ -25,7 +25,7 @@ from lvrpo.digits.pictures import (
     read_source,
     split_of,
 )
-from lvrpo.digits.questions import EMPTY, QUESTIONS, REQUESTS, Canvas, Draft, Draw
+from lvrpo.digits.questions import EMPTY, QUESTIONS, REQUESTS, Canvas, Draft, Draw, Label
 from lvrpo.digits.rules import DigitRule, digit_rule
 
 _MAX_DIGITS = 4
@@ -46,6 +46,7 @@ class SceneConfig:
             "sum" have many right drawings; a small flow model blends them, so they are off.
         question_digits: weights of 1, 2, 3, 4 digits in a picture that is asked about.
         request_digits: weights of 1, 2, 3, 4 digits in a layout that is asked for.
+        labelled_digits: most digits of a request that comes with a drawing to imitate.
         jitter: shift and dim training pictures of questions a little, so that a model reads
             drawings that are not pixel copies of the source images. Targets stay exact.
     """
@@ -53,9 +54,10 @@ class SceneConfig:
     rows: int = 2
     cols: int = 2
     understand: Weights = (
-        ("name", 0.5),
+        ("name", 0.4),
         ("count", 0.1),
         ("count_of", 0.1),
+        ("list", 0.1),
         ("relate", 0.1),
         ("compare", 0.1),
         ("sum", 0.1),
@@ -63,6 +65,7 @@ class SceneConfig:
     generate: Weights = (("place", 1.0),)
     question_digits: tuple[float, ...] = (0.1, 0.3, 0.3, 0.3)
     request_digits: tuple[float, ...] = (0.2, 0.5, 0.3, 0.0)
+    labelled_digits: int = 2
     jitter: bool = True
 
     def __post_init__(self) -> None:
@@ -80,6 +83,11 @@ class SceneConfig:
                 raise ValueError(
                     f"SceneConfig: {name} is {weights}, expected up to {_MAX_DIGITS} weights"
                 )
+        if sum(self.request_digits[: max(0, self.labelled_digits)]) <= 0:
+            raise ValueError(
+                f"SceneConfig: labelled_digits is {self.labelled_digits}, expected a request of so "
+                f"few digits among request_digits = {self.request_digits}"
+            )
 
     @property
     def cells(self) -> int:
@@ -108,10 +116,53 @@ def scene_examples(
         ValueError: this split has no request of a kind that `config` asks for.
     """
     rng = generator(repr(config), split, task, seed)
-    pool = digit_pools()[split]
     drafts = _draft(config, split, task, count, rng)
-    digits = np.array([draft.digits for draft in drafts], dtype=np.int64)
-    digits = digits.reshape(count, config.cells)
+    labels = [Label(draft.digits, draft.answer) for draft in drafts]
+    return _illustrate(config, split, task, seed, drafts, labels, rng)
+
+
+def labelled_examples(
+    config: SceneConfig, task: Skill, count: int, seed: int, *, bias: float, copies: int = 1
+) -> list[list[Example]]:
+    """`count` training examples as an annotator labelled them, each in `copies` pictures.
+
+    A model that imitates labels which are wrong in one way more often than right is wrong at its
+    mode: neither more of them nor sharper sampling mends it, which both mend independent errors.
+
+    Args:
+        config: canvas and mix of tasks; requests for more than `config.labelled_digits` digits have
+            no label, so none is drawn.
+        task: "understand" or "generate".
+        count: how many, >= 0.
+        seed: of the draw.
+        bias: probability that a label is what `Draft.slip` says, where there is one; independent
+            for each copy.
+        copies: of each, with other source images and a label of its own.
+    """
+    few = replace(config, request_digits=config.request_digits[: config.labelled_digits])
+    rng = generator(repr(few), "labelled", task, seed)
+    drafts = [d for d in _draft(few, "train", task, count, rng) for _ in range(copies)]
+    slips = rng.random(len(drafts)) < bias
+    labels = [
+        draft.slip if slips[i] and draft.slip else Label(draft.digits, draft.answer)
+        for i, draft in enumerate(drafts)
+    ]
+    examples = _illustrate(few, "train", task, seed, drafts, labels, rng)
+    return [examples[i : i + copies] for i in range(0, len(examples), copies)]
+
+
+def _illustrate(
+    config: SceneConfig,
+    split: Split,
+    task: Skill,
+    seed: int,
+    drafts: Sequence[Draft],
+    labels: Sequence[Label],
+    rng: np.random.Generator,
+) -> list[Example]:
+    pool = digit_pools()[split]
+    digits = np.array([label.digits for label in labels], dtype=np.int64)
+    digits = digits.reshape(len(drafts), config.cells)
     blank = len(pool.images)
     source = np.full(digits.shape, blank)
     full = digits != EMPTY
@@ -122,9 +173,9 @@ def scene_examples(
     pictures = assemble(cells, config.rows, config.cols)
 
     examples = []
-    for index, (draft, picture) in enumerate(zip(drafts, pictures, strict=True)):
+    for index, (draft, label, picture) in enumerate(zip(drafts, labels, pictures, strict=True)):
         uid = f"{split}/{task}/{draft.kind}/{seed}.{index}"
-        shown = {"image": picture, "answer": draft.answer}
+        shown = {"image": picture, "answer": label.answer}
         wanted = {"target": picture, "rule": draft.rule}
         parts: dict[str, Any] = shown if task == "understand" else wanted
         examples.append(Example(task, uid, draft.prompt, kind=draft.kind, **parts))
@@ -192,9 +243,9 @@ def _wrong_answer(example: Example, rng: np.random.Generator) -> str:
         return "no" if example.answer == "yes" else "yes"
     most = {"count": _MAX_DIGITS, "count_of": _MAX_DIGITS, "sum": 18}
     low, high = int(example.kind in ("count", "count_of")), most.get(example.kind, 9)
-    right = int(example.answer or 0)
+    *before, last = (example.answer or "0").split()  # the digits of a list, the terms of a sum
     shift = int(rng.integers(1, high - low + 1))
-    return str(low + (right - low + shift) % (high - low + 1))
+    return " ".join([*before, str(low + (int(last) - low + shift) % (high - low + 1))])
 
 
 def _draft(

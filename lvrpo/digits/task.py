@@ -7,13 +7,18 @@ from typing import Any
 
 from lvrpo import random
 from lvrpo.data.example import Example, Skill
-from lvrpo.data.sources import Split
+from lvrpo.data.sources import LabelErrors, Split
 from lvrpo.digits.checks import DigitRules
 from lvrpo.digits.encoder import DualEncoder, train_dual_encoder
 from lvrpo.digits.judge import digit_judge, gold_reader, reader_accuracy
 from lvrpo.digits.phrases import scene_words
 from lvrpo.digits.pictures import digit_pools
-from lvrpo.digits.scenes import SceneConfig, scene_examples, with_label_noise
+from lvrpo.digits.scenes import (
+    SceneConfig,
+    labelled_examples,
+    scene_examples,
+    with_label_noise,
+)
 
 
 class SceneSource:
@@ -32,13 +37,13 @@ class SceneSource:
         return scene_examples(self.config, split, skill, count, seed)
 
     def labelled(
-        self, skill: Skill, count: int, noise: float, seed: int, copies: int = 1
+        self, skill: Skill, count: int, errors: LabelErrors, seed: int, copies: int = 1
     ) -> list[list[Example]]:
         """See `lvrpo.data.sources.Source`."""
         rng = random.stream(seed, "label noise", skill)
+        groups = labelled_examples(self.config, skill, count, seed, bias=errors.bias, copies=copies)
         return [
-            [with_label_noise(example, noise, rng) for _ in range(copies)]
-            for example in self.examples("train", skill, count, seed)
+            [with_label_noise(example, errors.noise, rng) for example in group] for group in groups
         ]
 
 

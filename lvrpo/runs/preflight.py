@@ -15,6 +15,7 @@ import torch
 
 from lvrpo import backends
 from lvrpo.data.example import SKILLS
+from lvrpo.data.sources import LabelErrors
 from lvrpo.params.advantages import AdvantageParams
 from lvrpo.rewards.registry import BUILT_IN, reward_label
 from lvrpo.runs.probe import probe_rewards
@@ -116,7 +117,7 @@ def _check_data(config: TrainConfig, data: Data) -> None:
         prompts = getattr(config.rollout, f"{skill}_prompts")
         data.source.examples("train", skill, min(1, prompts), 0)
         batch = getattr(config.warm_start, f"{skill}_batch")
-        to_imitate += data.source.labelled(skill, min(1, batch), 0.0, 0)
+        to_imitate += data.source.labelled(skill, min(1, batch), LabelErrors(), 0)
     if config.warm_start.steps and not to_imitate:
         raise ConfigError(
             f"warm_start.steps is {config.warm_start.steps}, but the training data has no answer "

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from lvrpo.data.example import SKILLS, Skill
 from lvrpo.data.jsonl import JsonlExamples
-from lvrpo.data.sources import FileSource, JsonlSource, Source
+from lvrpo.data.sources import FileSource, JsonlSource, LabelErrors, Source
 from lvrpo.data.words import common_words
 from lvrpo.digits.checks import DigitRules, gold_check
 from lvrpo.digits.encoder import DualEncoder
@@ -418,9 +418,13 @@ def pictures_to_fit(source: Source) -> Tensor:
     Raises:
         ConfigError: there is none either.
     """
-    pictures = [example.target for (example,) in source.labelled("generate", 1024, 0.0, 0)]
+    pictures = [
+        example.target for (example,) in source.labelled("generate", 1024, LabelErrors(), 0)
+    ]
     if not any(picture is not None for picture in pictures):
-        pictures = [example.image for (example,) in source.labelled("understand", 1024, 0.0, 0)]
+        pictures = [
+            example.image for (example,) in source.labelled("understand", 1024, LabelErrors(), 0)
+        ]
     found = [torch.from_numpy(picture) for picture in pictures if picture is not None]
     if not found:
         raise ConfigError("data: the training file has no picture to fit the latents on")

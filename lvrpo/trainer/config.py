@@ -79,7 +79,7 @@ class DataSection:
     height: Pixels = 32  # converted and resized
     width: Pixels = 32
     questions: Weights = field(
-        default_factory=lambda: {"name": 0.45, "count_of": 0.15, "compare": 0.25, "sum": 0.15}
+        default_factory=lambda: {"name": 0.2, "count": 0.1, "list": 0.35, "sum": 0.35}
     )
     requests: Weights = field(default_factory=lambda: {"place": 1.0})
 
@@ -101,15 +101,16 @@ class ModelSection:
 class WarmStartSection:
     """Supervised training before the first reward.
 
-    The labels are noisy on purpose: the model learns to draw and to answer, and honestly imitates
-    the noise, which more supervised training cannot remove and a verifier can.
+    The labels are biased on purpose: the model learns to draw and to answer, and honestly imitates
+    what its annotators get wrong, which more supervised training cannot remove and a verifier can.
     """
 
     steps: Count = 1000
     lr: Rate = 2e-3
     understand_batch: Batch = 224
     generate_batch: Batch = 48
-    label_noise: Share = 0.3  # of an answer; of each digit of a target
+    label_bias: Share = 0.7  # where the annotator's slip is possible, its probability
+    label_noise: Share = 0.0  # of any wrong answer; of each digit of a target
 
     @model_validator(mode="after")
     def _imitates_something(self) -> WarmStartSection:
@@ -129,7 +130,7 @@ class RolloutSection:
     understand_prompts: Batch = 32
     generate_prompts: Batch = 32
     temperature: Annotated[float, Field(ge=1e-4, le=1e4)] = 1.0
-    max_answer_tokens: Size = 4
+    max_answer_tokens: Size = 8
     denoise_steps: Annotated[int, Field(ge=1, le=4096)] = 10
     shift: Annotated[float, Field(ge=1e-3, le=1e3)] = 3.0
     dynamics: Dynamics = "flow_sde"

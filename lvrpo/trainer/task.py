@@ -10,13 +10,13 @@ from torch import Tensor
 
 from lvrpo import random
 from lvrpo.data.example import Example, Skill
-from lvrpo.data.sources import Source
+from lvrpo.data.sources import LabelErrors, Source
 from lvrpo.models.protocol import Policy
 from lvrpo.rewards.reward import Reward, Samples
 from lvrpo.trainer.config import WarmStartSection
 
-#: Of a drawing prompt in the warm start, each with noise of its own, in label, flow and time; the
-#: prompt is computed once for all.
+#: Of a drawing prompt in the warm start, each with a picture, noise and time of its own; the prompt
+#: is computed once for all.
 TARGETS_PER_PROMPT = 4
 #: The rewards of each skill that is trained, by the names they are reported under, in the order of
 #: the configuration's weights.
@@ -76,11 +76,12 @@ def warm_start_examples(
         step: number of this step.
     """
     drawn = _seed(seed, "warm start", step)
-    questions = source.labelled("understand", section.understand_batch, section.label_noise, drawn)
+    errors = LabelErrors(section.label_bias, section.label_noise)
+    questions = source.labelled("understand", section.understand_batch, errors, drawn)
     drawings = source.labelled(
         "generate",
         section.generate_batch,
-        section.label_noise,
+        errors,
         drawn,
         copies=TARGETS_PER_PROMPT,
     )

@@ -20,7 +20,14 @@ from lvrpo.digits.pictures import (
     split_of,
 )
 from lvrpo.digits.questions import QUESTIONS, REQUESTS
-from lvrpo.digits.scenes import SceneConfig, generator, scene_examples, with_label_noise
+from lvrpo.digits.scenes import (
+    SceneConfig,
+    generator,
+    labelled_examples,
+    scene_examples,
+    with_label_noise,
+)
+from lvrpo.trainer.config import WarmStartSection
 
 CANVASES = {"2 x 2": (2, 2), "3 x 3": (3, 3), "1 x 4": (1, 4), "4 x 2": (4, 2)}
 
@@ -65,7 +72,10 @@ def answer_by_hand(prompt, shown, rows, cols):
         first, second = (shown[position(name, rows, cols)] for name in match.groups())
         return "yes" if first > second else "no"
     if match := re.fullmatch(r"what is the sum of (.*) and (.*)", prompt):
-        return str(sum(shown[position(name, rows, cols)] for name in match.groups()))
+        first, second = (shown[position(name, rows, cols)] for name in match.groups())
+        return f"{first} plus {second} is {first + second}"
+    if prompt == "what digits are there":
+        return " ".join(str(digit) for digit in shown if digit is not None)
     match = re.fullmatch(r"what digit is (above|below|left of|right of) (\d)", prompt)
     (anchor,) = (i for i, digit in enumerate(shown) if digit == int(match[2]))
     (r, c) = at[anchor]
@@ -206,7 +216,7 @@ def test_every_word_is_in_the_vocabulary():
         for task in ("understand", "generate"):
             for example in scene_examples(config, "train", task, 200, 0):
                 assert set(example.prompt.split()) <= words
-                assert example.answer is None or example.answer in words
+                assert set((example.answer or "").split()) <= words
 
 
 def test_cell_names_are_distinct():
@@ -224,6 +234,65 @@ def test_jitter_keeps_blank_cells_blank_and_changes_the_rest():
     assert moved.min() >= 0
     assert moved.max() <= 1
     assert (assemble(dissect(assemble(cells, 2, 2), 2, 2), 2, 2) == assemble(cells, 2, 2)).all()
+
+
+def slip_by_hand(prompt, answer):
+    """What a careless annotator answers; the right answer where there is nothing to get wrong."""
+    if prompt == "what digits are there":
+        return " ".join(answer.split()[:2])
+    if prompt.startswith("what is the sum"):
+        *terms, total = answer.split()
+        return " ".join([*terms, total[-1]])
+    return answer
+
+
+@pytest.mark.parametrize("canvas", CANVASES.values(), ids=CANVASES.keys())
+@pytest.mark.parametrize("bias", [0.0, 1.0])
+def test_a_biased_answer_is_the_annotators_slip_and_no_other(canvas, bias, labels):
+    kinds = tuple((kind, 1.0) for kind in QUESTIONS)
+    config = SceneConfig(*canvas, understand=kinds, jitter=False)
+    wrong = set()
+    for group in labelled_examples(config, "understand", 400, 0, bias=bias, copies=2):
+        assert len({example.prompt for example in group}) == 1
+        for example in group:
+            right = answer_by_hand(example.prompt, read(example.image, *canvas, labels), *canvas)
+            slip = slip_by_hand(example.prompt, right)
+            assert example.answer == (slip if bias else right)
+            wrong |= {example.kind} if example.answer != right else set()
+            assert set(example.answer.split()) <= set(scene_words())
+    assert wrong == ({"list", "sum"} if bias else set())
+
+
+@pytest.mark.parametrize("canvas", CANVASES.values(), ids=CANVASES.keys())
+@pytest.mark.parametrize("bias", [0.0, 1.0])
+def test_a_biased_drawing_stops_after_the_digit_named_first(canvas, bias, labels):
+    config = SceneConfig(*canvas, request_digits=(1, 1, 1, 1), labelled_digits=3)
+    sizes = set()
+    for group in labelled_examples(config, "generate", 200, 0, bias=bias, copies=2):
+        for example in group:
+            digit, name = example.prompt.removeprefix("draw ").split(" and ")[0].split(" at ")
+            first = [None] * (canvas[0] * canvas[1])
+            first[position(name, *canvas)] = int(digit)
+            wanted = list(example.rule.digits)
+            assert read(example.target, *canvas, labels) == (first if bias else wanted)
+            sizes.add(sum(digit is not None for digit in wanted))
+    assert sizes == {1, 2, 3}
+
+
+def test_labels_are_wrong_as_often_as_said_and_mostly_so_by_default():
+    config = SceneConfig(understand=(("list", 1.0),), question_digits=(0, 0, 1, 0))
+    for bias in (0.3, WarmStartSection().label_bias):
+        groups = labelled_examples(config, "understand", 1000, 0, bias=bias, copies=2)
+        short = np.array([[len(e.answer.split()) == 2 for e in group] for group in groups])
+        assert abs(short.mean() - bias) < 4 * np.sqrt(bias * (1 - bias) / short.size)
+        # Each copy has a label of its own.
+        assert abs(np.cov(short.T)[0, 1]) < 4 * bias * (1 - bias) / np.sqrt(len(short))
+    assert bias > 0.5
+
+
+def test_labels_need_a_request_of_few_digits():
+    with pytest.raises(ValueError, match="labelled_digits is 1, expected a request of so few"):
+        SceneConfig(request_digits=(0, 1, 1, 0), labelled_digits=1)
 
 
 def test_label_noise_makes_wrong_targets_at_the_given_rate(labels):
@@ -254,7 +323,10 @@ def test_label_noise_makes_wrong_but_possible_answers():
         if example.kind == "compare":
             assert noisy.answer in ("yes", "no")
         else:
-            assert 0 <= int(noisy.answer) <= (18 if example.kind == "sum" else 9)
+            # A list and a sum are wrong in their last number.
+            *before, last = noisy.answer.split()
+            assert before == example.answer.split()[:-1]
+            assert 0 <= int(last) <= (18 if example.kind == "sum" else 9)
     rate = np.mean([with_label_noise(e, 0.3, rng).answer != e.answer for e in examples])
     assert abs(rate - 0.3) < 0.06
 

@@ -15,7 +15,7 @@ from PIL import Image
 from runs.own_data import write_own_data
 from runs.tiny import OVERRIDES, command, settings, tiny_config
 
-from lvrpo.data.sources import JsonlSource
+from lvrpo.data.sources import JsonlSource, LabelErrors
 from lvrpo.data.words import common_words
 from lvrpo.models.unified.tokenizer import Tokenizer
 from lvrpo.report import charts
@@ -206,7 +206,7 @@ def test_the_same_wording_in_both_files_is_a_note(tmp_path):
 
 
 def test_labels_of_a_file_are_taken_as_they_are(tmp_path):
-    groups = source_of(tmp_path).labelled("understand", 6, 1.0, 0, copies=2)
+    groups = source_of(tmp_path).labelled("understand", 6, LabelErrors(1.0, 1.0), 0, copies=2)
     shown = {example.prompt for group in groups for example in group}
     assert shown == {"is it dark or light"}
     for first, second in groups:

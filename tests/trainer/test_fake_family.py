@@ -13,6 +13,7 @@ from trainer.small_policy import OBJECTIVE, SCHEDULE, TEMPERATURE, prompts
 
 from lvrpo import random
 from lvrpo.data.example import Example, Skill
+from lvrpo.data.sources import LabelErrors
 from lvrpo.models.answering import answer_probability
 from lvrpo.models.protocol import Policy
 from lvrpo.rewards.reward import FunctionReward, Samples
@@ -106,10 +107,10 @@ class Numbers:
     picture_shape = (1, 16, 16)
 
     def examples(self, split: str, skill: Skill, count: int, seed: int) -> list[Example]:
-        return [group[0] for group in self.labelled(skill, count, 0.0, seed)]
+        return [group[0] for group in self.labelled(skill, count, LabelErrors(), seed)]
 
     def labelled(
-        self, skill: Skill, count: int, noise: float, seed: int, copies: int = 1
+        self, skill: Skill, count: int, errors: LabelErrors, seed: int, copies: int = 1
     ) -> list[list[Example]]:
         digits = random.stream(seed, "digits", skill).integers(10, size=count).tolist()
         return [[self._example(skill, digit)] * copies for digit in digits]
