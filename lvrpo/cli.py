@@ -1,4 +1,4 @@
-"""The `lvrpo` command: train, eval, sample, report, info.
+"""The `lvrpo` command: train, eval, sample, report, study, info.
 
 Wrong input ends with one line on standard error and exit code 2, any other error with one line and
 1 (`--debug` shows the traceback), and a signal with 128 plus its number: 130 after Ctrl-C, 143
@@ -101,7 +101,6 @@ def train(
         from lvrpo.runs.commands import describe_run, run_training
         from lvrpo.runs.config_file import load_config, to_toml
         from lvrpo.runs.opening import open_run
-        from lvrpo.runs.signals import Stopped
 
         if print_config:
             typer.echo(to_toml(load_config(config, overrides)), nl=False)
@@ -126,11 +125,7 @@ def train(
                     return
                 run_training(opened)
         except KeyboardInterrupt as stop:
-            signum = stop.signum if isinstance(stop, Stopped) else signal.SIGINT
-            name = signal.Signals(signum).name
-            with contextlib.suppress(OSError):  # of a terminal that is gone
-                typer.echo(f"stopped by {name}; go on with: lvrpo train {run}", err=True)
-            raise typer.Exit(128 + signum) from None
+            _stopped(stop, f"lvrpo train {run}")
         if report:
             _report_of_training(run)
 
@@ -199,6 +194,54 @@ def report(
         _write_report(run, compare or [], output)
 
 
+studies = typer.Typer(
+    name="study",
+    no_args_is_help=True,
+    rich_markup_mode=None,
+    help="Ask many runs, or finished ones, what the report of one cannot say.",
+)
+app.add_typer(studies)
+
+
+def _add_study(name: str, about: str) -> None:
+    """The command of a study of many runs; all of them take the same options."""
+
+    @studies.command(name, help=about, epilog=f"Example:  lvrpo study {name} runs/{name}")
+    def study(
+        directory: Annotated[Path, typer.Argument(help="Of the study; one that is there goes on.")],
+        seeds: Annotated[
+            int | None, typer.Option(min=1, help="How many, from 0 on; five of a new study.")
+        ] = None,
+        steps: Annotated[
+            int | None, typer.Option(help="Policy updates of every run (run.steps).")
+        ] = None,
+        items: Annotated[
+            int | None, typer.Option(help="Held-out prompts of a skill (run.eval_items).")
+        ] = None,
+        jobs: Annotated[
+            int | None, typer.Option(min=1, help="Runs at once, of a thread each; one per core.")
+        ] = None,
+        set_: Overrides = None,
+        debug: Debug = False,
+    ) -> None:
+        overrides = list(set_ or [])
+        overrides += [] if steps is None else [f"run.steps={steps}"]
+        overrides += [] if items is None else [f"run.eval_items={items}"]
+        with one_line_errors(debug):
+            from lvrpo.studies.catalogue import STUDIES
+            from lvrpo.studies.command import run_study
+
+            try:
+                failed = run_study(directory, STUDIES[name], overrides, seeds=seeds, jobs=jobs)
+            except KeyboardInterrupt as stop:
+                _stopped(stop, f"lvrpo study {name} {directory}")
+        if failed:
+            fail(f"failed, see their logs in {directory}: {', '.join(failed)}", code=1)
+
+
+_add_study("reward-balance", "How rewards should be added, and what each teaches alone.")
+
+
 @app.command()
 def info() -> None:
     """Versions, the compiled extension, and which backend runs which op here."""
@@ -223,6 +266,17 @@ def _report_of_training(run: Path) -> None:
         _notes([f"no report: {missing}, then: lvrpo report {run}"])
     else:
         _write_report(run, [])
+
+
+def _stopped(stop: KeyboardInterrupt, command: str) -> NoReturn:
+    """Say how to go on after a signal, and end as it demands."""
+    from lvrpo.runs.signals import Stopped
+
+    signum = stop.signum if isinstance(stop, Stopped) else signal.SIGINT
+    name = signal.Signals(signum).name
+    with contextlib.suppress(OSError):  # of a terminal that is gone
+        typer.echo(f"stopped by {name}; go on with: {command}", err=True)
+    raise typer.Exit(128 + signum) from None
 
 
 def _notes(lines: Sequence[str]) -> None:

@@ -1,0 +1,45 @@
+"""The studies that there are."""
+
+from __future__ import annotations
+
+from lvrpo.studies.study import Arm, Study
+
+REWARD_BALANCE = Study(
+    name="reward-balance",
+    title="How rewards are balanced",
+    question=(
+        "Does it matter whether rewards are normalised one by one before they are added "
+        "(decoupled) or added first and normalised as a sum, as in the paper; what does each "
+        "reward teach alone; and how should r_sem pool over the windows of a drawing?"
+    ),
+    base=Arm(
+        "decoupled",
+        "all rewards, decoupled",
+        (
+            "rewards.generate={r_ins = 1.0, r_sem = 0.25, r_kn = 0.25}",
+            "rewards.advantage=decoupled",
+            "rewards.semantic_pool=softmax",
+        ),
+    ),
+    arms=(
+        Arm("sum", "all rewards, summed first", ("rewards.advantage=paper",)),
+        Arm(
+            "paper",
+            "the paper's: summed, binary r_ins, max pool",
+            (
+                "rewards.advantage=paper",
+                "rewards.strict_weight=1.0",
+                "rewards.semantic_pool=max",
+                "rewards.generate={r_ins = 1.0, r_sem = 1.0, r_kn = 1.0}",
+            ),
+        ),
+        Arm("r_ins", "r_ins alone", ("rewards.generate={r_ins = 1.0}",)),
+        Arm("r_sem", "r_sem alone", ("rewards.generate={r_sem = 1.0}",)),
+        Arm("r_kn", "r_kn alone", ("rewards.generate={r_kn = 1.0}",)),
+        Arm("topk", "r_sem pools by topk", ("rewards.semantic_pool=topk",)),
+        Arm("max", "r_sem pools by max", ("rewards.semantic_pool=max",)),
+    ),
+    settings=("run.steps=60", "run.eval_items=512"),
+)
+
+STUDIES = {study.name: study for study in (REWARD_BALANCE,)}
