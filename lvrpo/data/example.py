@@ -38,6 +38,7 @@ class Example:
         rule: what a drawing must satisfy; None where no rule can check it.
         target: [C, H, W] fp32 in [0, 1], a right drawing to learn from under supervision.
         kind: what sort of question or prompt it is, to break metrics down; may be empty.
+        cluster: equal for prompts that are not independent of each other; empty: see `cluster_of`.
         extra: columns of the user's own, for rewards of the user's own.
     """
 
@@ -49,6 +50,7 @@ class Example:
     rule: Rule | None = None
     target: Picture | None = None
     kind: str = ""
+    cluster: str = ""
     extra: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -94,6 +96,19 @@ class Identity(NamedTuple):
 
     by: str
     digest: str
+
+
+def cluster_of(example: Example) -> str:
+    """Equal for two prompts that are not independent of each other, which errors have to know.
+
+    `Example.cluster`; where it is empty, questions about one picture are a cluster, and requests of
+    one rule, or of one wording where there is no rule.
+    """
+    if example.cluster:
+        return example.cluster
+    if example.image is not None:
+        return picture_hash(example.image)
+    return example.prompt if example.rule is None else example.rule.key
 
 
 def picture_hash(picture: NDArray[Any], *, salt: str = "") -> str:

@@ -9,8 +9,8 @@ from lvrpo import random
 from lvrpo.data.example import SKILLS, Example, Skill, check_identities_disjoint
 from lvrpo.data.jsonl import DataError, JsonlExamples
 
-#: What is trained on, and what is measured with.
-Split: TypeAlias = Literal["train", "test"]
+#: What is trained on, what choices are made by, and what results are measured with.
+Split: TypeAlias = Literal["train", "validation", "test"]
 
 
 class LabelErrors(NamedTuple):
@@ -33,7 +33,11 @@ class Source(Protocol):
         """[C, H, W] of every picture."""
 
     def examples(self, split: Split, skill: Skill, count: int, seed: int) -> list[Example]:
-        """`count` prompts of one skill; fewer where the data that is measured with has fewer."""
+        """`count` prompts of one skill; fewer where the data that is measured with has fewer.
+
+        Raises:
+            DataError: there is no such split.
+        """
 
     def labelled(
         self, skill: Skill, count: int, errors: LabelErrors, seed: int, copies: int = 1
@@ -45,22 +49,27 @@ class Source(Protocol):
 
 
 class JsonlSource:
-    """A user's two files.
+    """A user's files.
 
     Args:
         train: what is trained on.
         test: what is measured with.
+        validation: what choices are made by, if any are.
 
     Raises:
-        ValueError: an example is in both files.
+        ValueError: an example is in two files.
     """
 
-    def __init__(self, train: JsonlExamples, test: JsonlExamples) -> None:
-        self.train, self.test = train, test
+    def __init__(
+        self, train: JsonlExamples, test: JsonlExamples, validation: JsonlExamples | None = None
+    ) -> None:
+        self.train, self.test, self.validation = train, test, validation
+        files = {"train": train, "validation": validation, "test": test}
         check_identities_disjoint(
             {
                 split: zip((row["uid"] for row in file.rows), file.identities, strict=True)
-                for split, file in (("train", train), ("test", test))
+                for split, file in files.items()
+                if file is not None
             }
         )
         self._prompts = {skill: _positions(train, skill) for skill in SKILLS}
@@ -78,10 +87,17 @@ class JsonlSource:
         """See `Source`; within one draw a training prompt comes again only after all others.
 
         Raises:
-            DataError: the training file has no prompt of this skill.
+            DataError: the training file has no prompt of this skill, or there is no such file.
         """
         if split == "test":
             return first_of(self.test, skill, count)
+        if split == "validation":
+            if self.validation is None:
+                raise DataError(
+                    "data.validation_source is empty, expected the JSONL file of the validation "
+                    "split"
+                )
+            return first_of(self.validation, skill, count)
         if count and not self._prompts[skill]:
             raise DataError(
                 f"{self.train.path}: no line has the task {skill!r}; set "

@@ -41,7 +41,8 @@ class Draft(NamedTuple):
     """An example before its picture is drawn.
 
     `slip` is how a careless annotator labels it, where that is wrong: a list stops after two
-    digits, a sum drops its carry, a drawing stops after the digit that is named first.
+    digits, a sum drops its carry, a drawing stops after the digit that is named first. `first` is
+    the cell that was filled first, of the digit that a question asks about first.
     """
 
     kind: str
@@ -50,6 +51,7 @@ class Draft(NamedTuple):
     answer: str | None
     rule: DigitRule | None
     slip: Label | None = None
+    first: int = 0
 
 
 class Draw(NamedTuple):

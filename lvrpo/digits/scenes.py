@@ -178,7 +178,9 @@ def _illustrate(
         shown = {"image": picture, "answer": label.answer}
         wanted = {"target": picture, "rule": draft.rule}
         parts: dict[str, Any] = shown if task == "understand" else wanted
-        examples.append(Example(task, uid, draft.prompt, kind=draft.kind, **parts))
+        # Who misreads the digit asked about first misreads it in every scene.
+        cluster = draft.rule.key if draft.rule else f"image {source[index, draft.first]}"
+        examples.append(Example(task, uid, draft.prompt, kind=draft.kind, cluster=cluster, **parts))
     return examples
 
 
@@ -262,7 +264,7 @@ def _draft(
             continue
         # Only a request has a wording worth holding out; a question is new by its picture.
         if draft.rule is None or _prompt_split(draft.rule) == split:
-            drafts.append(draft)
+            drafts.append(draft._replace(first=draw.order[0]))
             tried = 0
         elif (tried := tried + 1) > 10_000:
             raise ValueError(f"scene_examples: split {split!r} has no request of kind {kind!r}")

@@ -27,12 +27,13 @@ CHANGEABLE = RATE | {
     "run.checkpoint_every",
     "run.keep_checkpoints",
     "run.eval_items",
+    "run.frontier_items",
     "run.threads",
     "rewards.max_failures",
     "rewards.timeout",
 }
 #: A file may move: what is in it is compared by inputs.py.
-PATHS = {"data.source", "data.eval_source"}
+PATHS = {"data.source", "data.eval_source", "data.validation_source"}
 #: What the end of the warm start depends on.
 _OF_THE_WARM_START = ("data", "model", "warm_start")
 

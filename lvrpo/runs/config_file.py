@@ -253,7 +253,7 @@ def _make_absolute(table: dict[str, Any], folder: Path) -> None:
         return os.path.abspath(folder / name) if isinstance(name, str) else name
 
     data, rewards = table.get("data"), table.get("rewards")
-    for key in ("source", "eval_source"):
+    for key in ("source", "eval_source", "validation_source"):
         if isinstance(data, dict) and data.get(key, "") not in ("", "scenes"):
             data[key] = absolute(data[key])
     for skill in ("understand", "generate"):

@@ -23,12 +23,14 @@ from lvrpo.runs.changes import fingerprint
 from lvrpo.runs.checkpoint import load_newest
 from lvrpo.runs.config_file import load_config
 from lvrpo.runs.directory import RunDirectoryError, is_run, require_format
+from lvrpo.runs.evals import evaluation_row
 from lvrpo.runs.gallery import save_enlarged
 from lvrpo.runs.log import Row
 from lvrpo.runs.progress import ProgressView
 from lvrpo.runs.scores import eval_rewards, eval_scores
 from lvrpo.runs.setup import FrozenParts, Setup
-from lvrpo.trainer.evaluate import evaluate
+from lvrpo.trainer.evaluate import Planned, held_out, measure_all
+from lvrpo.trainer.sampling import as_trained, headline
 from lvrpo.trainer.schedule import flow_schedule
 from lvrpo.trainer.state import load_weights
 from lvrpo.trainer.task import Rewards, Task
@@ -141,17 +143,22 @@ def evaluate_run(directory: Path, *, items: int, seed: int, data: Path | None) -
         notes = _foreign_note(parts.words, texts, data)
     rewards = _rewards(directory, setup, task, notes)
     with ProgressView() as view:
-        row, _ = evaluate(
+        plan = [
+            Planned(sampling(config, skill), held_out(task, "test", skill, items), rewards)
+            for skill in SKILLS
+            for sampling in (as_trained, headline)
+        ]
+        found = measure_all(
             policy,
             task,
-            rewards,
             config,
-            flow_schedule(config.rollout),
-            items=items,
-            gallery_items=0,
+            plan,
             seed=seed,
+            label="",
+            step=0,
             progress=partial(view.evaluation, ""),
         )
+    row = evaluation_row(found)
     if not eval_scores(row) and not eval_rewards(row):
         where = data or config.data.eval_source or "the held-out data"
         raise DataError(

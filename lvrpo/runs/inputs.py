@@ -36,7 +36,7 @@ def find_inputs(config: TrainConfig, rewards: Iterable[str]) -> Inputs:
         and for data "examples", a count, and "pictures", the SHA-256 of each by name.
     """
     found: Inputs = {}
-    for key in ("source", "eval_source"):
+    for key in ("source", "eval_source", "validation_source"):
         path = getattr(config.data, key)
         if path not in ("", "scenes"):
             found[f"data.{key}"] = _data_file(Path(path))

@@ -25,11 +25,13 @@ from lvrpo.runs.checkpoint import (
     step_of,
 )
 from lvrpo.runs.environment import ENVIRONMENT, write_environment
+from lvrpo.runs.evals import evaluation_row
 from lvrpo.runs.gallery import save_gallery
 from lvrpo.runs.log import METRICS, RunWriter, read_changes, read_evals
 from lvrpo.runs.progress import ProgressView
 from lvrpo.trainer.config import TrainConfig
 from lvrpo.trainer.journal import GalleryItem, Snapshot
+from lvrpo.trainer.measurement import Measurement
 
 
 class RunJournal:
@@ -143,11 +145,16 @@ class RunJournal:
         self._view.evaluation(label, done, total)
 
     def evaluation(
-        self, label: str, row: Mapping[str, Any], gallery: Sequence[GalleryItem]
+        self,
+        label: str,
+        step: int,
+        found: Sequence[Measurement],
+        gallery: Sequence[GalleryItem],
     ) -> None:
-        """Log an evaluation and keep its gallery."""
+        """Log an evaluation and keep its gallery; its row of evals.jsonl, the last, says so."""
         save_gallery(self._directory, label, gallery)
-        self._log.write_eval({**row, "label": label})
+        self._log.write_measurements(found)
+        self._log.write_eval({"step": step, **evaluation_row(found), "label": label})
 
     def message(self, text: str) -> None:
         """Show a line."""

@@ -2,6 +2,7 @@
 
     metrics.jsonl      one flat JSON object per step; keys are joined by slashes
     evals.jsonl        one flat JSON object per evaluation on held-out data
+    measurements.jsonl what these are made of, sample by sample: one per way of sampling
     changes.jsonl      one object per key that was changed, or input accepted, on the way
     tensorboard/       the same scalars for TensorBoard, one run per phase
 
@@ -21,11 +22,13 @@ from typing import Any
 from lvrpo.runs.files import Row as Row
 from lvrpo.runs.files import append_row, flush_to_disk, keep_rows, read_rows
 from lvrpo.runs.scores import eval_rewards, eval_scores
+from lvrpo.trainer.measurement import Measurement
 
 PHASES = ("warm_start", "grpo")
 
 METRICS = "metrics.jsonl"
 EVALS = "evals.jsonl"
+MEASUREMENTS = "measurements.jsonl"
 CHANGES = "changes.jsonl"
 TENSORBOARD = "tensorboard"
 
@@ -68,7 +71,7 @@ class RunWriter:
                 )
             return
         last = _position({"step": resume_from, "phase": phase})
-        for name in (METRICS, EVALS):
+        for name in (METRICS, EVALS, MEASUREMENTS):
             dropped = keep_rows(self.run_dir / name, lambda row: _position(row) <= last)
             if dropped:
                 self.notes.append(f"dropped {dropped} bytes of a damaged last line of {name}")
@@ -99,9 +102,18 @@ class RunWriter:
         means = {f"eval/reward/{t}/{name}": m.value for (t, name), m in eval_rewards(plain).items()}
         self._add_scalars(plain, rates | means)
 
+    def write_measurements(self, found: Iterable[Measurement]) -> None:
+        """Append measurements; one of the same step, label and sampling is replaced."""
+        rows = [measurement.to_row() for measurement in found]
+        names = {_name_of(row) for row in rows}
+        path = self.run_dir / MEASUREMENTS
+        keep_rows(path, lambda old: _name_of(old) not in names)
+        for row in rows:
+            append_row(path, row)
+
     def flush(self) -> None:
         """Wait until every row would survive a power failure, as a checkpoint does."""
-        for name in (METRICS, EVALS):
+        for name in (METRICS, EVALS, MEASUREMENTS):
             flush_to_disk(self.run_dir / name)
 
     def close(self) -> None:
@@ -150,6 +162,22 @@ def read_evals(run_dir: str | Path) -> list[Row]:
     return [row for _, row in read_rows(Path(run_dir) / EVALS)]
 
 
+def read_measurements(run_dir: str | Path) -> list[Measurement]:
+    """Every complete row of measurements.jsonl in order; [] when there is none.
+
+    Raises:
+        ValueError: a line that is no measurement, by file and line number.
+    """
+    path = Path(run_dir) / MEASUREMENTS
+    found = []
+    for number, (_, row) in enumerate(read_rows(path), 1):
+        try:
+            found.append(Measurement.from_row(row))
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"{path}, line {number}: no measurement: {error}") from error
+    return found
+
+
 def read_changes(run_dir: str | Path) -> list[Row]:
     """Every change of a run in order: "step", "key", "old", "new", and "lr" where it matters."""
     return [row for _, row in read_rows(Path(run_dir) / CHANGES)]
@@ -166,6 +194,10 @@ def write_changes(run_dir: str | Path, changes: Iterable[Row]) -> None:
 
 def _position(row: Mapping[str, Any]) -> tuple[int, int]:
     return PHASES.index(row.get("phase", "grpo")), row["step"]
+
+
+def _name_of(row: Mapping[str, Any]) -> tuple[Any, ...]:
+    return tuple(row.get(key) for key in ("step", "label", "skill", "sampling", "group_size"))
 
 
 def _plain_row(row: Mapping[str, Any]) -> Row:

@@ -95,9 +95,9 @@ class JsonlData:
         """Of the prompts."""
         section = self._section
         shape = (section.channels, section.height, section.width)
+        paths = (section.source, section.eval_source, section.validation_source)
         return JsonlSource(
-            JsonlExamples(section.source, shape, parse_rule=parse_rule),
-            JsonlExamples(section.eval_source, shape, parse_rule=parse_rule),
+            *(JsonlExamples(path, shape, parse_rule=parse_rule) for path in paths if path)
         )
 
     @property

@@ -64,6 +64,7 @@ class RunSection:
     checkpoint_every: Positive = 20
     keep_checkpoints: Positive = 2
     eval_items: Count = 2048
+    frontier_items: Count = 256  # sampled in groups, from sharp to diverse; 0: none
     threads: Annotated[int, Field(ge=0, le=1024)] = 0  # 0: torch's own choice
     backend: str = ""  # of every op, a name of `lvrpo.backends.ALL`; empty: the first that can run
     shuffle_rewards: bool = False  # the control: rewards are permuted within each group
@@ -75,6 +76,7 @@ class DataSection:
 
     source: str = "scenes"  # or the path of a JSONL file
     eval_source: str = ""  # JSONL file that a run on a JSONL file is evaluated with
+    validation_source: str = ""  # JSONL file for `lvrpo eval --split validation`
     channels: Annotated[int, Field(ge=1, le=3)] = 1  # of a JSONL run's pictures, which are
     height: Pixels = 32  # converted and resized
     width: Pixels = 32

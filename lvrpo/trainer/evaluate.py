@@ -1,28 +1,41 @@
-"""Held-out measurement: rules and rewards on one sample for each prompt that was not trained on."""
+"""Held-out measurement: what ways of sampling give on prompts that were not trained on."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from itertools import islice
-from typing import Any
+from collections import Counter, defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
-from lvrpo.data.example import Example, FinishReason
-from lvrpo.intervals import Mean, clustered_mean
-from lvrpo.models.flow import FlowSchedule
+from lvrpo.data.example import SKILLS, Example, Skill, cluster_of
+from lvrpo.data.sources import Split
 from lvrpo.models.protocol import Policy
-from lvrpo.rewards.reward import Samples
+from lvrpo.rewards.reward import Reward, Samples
 from lvrpo.rewards.score import score_samples
 from lvrpo.trainer.config import TrainConfig
 from lvrpo.trainer.journal import GalleryItem
-from lvrpo.trainer.task import Checks, Rewards, Task
+from lvrpo.trainer.measurement import AS_TRAINED, Measurement
+from lvrpo.trainer.sampling import Sampling, as_trained, frontier, headline
+from lvrpo.trainer.task import Rewards, Task
 
-#: Prompts evaluated at once; bounds the memory, changes no number.
+#: Samples drawn at once; bounds the memory, changes no number.
 CHUNK = 256
 #: Evaluation samples come from streams of their own, the same before and after training.
 EVALUATION_STEP = -1
+#: Prompts of each skill that are shown.
+GALLERY_ITEMS = 6
+
+
+class Planned(NamedTuple):
+    """A measurement to make."""
+
+    sampling: Sampling
+    prompts: Sequence[Example]  # of its skill
+    rewards: Rewards  # to measure too; may be empty
 
 
 def evaluate(
@@ -30,122 +43,218 @@ def evaluate(
     task: Task,
     rewards: Rewards,
     config: TrainConfig,
-    schedule: FlowSchedule,
     *,
-    items: int,
-    gallery_items: int = 12,
-    seed: int,
+    label: str,
+    step: int,
     progress: Callable[[int, int], None] = lambda done, total: None,
-) -> tuple[dict[str, Any], list[GalleryItem]]:
-    """One sampled answer or drawing for each of `items` held-out prompts per skill.
+) -> tuple[list[Measurement], list[GalleryItem]]:
+    """What a run measures at both ends of its policy phase.
+
+    `run.eval_items` prompts of each skill are sampled once as trained and once by the policy's
+    mode, `run.frontier_items` of them eight times by every sampling of the frontier.
 
     Args:
-        policy: what is measured; it samples as in training, at the same temperature and noise.
+        policy: what is measured.
         task: gives the prompts and judges the samples.
-        rewards: to report the means of; may be empty.
-        config: in force: how is sampled and scored.
-        schedule: of the denoising.
-        items: prompts per skill.
-        gallery_items: how many of them, in all, are returned as pictures.
-        seed: of the samples.
-        progress: told how many prompts are sampled, and of how many.
+        rewards: to measure where is sampled as trained; may be empty.
+        config: in force.
+        label: of the evaluation.
+        step: after which it is made.
+        progress: told how many samples there are, and of how many.
 
     Returns:
-        Counts and means of rewards, keyed as a row of evals.jsonl, and the gallery.
+        The measurements, and the first prompts as the policy's mode answers them.
 
     Raises:
+        DivergedError: what the policy sampled is not finite.
         RewardError: as in training.
     """
-    row: dict[str, Any] = {}
+    run = config.run
+    plan: list[Planned] = []
     gallery: list[GalleryItem] = []
-    # The same prompts for every seed, before and after.
-    questions = task.source.examples("test", "understand", items, 0)
-    prompts = task.source.examples("test", "generate", items, 0)
-    total = len(questions) + len(prompts)
-    if questions:
-        texts: list[str] = []
-        reasons: list[FinishReason] = []
-        for chunk in _chunks(questions):
-            answers = policy.sample_texts(
-                chunk,
-                1,
-                max_tokens=config.rollout.max_answer_tokens,
-                temperature=config.rollout.temperature,
-                seed=seed,
-                step=EVALUATION_STEP,
-            )
-            texts += answers.texts
-            reasons += answers.finish_reasons
-            progress(len(texts), total)
-        samples = Samples.of_texts(questions, texts, reasons)
-        row |= task.checks.count(samples) | _reward_means(rewards, samples, config)
-        row["truncated/understand"] = float(samples.truncated.float().mean())
-        gallery += _gallery(task.checks, samples, seed, gallery_items // 2)
-    if prompts:
-        images = []
-        for chunk in _chunks(prompts):
-            drawn = policy.sample_images(chunk, 1, schedule, seed=seed, step=EVALUATION_STEP)
-            images.append(drawn.images)
-            progress(len(questions) + CHUNK * (len(images) - 1) + len(chunk), total)
-        samples = Samples.of_images(prompts, torch.cat(images))
-        row |= task.checks.count(samples) | _reward_means(rewards, samples, config)
-        gallery += _gallery(task.checks, samples, seed, gallery_items - gallery_items // 2)
-    return row, gallery
+    for skill in SKILLS:
+        prompts = held_out(task, "test", skill, max(run.eval_items, run.frontier_items))
+        mode = headline(config, skill)
+        ways = [(as_trained(config, skill), run.eval_items), (mode, run.eval_items)]
+        ways += [(each, run.frontier_items) for each in frontier(config, skill)]
+        for sampling, count in ways:
+            # The rewards are those of training, and some of them cost as much as the sampling.
+            its = rewards if sampling.name == AS_TRAINED else {}
+            plan.append(Planned(sampling, prompts[:count], its))
+        gallery += _gallery(policy, task, config, mode, prompts[:GALLERY_ITEMS])
+    found = measure_all(
+        policy, task, config, plan, seed=run.seed, label=label, step=step, progress=progress
+    )
+    return found, gallery
 
 
-def _chunks(examples: Sequence[Example]) -> list[Sequence[Example]]:
-    return [examples[i : i + CHUNK] for i in range(0, len(examples), CHUNK)]
+def held_out(task: Task, split: Split, skill: Skill, count: int) -> list[Example]:
+    """The prompts that are measured with, the same for every seed, before and after."""
+    return task.source.examples(split, skill, count, 0)
 
 
-def _reward_means(rewards: Rewards, samples: Samples, config: TrainConfig) -> dict[str, Any]:
-    """The mean of every configured reward, over the samples that it has a score for."""
-    skill = samples.examples[0].task
-    own = rewards.get(skill, {})
-    if not own:
+def measure_all(
+    policy: Policy,
+    task: Task,
+    config: TrainConfig,
+    plan: Sequence[Planned],
+    *,
+    seed: int,
+    label: str,
+    step: int,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> list[Measurement]:
+    """One measurement of each part of a plan that has prompts; see `measure`.
+
+    Args:
+        policy: what is measured.
+        task: judges the samples.
+        config: in force.
+        plan: what to measure.
+        seed: of the samples.
+        label: of the measurements.
+        step: after which they are made.
+        progress: told how many samples there are, and of how many.
+    """
+    plan = [part for part in plan if part.prompts]
+    sizes = [part.sampling.group_size * len(part.prompts) for part in plan]
+
+    def tell(before: int, done: int) -> None:
+        progress(before + done, sum(sizes))
+
+    return [
+        measure(
+            policy,
+            task,
+            config,
+            part,
+            seed=seed,
+            label=label,
+            step=step,
+            progress=partial(tell, sum(sizes[:number])),
+        )
+        for number, part in enumerate(plan)
+    ]
+
+
+def measure(
+    policy: Policy,
+    task: Task,
+    config: TrainConfig,
+    planned: Planned,
+    *,
+    seed: int,
+    label: str,
+    step: int,
+    progress: Callable[[int], None] = lambda done: None,
+) -> Measurement:
+    """What one way of sampling gives.
+
+    Args:
+        policy: what is measured.
+        task: judges the samples.
+        config: in force: how is cut, scored and weighted.
+        planned: with one prompt at least.
+        seed: of the samples.
+        label: of the measurement.
+        step: after which it is made.
+        progress: told how many of the samples there are.
+
+    Raises:
+        DivergedError: what the policy sampled is not finite.
+        RewardError: as in training.
+    """
+    sampling, prompts, rewards = planned
+    group = sampling.group_size
+    scores: defaultdict[str, list[float | None]] = defaultdict(list)
+    diversity: list[float] = []
+    prompts_at_once = max(1, CHUNK // group)
+    for start in range(0, len(prompts), prompts_at_once):
+        samples = sampling.draw(
+            policy,
+            prompts[start : start + prompts_at_once],
+            max_tokens=config.rollout.max_answer_tokens,
+            seed=seed,
+            step=EVALUATION_STEP,
+        )
+        columns = {
+            **task.checks.scores(samples),
+            **_reward_scores(rewards.get(sampling.skill, {}), samples, config),
+        }
+        if sampling.skill == "understand":
+            columns["truncated"] = samples.truncated.float()
+        for name, column in columns.items():
+            scores[name] += [None if math.isnan(score) else score for score in column.tolist()]
+        if group > 1:
+            diversity += _diversity(samples, group)
+        progress(start * group + len(samples))
+    told = {
+        name: column
+        for name, column in scores.items()
+        if name == "right" or any(score is not None for score in column)
+    }
+    return Measurement(
+        step=step,
+        label=label,
+        skill=sampling.skill,
+        sampling=sampling.name,
+        settings=sampling.settings,
+        group_size=group,
+        uids=[example.uid for example in prompts],
+        clusters=[cluster_of(example) for example in prompts],
+        kinds=[example.kind for example in prompts],
+        scores=told,
+        diversity=diversity,
+    )
+
+
+def _reward_scores(
+    rewards: Mapping[str, Reward], samples: Samples, config: TrainConfig
+) -> dict[str, Tensor]:
+    """Every reward, and their weighted sum, NaN for a sample that none has a score for."""
+    if not rewards:
         return {}
+    skill = samples.examples[0].task
     # No larger batches than in training: a reward's time limit is for those.
     size = config.rollout.group_size * getattr(config.rollout, f"{skill}_prompts")
-    tables = [
+    parts = [
         score_samples(
-            own, samples.take(range(start, min(start + size, len(samples)))), config.rewards
+            rewards, samples.take(range(start, min(start + size, len(samples)))), config.rewards
         )[0]
         for start in range(0, len(samples), size)
     ]
-    clusters = [_asked(example) for example in samples.examples]
-    row: dict[str, Any] = {}
-    for name, column in zip(own, torch.cat(tables).T.tolist(), strict=True):
-        pairs = zip(column, clusters, strict=True)
-        known = [(score, cluster) for score, cluster in pairs if not math.isnan(score)]
-        if known:
-            scores, prompts = zip(*known, strict=True)
-            row |= reward_row(skill, name, clustered_mean(scores, prompts))
-    return row
+    table = torch.cat(parts)
+    weights = torch.tensor([*getattr(config.rewards, skill).values()])
+    total = (table * weights).nansum(dim=1).masked_fill(table.isnan().all(dim=1), math.nan)
+    columns = {f"reward/{name}": table[:, k] for k, name in enumerate(rewards)}
+    return columns | {"reward": total}
 
 
-def reward_row(task: str, name: str, mean: Mean) -> dict[str, Any]:
-    """The keys of an evaluation row that hold the mean of one reward."""
-    key = f"{task}/{name}"
-    return {
-        f"reward/{key}": mean.value,
-        f"reward_error/{key}": mean.error,
-        f"reward_count/{key}": mean.count,
-    }
+def _diversity(samples: Samples, group: int) -> list[float]:
+    """Of every group of samples, see `Measurement`."""
+    if samples.images is not None:
+        drawn = samples.images.flatten(1).split(group)
+        return [float(torch.pdist(pictures).square().mean().sqrt()) for pictures in drawn]
+    pairs = group * (group - 1)
+    counts = [Counter(samples.texts[i : i + group]) for i in range(0, len(samples), group)]
+    return [1 - sum(n * (n - 1) for n in each.values()) / pairs for each in counts]
 
 
-def _asked(example: Example) -> str:
-    """Equal for two prompts that ask for the same: their samples are not independent."""
-    if example.task == "generate" and example.rule is None:
-        return example.prompt
-    assert example.identity is not None
-    return example.identity.digest
-
-
-def _gallery(checks: Checks, samples: Samples, seed: int, count: int) -> list[GalleryItem]:
+def _gallery(
+    policy: Policy,
+    task: Task,
+    config: TrainConfig,
+    sampling: Sampling,
+    prompts: Sequence[Example],
+) -> list[GalleryItem]:
+    if not prompts:
+        return []
+    seed, max_tokens = config.run.seed, config.rollout.max_answer_tokens
+    samples = sampling.draw(policy, prompts, max_tokens=max_tokens, seed=seed, step=EVALUATION_STEP)
     items = []
-    right = checks.right(samples)
-    for i, example in islice(enumerate(samples.examples), count):
-        drawn = None if samples.images is None else samples.images[i].numpy()
-        shown = drawn if drawn is not None else example.image
+    for i, right in enumerate(task.checks.scores(samples)["right"].tolist()):
+        example = samples.examples[i]
+        shown = example.image if samples.images is None else samples.images[i].numpy()
         assert shown is not None
         items.append(
             GalleryItem(
@@ -156,7 +265,7 @@ def _gallery(checks: Checks, samples: Samples, seed: int, count: int) -> list[Ga
                 image=shown,
                 answer=samples.texts[i],
                 expected=example.answer,
-                right=None if right[i].isnan() else bool(right[i]),
+                right=None if math.isnan(right) else bool(right),
             )
         )
     return items

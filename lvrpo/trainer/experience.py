@@ -20,7 +20,7 @@ from lvrpo.rewards.reward import Samples
 from lvrpo.rewards.score import score_samples
 from lvrpo.trainer.config import TrainConfig
 from lvrpo.trainer.correction import correct_sampler
-from lvrpo.trainer.task import Rewards, Task, training_examples
+from lvrpo.trainer.task import Rewards, Task, mean_scores, training_examples
 
 
 @dataclass(frozen=True)
@@ -93,7 +93,7 @@ def gather_experience(
     tables: dict[Skill, Tensor] = {}
     for skill, sampled in samples.items():
         tables[skill], reported = score_samples(rewards[skill], sampled, config.rewards)
-        _merge(metrics, reported | task.checks.measure(sampled))
+        _merge(metrics, reported | mean_scores(task.checks, sampled))
     metrics["time/rewards"] = clock.lap()
 
     advantages: dict[Skill, Tensor] = {}

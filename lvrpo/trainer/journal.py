@@ -15,6 +15,7 @@ import numpy as np
 from torch import Tensor
 
 from lvrpo.data.example import Skill
+from lvrpo.trainer.measurement import Measurement
 from lvrpo.trainer.schedule import Bridge
 
 
@@ -94,12 +95,16 @@ class Journal(Protocol):
         """Whether `evaluation` has been told of this one."""
 
     def evaluating(self, label: str, done: int, total: int) -> None:
-        """`done` of `total` held-out prompts of an evaluation have been sampled."""
+        """`done` of `total` samples of an evaluation are there."""
 
     def evaluation(
-        self, label: str, row: Mapping[str, Any], gallery: Sequence[GalleryItem]
+        self,
+        label: str,
+        step: int,
+        found: Sequence[Measurement],
+        gallery: Sequence[GalleryItem],
     ) -> None:
-        """Record an evaluation; `row` has "step" and scores."""
+        """Record an evaluation, all of it or none."""
 
     def message(self, text: str) -> None:
         """Say a line to whoever waits."""

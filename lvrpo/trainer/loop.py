@@ -16,7 +16,6 @@ from typing import Any
 import torch
 
 from lvrpo.data.example import SKILLS
-from lvrpo.models.flow import FlowSchedule
 from lvrpo.models.protocol import Policy
 from lvrpo.trainer.config import ConfigError, TrainConfig
 from lvrpo.trainer.evaluate import evaluate
@@ -109,11 +108,10 @@ def _grpo(training: _Training) -> None:
     config, policy, state = training.config, training.policy, training.state
     reference = _reference(training)
     rewards = training.task.make_rewards(reference)
-    as_evaluated = flow_schedule(config.rollout)
     objective = Objective.from_config(config)
     first = config.warm_start.steps
     epochs, count = config.optimizer.updates_per_rollout, config.optimizer.minibatches
-    _evaluate_once(training, WARM_START, first, reference, rewards, as_evaluated)
+    _evaluate_once(training, WARM_START, first, reference, rewards)
     while state.step < training.total:
         with training.interrupts.step():
             started = time.perf_counter()
@@ -138,7 +136,7 @@ def _grpo(training: _Training) -> None:
                         metrics["time/update"] = time.perf_counter() - update_started
                         metrics["time/total"] = time.perf_counter() - started
                         _finish_step(training, "grpo", metrics)
-    _evaluate_once(training, AFTER, training.total, policy, rewards, as_evaluated)
+    _evaluate_once(training, AFTER, training.total, policy, rewards)
 
 
 def _finish_step(training: _Training, phase: str, metrics: dict[str, Any]) -> None:
@@ -163,29 +161,23 @@ def _reference(training: _Training) -> Policy:
 
 
 def _evaluate_once(
-    training: _Training,
-    label: str,
-    step: int,
-    policy: Policy,
-    rewards: Rewards,
-    schedule: FlowSchedule,
+    training: _Training, label: str, step: int, policy: Policy, rewards: Rewards
 ) -> None:
     # A run that was given more steps is evaluated again at its new end.
-    config, journal = training.config, training.journal
+    journal = training.journal
     if journal.is_evaluated(label, step):
         return
     journal.message(f"evaluating on held-out prompts: {label}")
-    row, gallery = evaluate(
+    found, gallery = evaluate(
         policy,
         training.task,
         rewards,
-        config,
-        schedule,
-        items=config.run.eval_items,
-        seed=config.run.seed,
+        training.config,
+        label=label,
+        step=step,
         progress=partial(journal.evaluating, label),
     )
-    journal.evaluation(label, {"step": step, **row}, gallery)
+    journal.evaluation(label, step, found, gallery)
 
 
 class SelfTestError(RuntimeError):

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol
 
 from torch import Tensor
 
@@ -24,16 +25,14 @@ Rewards = Mapping[Skill, Mapping[str, Reward]]
 
 
 class Checks(Protocol):
-    """What is watched and never trained on, for samples of one skill."""
+    """What is watched and never trained on."""
 
-    def right(self, samples: Samples) -> Tensor:
-        """[B] fp32, 1 where everything is right, 0 where not, NaN where nothing tells."""
+    def scores(self, samples: Samples) -> Mapping[str, Tensor]:
+        """Scores of samples of one skill by measure, each [B] fp32, NaN where nothing tells.
 
-    def measure(self, samples: Samples) -> dict[str, float]:
-        """Metrics of a training batch."""
-
-    def count(self, samples: Samples) -> dict[str, Any]:
-        """Counts of an evaluation as "<skill>[/<kind>]/<measure>" beside a ".../total"."""
+        "right" (0 or 1) is always there; "partial" (0 to 1) and "gold" (0 or 1, by a reader that no
+        reward uses) where there are any.
+        """
 
 
 @dataclass(frozen=True)
@@ -53,6 +52,16 @@ class Task:
     new_policy: Callable[[], Policy]
     make_rewards: Callable[[Policy], Rewards]
     fingerprint: str
+
+
+def mean_scores(checks: Checks, samples: Samples) -> dict[str, float]:
+    """Metrics of a training batch of one skill; those that nothing tells of are left out."""
+    skill = samples.examples[0].task
+    means = {
+        f"{'strict' if name == 'right' else name}/{skill}": float(column.nanmean())
+        for name, column in checks.scores(samples).items()
+    }
+    return {name: value for name, value in means.items() if not math.isnan(value)}
 
 
 def training_examples(

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 import pytest
 
-from lvrpo.data.example import Example, check_disjoint, picture_hash
+from lvrpo.data.example import Example, check_disjoint, cluster_of, picture_hash
 
 
 @dataclass(frozen=True)
@@ -76,3 +76,22 @@ def test_picture_hash_sees_every_pixel_and_the_shape():
     other[0, 3, 3] = 0.01
     hashes = {picture_hash(picture), picture_hash(other), picture_hash(picture.reshape(1, 2, 8))}
     assert len(hashes) == 3
+
+
+def test_a_cluster_is_a_picture_a_rule_or_a_wording_unless_it_is_named():
+    dark, light = (np.full((1, 4, 4), shade, np.float32) for shade in (0.0, 1.0))
+    prompts = [
+        Example("understand", "a", "is it dark", image=dark, answer="yes"),
+        Example("understand", "b", "is it light", image=dark.copy(), answer="no"),
+        Example("understand", "c", "is it dark", image=light, answer="no"),
+        Example("generate", "d", "a boot", rule=RED),
+        Example("generate", "e", "a shoe", rule=RED, target=dark),
+        Example("generate", "f", "a boot", target=dark),
+        Example("generate", "g", "a boot", target=light),
+        Example("generate", "h", "a shoe", target=light),
+    ]
+    found = [cluster_of(example) for example in prompts]
+    groups = [{i for i, c in enumerate(found) if c == cluster} for cluster in dict.fromkeys(found)]
+    assert groups == [{0, 1}, {2}, {3, 4}, {5, 6}, {7}]
+    named = [dataclasses.replace(example, cluster="mine") for example in prompts]
+    assert {cluster_of(example) for example in named} == {"mine"}

@@ -354,3 +354,20 @@ def test_label_noise_needs_a_target_made_of_source_digits():
 def test_bad_configs_are_refused(arguments, message):
     with pytest.raises(ValueError, match=message):
         SceneConfig(**arguments)
+
+
+@pytest.mark.parametrize("size", CANVASES.values(), ids=CANVASES)
+def test_scenes_that_ask_for_the_same_are_a_cluster(size):
+    """Questions about one source image, whatever else is there; requests of one rule."""
+    rows, cols = size
+    config = SceneConfig(rows, cols, understand=(("name", 1.0),))
+    asked, wanted = {}, {}
+    for example in scene_examples(config, "test", "understand", 600, seed=0):
+        (name,) = re.fullmatch(r"what digit is at (.*)", example.prompt).groups()
+        cell = dissect(example.image, rows, cols)[0][position(name, rows, cols)]
+        asked.setdefault(cell.tobytes(), set()).add(example.cluster)
+    for example in scene_examples(config, "test", "generate", 600, seed=0):
+        wanted.setdefault(example.rule.key, set()).add(example.cluster)
+    for found in (asked, wanted):
+        assert len(set().union(*found.values())) == len(found) < 600
+        assert all(len(clusters) == 1 for clusters in found.values())

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -11,6 +13,7 @@ from lvrpo.rewards.answers import check_answers
 from lvrpo.rewards.checks import VerdictChecks
 from lvrpo.rewards.parts import Verdicts
 from lvrpo.rewards.reward import Samples
+from lvrpo.trainer.task import mean_scores
 
 IMAGE = np.zeros((1, 8, 8), np.float32)
 
@@ -22,27 +25,17 @@ def questions(*kinds: str) -> list[Example]:
     ]
 
 
-def test_answers_are_counted_in_all_and_by_kind():
+def test_answers_are_right_or_wrong():
     samples = Samples.of_texts(questions("a", "b", "a", ""), ["1", "1", "2", "2"])
-    checks = VerdictChecks(check_answers)
-    assert checks.right(samples).tolist() == [1, 1, 0, 0]
-    assert checks.measure(samples) == {"strict/understand": 0.5}
-    assert checks.count(samples) == {
-        "understand/correct": 2,
-        "understand/total": 4,
-        "understand/a/correct": 1,
-        "understand/a/total": 2,
-        "understand/b/correct": 1,
-        "understand/b/total": 1,
-    }
-    alone = Samples.of_texts(questions("a", "a"), ["1", "2"])
-    assert checks.count(alone) == {"understand/correct": 1, "understand/total": 2}
+    scores = VerdictChecks(check_answers).scores(samples)
+    assert {name: column.tolist() for name, column in scores.items()} == {"right": [1, 1, 0, 0]}
 
 
 @pytest.mark.parametrize(("cut_is_wrong", "right"), [(True, [0, 1]), (False, [1, 1])])
 def test_a_cut_answer_is_wrong_unless_it_is_scored_as_it_is(cut_is_wrong, right):
     samples = Samples.of_texts(questions("", ""), ["1", "1"], ["length", "end"])
-    assert VerdictChecks(check_answers, cut_is_wrong=cut_is_wrong).right(samples).tolist() == right
+    checks = VerdictChecks(check_answers, cut_is_wrong=cut_is_wrong)
+    assert checks.scores(samples)["right"].tolist() == right
 
 
 def test_a_second_opinion_on_drawings_is_told_beside_the_first():
@@ -55,17 +48,17 @@ def test_a_second_opinion_on_drawings_is_told_beside_the_first():
         verdicts([1.0, torch.nan], [1.0, torch.nan]),
         audits={"gold": verdicts([0.0, torch.nan], [0.5, torch.nan])},
     )
-    assert checks.measure(samples) == {
+    found = {name: column.tolist() for name, column in checks.scores(samples).items()}
+    assert {name: column[0] for name, column in found.items()} == {
+        "right": 1,
+        "partial": 1,
+        "gold": 0,
+    }
+    assert all(math.isnan(column[1]) for column in found.values())
+    assert mean_scores(checks, samples) == {
         "strict/generate": 1,
         "partial/generate": 1,
         "gold/generate": 0,
     }
-    assert checks.count(samples) == {
-        "generate/strict": 1,
-        "generate/total": 1,
-        "generate/gold": 0,
-        "generate/partial": 1,
-    }
     # Without a rule nothing is said at all.
-    assert VerdictChecks(check_answers).count(samples) == {}
-    assert VerdictChecks(check_answers).measure(samples) == {}
+    assert mean_scores(VerdictChecks(check_answers), samples) == {}

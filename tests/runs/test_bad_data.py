@@ -63,6 +63,18 @@ DATA = {
     "no evaluation file": (["data.eval_source=''"], "data.eval_source is empty"),
     "no such file": (["data.source=absent.jsonl"], "absent.jsonl: No such file"),
     "training data to evaluate on": (["data.eval_source={folder}/train.jsonl"], "splits overlap"),
+    "training data to validate on": (
+        ["data.validation_source={folder}/train.jsonl"],
+        "splits overlap",
+    ),
+    "test data to validate on": (
+        ["data.validation_source={folder}/test.jsonl"],
+        "splits overlap",
+    ),
+    "no such validation file": (
+        ["data.validation_source=absent.jsonl"],
+        "absent.jsonl: No such file",
+    ),
     "semantic reward": (
         ["rewards.generate={{ r_sem = 1.0 }}"],
         "r_sem comes with an encoder of digit scenes; with data.source = '{folder}/train.jsonl'",

@@ -76,7 +76,8 @@ def test_a_number_is_refused_by_its_key_or_takes_a_step(tmp_path, key):
         if NUMERIC[key].get("type") == "integer" and not value.lstrip("-").isdigit():
             continue
         setting = f"{key}={TABLES.get(key, '{}').format(value)}"
-        short = ["warm_start.steps=1", "run.steps=1", "run.eval_items=0", setting]
+        none = ["run.eval_items=0", "run.frontier_items=0"]
+        short = ["warm_start.steps=1", "run.steps=1", *none, setting]
         try:
             load_config(overrides=[*OVERRIDES, *short])
         except ConfigError as error:
@@ -103,7 +104,7 @@ def test_a_number_is_refused_by_its_key_or_takes_a_step(tmp_path, key):
     assert taken < len(VALUES)
 
 
-CHECKED_BY_OTHERS = ("data.source", "data.eval_source", "run.backend")
+CHECKED_BY_OTHERS = ("data.source", "data.eval_source", "data.validation_source", "run.backend")
 
 
 def test_every_word_has_its_choices():

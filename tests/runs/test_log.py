@@ -16,10 +16,10 @@ from lvrpo.intervals import (
     clustered_mean,
 )
 from lvrpo.runs.environment import environment, read_environment, write_environment
+from lvrpo.runs.evals import reward_row
 from lvrpo.runs.gallery import load_gallery, save_gallery
 from lvrpo.runs.log import RunWriter, read_evals, read_metrics
 from lvrpo.runs.scores import eval_rewards, eval_scores
-from lvrpo.trainer.evaluate import reward_row
 from lvrpo.trainer.journal import GalleryItem
 
 

@@ -15,16 +15,20 @@ from PIL import Image
 from runs.own_data import write_own_data
 from runs.tiny import OVERRIDES, command, settings, tiny_config
 
-from lvrpo.data.sources import JsonlSource, LabelErrors
+from lvrpo.data.jsonl import DataError, JsonlExamples
+from lvrpo.data.sources import FileSource, JsonlSource, LabelErrors
 from lvrpo.data.words import common_words
 from lvrpo.models.unified.tokenizer import Tokenizer
 from lvrpo.report import charts
 from lvrpo.runs.gallery import load_gallery
+from lvrpo.runs.inference import load_policy
 from lvrpo.runs.log import read_evals, read_metrics
 from lvrpo.runs.preflight import check_config
 from lvrpo.runs.scores import eval_rewards
 from lvrpo.runs.setup import Setup, data_of
 from lvrpo.trainer.config import ConfigError, DataSection
+from lvrpo.trainer.evaluate import EVALUATION_STEP
+from lvrpo.trainer.schedule import flow_schedule
 
 
 @pytest.fixture(scope="module")
@@ -96,14 +100,18 @@ def test_drawings_alone_have_a_result(tmp_path):
     _, after = read_evals(tmp_path / "run")
     ((key, mean),) = eval_rewards(after).items()
     assert key[0] == "generate"
-    # By hand: how light the three drawings are, against what their prompts ask for.
+    # By hand: how light three drawings as trained are, against what their prompts ask for.
+    setup, _, policy = load_policy(tmp_path / "run")
+    prompts = setup.data.source.examples("test", "generate", 9, 0)
+    schedule = flow_schedule(setup.config.rollout)
+    drawn = policy.sample_images(prompts, 1, schedule, seed=0, step=EVALUATION_STEP).images
     scores = [
-        1 - abs(("light" in item.prompt) - float(item.image.mean()))
-        for item in load_gallery(tmp_path / "run")["after"]
+        1 - abs(("light" in example.prompt) - float(image.mean()))
+        for example, image in zip(prompts, drawn, strict=True)
     ]
     assert len(scores) == mean.count == 3
-    assert mean.value == pytest.approx(np.mean(scores), abs=1 / 255)
-    assert mean.error == pytest.approx(np.std(scores, ddof=1) / np.sqrt(3), abs=1 / 255)
+    assert mean.value == pytest.approx(np.mean(scores), abs=1e-5)
+    assert mean.error == pytest.approx(np.std(scores, ddof=1) / np.sqrt(3), abs=1e-5)
     page = (tmp_path / "run" / "report.html").read_text()
     assert "cannot say whether the model got better" not in page
     shown = command("eval", tmp_path / "run").stdout
@@ -318,3 +326,25 @@ def test_pictures_larger_than_the_default_grid(tmp_path):
 def test_a_data_section_names_its_source():
     with pytest.raises(ConfigError, match=r"data.eval_source is empty.*mine\.jsonl"):
         data_of(DataSection(source="mine.jsonl"))
+
+
+@pytest.mark.parametrize("skill", ["understand", "generate"])
+def test_each_split_is_its_own_file(tmp_path, skill):
+    for number, name in enumerate(("train", "test", "validation")):
+        Image.new("L", (16, 16), number).save(tmp_path / f"{name}.png")
+        rows = [
+            {"task": "understand", "prompt": "what", "image": f"{name}.png", "answer": "a"},
+            {"task": "generate", "prompt": name},
+        ]
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    files = [
+        JsonlExamples(tmp_path / f"{name}.jsonl", (1, 16, 16))
+        for name in ("train", "test", "validation")
+    ]
+    source = JsonlSource(*files)
+    for name in ("train", "test", "validation"):
+        (example,) = source.examples(name, skill, 1, 0)
+        assert example.uid.startswith(f"{name}:")
+    with pytest.raises(DataError, match=r"data\.validation_source is empty, expected the JSONL"):
+        JsonlSource(*files[:2]).examples("validation", skill, 1, 0)
+    assert FileSource(files[0]).examples("test", skill, 1, 0)

@@ -25,6 +25,7 @@ OVERRIDES = [
     "run.steps=3",
     "run.checkpoint_every=2",
     "run.eval_items=8",
+    "run.frontier_items=2",
     "model.hidden=16",
     "model.layers=1",
     "model.heads=2",

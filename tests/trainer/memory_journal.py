@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from lvrpo.trainer.journal import GalleryItem, Snapshot
+from lvrpo.trainer.measurement import Measurement
 
 
 def copy_of(snapshot: Snapshot) -> Snapshot:
@@ -19,7 +20,7 @@ class MemoryJournal:
         self.saved: list[Snapshot] = []
         self.references: list[Snapshot] = []
         self.rows: list[Mapping[str, Any]] = []
-        self.evals: dict[tuple[str, int], tuple[Mapping[str, Any], Sequence[GalleryItem]]] = {}
+        self.evals: dict[tuple[str, int], tuple[Sequence[Measurement], Sequence[GalleryItem]]] = {}
         self.said: list[str] = []
         self.sampled: list[tuple[str, int, int]] = []
         self.end: tuple[BaseException, int, Snapshot | None] | None = None
@@ -49,9 +50,13 @@ class MemoryJournal:
         self.sampled.append((label, done, total))
 
     def evaluation(
-        self, label: str, row: Mapping[str, Any], gallery: Sequence[GalleryItem]
+        self,
+        label: str,
+        step: int,
+        found: Sequence[Measurement],
+        gallery: Sequence[GalleryItem],
     ) -> None:
-        self.evals[label, row["step"]] = row, gallery
+        self.evals[label, step] = found, gallery
 
     def message(self, text: str) -> None:
         self.said.append(text)

@@ -14,6 +14,9 @@ from lvrpo.trainer.loop import check_ratio, train
 from lvrpo.trainer.task import Task
 from lvrpo.trainer.update import merge_updates
 
+#: 8 prompts of each skill by two samplings, and 2 of them eight times by five and by three.
+SAMPLES = 2 * 8 * 2 + 2 * 8 * (5 + 3)
+
 
 @pytest.fixture(scope="module")
 def task(tmp_path_factory: pytest.TempPathFactory) -> Task:
@@ -34,7 +37,7 @@ def test_a_whole_run(whole):
     assert [snapshot.step for snapshot in whole.references] == [3]
     assert list(whole.evals) == [("warm start", 3), ("after", 6)]
     assert all(gallery for _, gallery in whole.evals.values())
-    assert whole.sampled[-1] == ("after", 16, 16)
+    assert whole.sampled[-1] == ("after", SAMPLES, SAMPLES)
     assert whole.begun == ("cpu", "float32")
     assert whole.end is None
 

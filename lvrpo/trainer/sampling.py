@@ -1,0 +1,127 @@
+"""Ways of sampling that a policy is measured by: as it is trained, its modes, and between them.
+
+Sharpening alone makes a policy that samples better, and a lower temperature gives that for nothing:
+what has been learned shows where both are at their sharpest, and at equal diversity.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from lvrpo.data.example import Example, Skill
+from lvrpo.models.flow import FlowSchedule
+from lvrpo.models.protocol import Policy
+from lvrpo.rewards.reward import Samples
+from lvrpo.trainer.config import TrainConfig
+from lvrpo.trainer.measurement import AS_TRAINED, GREEDY
+from lvrpo.trainer.schedule import flow_schedule
+
+#: Of the points between greedy answers and those of a flat distribution.
+TEMPERATURES = (0.25, 0.5, 0.75, 1.0, 1.5)
+#: Standard deviations of what an ODE begins with, between the one drawing of no noise and all.
+START_NOISES = (0.5, 1.0)
+#: Samples of a prompt where their diversity, or the best of them, is asked for.
+GROUP_SIZE = 8
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """One way of sampling answers (a temperature), or drawings (a schedule and starting noise).
+
+    Attributes:
+        skill: that it is a way of.
+        name: see `lvrpo.trainer.measurement.Measurement`.
+        group_size: samples of each prompt.
+        temperature: of answers; 0 is greedy.
+        schedule: of drawings; None for answers.
+        start_noise: standard deviation of what a drawing begins with.
+    """
+
+    skill: Skill
+    name: str
+    group_size: int = 1
+    temperature: float = 1.0
+    schedule: FlowSchedule | None = None
+    start_noise: float = 1.0
+
+    @property
+    def settings(self) -> dict[str, float | str]:
+        """All that sets it apart from other ways of the same run."""
+        if self.schedule is None:
+            return {"temperature": self.temperature}
+        return {"dynamics": self.schedule.dynamics, "start_noise": self.start_noise}
+
+    @property
+    def is_mode(self) -> bool:
+        """Whether all samples of a prompt are equal."""
+        if self.schedule is None:
+            return self.temperature == 0
+        return self.start_noise == 0 and not self.schedule.stochastic_steps
+
+    def draw(
+        self, policy: Policy, prompts: Sequence[Example], *, max_tokens: int, seed: int, step: int
+    ) -> Samples:
+        """Sample every prompt `group_size` times, those of a prompt one after the other.
+
+        Args:
+            policy: that samples.
+            prompts: of this skill.
+            max_tokens: of an answer.
+            seed: of the samples.
+            step: keys their streams too.
+
+        Raises:
+            DivergedError: what the policy sampled is not finite.
+        """
+        examples = [example for example in prompts for _ in range(self.group_size)]
+        key = {"seed": seed, "step": step}
+        if self.schedule is None:
+            answers = policy.sample_texts(
+                prompts,
+                self.group_size,
+                max_tokens=max_tokens,
+                temperature=self.temperature,
+                **key,
+            )
+            return Samples.of_texts(examples, answers.texts, answers.finish_reasons)
+        pictures = policy.sample_images(
+            prompts, self.group_size, self.schedule, start_noise=self.start_noise, **key
+        )
+        return Samples.of_images(examples, pictures.images)
+
+
+def as_trained(config: TrainConfig, skill: Skill, group_size: int = 1) -> Sampling:
+    """That of the rollout."""
+    if skill == "understand":
+        return Sampling(skill, AS_TRAINED, group_size, temperature=config.rollout.temperature)
+    return Sampling(skill, AS_TRAINED, group_size, schedule=flow_schedule(config.rollout))
+
+
+def at_temperature(temperature: float, group_size: int = 1) -> Sampling:
+    """Answers of one temperature; of 0, the greedy ones."""
+    name = f"temperature {temperature:g}" if temperature else GREEDY
+    return Sampling("understand", name, group_size, temperature=temperature)
+
+
+def by_ode(config: TrainConfig, start_noise: float, group_size: int = 1) -> Sampling:
+    """Drawings by the rollout's steps without their noise, begun with as much as is said."""
+    schedule = dataclasses.replace(flow_schedule(config.rollout), dynamics="ode")
+    name = "ode" if start_noise == 1 else f"ode noise {start_noise:g}"
+    return Sampling("generate", name, group_size, schedule=schedule, start_noise=start_noise)
+
+
+def headline(config: TrainConfig, skill: Skill) -> Sampling:
+    """The mode of the policy: greedy answers, the one drawing of no noise."""
+    return at_temperature(0.0) if skill == "understand" else by_ode(config, 0.0)
+
+
+def frontier(config: TrainConfig, skill: Skill) -> list[Sampling]:
+    """From sharp to diverse, `GROUP_SIZE` samples of a prompt; `headline` is the end of it."""
+    trained = as_trained(config, skill, GROUP_SIZE)
+    if skill == "understand":
+        others = [at_temperature(t, GROUP_SIZE) for t in TEMPERATURES if t != trained.temperature]
+    else:
+        others = [by_ode(config, noise, GROUP_SIZE) for noise in START_NOISES]
+    return [*others, trained]
