@@ -130,22 +130,55 @@ def train(
             _report_of_training(run)
 
 
-@app.command(name="eval", epilog="Example:  lvrpo eval runs/digits --items 2048 --seed 7")
+@app.command(
+    name="eval",
+    epilog="Examples:  lvrpo eval runs/digits --items 2048 --seed 7  |  "
+    "lvrpo eval runs/digits --temperature 0.5 --temperature 1 --pass-at 8",
+)
 def evaluate(
     run: Annotated[Path, typer.Argument(help="Run directory with a checkpoint.")],
     items: Annotated[int, typer.Option(min=1, help="Questions and drawing prompts, each.")] = 1024,
     seed: Annotated[int, typer.Option(help="Seed of the samples.")] = 0,
     data: Annotated[Path | None, typer.Option(help="JSONL file instead of the test split.")] = None,
+    split: Annotated[str, typer.Option(help="test, or validation to make choices by.")] = "test",
+    temperature: Annotated[
+        list[float] | None, typer.Option(help="Of answers, 0 is greedy; may be repeated.")
+    ] = None,
+    greedy: Annotated[bool, typer.Option("--greedy", help="Likeliest answers.")] = False,
+    ode: Annotated[bool, typer.Option("--ode", help="Drawings without noise on the way.")] = False,
+    noise: Annotated[
+        list[float] | None,
+        typer.Option(help="The same from so much noise, 1 is all; may be repeated."),
+    ] = None,
+    pass_at: Annotated[
+        int | None,
+        typer.Option(help="K samples of each prompt: pass@K, and the best of K by the reward."),
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
     debug: Debug = False,
 ) -> None:
-    """Score the newest checkpoint on held-out prompts, with 95 % intervals."""
-    from lvrpo.runs.inference import evaluate_run
+    """Measure the newest checkpoint on held-out prompts, with 95 % intervals.
+
+    Without a way of sampling: by its modes (greedy answers, drawings by the ODE from no noise) and
+    as it is trained.
+    """
+    from lvrpo.runs.evaluation import EvalOptions, evaluate_run, to_json
 
     with one_line_errors(debug):
-        found = evaluate_run(run, items=items, seed=seed, data=data)
-        _notes(found.notes)
-        typer.echo(found.to_json() if as_json else "\n".join(found.lines()))
+        options = EvalOptions(
+            items=items,
+            seed=seed,
+            data=data,
+            split=split,
+            temperatures=temperature or (),
+            greedy=greedy,
+            ode=ode,
+            start_noises=noise or (),
+            pass_at=pass_at,
+        )
+        results, notes = evaluate_run(run, options)
+        _notes(notes)
+        typer.echo(to_json(results) if as_json else "\n".join(each.line() for each in results))
 
 
 @app.command(

@@ -34,6 +34,12 @@ def evaluation_row(found: Sequence[Measurement]) -> dict[str, Any]:
     return row
 
 
+def kinds_of(measurement: Measurement) -> list[str]:
+    """The kinds of prompt to break down by, as they first come; none where one is the whole."""
+    kinds = list(dict.fromkeys(kind for kind in measurement.kinds if kind))
+    return kinds if len(kinds) > 1 else []
+
+
 def reward_row(skill: str, name: str, mean: Mean) -> dict[str, Any]:
     """The keys that hold the mean of one reward."""
     key = f"{skill}/{name}"
@@ -46,9 +52,8 @@ def reward_row(skill: str, name: str, mean: Mean) -> dict[str, Any]:
 
 def _counts(measurement: Measurement, counted: str) -> dict[str, int]:
     """How many are right, in all and by kind."""
-    kinds = dict.fromkeys(kind for kind in measurement.kinds if kind)
     row = {}
-    for kind in ("", *kinds) if len(kinds) > 1 else ("",):  # a single kind is the whole
+    for kind in ("", *kinds_of(measurement)):
         right = [
             score
             for score, its in zip(measurement.scores["right"], measurement.kinds, strict=True)

@@ -1,39 +1,25 @@
-"""What the commands ask of a trained run: a score on held-out data, a drawing, an answer."""
+"""What the commands ask of a trained run: its policy, a drawing, an answer."""
 
 from __future__ import annotations
 
 import difflib
 import itertools
-import json
-import math
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
-from typing import Any
 
-from lvrpo.data.example import SKILLS, Example
+from lvrpo.data.example import Example
 from lvrpo.data.jsonl import DataError, load_picture
 from lvrpo.data.words import words_of
-from lvrpo.intervals import wilson_interval
 from lvrpo.models.protocol import Policy
-from lvrpo.rewards.reward import RewardError
 from lvrpo.runs.changes import fingerprint
 from lvrpo.runs.checkpoint import load_newest
 from lvrpo.runs.config_file import load_config
 from lvrpo.runs.directory import RunDirectoryError, is_run, require_format
-from lvrpo.runs.evals import evaluation_row
 from lvrpo.runs.gallery import save_enlarged
-from lvrpo.runs.log import Row
-from lvrpo.runs.progress import ProgressView
-from lvrpo.runs.scores import eval_rewards, eval_scores
 from lvrpo.runs.setup import FrozenParts, Setup
-from lvrpo.trainer.evaluate import Planned, held_out, measure_all
-from lvrpo.trainer.sampling import as_trained, headline
 from lvrpo.trainer.schedule import flow_schedule
 from lvrpo.trainer.state import load_weights
-from lvrpo.trainer.task import Rewards, Task
 
 #: First words that tell a question, and a request to draw, in English.
 _QUESTIONS = frozenset(
@@ -41,58 +27,6 @@ _QUESTIONS = frozenset(
 )
 _REQUESTS = frozenset(("draw", "paint", "sketch", "create", "generate", "render", "make"))
 _NAMED = 5  # unknown words that are told one by one
-
-
-@dataclass(frozen=True)
-class Evaluation:
-    """Scores of a run on held-out prompts.
-
-    Args:
-        row: counts, keyed as a row of evals.jsonl.
-        notes: what a reader of the scores should know.
-    """
-
-    row: Row
-    notes: list[str]
-
-    def lines(self) -> list[str]:
-        """One line per score and reward, with its 95 % interval."""
-        rates = [
-            f"{name:<32} {each['rate']:6.1%}  [{each['low']:.1%}, {each['high']:.1%}]  "
-            f"of {each['total']}"
-            for name, each in self.scores().items()
-        ]
-        means = [
-            f"{name:<32} {each['mean']:6.4g}  [{each['low']:.4g}, {each['high']:.4g}]  "
-            f"of {each['count']}"
-            for name, each in self.rewards().items()
-        ]
-        return rates + means
-
-    def to_json(self) -> str:
-        """Scores and rewards; an interval that too few prompts tell of is null."""
-        found = {"scores": self.scores(), "rewards": self.rewards()}
-        for reward in found["rewards"].values():
-            reward |= {key: None for key in ("low", "high") if math.isnan(reward[key])}
-        return json.dumps(found, indent=1, allow_nan=False)
-
-    def rewards(self) -> dict[str, dict[str, Any]]:
-        """{"reward/<task>/<name>": mean, low and high of its 95 % interval, count}."""
-        found = {}
-        for (task, name), mean in eval_rewards(self.row).items():
-            low, high = mean.interval()
-            values = {"mean": mean.value, "low": low, "high": high, "count": mean.count}
-            found[f"reward/{task}/{name}"] = values
-        return found
-
-    def scores(self) -> dict[str, dict[str, Any]]:
-        """{"<task>/<measure>": rate, low and high of its 95 % interval, total}."""
-        found = {}
-        for score in eval_scores(self.row):
-            low, high = wilson_interval(score.successes, score.total)
-            rate = score.successes / score.total
-            found[score.name] = {"rate": rate, "low": low, "high": high, "total": score.total}
-        return found
 
 
 def load_policy(directory: Path) -> tuple[Setup, FrozenParts, Policy]:
@@ -118,73 +52,7 @@ def load_policy(directory: Path) -> tuple[Setup, FrozenParts, Policy]:
     return setup, parts, policy
 
 
-def evaluate_run(directory: Path, *, items: int, seed: int, data: Path | None) -> Evaluation:
-    """Score the newest checkpoint of a run on held-out prompts, or on a JSONL file.
-
-    Args:
-        directory: of the run.
-        items: questions and drawing prompts, each.
-        seed: of the samples.
-        data: a JSONL file instead of the run's own held-out prompts.
-
-    Raises:
-        DataError: the file is wrong, or no rule and no answer tells what is right in it.
-    """
-    setup, parts, policy = load_policy(directory)
-    config, task = setup.config, setup.task(parts, data)
-    notes = []
-    if data is not None:
-        texts = [
-            text
-            for name in SKILLS
-            for example in task.source.examples("test", name, items, 0)
-            for text in (example.prompt, example.answer or "")
-        ]
-        notes = _foreign_note(parts.words, texts, data)
-    rewards = _rewards(directory, setup, task, notes)
-    with ProgressView() as view:
-        plan = [
-            Planned(sampling(config, skill), held_out(task, "test", skill, items), rewards)
-            for skill in SKILLS
-            for sampling in (as_trained, headline)
-        ]
-        found = measure_all(
-            policy,
-            task,
-            config,
-            plan,
-            seed=seed,
-            label="",
-            step=0,
-            progress=partial(view.evaluation, ""),
-        )
-    row = evaluation_row(found)
-    if not eval_scores(row) and not eval_rewards(row):
-        where = data or config.data.eval_source or "the held-out data"
-        raise DataError(
-            f"{where}: nothing to judge, no example has an answer, a rule or a reward of this run's"
-        )
-    return Evaluation(row, notes)
-
-
-def _rewards(directory: Path, setup: Setup, task: Task, notes: list[str]) -> Rewards:
-    """The rewards of the run; none, and a note, where they cannot be made."""
-    saved = load_newest(directory / "reference")
-    if saved is None:
-        notes.append("the warm start goes on: rewards are not measured yet")
-        return {}
-    saved.require({"fingerprint": fingerprint(setup.config), "task": task.fingerprint})
-    reference = task.new_policy()
-    load_weights(reference.module, saved.snapshot())
-    reference.module.requires_grad_(False)
-    try:
-        return task.make_rewards(reference)
-    except RewardError as error:
-        notes.append(f"rewards are not measured: {error}")
-        return {}
-
-
-def _foreign_note(known: Iterable[str], texts: Sequence[str], data: Path) -> list[str]:
+def foreign_notes(known: Iterable[str], texts: Sequence[str], data: Path) -> list[str]:
     """Say it where a file speaks of other things than the run was trained on."""
     counts = Counter(word for text in texts for word in words_of(text))
     known = set(known)

@@ -20,7 +20,7 @@ from lvrpo.data.example import Skill
 from lvrpo.intervals import Change, Interval, clustered_mean, clustered_rate, compare_pairs
 from lvrpo.trainer.measurement import HEADLINE, Measurement
 
-#: The one measure that has no bounds; all others are in [0, 1].
+#: The one measure that has no bounds, as its parts "reward/<name>"; all others are in [0, 1].
 UNBOUNDED = "reward"
 #: Growth of the gap between judge and gold that raises the alarm of reward hacking, as a share.
 GAP_MARGIN = 0.02
@@ -103,7 +103,7 @@ def mean_scores(
         return fmean(known) if known else None
 
     scores = _by_prompt(measurement, mean, kind)
-    return dataclasses.replace(scores, bounded=measure != UNBOUNDED)
+    return dataclasses.replace(scores, bounded=measure.partition("/")[0] != UNBOUNDED)
 
 
 def pass_scores(measurement: Measurement, k: int, kind: str | None = None) -> PromptScores:

@@ -1,15 +1,12 @@
-"""`lvrpo sample`, `eval` and `report`: what was not understood is said, and no file is replaced."""
+"""`lvrpo sample` and `report`: what was not understood is said, and no file is replaced."""
 
 from __future__ import annotations
 
-import json
-import shutil
 from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from PIL import Image
 from runs.test_bad_input import refused
 from runs.tiny import command
 
@@ -132,34 +129,6 @@ def test_paths_are_new_and_distinct(there, count, named, tmp_path_factory):
         assert not before & {folder / path for path in paths}
 
 
-def test_eval_says_that_a_file_is_of_other_things(trained, tmp_path):
-    Image.new("L", (16, 16)).save(tmp_path / "boat.png")
-    row = {"task": "understand", "prompt": "name this boat", "image": "boat.png", "answer": "sloop"}
-    (tmp_path / "boats.jsonl").write_text(json.dumps(row))
-    result = command("eval", trained, "--data", tmp_path / "boats.jsonl")
-    assert result.exit_code == 0, result.output
-    assert result.stderr.startswith("lvrpo: note: 100% of the words of ")
-    assert "('name', 'this', 'boat', 'sloop')" in result.stderr
-    assert "0.0%" in result.stdout
-    row |= {"prompt": "what digit is at top-left", "answer": "3"}
-    (tmp_path / "digits.jsonl").write_text(json.dumps(row))
-    assert command("eval", trained, "--data", tmp_path / "digits.jsonl").stderr == ""
-
-
-def test_eval_as_json(trained):
-    lines = command("eval", trained, "--items", 16).stdout.splitlines()
-    found = json.loads(command("eval", trained, "--items", 16, "--json").stdout)
-    assert [line.split()[0] for line in lines] == [*found["scores"], *found["rewards"]]
-    for line, score in zip(lines, found["scores"].values(), strict=False):
-        assert f"{score['rate']:.1%}  [{score['low']:.1%}, {score['high']:.1%}]" in line
-        assert 0 <= score["low"] <= score["rate"] <= score["high"] <= 1
-        assert line.endswith(f"of {score['total']}")
-    assert set(found["rewards"]) == {"reward/understand/r_ins", "reward/generate/r_ins"}
-    # r_ins of an answer is whether it is right.
-    mean = found["rewards"]["reward/understand/r_ins"]["mean"]
-    assert mean == pytest.approx(found["scores"]["understand/correct"]["rate"])
-
-
 def test_a_page_elsewhere_leaves_the_run_alone(trained, tmp_path):
     before = {path: path.stat().st_mtime_ns for path in trained.rglob("*")}
     page = tmp_path / "mine.html"
@@ -170,12 +139,3 @@ def test_a_page_elsewhere_leaves_the_run_alone(trained, tmp_path):
     assert before == {path: path.stat().st_mtime_ns for path in trained.rglob("*")}
     assert "expected a name with an ending" in refused("report", trained, "-o", tmp_path / "page")
     assert str(tmp_path / "no") in refused("report", trained, "-o", tmp_path / "no" / "page.html")
-
-
-def test_an_evaluation_in_the_warm_start_has_no_rewards_and_says_so(trained, tmp_path):
-    run = Path(shutil.copytree(trained, tmp_path / "run"))
-    shutil.rmtree(run / "reference")
-    result = command("eval", run, "--items", 8)
-    assert result.exit_code == 0, result.output
-    assert "rewards are not measured yet" in result.stderr
-    assert "reward/" not in result.stdout
