@@ -265,11 +265,13 @@ def _add_study(name: str, about: str) -> None:
             from lvrpo.studies.command import run_study
 
             try:
-                failed = run_study(directory, STUDIES[name], overrides, seeds=seeds, jobs=jobs)
+                end = run_study(directory, STUDIES[name], overrides, seeds=seeds, jobs=jobs)
             except KeyboardInterrupt as stop:
                 _stopped(stop, f"lvrpo study {name} {directory}")
-        if failed:
-            fail(f"failed, see their logs in {directory}: {', '.join(failed)}", code=1)
+        if end.page is not None:
+            typer.echo(f"study: {end.page}")
+        if end.failed:
+            fail(f"failed, see their logs in {directory}: {', '.join(end.failed)}", code=1)
 
 
 _add_study("reward-balance", "How rewards should be added, and what each teaches alone.")

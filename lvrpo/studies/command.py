@@ -3,19 +3,34 @@
 from __future__ import annotations
 
 import os
+from dataclasses import dataclass
 from pathlib import Path
 
+from lvrpo.info import packages_of, require
 from lvrpo.runs.signals import Signals
 from lvrpo.studies.directory import open_study
 from lvrpo.studies.progress import StudyView
-from lvrpo.studies.runner import run_all
+from lvrpo.studies.runner import is_finished, run_all
 from lvrpo.studies.study import Study
+
+
+@dataclass(frozen=True)
+class StudyEnd:
+    """How a study ended.
+
+    Attributes:
+        page: of the runs that are finished; None where none is.
+        failed: the last line that a run said, by its name.
+    """
+
+    page: Path | None
+    failed: dict[str, str]
 
 
 def run_study(
     directory: Path, study: Study, overrides: list[str], *, seeds: int | None, jobs: int | None
-) -> dict[str, str]:
-    """Make what runs are missing.
+) -> StudyEnd:
+    """Make what runs are missing, then the page.
 
     Args:
         directory: of the study, new or one that goes on.
@@ -24,16 +39,20 @@ def run_study(
         seeds: how many; None: as before, or five.
         jobs: runs at once; None: one per core that this process may use.
 
-    Returns:
-        By name of a run that failed: the last line that it said.
-
     Raises:
         ConfigError: see `open_study`.
         RunDirectoryError: see `open_study`.
         Stopped: a signal ended the study.
     """
-    with open_study(directory, study, overrides, seeds) as runs, StudyView() as view, Signals():
-        return run_all(runs, jobs or _cores(), view)
+    require(*packages_of("report"), extra="report")  # before hours are spent
+    with open_study(directory, study, overrides, seeds) as runs:
+        with StudyView() as view, Signals():
+            failed = run_all(runs, jobs or _cores(), view)
+        from lvrpo.studies.page import write_page  # matplotlib takes a second
+
+        finished = [run for run in runs if is_finished(run.directory)]
+        page = write_page(directory, study, finished, len(runs)) if finished else None
+        return StudyEnd(page, failed)
 
 
 def _cores() -> int:
