@@ -275,6 +275,7 @@ def _add_study(name: str, about: str) -> None:
 
 
 _add_study("reward-balance", "How rewards should be added, and what each teaches alone.")
+_add_study("machinery", "What the clip, the KL, minibatches and windows of steps add.")
 
 
 @app.command()

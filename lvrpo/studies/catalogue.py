@@ -39,7 +39,39 @@ REWARD_BALANCE = Study(
         Arm("topk", "r_sem pools by topk", ("rewards.semantic_pool=topk",)),
         Arm("max", "r_sem pools by max", ("rewards.semantic_pool=max",)),
     ),
-    settings=("run.steps=60", "run.eval_items=512"),
+    settings=("run.steps=50", "run.eval_items=512"),
 )
 
-STUDIES = {study.name: study for study in (REWARD_BALANCE,)}
+MACHINERY = Study(
+    name="machinery",
+    title="What each part of the machinery adds",
+    question=(
+        "What is lost where one part of the method is left out or changed: the clip of the ratio, "
+        "the KL to the warm start, decoupled rewards, several updates of one rollout, a fixed "
+        "window of stochastic steps?"
+    ),
+    base=Arm(
+        "base",
+        "the base",
+        (
+            "rewards.advantage=decoupled",
+            "optimizer.minibatches=2",
+            "rollout.window=first",
+        ),
+    ),
+    arms=(
+        Arm(
+            "no-clip",
+            "no clip of the ratio",
+            ("loss.text_clip_low=1e6", "loss.text_clip_high=1e6", "loss.image_clip=1.0"),
+        ),
+        Arm("no-kl", "no KL to the warm start", ("loss.text_kl=0.0", "loss.image_kl=0.0")),
+        Arm("sum", "rewards summed first", ("rewards.advantage=paper",)),
+        Arm("one-minibatch", "one minibatch a pass", ("optimizer.minibatches=1",)),
+        Arm("sliding", "window of steps slides", ("rollout.window=sliding",)),
+        Arm("random", "window of steps is random", ("rollout.window=random",)),
+    ),
+    settings=("run.steps=50", "run.eval_items=512"),
+)
+
+STUDIES = {study.name: study for study in (REWARD_BALANCE, MACHINERY)}

@@ -45,7 +45,7 @@ def change_chart(
             axis.axvline(0, color=theme.muted, linewidth=0.8)
             for title, outcome in rows.items():
                 _draw_change(axis, titles.index(title), outcome, theme.line(colour))
-            axis.xaxis.set_major_formatter(mpl.ticker.FuncFormatter(lambda x, _: f"{100 * x:+g}"))
+            axis.xaxis.set_major_formatter(mpl.ticker.FuncFormatter(_points))
             axis.set_xlabel("change from the warm start, percentage points")
         _rows(axes[0], titles, theme)
         return figure
@@ -102,6 +102,11 @@ def share_chart(arms: Sequence[ArmOutcome], skill: str) -> Chart | None:
         f"{title}. {said}.",
         draw,
     )
+
+
+def _points(value: float, position: int) -> str:
+    text = f"{100 * value:+.3g}" if value else "0"
+    return text.replace("-", "\N{MINUS SIGN}")
 
 
 def _draw_change(axes: Axes, row: int, outcome: Outcome, colour: str) -> None:

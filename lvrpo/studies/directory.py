@@ -111,10 +111,7 @@ def runs_of(directory: Path, study: Study, seeds: int) -> list[StudyRun]:
 
 def _definition(study: Study) -> dict[str, Any]:
     """What decides the numbers of a study, ready for JSON."""
-    arms = {
-        arm.name: [*arm.settings, *(["--supervised"] if arm.supervised else [])]
-        for arm in study.all_arms
-    }
+    arms = {arm.name: list(arm.settings) for arm in study.all_arms}
     return {"study": study.name, "settings": list(study.settings), "arms": arms}
 
 

@@ -114,7 +114,6 @@ def _arm_row(arm: ArmOutcome) -> dict[str, Any]:
     return {
         "title": arm.arm.title,
         "settings": list(arm.arm.settings),
-        "supervised": arm.arm.supervised,
         "seeds": list(arm.seeds),
         "results": {each.quantity.key: _outcome_row(each) for each in arm.outcomes},
         "shares": {

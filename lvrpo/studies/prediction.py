@@ -1,4 +1,4 @@
-"""The published criticism of the paper's sum, that r_ins drowns r_sem, against what was measured."""
+"""The published criticism of the paper's sum, that r_ins drowns r_sem, put to the test."""
 
 from __future__ import annotations
 

@@ -107,7 +107,6 @@ def arguments_of(run: StudyRun) -> list[str]:
         base = run.directory.parents[1] / BASE
         return [*arguments, "--config", str(base), "--seed", str(run.seed)]
     arguments += ["--from", str(run.origin)]
-    arguments += ["--supervised"] if run.arm.supervised else []
     return arguments + [word for setting in run.arm.settings for word in ("--set", setting)]
 
 

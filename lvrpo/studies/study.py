@@ -13,13 +13,11 @@ class Arm:
         name: of the folder of its runs.
         title: for people.
         settings: `section.key=value`, in TOML syntax.
-        supervised: more supervised steps for as much compute as the base's policy phase took.
     """
 
     name: str
     title: str
     settings: tuple[str, ...] = ()
-    supervised: bool = False
 
 
 @dataclass(frozen=True)

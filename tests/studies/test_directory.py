@@ -89,10 +89,6 @@ OTHERS = {
         {"arms": (Arm("one", "one", ("loss.text_kl=0.6",)),)},
         "another arm one: loss.text_kl=0.5 there, loss.text_kl=0.6 here",
     ),
-    "an arm that is supervised": (
-        {"arms": (Arm("one", "one", ("loss.text_kl=0.5",), supervised=True),)},
-        "loss.text_kl=0.5, --supervised here",
-    ),
     "another base": ({"base": Arm("base", "")}, "another arm base"),
     "other settings": ({"settings": ()}, "other settings: run.steps=7 there, the defaults here"),
 }
@@ -167,7 +163,7 @@ def test_every_arm_of_every_study_can_be_run_and_differs_from_the_others(study):
     for arm in study.all_arms:
         config = load_config(overrides=[*study.settings, *study.base.settings, *arm.settings])
         check_config(config)
-        resolved.append((config, arm.supervised))
+        resolved.append(config)
     assert all(each not in resolved[:i] for i, each in enumerate(resolved))
     names = [arm.name for arm in study.all_arms]
     assert len(set(names)) == len(names)

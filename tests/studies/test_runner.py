@@ -30,7 +30,7 @@ STUDY = Study(
     "Made up",
     "Does it run?",
     base=BASE,
-    arms=(Arm("one", "one", ("loss.text_kl=0.5",)), Arm("two", "two", supervised=True)),
+    arms=(Arm("one", "one", ("loss.text_kl=0.5",)), Arm("two", "two")),
 )
 
 
@@ -72,7 +72,7 @@ def test_a_run_begins_as_its_arm_says(tmp_path):
     assert found["base/0"][3:] == ["--config", str(tmp_path / "base.toml"), "--seed", "0"]
     origin = ["--from", str(tmp_path / "base/0")]
     assert found["one/0"][3:] == [*origin, "--set", "loss.text_kl=0.5"]
-    assert found["two/0"][3:] == [*origin, "--supervised"]
+    assert found["two/0"][3:] == origin
 
 
 @pytest.mark.parametrize("broken", [("one", 0), ("two", 1), ("base", 0), ("base", 1)])
