@@ -39,7 +39,7 @@ REWARD_BALANCE = Study(
         Arm("topk", "r_sem pools by topk", ("rewards.semantic_pool=topk",)),
         Arm("max", "r_sem pools by max", ("rewards.semantic_pool=max",)),
     ),
-    settings=("run.steps=50", "run.eval_items=512"),
+    settings=("run.steps=50", "run.eval_items=512", "run.frontier_items=64"),
 )
 
 MACHINERY = Study(
@@ -71,7 +71,7 @@ MACHINERY = Study(
         Arm("sliding", "window of steps slides", ("rollout.window=sliding",)),
         Arm("random", "window of steps is random", ("rollout.window=random",)),
     ),
-    settings=("run.steps=50", "run.eval_items=512"),
+    settings=("run.steps=50", "run.eval_items=512", "run.frontier_items=64"),
 )
 
 STUDIES = {study.name: study for study in (REWARD_BALANCE, MACHINERY)}

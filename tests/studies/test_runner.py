@@ -140,7 +140,9 @@ def is_free(run: Path) -> bool:
         return False
 
 
-@pytest.mark.parametrize("signum", [signal.SIGKILL, signal.SIGTERM])
+@pytest.mark.parametrize(
+    "signum", [signal.SIGKILL, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)]
+)
 def test_whatever_ends_a_study_ends_its_runs_and_loses_nothing(tmp_path, signum):
     from lvrpo.runs.config_file import load_config, to_toml
 
