@@ -18,9 +18,9 @@ from lvrpo.report import charts
 from lvrpo.report.drawing import DARK, LIGHT, Theme, duration, smooth
 from lvrpo.report.page import write_report
 from lvrpo.report.summary import collect_alarms, compare_scores
+from lvrpo.runs.evals import reward_row
 from lvrpo.runs.gallery import save_gallery
 from lvrpo.runs.log import RunWriter
-from lvrpo.trainer.evaluate import reward_row
 from lvrpo.trainer.journal import GalleryItem
 
 

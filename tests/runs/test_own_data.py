@@ -265,7 +265,7 @@ def test_notes_count_the_latents_of_the_users_pictures_and_answers_that_are_cut(
     assert floor != finer
     rows = (tmp_path / "train.jsonl").read_text()
     assert "max_answer_tokens" not in floor
-    config = tiny_config(*write_own_data(tmp_path))
+    config = tiny_config(*write_own_data(tmp_path), "rollout.max_answer_tokens=4")
     (tmp_path / "train.jsonl").write_text(rows.replace('"dark"', '"a b c d e"'))
     setup = check_config(config)
     _, cut = setup.notes(setup.frozen_parts(tmp_path / "run 3"))
