@@ -103,13 +103,11 @@ class EvalOptions:
 
     def samplings(self, config: TrainConfig) -> list[Sampling]:
         """The ways that are asked for by name; none where no option names one."""
-        group = self.pass_at or 1
-        return _with_single_modes(
-            [
-                *(at_temperature(value, group) for value in self._temperatures),
-                *(by_ode(config, value, group) for value in self._noises),
-            ]
-        )
+        group = self.pass_at or 1  # where samples are not all equal
+        return [
+            *(at_temperature(value, group if value else 1) for value in self._temperatures),
+            *(by_ode(config, value, group if value else 1) for value in self._noises),
+        ]
 
     def default_samplings(self, config: TrainConfig) -> list[Sampling]:
         """Those of a run's own evaluation."""
@@ -118,11 +116,6 @@ class EvalOptions:
             for skill in SKILLS
             for way in (headline(config, skill), as_trained(config, skill, self.pass_at or 1))
         ]
-
-
-def _with_single_modes(ways: Sequence[Sampling]) -> list[Sampling]:
-    """One sample of each prompt is enough where all of them are equal."""
-    return [dataclasses.replace(way, group_size=1) if way.is_mode else way for way in ways]
 
 
 @dataclass(frozen=True)

@@ -100,7 +100,7 @@ class ProgressView:
         )
 
     def evaluation(self, label: str, done: int, total: int) -> None:
-        """Show how many of the held-out prompts have been answered or drawn."""
+        """Show how many samples of held-out prompts there are."""
         self._show("evaluating", done, total, at=f"{done}/{total}", values=label, closing=False)
 
     def _show(

@@ -53,13 +53,6 @@ class Sampling:
             return {"temperature": self.temperature}
         return {"dynamics": self.schedule.dynamics, "start_noise": self.start_noise}
 
-    @property
-    def is_mode(self) -> bool:
-        """Whether all samples of a prompt are equal."""
-        if self.schedule is None:
-            return self.temperature == 0
-        return self.start_noise == 0 and not self.schedule.stochastic_steps
-
     def draw(
         self, policy: Policy, prompts: Sequence[Example], *, max_tokens: int, seed: int, step: int
     ) -> Samples:
