@@ -64,10 +64,17 @@ def train(
     ] = None,
     config: ConfigFile = None,
     set_: Overrides = None,
-    steps: Annotated[int | None, typer.Option(help="Policy updates (run.steps).")] = None,
+    steps: Annotated[int | None, typer.Option(help="Policy steps (run.steps).")] = None,
     seed: Annotated[int | None, typer.Option(help="Seed of the whole run (run.seed).")] = None,
     shuffle_rewards: Annotated[
         bool, typer.Option("--shuffle-rewards", help="Control: permute rewards within each group.")
+    ] = False,
+    supervised: Annotated[
+        bool,
+        typer.Option(
+            "--supervised",
+            help="Baseline: supervised steps in place of LVRPO; with --from, of equal compute.",
+        ),
     ] = False,
     from_: Annotated[
         Path | None,
@@ -97,6 +104,7 @@ def train(
     overrides += [] if steps is None else [f"run.steps={steps}"]
     overrides += [] if seed is None else [f"run.seed={seed}"]
     overrides += ["run.shuffle_rewards=true"] if shuffle_rewards else []
+    overrides += ["run.objective=supervised"] if supervised else []
     with one_line_errors(debug):
         from lvrpo.runs.commands import describe_run, run_training
         from lvrpo.runs.config_file import load_config, to_toml

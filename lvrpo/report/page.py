@@ -151,7 +151,8 @@ def _facts(run: Run) -> dict[str, str]:
         commit = commit.replace("-dirty", " and local changes")
     facts = {
         "Seed": run.seed,
-        "Steps": f"{steps['warm_start']} supervised and {steps['grpo']} GRPO steps",
+        "Steps": f"{steps['warm_start'] + steps['supervised']} supervised and "
+        f"{steps['grpo']} GRPO steps",
         "Time in steps": duration(run.seconds) if run.seconds else None,
         "Started": known.get("started"),
         "Device": ", ".join(known[key] for key in ("device", "dtype") if key in known) or None,

@@ -113,7 +113,7 @@ def changes_between(old: TrainConfig, new: TrainConfig, step: int, bridge: Bridg
 
 
 def rate_bridge(config: TrainConfig, changes: list[Row]) -> Bridge:
-    """Where the schedule last changed, in policy updates, and the learning rate before it.
+    """Where the schedule last changed, in policy steps, and the learning rate before it.
 
     What happened after a step that the run went back to has not happened.
     """

@@ -24,13 +24,15 @@ def describe_run(run: OpenRun) -> list[str]:
     lines += [
         f"  {change['key']}: {change['new']} in place of {change['old']}" for change in run.changes
     ]
+    lines += [f"  {note}" for note in run.notes]
     for skill in SKILLS:
         weights = getattr(config.rewards, skill).items()
         rewards = ", ".join(f"{weight:g} {reward_label(name)}" for name, weight in weights)
         prompts = getattr(rollout, f"{skill}_prompts")
-        if prompts:
+        if prompts and config.run.objective == "grpo":
             lines.append(f"  {skill}: {prompts} prompts x {rollout.group_size} samples; {rewards}")
-    steps = f"{config.warm_start.steps} warm-start steps, {config.run.steps} policy updates"
+    kind = "policy" if config.run.objective == "grpo" else "supervised"
+    steps = f"{config.warm_start.steps} warm-start steps, {config.run.steps} {kind} steps"
     return [*lines, f"  data: {config.data.source}", f"  {steps}"]
 
 
@@ -47,6 +49,8 @@ def run_training(run: OpenRun) -> None:
     with ProgressView(warm_start, warm_start + config.run.steps) as view:
         for change in run.changes:
             view.message(f"{change['key']}: {change['new']} in place of {change['old']}")
+        for note in run.notes:
+            view.message(note)
         view.message("preparing data and rewards")
         parts = run.setup.frozen_parts(run.directory)
         for line in run.setup.notes(parts):

@@ -70,7 +70,9 @@ class RunJournal:
         self._log = RunWriter(
             directory,
             resume_from=self._saved if is_begun else None,
-            phase="warm_start" if self._saved <= config.warm_start.steps else "grpo",
+            phase=(
+                "warm_start" if self._saved <= config.warm_start.steps else config.run.objective
+            ),
         )
         for note in self._log.notes:
             self.message(note)

@@ -24,7 +24,8 @@ from lvrpo.runs.files import append_row, flush_to_disk, keep_rows, read_rows
 from lvrpo.runs.scores import eval_rewards, eval_scores
 from lvrpo.trainer.measurement import Measurement
 
-PHASES = ("warm_start", "grpo")
+#: A run has the first and one of the others, `run.objective`.
+PHASES = ("warm_start", "grpo", "supervised")
 
 METRICS = "metrics.jsonl"
 EVALS = "evals.jsonl"

@@ -7,11 +7,12 @@ is refused or recorded.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import itertools
 import os
 import shutil
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,7 @@ from lvrpo.runs.checkpoint import (
     save_checkpoint,
     step_of,
 )
+from lvrpo.runs.compute import equal_compute_steps
 from lvrpo.runs.config_file import Settings, load_config, read_settings, to_toml
 from lvrpo.runs.directory import (
     VERSION,
@@ -68,6 +70,7 @@ class OpenRun:
         step: the last finished one.
         facts: about its beginning, for environment.json.
         changes: of this opening, as rows of changes.jsonl.
+        notes: lines on what was settled for the user.
     """
 
     directory: Path
@@ -76,6 +79,7 @@ class OpenRun:
     step: int
     facts: dict[str, Any]
     changes: list[Row]
+    notes: list[str] = field(default_factory=list)
 
 
 @contextlib.contextmanager
@@ -93,6 +97,8 @@ def open_run(
 
     A new directory gets `version.json`, `inputs.json` and `config.toml`. An existing run goes on
     with its own configuration; of the keys that are named again some may change, and are recorded.
+    A supervised run that begins with the warm start of another takes the compute of its policy
+    phase, unless `run.steps` is named.
 
     Args:
         directory: of the run.
@@ -112,7 +118,7 @@ def open_run(
     is_new = not is_run(directory)
     if is_new:
         _refuse_other_contents(directory)
-        config = _new_config(origin, named)
+        config, notes = _new_config(origin, named)
         with named.located():
             setup = check_config(config)  # before anything is created
     elif origin is not None:
@@ -138,7 +144,7 @@ def open_run(
             write_atomically(directory / "config.toml", to_toml(config).encode())
         facts = {} if origin is None else {"warm_start_of": os.path.abspath(origin)}
         step = 0 if origin is None else config.warm_start.steps
-        yield OpenRun(directory, config, setup, step, facts, changes)
+        yield OpenRun(directory, config, setup, step, facts, changes, notes)
 
 
 def _existing(
@@ -155,7 +161,7 @@ def _existing(
     if config.warm_start.steps + config.run.steps < step:
         raise ConfigError(
             f"run.steps is {config.run.steps}, but {directory} has "
-            f"{step - config.warm_start.steps} policy updates behind it"
+            f"{step - config.warm_start.steps} policy steps behind it"
         )
     with named.located():
         setup = check_config(config)
@@ -255,15 +261,23 @@ def _refuse_other_contents(directory: Path) -> None:
         )
 
 
-def _new_config(origin: Path | None, named: Settings) -> TrainConfig:
+def _new_config(origin: Path | None, named: Settings) -> tuple[TrainConfig, list[str]]:
+    """The configuration of a new run, and what was settled in it for the user."""
     if origin is None:
-        return named.over(TrainConfig())
+        return named.over(TrainConfig()), []
     if not is_run(origin):
         raise RunDirectoryError(f"{origin} is not a run: it has no config.toml")
     require_format(origin)
     if load_newest(origin / "reference") is None:
         raise RunDirectoryError(f"{origin} has not finished its warm start: lvrpo train {origin}")
-    return forked_config(origin, load_config(origin / "config.toml"), named)
+    own = load_config(origin / "config.toml")
+    config = forked_config(origin, own, named)
+    becomes_supervised = config.run.objective == "supervised" != own.run.objective
+    if not becomes_supervised or "steps" in named.table.get("run", {}):
+        return config, []
+    steps, note = equal_compute_steps(origin, own)
+    run = dataclasses.replace(config.run, steps=steps)
+    return dataclasses.replace(config, run=run), [note]
 
 
 def _data_of(origin: Path) -> Inputs:

@@ -118,11 +118,11 @@ def _check_data(config: TrainConfig, data: Data) -> None:
         data.source.examples("train", skill, min(1, prompts), 0)
         batch = getattr(config.warm_start, f"{skill}_batch")
         to_imitate += data.source.labelled(skill, min(1, batch), LabelErrors(), 0)
-    if config.warm_start.steps and not to_imitate:
-        raise ConfigError(
-            f"warm_start.steps is {config.warm_start.steps}, but the training data has no answer "
-            "and no target to imitate"
-        )
+    is_supervised = config.run.objective == "supervised"
+    if (config.warm_start.steps or is_supervised) and not to_imitate:
+        steps = f"warm_start.steps is {config.warm_start.steps}"
+        given = "run.objective is 'supervised'" if is_supervised else steps
+        raise ConfigError(f"{given}, but the training data has no answer and no target to imitate")
     rows = data.training_rows
     if rows and not any("target" in row or "image" in row for row in rows):
         raise ConfigError(

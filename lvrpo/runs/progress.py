@@ -19,7 +19,7 @@ _SHOWN = (
     ("loss/image", "image"),
     ("kl/image", "kl"),
 )
-_PHASES = {"warm_start": "warm start", "grpo": "lvrpo"}
+_PHASES = {"warm_start": "warm start", "grpo": "lvrpo", "supervised": "supervised"}
 _QUIET = 10.0  # seconds between two lines where there is no terminal
 
 
@@ -40,7 +40,7 @@ class ProgressView:
         console: Console | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._phases = {"warm_start": (0, warm_start), "grpo": (warm_start, total)}
+        self._phases = dict.fromkeys(_PHASES, (warm_start, total)) | {"warm_start": (0, warm_start)}
         self._total = total
         self._console = console or Console(stderr=True, highlight=False)
         # The values come last and are cut where the line ends: they may be many, and all else

@@ -61,6 +61,7 @@ class RunSection:
 
     seed: Annotated[int, Field(ge=-(2**63), le=2**63 - 1)] = 0
     steps: Count = 120
+    objective: Literal["grpo", "supervised"] = "grpo"  # of the steps after the warm start
     checkpoint_every: Positive = 20
     keep_checkpoints: Positive = 2
     eval_items: Count = 2048
@@ -68,6 +69,15 @@ class RunSection:
     threads: Annotated[int, Field(ge=0, le=1024)] = 0  # 0: torch's own choice
     backend: str = ""  # of every op, a name of `lvrpo.backends.ALL`; empty: the first that can run
     shuffle_rewards: bool = False  # the control: rewards are permuted within each group
+
+    @model_validator(mode="after")
+    def _has_rewards_to_shuffle(self) -> RunSection:
+        if self.shuffle_rewards and self.objective == "supervised":
+            raise ValueError(
+                "run.shuffle_rewards is true, expected false where run.objective is 'supervised': "
+                "supervised steps learn from labels, and there is no reward to shuffle"
+            )
+        return self
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -113,15 +123,6 @@ class WarmStartSection:
     generate_batch: Batch = 48
     label_bias: Share = 0.7  # where the annotator's slip is possible, its probability
     label_noise: Share = 0.0  # of any wrong answer; of each digit of a target
-
-    @model_validator(mode="after")
-    def _imitates_something(self) -> WarmStartSection:
-        if self.steps and not self.understand_batch + self.generate_batch:
-            raise ValueError(
-                "warm_start.understand_batch and warm_start.generate_batch are 0, expected at "
-                "least one example a step, or warm_start.steps = 0"
-            )
-        return self
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -225,6 +226,18 @@ class TrainConfig:
     rewards: RewardSection = field(default_factory=RewardSection)
     loss: LossSection = field(default_factory=LossSection)
     optimizer: OptimizerSection = field(default_factory=OptimizerSection)
+
+    @model_validator(mode="after")
+    def _imitates_something(self) -> TrainConfig:
+        warm_start, is_supervised = self.warm_start, self.run.objective == "supervised"
+        if (warm_start.steps or is_supervised) and not (
+            warm_start.understand_batch + warm_start.generate_batch
+        ):
+            raise ValueError(
+                "warm_start.understand_batch and warm_start.generate_batch are 0, expected at "
+                "least one example a step, or warm_start.steps = 0 and run.objective = 'grpo'"
+            )
+        return self
 
     @model_validator(mode="after")
     def _has_groups_for_its_minibatches(self) -> TrainConfig:

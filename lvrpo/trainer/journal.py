@@ -82,7 +82,7 @@ class Journal(Protocol):
     def step(self, row: Mapping[str, Any]) -> None:
         """Record one step, of which only this record is missing; 0-d tensors count as scalars.
 
-        `row` has "step", "phase" ("warm_start" or "grpo") and metrics.
+        `row` has "step", "phase" ("warm_start", then `run.objective`) and metrics.
         """
 
     def save(self, snapshot: Snapshot) -> None:

@@ -1,4 +1,8 @@
-"""The whole run: supervised warm start, then rollout, rewards, advantages, update, over and over.
+"""The whole run: supervised warm start, then rollout, rewards, advantages, updates, over and over.
+
+The baseline that rewards are measured against goes on with supervised steps instead, with the same
+data as the warm start and the optimizer of the policy phase. Either way "after" is of the weights
+of the last step: only the warm start averages its own.
 
 Steps are counted through both phases. Everything a step draws is keyed by (seed, step), so a run
 that is killed and resumed continues bit for bit on a CPU: a snapshot holds the weights, their
@@ -78,65 +82,74 @@ def train(config: TrainConfig, task: Task, journal: Journal, interrupts: Interru
     weight = next(policy.module.parameters())
     journal.begin(device=str(weight.device), dtype=str(weight.dtype).removeprefix("torch."))
     try:
-        _warm_start(training)
-        _grpo(training)
+        while state.step < config.warm_start.steps:
+            _supervised_step(training, "warm_start")
+        _policy_phase(training)
     except BaseException as error:
         interrupts.ignore()
         journal.ended(error, state.step, state.finished())
         raise
 
 
-def _warm_start(training: _Training) -> None:
+def _supervised_step(training: _Training, phase: str) -> None:
     config, state = training.config, training.state
-    while state.step < config.warm_start.steps:
-        with training.interrupts.step():
-            started = time.perf_counter()
-            step = state.step + 1
-            questions, drawings = warm_start_examples(
-                training.task.source, config.warm_start, config.run.seed, step
-            )
-            metrics: dict[str, Any] = supervised_gradient(
-                training.policy, questions, drawings, seed=config.run.seed, step=step
-            )
-            with training.interrupts.held():
-                metrics |= state.update()
-                metrics["time/total"] = time.perf_counter() - started
-                _finish_step(training, "warm_start", metrics)
+    with training.interrupts.step():
+        started = time.perf_counter()
+        step = state.step + 1
+        questions, drawings = warm_start_examples(
+            training.task.source, config.warm_start, config.run.seed, step
+        )
+        metrics: dict[str, Any] = supervised_gradient(
+            training.policy, questions, drawings, seed=config.run.seed, step=step
+        )
+        with training.interrupts.held():
+            metrics |= state.update()
+            metrics["time/total"] = time.perf_counter() - started
+            _finish_step(training, phase, metrics)
 
 
-def _grpo(training: _Training) -> None:
-    config, policy, state = training.config, training.policy, training.state
+def _policy_phase(training: _Training) -> None:
+    config = training.config
     reference = _reference(training)
     rewards = training.task.make_rewards(reference)
     objective = Objective.from_config(config)
-    first = config.warm_start.steps
+    _evaluate_once(training, WARM_START, config.warm_start.steps, reference, rewards)
+    while training.state.step < training.total:
+        if config.run.objective == "supervised":
+            _supervised_step(training, "supervised")
+        else:
+            _grpo_step(training, reference, rewards, objective)
+    _evaluate_once(training, AFTER, training.total, training.policy, rewards)
+
+
+def _grpo_step(
+    training: _Training, reference: Policy, rewards: Rewards, objective: Objective
+) -> None:
+    config, policy, state = training.config, training.policy, training.state
     epochs, count = config.optimizer.updates_per_rollout, config.optimizer.minibatches
-    _evaluate_once(training, WARM_START, first, reference, rewards)
-    while state.step < training.total:
-        with training.interrupts.step():
-            started = time.perf_counter()
-            step = state.step + 1
-            schedule = flow_schedule(config.rollout, window_start(config, step))
-            experience, metrics = gather_experience(
-                policy, training.task, rewards, config, schedule, step
-            )
-            update_started = time.perf_counter()
-            updates: list[dict[str, float]] = []
-            for part in minibatches(experience, epochs, count, seed=config.run.seed, step=step):
-                found = policy_gradient(policy, reference, part, schedule, objective)
-                if not updates and step == first + 1:
-                    check_ratio(found, next(policy.module.parameters()).dtype)
-                is_last = len(updates) + 1 == epochs * count
-                with training.interrupts.held():
-                    if not is_last:
-                        state.keep()
-                    updates.append(found | state.update())
-                    if is_last:
-                        metrics |= merge_updates(updates)
-                        metrics["time/update"] = time.perf_counter() - update_started
-                        metrics["time/total"] = time.perf_counter() - started
-                        _finish_step(training, "grpo", metrics)
-    _evaluate_once(training, AFTER, training.total, policy, rewards)
+    with training.interrupts.step():
+        started = time.perf_counter()
+        step = state.step + 1
+        schedule = flow_schedule(config.rollout, window_start(config, step))
+        experience, metrics = gather_experience(
+            policy, training.task, rewards, config, schedule, step
+        )
+        update_started = time.perf_counter()
+        updates: list[dict[str, float]] = []
+        for part in minibatches(experience, epochs, count, seed=config.run.seed, step=step):
+            found = policy_gradient(policy, reference, part, schedule, objective)
+            if not updates and step == config.warm_start.steps + 1:
+                check_ratio(found, next(policy.module.parameters()).dtype)
+            is_last = len(updates) + 1 == epochs * count
+            with training.interrupts.held():
+                if not is_last:
+                    state.keep()
+                updates.append(found | state.update())
+                if is_last:
+                    metrics |= merge_updates(updates)
+                    metrics["time/update"] = time.perf_counter() - update_started
+                    metrics["time/total"] = time.perf_counter() - started
+                    _finish_step(training, "grpo", metrics)
 
 
 def _finish_step(training: _Training, phase: str, metrics: dict[str, Any]) -> None:

@@ -9,7 +9,7 @@ from lvrpo import random
 from lvrpo.models.flow import FlowSchedule
 from lvrpo.trainer.config import RolloutSection, TrainConfig, WarmStartSection
 
-#: Policy updates done at the last change of the schedule, and the learning rate before it.
+#: Policy steps done at the last change of the schedule, and the learning rate before it.
 Bridge = tuple[int, float] | None
 
 
@@ -21,7 +21,7 @@ def warm_start_rate(section: WarmStartSection, done: int) -> float:
 
 
 def learning_rate(config: TrainConfig, done: int, bridge: Bridge = None) -> float:
-    """The rate of the policy update after `done` finished ones.
+    """The rate of every update of the policy step after `done` finished ones.
 
     It climbs over `optimizer.warmup_steps` and falls linearly to `final_lr_fraction` of
     `optimizer.lr` at `run.steps`. Where the schedule of a run was changed, the new one holds at
@@ -29,7 +29,7 @@ def learning_rate(config: TrainConfig, done: int, bridge: Bridge = None) -> floa
 
     Args:
         config: in force.
-        done: policy updates.
+        done: policy steps.
         bridge: from a schedule that was changed on the way.
     """
     section = config.optimizer

@@ -1,4 +1,4 @@
-"""Supervised training before the first reward: cross entropy for answers, flow matching to draw."""
+"""Supervised training, before the first reward or in its place: cross entropy and flow matching."""
 
 from __future__ import annotations
 

@@ -410,10 +410,11 @@ def test_what_changes_no_number_may_change(trained, tmp_path, setting):
         ("rollout.group_size=4", "--from"),
         ("loss.text_kl=0.2", "--from"),
         ("run.shuffle_rewards=true", "--from"),
+        ("run.objective=supervised", "--from"),
         ("warm_start.steps=9", "its warm start was made with it"),
         ("run.seed=9", "its warm start was made with it"),
         ("data.source=scenes.jsonl", "its warm start was made with it"),
-        ("run.steps=2", "has 3 policy updates behind it"),
+        ("run.steps=2", "has 3 policy steps behind it"),
     ],
 )
 def test_what_may_not_change_is_named_with_the_reason(trained, tmp_path, setting, reason):
