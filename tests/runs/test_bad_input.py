@@ -92,7 +92,7 @@ BAD_SETTINGS = {
     "rewards.generate={r_ins=0}": "rewards.generate is {'r_ins': 0.0}, expected a reward",
     "optimizer.updates_per_rollout=0": "optimizer.updates_per_rollout is 0",
     "run.objective=lvrpo": "run.objective is 'lvrpo', expected one of grpo, supervised",
-    "optimizer.minibatches=3": "optimizer.minibatches is 3, expected at most rollout.understand_pr",
+    "optimizer.minibatches=65536": "optimizer.minibatches is 65536, expected at most rollout.un",
 }
 
 
