@@ -193,7 +193,7 @@ class LossSection:
     text_kl: Weight = 0.1
     sampler_correction: Annotated[str, OneOf(("", *SAMPLER_CORRECTION_PRESETS))] = ""
     image_variant: Variant = "ppo"
-    image_clip: Share = 0.2
+    image_clip: Share = 0.005  # about the outermost twentieth of ratios, three updates on
     image_kl: Weight = 0.01
     image_kl_form: KlForm = "velocity_mse"
     image_log_ratio_scale: Weight = 0.05  # of the true sum; 0 means the element mean
