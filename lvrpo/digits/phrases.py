@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections import Counter
 from collections.abc import Container, Sequence
 
 from lvrpo.digits.pictures import Cell
@@ -105,6 +106,11 @@ def digit_at(digit: Cell, cell: str) -> str:
     return f"{digit} at {cell}"
 
 
+def empty_at(cell: str) -> str:
+    """The key phrase of a cell with no digit; no prompt says it, each implies it."""
+    return f"nothing at {cell}"
+
+
 def questions_about(rule: DigitRule, kinds: Container[str] | None = None) -> list[tuple[str, str]]:
     """Questions, each with its one right answer, that a drawing true to `rule` answers.
 
@@ -118,6 +124,9 @@ def questions_about(rule: DigitRule, kinds: Container[str] | None = None) -> lis
         drawn = [(i, digit) for i, digit in enumerate(rule.digits) if digit is not None]
         asked += [("name", ask_name(names[i]), str(digit)) for i, digit in drawn]
         asked.append(("count", ask_count(), str(len(drawn))))
+        digits = Counter(digit for _, digit in drawn)
+        asked += [("count_of", ask_count_of(d), str(n)) for d, n in digits.items()]
+        asked.append(("list", ask_list(), " ".join(str(digit) for _, digit in drawn)))
     elif isinstance(rule, SumRule):
         asked.append(("count", ask_count(), str(rule.count)))
     else:

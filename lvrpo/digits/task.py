@@ -6,10 +6,11 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from lvrpo import random
-from lvrpo.data.example import Example, Skill
+from lvrpo.data.example import Example, Picture, Skill
 from lvrpo.data.sources import LabelErrors, Split
+from lvrpo.digits.attacks import layout_attacks
 from lvrpo.digits.checks import DigitRules
-from lvrpo.digits.encoder import DualEncoder, train_dual_encoder
+from lvrpo.digits.encoder import DualEncoder, new_dual_encoder, train_dual_encoder
 from lvrpo.digits.judge import digit_judge, gold_reader, reader_accuracy
 from lvrpo.digits.phrases import scene_words
 from lvrpo.digits.pictures import digit_pools
@@ -62,11 +63,17 @@ class SceneData:
 
     def new_encoder(self) -> DualEncoder:
         """Freshly initialised."""
-        return DualEncoder(self.words, *self.source.picture_shape)
+        return new_dual_encoder(self.scenes)
 
     def fit_encoder(self, seed: int) -> DualEncoder:
         """Fitted on the training split."""
         return train_dual_encoder(self.scenes, seed=seed)
+
+    def attacks(
+        self, examples: Sequence[Example], seed: int
+    ) -> Mapping[str, Mapping[int, Picture]]:
+        """See `layout_attacks`."""
+        return layout_attacks(examples, random.stream(seed, "attacks"))
 
     def facts(self) -> dict[str, Any]:
         """How good the judge itself is, which every result is reported with."""

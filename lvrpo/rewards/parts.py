@@ -47,6 +47,9 @@ class PhraseEncoder(Protocol):
     def phrases_of(self, prompt: str) -> list[str]:
         """What a prompt asks for, piece by piece."""
 
+    def implied_by(self, phrases: Sequence[str]) -> list[str]:
+        """What else is then true of a right drawing: that nothing else is there; maybe none."""
+
     def knows(self, phrase: str) -> bool:
         """Whether it was trained on every word of a phrase."""
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
 
+from lvrpo.data.example import Example
 from lvrpo.rewards.parts import PhraseEncoder, RewardParts
 from lvrpo.rewards.reward import RewardError, Samples
 
@@ -27,12 +29,15 @@ class SemanticReward:
             drawing's patches; "global" is the cosine of the whole drawing and the whole prompt.
         pool: of the dense form, see `pool_similarity`.
         top_k: of pool "topk".
+        implied: count the phrases that a prompt implies among its key phrases: what must stay
+            empty. Without them, as in the paper, nothing that is drawn too much lowers the score.
     """
 
     encoder: PhraseEncoder
     form: Literal["dense", "global"] = "dense"
     pool: Literal["softmax", "topk", "max"] = "softmax"
     top_k: int = 2
+    implied: bool = True
     name: str = field(default="r_sem", init=False)
     may_be_nan: bool = field(default=True, init=False)
     needs: ClassVar[tuple[str, ...]] = ("encoder",)
@@ -51,37 +56,58 @@ class SemanticReward:
         """
         if parts.encoder is None:
             raise RewardError("r_sem needs an encoder of pictures and phrases, and there is none")
-        return cls(parts.encoder, pool=parts.options["semantic_pool"])
+        options = parts.options
+        return cls(
+            parts.encoder, pool=options["semantic_pool"], implied=options["semantic_implied"]
+        )
 
     @torch.no_grad()
     def __call__(self, samples: Samples) -> Tensor:
         """[B] fp32 in [-1, 1], NaN for texts."""
         scores = torch.full((len(samples),), math.nan)
-        if samples.images is None:
-            return scores
-        asked = [self.encoder.phrases_of(samples.examples[at].prompt) for at in samples.image_index]
+        if samples.images is not None:
+            drawn = list(samples.image_index)
+            asked = [samples.examples[at] for at in drawn]
+            scores[drawn] = self.similarity(asked, samples.images)
+        return scores
+
+    def similarity(self, examples: Sequence[Example], drawings: Tensor) -> Tensor:
+        """The score of one drawing per prompt, which a gradient can follow back to its pixels.
+
+        Args:
+            examples: [N].
+            drawings: [N, C, H, W] in [0, 1].
+
+        Returns:
+            [N] fp32 in [-1, 1] on the CPU, NaN for a prompt with words that are unknown.
+        """
+        captions = [self._phrases(example.prompt) for example in examples]
         known = [
             i
-            for i, phrases in enumerate(asked)
+            for i, phrases in enumerate(captions)
             if phrases and all(self.encoder.knows(phrase) for phrase in phrases)
         ]
+        scores = torch.full((len(examples),), math.nan)
         if not known:
             return scores
-        pictures, patches = self.encoder.encode_images(samples.images[known].float().cpu())
-        captions = [asked[i] for i in known]
+        captions = [captions[i] for i in known]
+        pictures, patches = self.encoder.encode_images(drawings[known].float().cpu())
         if self.form == "global":
             values = (self.encoder.encode_captions(captions) * pictures).sum(dim=1)
         else:
             values = self._dense(captions, patches)
-        scores[torch.tensor([samples.image_index[i] for i in known])] = values
-        return scores
+        return scores.index_put((torch.tensor(known),), values)
+
+    def _phrases(self, prompt: str) -> list[str]:
+        asked = self.encoder.phrases_of(prompt)
+        return asked + self.encoder.implied_by(asked) if self.implied else asked
 
     def _dense(self, captions: list[list[str]], patches: Tensor) -> Tensor:
         phrases = self.encoder.encode_phrases([p for caption in captions for p in caption])
         drawing = torch.tensor([i for i, caption in enumerate(captions) for _ in caption])
         similarity = torch.einsum("qd,qpd->qp", phrases, patches[drawing])
         pooled = pool_similarity(similarity, self.pool, top_k=self.top_k)
-        total = torch.zeros(len(captions)).index_add_(0, drawing, pooled)
+        total = torch.zeros(len(captions)).index_add(0, drawing, pooled)
         return total / drawing.bincount(minlength=len(captions))
 
 

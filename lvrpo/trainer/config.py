@@ -176,6 +176,7 @@ class RewardSection:
     semantic_pool: Literal["softmax", "topk", "max"] = (
         "softmax"  # of r_sem over patches; "max" is the paper's choice
     )
+    semantic_implied: bool = True  # r_sem asks for empty cells too; False is the paper's choice
     truncated: Truncated = "zero"  # an answer cut at max_answer_tokens
     max_failures: Share = 0.0  # share of a step's samples that a reward may fail at
     timeout: Weight = 0.0  # seconds a reward may take for a step's samples; 0 is no limit

@@ -22,7 +22,7 @@ EXAMPLES = [
 ]
 SAMPLES = Samples.of_texts(EXAMPLES, ["1", "2", "x"])
 PARTS = RewardParts(
-    options={"strict_weight": 1.0, "semantic_pool": "max", "mine": 3.0},
+    options={"strict_weight": 1.0, "semantic_pool": "max", "semantic_implied": False, "mine": 3.0},
     rules=DigitRules(),
     answer_probability=lambda images, questions, answers: torch.ones(len(questions)),
 )

@@ -6,6 +6,7 @@ import torch
 from safetensors.torch import save_file
 
 from lvrpo.data.example import Example
+from lvrpo.digits.attacks import noticed
 from lvrpo.digits.encoder import (
     DualEncoder,
     key_phrases,
@@ -18,12 +19,12 @@ from lvrpo.rewards.semantic import SemanticReward, pool_similarity
 
 @pytest.fixture(scope="module")
 def encoder():
-    return train_dual_encoder(steps=80)
+    return train_dual_encoder()
 
 
 @pytest.fixture(scope="module")
 def scenes():
-    return scene_examples(SceneConfig(), "test", "generate", 300, 0)
+    return scene_examples(SceneConfig(), "test", "generate", 500, 0)
 
 
 def drawings(examples):
@@ -37,6 +38,43 @@ def test_key_phrases():
     ]
     assert key_phrases("a cat, a dog") == ["a cat", "a dog"]
     assert key_phrases("") == []
+
+
+def test_a_prompt_implies_that_every_other_cell_is_empty(encoder):
+    asked = ["3 at top-left", "7 at bottom-right"]
+    assert encoder.implied_by(asked) == ["nothing at top-right", "nothing at bottom-left"]
+    assert all(map(encoder.knows, encoder.implied_by(asked)))
+    for elsewhere in (["a 3 above a 7"], ["3 at top-left", "a boat"], ["3 at row 5 column 1"], []):
+        assert encoder.implied_by(elsewhere) == []
+
+
+def test_right_drawings_score_above_drawings_that_are_wrong_in_one_way(encoder, scenes):
+    shares = noticed(SemanticReward(encoder), scenes, generator(0))
+    assert len(shares) == 8
+    assert {name: share for name, share in shares.items() if share < 0.99} == {}
+
+
+def test_without_what_is_implied_a_digit_too_many_goes_unnoticed(encoder, scenes):
+    shares = noticed(SemanticReward(encoder, implied=False), scenes, generator(0))
+    assert shares["a digit too many"] < 0.9
+    assert shares["extra digits everywhere"] < 0.9
+
+
+def test_a_gradient_follows_the_score_back_to_the_pixels(encoder, scenes):
+    reward = SemanticReward(encoder)
+    pictures = torch.rand(5, 1, 16, 16).double()
+    pictures.requires_grad_()
+    given = reward.similarity(scenes[:5], pictures)
+    (gradient,) = torch.autograd.grad(given.sum(), pictures)
+    along = torch.randn_like(pictures)
+    moved = [
+        reward.similarity(scenes[:5], pictures + h * along).sum().item() for h in (1e-2, -1e-2)
+    ]
+    slope = float((gradient * along).sum())
+    assert (moved[0] - moved[1]) / 2e-2 == pytest.approx(slope, rel=0.02, abs=1e-3)
+    assert given.tolist() == pytest.approx(
+        reward(Samples.of_images(scenes[:5], pictures.detach())).tolist(), abs=1e-5
+    )
 
 
 @pytest.mark.parametrize(
