@@ -286,6 +286,33 @@ _add_study("reward-balance", "How rewards should be added, and what each teaches
 _add_study("machinery", "What the clip, the KL, minibatches and windows of steps add.")
 
 
+@studies.command(
+    name="reward-attacks", epilog="Example:  lvrpo study reward-attacks runs/digits --items 256"
+)
+def study_reward_attacks(
+    run: Annotated[Path, typer.Argument(help="Run directory with a finished warm start.")],
+    items: Annotated[int, typer.Option(min=1, help="Held-out drawing prompts.")] = 64,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the attacks.")] = 0,
+    output: Annotated[
+        Path | None,
+        typer.Option("--output", "-o", help="JSON file; else RUN/studies/reward-attacks.json."),
+    ] = None,
+    debug: Debug = False,
+) -> None:
+    """Set drawings made to please the rewards of a run against the right ones."""
+    with one_line_errors(debug):
+        from lvrpo.runs.files import write_atomically
+        from lvrpo.studies.reward_attacks import reward_attacks
+
+        path = output or run / "studies" / "reward-attacks.json"
+        if output is not None and not output.parent.is_dir():  # said before the work, not after
+            fail(f"{output}: cannot be written: no folder {output.parent}")
+        found = reward_attacks(run, items=items, seed=seed)
+        path.parent.mkdir(exist_ok=True)
+        write_atomically(path, found.to_json().encode() + b"\n")
+        typer.echo("\n".join([*found.lines(), f"study: {path}"]))
+
+
 @app.command()
 def info() -> None:
     """Versions, the compiled extension, and which backend runs which op here."""

@@ -185,7 +185,7 @@ MAY_IMPORT = {
     "trainer": "info data random rewards models ops params sampler_correction intervals",
     "runs": "info lvrpo data random rewards models ops params backends trainer intervals digits",
     "report": "info intervals runs trainer",
-    "studies": "info data trainer runs report intervals",
+    "studies": "info data random rewards trainer runs report intervals",
     "cli": "info lvrpo runs report studies trainer",
     "__main__": "info cli",
     "lvrpo": "params masks ops sampler_correction",

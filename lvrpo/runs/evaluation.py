@@ -15,10 +15,8 @@ from lvrpo.data.example import SKILLS, Skill
 from lvrpo.data.jsonl import DataError
 from lvrpo.data.sources import Split
 from lvrpo.rewards.reward import RewardError
-from lvrpo.runs.changes import fingerprint
-from lvrpo.runs.checkpoint import load_newest
 from lvrpo.runs.evals import kinds_of
-from lvrpo.runs.inference import foreign_notes, load_policy
+from lvrpo.runs.inference import foreign_notes, load_policy, load_reference
 from lvrpo.runs.progress import ProgressView
 from lvrpo.runs.results import Rate, best_of, pass_at_k, rate
 from lvrpo.runs.setup import Setup
@@ -26,7 +24,6 @@ from lvrpo.trainer.config import TrainConfig
 from lvrpo.trainer.evaluate import Planned, held_out, measure_all
 from lvrpo.trainer.measurement import Measurement
 from lvrpo.trainer.sampling import Sampling, as_trained, at_temperature, by_ode, headline
-from lvrpo.trainer.state import load_weights
 from lvrpo.trainer.task import Rewards, Task
 
 _ASKS: dict[Skill, str] = {"understand": "a question", "generate": "a request to draw"}
@@ -255,14 +252,10 @@ def _source_of(config: TrainConfig, split: Split) -> str:
 
 def _rewards(directory: Path, setup: Setup, task: Task, notes: list[str]) -> Rewards:
     """The rewards of the run; none, and a note, where they cannot be made."""
-    saved = load_newest(directory / "reference")
-    if saved is None:
+    reference = load_reference(directory, setup, task)
+    if reference is None:
         notes.append("the warm start goes on: rewards are not measured yet")
         return {}
-    saved.require({"fingerprint": fingerprint(setup.config), "task": task.fingerprint})
-    reference = task.new_policy()
-    load_weights(reference.module, saved.snapshot())
-    reference.module.requires_grad_(False)
     try:
         return task.make_rewards(reference)
     except RewardError as error:

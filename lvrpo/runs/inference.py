@@ -20,6 +20,7 @@ from lvrpo.runs.gallery import save_enlarged
 from lvrpo.runs.setup import FrozenParts, Setup
 from lvrpo.trainer.schedule import flow_schedule
 from lvrpo.trainer.state import load_weights
+from lvrpo.trainer.task import Task
 
 #: First words that tell a question, and a request to draw, in English.
 _QUESTIONS = frozenset(
@@ -50,6 +51,22 @@ def load_policy(directory: Path) -> tuple[Setup, FrozenParts, Policy]:
     load_weights(policy.module, newest.snapshot(), "average.module." if is_average else "model.")
     policy.module.requires_grad_(False)
     return setup, parts, policy
+
+
+def load_reference(directory: Path, setup: Setup, task: Task) -> Policy | None:
+    """The frozen policy of the end of a run's warm start; None while that goes on.
+
+    Raises:
+        CheckpointError: it is damaged, or of a run of another configuration.
+    """
+    saved = load_newest(directory / "reference")
+    if saved is None:
+        return None
+    saved.require({"fingerprint": fingerprint(setup.config), "task": task.fingerprint})
+    reference = task.new_policy()
+    load_weights(reference.module, saved.snapshot())
+    reference.module.requires_grad_(False)
+    return reference
 
 
 def foreign_notes(known: Iterable[str], texts: Sequence[str], data: Path) -> list[str]:

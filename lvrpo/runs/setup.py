@@ -13,7 +13,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from lvrpo.data.example import SKILLS, Skill
+from lvrpo.data.example import SKILLS, Example, Picture, Skill
 from lvrpo.data.jsonl import JsonlExamples
 from lvrpo.data.sources import FileSource, JsonlSource, LabelErrors, Source
 from lvrpo.data.words import common_words
@@ -69,6 +69,11 @@ class Data(Protocol):
     def fit_encoder(self, seed: int) -> DualEncoder | None:
         """The same, fitted on the training split."""
 
+    def attacks(
+        self, examples: Sequence[Example], seed: int
+    ) -> Mapping[str, Mapping[int, Picture]]:
+        """Drawings that are wrong in ways of their own, by name, for some of the examples."""
+
     def facts(self) -> dict[str, Any]:
         """What every result is reported with: how good the judge itself is."""
 
@@ -118,6 +123,12 @@ class JsonlData:
 
     def fit_encoder(self, seed: int) -> None:
         """None."""
+
+    def attacks(
+        self, examples: Sequence[Example], seed: int
+    ) -> Mapping[str, Mapping[int, Picture]]:
+        """None: whose digits a user's drawings are made of is not known."""
+        return {}
 
     def facts(self) -> dict[str, Any]:
         """None."""
