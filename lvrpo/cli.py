@@ -282,6 +282,7 @@ def _add_study(name: str, about: str) -> None:
             fail(f"failed, see their logs in {directory}: {', '.join(end.failed)}", code=1)
 
 
+_add_study("demo", "LVRPO, supervised training of equal compute, and shuffled rewards.")
 _add_study("reward-balance", "How rewards should be added, and what each teaches alone.")
 _add_study("machinery", "What the clip, the KL, minibatches and windows of steps add.")
 

@@ -4,6 +4,21 @@ from __future__ import annotations
 
 from lvrpo.studies.study import Arm, Study
 
+DEMO = Study(
+    name="demo",
+    title="What the rewards add to the demo",
+    question=(
+        "Does LVRPO teach the model of the demo what no decoding brings out of its warm start, "
+        "more than as much supervised training does, and by its rewards?"
+    ),
+    base=Arm("lvrpo", "LVRPO"),
+    arms=(
+        # Without run.steps named it takes the compute of the base's policy phase.
+        Arm("supervised", "supervised, equal compute", ("run.objective=supervised",)),
+        Arm("shuffled", "rewards shuffled (control)", ("run.shuffle_rewards=true",)),
+    ),
+)
+
 REWARD_BALANCE = Study(
     name="reward-balance",
     title="How rewards are balanced",
@@ -74,4 +89,4 @@ MACHINERY = Study(
     settings=("run.steps=50", "run.eval_items=512", "run.frontier_items=64"),
 )
 
-STUDIES = {study.name: study for study in (REWARD_BALANCE, MACHINERY)}
+STUDIES = {study.name: study for study in (DEMO, REWARD_BALANCE, MACHINERY)}

@@ -37,4 +37,5 @@ def _verdict(interval: Interval) -> str:
 
 
 def _percent(value: float) -> str:
-    return f"{100 * value:.2g} %"
+    text = f"{100 * value:.0f}" if abs(value) >= 0.1 else f"{100 * value:.2g}"
+    return f"{text} %"

@@ -155,6 +155,7 @@ VERDICTS = {
     (0.002, 0.01): "confirmed",
     tuple(PREDICTED): "confirmed",
     (0.05, 0.2): "refuted: it has more",
+    (0.999, 1.0): "refuted: it has more",
     (0.0, 0.001): "refuted: it has less",
     (0.001, 0.01): "neither",
     (0.01, 0.03): "neither",
@@ -170,6 +171,7 @@ def test_the_verdict_on_the_prediction(tmp_path, interval, word):
     paper = replace(outcome, advantage="paper", shares=shares)
     said = verdict_on_prediction(paper)
     assert word in said
+    assert "e+" not in said
     assert sum(each in said for each in ("is confirmed", "is refuted", "is neither")) == 1
     one_seed = replace(paper, shares={**shares, ("generate", "r_sem"): Share((0.01,), None)})
     assert "one seed" in verdict_on_prediction(one_seed)
