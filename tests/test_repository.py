@@ -184,7 +184,7 @@ MAY_IMPORT = {
     "models": "info data random ops params masks dtypes",
     "trainer": "info data random rewards models ops params sampler_correction intervals",
     "runs": "info lvrpo data random rewards models ops params backends trainer intervals digits",
-    "report": "info intervals runs trainer",
+    "report": "info data intervals runs trainer",
     "studies": "info data random rewards trainer runs report intervals",
     "cli": "info lvrpo runs report studies trainer",
     "__main__": "info cli",

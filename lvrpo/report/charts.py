@@ -15,13 +15,21 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from lvrpo.data.example import SKILLS, Skill
 from lvrpo.intervals import wilson_interval
 from lvrpo.report.drawing import WIDTH, Chart, Line, Panel, Theme, duration, line_chart
 from lvrpo.report.summary import in_phase, task_name
 from lvrpo.runs.log import Row
-from lvrpo.runs.scores import Score, eval_scores
+from lvrpo.runs.results import FrontierPoint, Rate
+from lvrpo.runs.scores import eval_scores
+from lvrpo.trainer.measurement import AS_TRAINED, GREEDY, LOW_NOISE
 
 MODALITIES = {"text": "Text tokens", "image": "Image flow steps"}
+DIVERSITY: dict[Skill, str] = {
+    "understand": "diversity: probability that two answers differ",
+    "generate": "diversity: distance of two drawings",
+}
+_SHORT = {LOW_NOISE: "no noise", "ode": "ode noise 1"}
 
 
 def training_charts(metrics: Sequence[Row], evals: Sequence[Row]) -> list[Chart]:
@@ -36,13 +44,15 @@ def training_charts(metrics: Sequence[Row], evals: Sequence[Row]) -> list[Chart]
         _kl_chart(rows),
         _ratio_chart(rows),
         _optimiser_chart(rows),
-        _warm_start_chart(in_phase(metrics, "warm_start")),
+        _supervised_chart("supervised", "Supervised continuation", metrics),
+        _supervised_chart("warm_start", "Supervised warm start", metrics),
     ]
     return [chart for chart in wanted if chart]
 
 
-def _warm_start_chart(rows: Sequence[Row]) -> Chart | None:
-    """The supervised losses before the reinforcement learning."""
+def _supervised_chart(phase: str, title: str, metrics: Sequence[Row]) -> Chart | None:
+    """The losses of a phase that imitates labels."""
+    rows = in_phase(metrics, phase)
     headings = {
         "text": "Text: cross-entropy, nats per token",
         "image": "Image: squared error of the velocity",
@@ -52,7 +62,7 @@ def _warm_start_chart(rows: Sequence[Row]) -> Chart | None:
         for modality, heading in headings.items()
     ]
     reading = "Both should fall and flatten: what imitation cannot teach is left to rewards."
-    return line_chart("warm-start", "Supervised warm start", reading, panels)
+    return line_chart(phase.replace("_", "-"), title, reading, panels)
 
 
 def _eval_chart(evals: Sequence[Row]) -> Chart | None:
@@ -74,7 +84,7 @@ def _eval_chart(evals: Sequence[Row]) -> Chart | None:
             Line(
                 measure,
                 steps=np.array([step for step, _ in found]),
-                values=np.array([_rate(score) for _, score in found]),
+                values=np.array([score.successes / score.total for _, score in found]),
                 low=bounds[:, 0],
                 high=bounds[:, 1],
                 colour=len(panels[task]),
@@ -90,8 +100,8 @@ def _eval_chart(evals: Sequence[Row]) -> Chart | None:
 
 
 def time_chart(metrics: Sequence[Row]) -> Chart | None:
-    """The mean seconds of every stage of a GRPO step; None when nothing was timed."""
-    rows = in_phase(metrics, "grpo")
+    """The mean seconds of every stage of a step after the warm start; None when none was timed."""
+    rows = in_phase(metrics, "grpo") or in_phase(metrics, "supervised")
     names = {key for row in rows for key in row if key.count("/") == 1 and key.startswith("time/")}
     means = {key.removeprefix("time/"): _mean(rows, key) for key in names}
     total = means.pop("total", 0.0) or sum(means.values())
@@ -104,25 +114,27 @@ def time_chart(metrics: Sequence[Row]) -> Chart | None:
     return stage_chart(sorted(means.items(), key=lambda stage: -stage[1]), total)
 
 
-def change_chart(before: Sequence[Score], after: Sequence[Score], names: Sequence[str]) -> Chart:
-    """Every score before and after with its 95 % interval, one row each.
+def change_chart(
+    before: Sequence[Rate], after: Sequence[Rate], names: Sequence[str], groups: Sequence[str]
+) -> Chart:
+    """Every rate before and after with its 95 % interval, one row each.
 
     Args:
-        before: scores of the first evaluation.
-        after: the same scores of the last one, in the same order.
+        before: rates of the first evaluation.
+        after: the same of the last one, in the same order.
         names: the label of each row.
+        groups: one colour for each that is named, such as a skill.
     """
-    tasks = list(dict.fromkeys(score.task for score in after))
+    order = list(dict.fromkeys(groups))
     rates = [
-        f"{n}: {_rate(b):.1%} to {_rate(a):.1%}"
-        for n, b, a in zip(names, before, after, strict=True)
+        f"{n}: {b.value:.1%} to {a.value:.1%}" for n, b, a in zip(names, before, after, strict=True)
     ]
 
     def draw(theme: Theme) -> Figure:
         figure = Figure(figsize=(2.1 * WIDTH, 0.6 + 0.4 * len(names)), layout="constrained")
         axes = figure.subplots()
         for row, (old, new) in enumerate(zip(before, after, strict=True)):
-            colour = theme.line(tasks.index(new.task))
+            colour = theme.line(order.index(groups[row]))
             _draw_rate(axes, old, row - 0.15, theme.muted, filled=False)
             _draw_rate(axes, new, row + 0.15, colour, filled=True)
         axes.set_yticks(range(len(names)), list(names))
@@ -133,10 +145,9 @@ def change_chart(before: Sequence[Score], after: Sequence[Score], names: Sequenc
         axes.grid(visible=False, axis="y")
         axes.spines[["left", "bottom"]].set_visible(False)
         for offset, text, style in ((-0.15, "before", "muted"), (0.15, "after", "ink")):
-            score = (before if text == "before" else after)[0]
             axes.annotate(
                 text,
-                (wilson_interval(score.successes, score.total).high, offset),
+                ((before if text == "before" else after)[0].high, offset),
                 xytext=(6, 0),
                 textcoords="offset points",
                 va="center",
@@ -151,6 +162,53 @@ def change_chart(before: Sequence[Score], after: Sequence[Score], names: Sequenc
         "The dot is the measured rate, the bar its 95 % interval; if the bars of a pair do not "
         "overlap, the change is larger than chance explains.",
         "Held-out scores before and after. " + "; ".join(rates) + ".",
+        draw,
+    )
+
+
+def frontier_chart(
+    skill: Skill, before: Sequence[FrontierPoint], after: Sequence[FrontierPoint]
+) -> Chart:
+    """Accuracy against diversity of the warm start and of the trained policy, a line each.
+
+    Args:
+        skill: of the prompts.
+        before: the warm start's points, by rising diversity.
+        after: the trained policy's.
+    """
+    lines = {"warm start": before, "trained": after}
+    said = "; ".join(
+        f"{name}, {point.sampling}: {point.accuracy.value:.1%} right at diversity "
+        f"{point.diversity:.3g}"
+        for name, line in lines.items()
+        for point in line
+    )
+
+    def draw(theme: Theme) -> Figure:
+        figure = Figure(figsize=(WIDTH, 3.4), layout="constrained")
+        axes = figure.subplots()
+        for (name, line), colour, up in zip(
+            lines.items(),
+            (theme.muted, theme.line(SKILLS.index(skill))),
+            (False, True),
+            strict=True,
+        ):
+            _draw_frontier(axes, name, line, colour, above=up)
+        axes.margins(x=0.14, y=0.16)
+        axes.set_xlabel(DIVERSITY[skill])
+        axes.set_ylabel("right")
+        axes.yaxis.set_major_formatter(mpl.ticker.PercentFormatter(1.0, decimals=0))
+        axes.legend(loc="best", frameon=False, labelcolor="linecolor")
+        return figure
+
+    title = f"{task_name(skill)}: accuracy against diversity"
+    return Chart(
+        f"frontier-{skill}",
+        title,
+        "Each point is one way of sampling, the diamond the mode (greedy answers, drawings from no "
+        "noise), bars are 95 % intervals. A line above the other is learning; a move along one "
+        "line is sharpening, which needs no training.",
+        f"{title}. {said}.",
         draw,
     )
 
@@ -352,12 +410,32 @@ def _optimiser_chart(rows: Sequence[Row]) -> Chart | None:
     )
 
 
-def _draw_rate(axes: Axes, score: Score, height: float, colour: str, *, filled: bool) -> None:
-    low, high = wilson_interval(score.successes, score.total)
-    axes.plot([low, high], [height, height], color=colour, linewidth=2.4, alpha=0.55)
+def _draw_rate(axes: Axes, rate: Rate, height: float, colour: str, *, filled: bool) -> None:
+    axes.plot([rate.low, rate.high], [height, height], color=colour, linewidth=2.4, alpha=0.55)
     face = colour if filled else axes.get_facecolor()
-    axes.plot(_rate(score), height, "o", markersize=6, markerfacecolor=face, markeredgecolor=colour)
+    (dot,) = axes.plot(rate.value, height, "o", markersize=6, color=colour, markerfacecolor=face)
+    dot.set_clip_on(False)  # whole at 0 % and 100 % too
 
 
-def _rate(score: Score) -> float:
-    return score.successes / score.total
+def _draw_frontier(
+    axes: Axes, name: str, line: Sequence[FrontierPoint], colour: str, *, above: bool
+) -> None:
+    diversity = [point.diversity for point in line]
+    rates = [point.accuracy for point in line]
+    axes.plot(diversity, [rate.value for rate in rates], color=colour, label=name)
+    for point, rate in zip(line, rates, strict=True):
+        axes.plot([point.diversity] * 2, [rate.low, rate.high], color=colour, alpha=0.35)
+        is_mode = point.sampling in (GREEDY, LOW_NOISE)
+        marker, size = ("D", 8) if is_mode else ("o", 5)
+        axes.plot(point.diversity, rate.value, marker, color=colour, markersize=size)
+        axes.annotate(
+            _SHORT.get(point.sampling, point.sampling.replace("temperature", "T")),
+            (point.diversity, rate.value),
+            xytext=(4, 9) if above else (4 if is_mode else -4, -9),
+            ha="left" if above or is_mode else "right",
+            textcoords="offset points",
+            va="bottom" if above else "top",
+            fontsize=8,
+            fontweight="bold" if is_mode or point.sampling == AS_TRAINED else "normal",
+            color=colour,
+        )

@@ -30,12 +30,22 @@ def page_environment(*folders: Path) -> jinja2.Environment:
         lstrip_blocks=True,
     )
     environment.filters |= {
-        "percent": lambda rate: f"{100 * rate:.1f}{NO_BREAK}%",
+        "percent": percent,
         "number": lambda value: f"{value:.3g}".replace("-", MINUS),
         "signed": lambda value: f"{value:+.3g}".replace("-", MINUS),
-        "points": lambda difference: f"{100 * difference:+.1f}".replace("-", MINUS),
+        "points": points,
     }
     return environment
+
+
+def percent(rate: float) -> str:
+    """A rate in [0, 1]: 28.1 %."""
+    return f"{100 * rate:.1f}{NO_BREAK}%"
+
+
+def points(difference: float) -> str:
+    """A difference of two rates in percentage points: +14.1."""
+    return f"{100 * difference:+.1f}".replace("-", MINUS)
 
 
 def figure(chart: Chart, folder: Path) -> dict[str, str]:

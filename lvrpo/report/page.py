@@ -12,16 +12,18 @@ from typing import Any
 
 import jinja2
 
-from lvrpo.intervals import wilson_interval
+from lvrpo.data.example import SKILLS
+from lvrpo.intervals import Change, wilson_interval
 from lvrpo.report import charts
+from lvrpo.report.comparisons import Comparison, compare, compare_rewards, rate_of, verdict_of
 from lvrpo.report.drawing import duration
+from lvrpo.report.findings import findings, hacking_alarms, limits
 from lvrpo.report.html import data_uri, figure, page_environment
 from lvrpo.report.summary import (
-    Comparison,
+    AFTER,
+    BEFORE,
     Run,
     collect_alarms,
-    compare_rewards,
-    compare_scores,
     in_phase,
     load_run,
     pair_gallery,
@@ -30,6 +32,7 @@ from lvrpo.report.summary import (
 from lvrpo.runs.files import write_atomically
 from lvrpo.runs.gallery import to_png
 from lvrpo.runs.log import PHASES
+from lvrpo.runs.results import Pooled, frontier, pooled_change
 from lvrpo.runs.scores import eval_rewards, eval_scores
 
 GALLERY_LIMIT = 24  # pairs of one task on the page; the folder keeps all
@@ -59,8 +62,8 @@ def write_report(
     page = _template().render(
         run=run,
         facts=_facts(run),
-        alarms=collect_alarms(run.metrics),
-        **_results(run, folder),
+        alarms=collect_alarms(run.metrics) + hacking_alarms(run),
+        **_results(run, others, folder),
         **_judge(run),
         gallery=pair_gallery(run),
         gallery_limit=GALLERY_LIMIT,
@@ -80,26 +83,38 @@ def _template() -> jinja2.Template:
         "picture": lambda item: data_uri(to_png(item)),
         "task_name": task_name,
     }
-    environment.globals["wilson"] = lambda score: wilson_interval(score.successes, score.total)
+    environment.globals |= {"rate_of": rate_of, "verdict_of": verdict_of}
     return environment.get_template("page.html.jinja")
 
 
-def _results(run: Run, folder: Path) -> dict[str, Any]:
+def _results(run: Run, others: Sequence[Run], folder: Path) -> dict[str, Any]:
     before, after = run.before_after()
-    comparisons = compare_scores(before, after)
+    comparisons = compare(run)
     tasks: dict[str, list[Comparison]] = {}
     for each in comparisons:
-        tasks.setdefault(each.after.task, []).append(each)
+        tasks.setdefault(each.task, []).append(each)
     return {
         "before": before,
         "after": after,
         "tasks": tasks,
         "rewards": compare_rewards(before, after),
         "only_rewards": eval_rewards(before or {}),
-        "headlines": [each for each in comparisons if not each.after.kind],
+        "headlines": [each for each in comparisons if each.headline],
         "only": [score for score in eval_scores(before or {}) if score.total],
         "results_figure": _results_figure(comparisons, folder),
+        "frontiers": _frontiers(run, folder),
+        "findings": findings(run),
+        "limits": limits(run, others, comparisons),
     }
+
+
+def _frontiers(run: Run, folder: Path) -> list[dict[str, str]]:
+    found = []
+    for skill in SKILLS:
+        before, after = (frontier(run.measurements, label, skill) for label in (BEFORE, AFTER))
+        if len(before) > 1 and len(after) > 1:
+            found.append(figure(charts.frontier_chart(skill, before, after), folder))
+    return found
 
 
 def _judge(run: Run) -> dict[str, Any]:
@@ -117,28 +132,48 @@ def _judge(run: Run) -> dict[str, Any]:
 
 
 def _side_by_side(runs: Sequence[Run]) -> dict[str, Any]:
-    scores = [
-        {c.after.name: c for c in compare_scores(*run.before_after()) if not c.after.kind}
-        for run in runs
-    ]
+    """Each run's main scores, then the means of those that differ in their seed alone."""
+    rows = [(run, {each.name: each for each in compare(run) if each.main}) for run in runs]
     heads = {
-        name: f"{task_name(each.after.task)}: {each.title}"
-        for run_scores in scores
-        for name, each in run_scores.items()
+        name: f"{task_name(each.task)}: {each.title}"
+        for _, scores in rows
+        for name, each in scores.items()
     }
-    return {"runs": list(zip(runs, scores, strict=True)), "run_scores": heads}
+    signals: dict[str, list[dict[str, Comparison]]] = {}
+    for run, scores in rows:
+        signals.setdefault(run.signal, []).append(scores)
+    means = {
+        (signal, len(alike)): {
+            name: pooled
+            for name in heads
+            if (pooled := _pooled([scores[name] for scores in alike if name in scores]))
+        }
+        for signal, alike in signals.items()
+        if len(alike) > 1
+    }
+    return {"runs": rows, "run_scores": heads, "run_means": means}
+
+
+def _pooled(alike: Sequence[Comparison]) -> Pooled[Change] | None:
+    prompts = [each.prompts for each in alike if each.prompts is not None]
+    return pooled_change(prompts) if len(prompts) > 1 else None
 
 
 def _results_figure(comparisons: Sequence[Comparison], folder: Path) -> dict[str, str] | None:
-    """Before and after of the headline scores, and of each kind's main one."""
-    main: dict[tuple[str, str], Comparison] = {}
+    """Before and after of the main scores, and of each kind's first one."""
+    shown: dict[tuple[str, str], Comparison] = {}
     for each in comparisons:
-        main.setdefault((each.after.task, each.after.kind or each.after.measure), each)
-    if not main:
+        if each.main or each.kind:
+            shown.setdefault((each.task, each.kind or each.measure), each)
+    if not shown:
         return None
-    chosen = list(main.values())
-    names = [f"{task_name(c.after.task)}: {c.after.kind or c.title}" for c in chosen]
-    chart = charts.change_chart([c.before for c in chosen], [c.after for c in chosen], names)
+    chosen = list(shown.values())
+    chart = charts.change_chart(
+        [each.before for each in chosen],
+        [each.after for each in chosen],
+        [f"{task_name(each.task)}: {each.kind or each.title}" for each in chosen],
+        [each.task for each in chosen],
+    )
     return figure(chart, folder)
 
 

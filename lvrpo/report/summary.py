@@ -1,4 +1,4 @@
-"""What the logs of a run say: its scores before and after, its alarms, its gallery in pairs."""
+"""What a report reads of a run: its logs, its measurements, its alarms, its gallery in pairs."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
-from lvrpo.intervals import Change, Mean, compare_means, compare_rates
+from lvrpo.data.example import Skill
 from lvrpo.runs.environment import read_environment
 from lvrpo.runs.gallery import load_gallery
-from lvrpo.runs.log import EVALS, METRICS, Row, read_evals, read_metrics
-from lvrpo.runs.scores import Score, eval_rewards, eval_scores
+from lvrpo.runs.log import EVALS, METRICS, Row, read_evals, read_measurements, read_metrics
 from lvrpo.trainer.journal import GalleryItem
+from lvrpo.trainer.measurement import Measurement
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -23,12 +23,6 @@ else:
 
 CONFIG = "config.toml"
 BEFORE, AFTER = "warm start", "after"  # the labels the trainer gives its first and last evaluation
-MEASURES = {
-    "correct": "right answers",
-    "strict": "whole request right",
-    "gold": "right for the gold judge",
-    "partial": "share of the request that is right",
-}
 # A mean over nothing, as the reward of a task that a step did not sample, is no accident.
 MAY_BE_NAN = ("reward/", "share/", "strict/", "partial/", "gold/", "time/")
 
@@ -47,6 +41,7 @@ class Run:
     environment: dict[str, Any]
     gallery: dict[str, list[GalleryItem]]
     notes: list[str]
+    measurements: list[Measurement] = field(default_factory=list)
 
     @property
     def name(self) -> str:
@@ -64,6 +59,18 @@ class Run:
         return bool(_find(self.config, "shuffle_rewards"))
 
     @property
+    def supervised(self) -> bool:
+        """Whether the policy phase went on with the supervised steps of the warm start."""
+        return bool(_table(self.config, "run").get("objective") == "supervised")
+
+    @property
+    def signal(self) -> str:
+        """What was learned from after the warm start, in words."""
+        if self.supervised:
+            return "labels (supervised continuation)"
+        return "shuffled rewards (control)" if self.shuffled else "rewards"
+
+    @property
     def seconds(self) -> float:
         """What all steps took together, 0 when they were not timed."""
         return float(sum(row.get("time/total", 0.0) for row in self.metrics))
@@ -77,6 +84,15 @@ class Run:
         after = labelled.get(AFTER, self.evals[-1])
         return before, None if after is before else after
 
+    def measured(self, label: str, skill: Skill, sampling: str) -> list[Measurement]:
+        """Measurements of one sampling: first of the most prompts, last of the most samples."""
+        found = [
+            each
+            for each in self.measurements
+            if (each.label, each.skill, each.sampling) == (label, skill, sampling)
+        ]
+        return sorted(found, key=lambda each: (each.group_size, -len(each.uids)))
+
 
 def task_name(task: str) -> str:
     """The heading of a task: its name, or what a row says that names none."""
@@ -86,63 +102,6 @@ def task_name(task: str) -> str:
 def in_phase(rows: Sequence[Row], phase: str) -> list[Row]:
     """The rows of one phase; a row that names none is of GRPO."""
     return [row for row in rows if row.get("phase", "grpo") == phase]
-
-
-def verdict_of(change: Change) -> tuple[str, str]:
-    """(style, words): what the intervals allow one to say."""
-    if math.isnan(change.interval.low):
-        return "unclear", "too few prompts to say"
-    if not change.excludes_zero:
-        return "unclear", "no clear change: the interval includes zero"
-    style, word = ("better", "Better") if change.difference > 0 else ("worse", "Worse")
-    if change.apart:
-        return style, f"{word}: the intervals before and after are apart"
-    return style, f"{word}, though the intervals before and after overlap"
-
-
-@dataclass(frozen=True)
-class Comparison:
-    """One score before and after."""
-
-    before: Score
-    after: Score
-    change: Change
-
-    @property
-    def title(self) -> str:
-        """Its row label."""
-        measure = MEASURES.get(self.after.measure, self.after.measure)
-        return f"{self.after.kind}: {measure}" if self.after.kind else measure
-
-    @property
-    def verdict(self) -> tuple[str, str]:
-        """(style, words), see `verdict_of`."""
-        return verdict_of(self.change)
-
-
-@dataclass(frozen=True)
-class RewardComparison:
-    """The held-out mean of one reward before and after."""
-
-    task: str
-    name: str
-    before: Mean
-    after: Mean
-
-    @property
-    def title(self) -> str:
-        """Its row label: a reward of the user's own may be named by a path."""
-        return self.name.rpartition("/")[2]
-
-    @property
-    def change(self) -> Change:
-        """after - before."""
-        return compare_means(self.before, self.after)
-
-    @property
-    def verdict(self) -> tuple[str, str]:
-        """(style, words), see `verdict_of`."""
-        return verdict_of(self.change)
 
 
 @dataclass(frozen=True)
@@ -192,48 +151,11 @@ def load_run(run_dir: str | Path) -> Run:
         environment=_optional("environment", notes, lambda: read_environment(path)) or {},
         gallery=_optional("gallery", notes, lambda: load_gallery(path)) or {},
         notes=notes,
+        measurements=read_measurements(path),
     )
     if not run.environment:
         notes.append("Versions and commit were not recorded (no environment.json).")
     return run
-
-
-def compare_scores(before: Row | None, after: Row | None) -> list[Comparison]:
-    """Every rate both evaluations have, by task, each task's headline first, then by kind."""
-    if before is None or after is None:
-        return []
-    old = {score.name: score for score in eval_scores(before) if score.total}
-    found = [
-        Comparison(
-            old[new.name],
-            new,
-            compare_rates(
-                (old[new.name].successes, old[new.name].total), (new.successes, new.total)
-            ),
-        )
-        for new in eval_scores(after)
-        if new.name in old and new.total
-    ]
-    tasks = [each.after.task for each in found]
-    return sorted(
-        found,
-        key=lambda each: (
-            tasks.index(each.after.task),
-            bool(each.after.kind),
-            each.after.kind,
-            _rank(each.after.measure, list(MEASURES)),
-        ),
-    )
-
-
-def compare_rewards(before: Row | None, after: Row | None) -> list[RewardComparison]:
-    """Every reward both evaluations have a mean of, by task."""
-    if before is None or after is None:
-        return []
-    old, new = eval_rewards(before), eval_rewards(after)
-    found = [RewardComparison(*key, old[key], new[key]) for key in new if key in old]
-    tasks = [each.task for each in found]
-    return sorted(found, key=lambda each: tasks.index(each.task))
 
 
 def collect_alarms(rows: Sequence[Row]) -> list[Alarm]:
@@ -268,10 +190,6 @@ def pair_gallery(run: Run) -> dict[str, list[Pair]]:
     return pairs
 
 
-def _rank(name: str, order: list[str]) -> int:
-    return order.index(name) if name in order else len(order)
-
-
 def _optional(what: str, notes: list[str], read: Callable[[], T]) -> T | None:
     """What `read` returns; None, and a note, when that part is absent or damaged."""
     try:
@@ -281,6 +199,11 @@ def _optional(what: str, notes: list[str], read: Callable[[], T]) -> T | None:
     except (OSError, ValueError, KeyError, TypeError) as error:
         notes.append(f"The {what} could not be read: {error}")
     return None
+
+
+def _table(config: dict[str, Any], name: str) -> dict[str, Any]:
+    table = config.get(name)
+    return table if isinstance(table, dict) else {}
 
 
 def _find(config: dict[str, Any], name: str) -> Any:

@@ -21,7 +21,7 @@ from lvrpo.intervals import Change, Interval, clustered_mean, clustered_rate, co
 from lvrpo.trainer.measurement import HEADLINE, Measurement
 
 #: The one measure that has no bounds, as its parts "reward/<name>"; all others are in [0, 1].
-UNBOUNDED = "reward"
+REWARD = "reward"
 #: Growth of the gap between judge and gold that raises the alarm of reward hacking, as a share.
 GAP_MARGIN = 0.02
 
@@ -103,7 +103,7 @@ def mean_scores(
         return fmean(known) if known else None
 
     scores = _by_prompt(measurement, mean, kind)
-    return dataclasses.replace(scores, bounded=measure.partition("/")[0] != UNBOUNDED)
+    return dataclasses.replace(scores, bounded=measure.partition("/")[0] != REWARD)
 
 
 def pass_scores(measurement: Measurement, k: int, kind: str | None = None) -> PromptScores:
@@ -139,14 +139,14 @@ def best_scores(
     _require_group(measurement, k, "best of k")
 
     def best(scores: Mapping[str, Sequence[float | None]]) -> float | None:
-        pairs = zip(scores.get(UNBOUNDED, ())[:k], scores.get(measure, ())[:k], strict=True)
+        pairs = zip(scores.get(REWARD, ())[:k], scores.get(measure, ())[:k], strict=True)
         rewarded = [(reward, score) for reward, score in pairs if reward is not None]
         highest = max((reward for reward, _ in rewarded), default=nan)
         chosen = [score for reward, score in rewarded if reward == highest]
         known = _known(chosen)
         return fmean(known) if known and len(known) == len(chosen) else None
 
-    if UNBOUNDED not in measurement.scores or measure not in measurement.scores:
+    if REWARD not in measurement.scores or measure not in measurement.scores:
         return PromptScores({}, {})
     return _by_prompt(measurement, best, kind)
 

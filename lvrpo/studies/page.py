@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from lvrpo.intervals import Change
+from lvrpo.report.comparisons import verdict_of
 from lvrpo.report.html import figure, page_environment
-from lvrpo.report.summary import verdict_of
 from lvrpo.runs.files import write_atomically
 from lvrpo.runs.results import Pooled, Rate
 from lvrpo.studies.charts import change_chart, share_chart

@@ -6,10 +6,13 @@ from pathlib import Path
 
 import numpy as np
 
+from lvrpo.data.example import Skill
 from lvrpo.runs.environment import write_environment
+from lvrpo.runs.files import append_row
 from lvrpo.runs.gallery import save_gallery
 from lvrpo.runs.log import RunWriter
 from lvrpo.trainer.journal import GalleryItem
+from lvrpo.trainer.measurement import AS_TRAINED, GREEDY, LOW_NOISE, Measurement
 
 CONFIG = """\
 seed = {seed}
@@ -33,8 +36,14 @@ def make_run(
     gain: float = 0.14,
     shuffled: bool = False,
     gallery: int = 6,
+    measured: bool = True,
+    fooled: float = 0.0,
 ) -> Path:
-    """Write a whole run whose scores rise by about `gain`."""
+    """Write a whole run whose scores rise by about `gain`.
+
+    Without being `measured` it is of a version that had no measurements.jsonl; a share `fooled` of
+    what is wrong after is right for the judge that the rewards see.
+    """
     random = np.random.default_rng(seed)
     with RunWriter(run_dir, tensorboard=False) as writer:
         for step in range(1, 41):
@@ -44,12 +53,68 @@ def make_run(
         writer.write_eval(eval_row(0, "warm start", 0.0))
         writer.write_eval(eval_row(steps // 2, f"step {steps // 2}", gain * 0.8))
         writer.write_eval(eval_row(steps, "after", gain))
+    for label, lift, tricked in (("warm start", 0.0, 0.0), ("after", gain, fooled)):
+        for each in measurements(label, lift, tricked, seed) if measured else ():
+            append_row(run_dir / "measurements.jsonl", each.to_row())
     config = CONFIG.format(seed=seed, shuffled=str(shuffled).lower(), steps=steps)
     (run_dir / "config.toml").write_text(config)
     write_environment(run_dir, seed=seed, judge_accuracy=0.983, judge_total=360)
     for label, share in (("warm start", 0.3), ("after", 0.7)):
         save_gallery(run_dir, label, gallery_items(gallery, share, seed))
     return run_dir
+
+
+WAYS: dict[Skill, dict[str, dict[str, float | str]]] = {
+    "understand": {
+        GREEDY: {"temperature": 0.0},
+        "temperature 0.5": {"temperature": 0.5},
+        AS_TRAINED: {"temperature": 1.0},
+    },
+    "generate": {
+        LOW_NOISE: {"dynamics": "ode", "start_noise": 0.0},
+        "ode noise 0.5": {"dynamics": "ode", "start_noise": 0.5},
+        "ode": {"dynamics": "ode", "start_noise": 1.0},
+        AS_TRAINED: {"dynamics": "sde", "start_noise": 1.0},
+    },
+}
+
+
+def measurements(label: str, gain: float, fooled: float, seed: int) -> list[Measurement]:
+    """Modes and samples once of all 512 prompts, a frontier of 8 samples of 64 of them.
+
+    Accuracy falls by a fifth, and diversity rises, from the mode to the samples as trained.
+    """
+    random = np.random.default_rng((seed, round(1000 * (1 + gain)), round(1000 * fooled)))
+    found = []
+    for skill, ways in WAYS.items():
+        for place, (sampling, settings) in enumerate(ways.items()):
+            softness = place / (len(ways) - 1)
+            rate = 0.4 + gain + 0.2 * (1 - softness)
+            sizes = [] if sampling in (GREEDY, LOW_NOISE) else [(64, 8)]
+            sizes += [(512, 1)] if sampling in (GREEDY, LOW_NOISE, AS_TRAINED) else []
+            for prompts, group in sizes:
+                gold = (random.random(prompts * group) < rate).astype(float)
+                right = np.maximum(gold, random.random(len(gold)) < fooled)
+                found.append(
+                    Measurement(
+                        step=0 if label == "warm start" else 120,
+                        label=label,
+                        skill=skill,
+                        sampling=sampling,
+                        settings=settings,
+                        group_size=group,
+                        uids=[f"{skill}-{i}" for i in range(prompts)],
+                        clusters=[f"{i // 2}" for i in range(prompts)],
+                        kinds=[list(TOTALS[skill])[i % 2] for i in range(prompts)],
+                        scores={
+                            "right": right.tolist(),
+                            **({"gold": gold.tolist()} if skill == "generate" else {}),
+                            "reward": (right + 0.1 * random.random(len(right))).tolist(),
+                        },
+                        diversity=[softness * (0.5 - gain)] * prompts if group > 1 else [],
+                    )
+                )
+    return found
 
 
 def warm_start_row(step: int, random: np.random.Generator) -> dict[str, object]:

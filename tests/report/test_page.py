@@ -5,57 +5,24 @@ from __future__ import annotations
 import base64
 import io
 import re
-from html.parser import HTMLParser
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
+from report.page_reader import Page
 from report.synthetic_run import eval_row, grpo_row, make_run
 
 from lvrpo.intervals import clustered_mean
 from lvrpo.report import charts
+from lvrpo.report.comparisons import compare_scores
 from lvrpo.report.drawing import DARK, LIGHT, Theme, duration, smooth
 from lvrpo.report.page import write_report
-from lvrpo.report.summary import collect_alarms, compare_scores
+from lvrpo.report.summary import collect_alarms
 from lvrpo.runs.evals import reward_row
 from lvrpo.runs.gallery import save_gallery
 from lvrpo.runs.log import RunWriter
 from lvrpo.trainer.journal import GalleryItem
-
-
-class Page(HTMLParser):
-    """The pictures, links and text of a page; fails on tags that do not nest."""
-
-    VOID = frozenset({"meta", "img", "source", "br"})
-
-    def __init__(self, path: Path) -> None:
-        super().__init__()
-        self.source = path.read_text()
-        self.pictures: list[dict[str, str | None]] = []
-        self.tags: set[str] = set()
-        self.words: list[str] = []
-        self._open: list[str] = []
-        self.feed(self.source)
-        assert self._open == []
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.tags.add(tag)
-        if tag == "img":
-            self.pictures.append(dict(attrs))
-        if tag not in self.VOID:
-            self._open.append(tag)
-
-    def handle_endtag(self, tag: str) -> None:
-        assert self._open.pop() == tag
-
-    def handle_data(self, data: str) -> None:
-        if self._open and self._open[-1] != "style":
-            self.words.append(data)
-
-    @property
-    def text(self) -> str:
-        return " ".join(" ".join(self.words).split())
 
 
 @pytest.fixture(scope="module")
@@ -96,6 +63,8 @@ def test_the_figures_lie_beside_the_page(run: Path, page: Page) -> None:
     names = {path.stem for path in (run / "report").glob("*.png")}
     assert names == {
         "before-after",
+        "frontier-understand",
+        "frontier-generate",
         "held-out",
         "rewards",
         "scores",
@@ -109,13 +78,16 @@ def test_the_figures_lie_beside_the_page(run: Path, page: Page) -> None:
     }
 
 
-def test_the_table_says_what_the_counts_say(page: Page) -> None:
+def test_a_run_without_measurements_has_the_counts_of_its_evaluations(tmp_path: Path) -> None:
+    page = Page(write_report(make_run(tmp_path / "old", steps=3, measured=False)))
     # 144 and 216 of 512: Wilson and Newcombe by hand.
     for number in ("28.1 %", "24.4 % to 32.2 %", "42.2 %", "38.0 % to 46.5 %", "+14.1"):
         assert number.replace(" %", "\N{NO-BREAK SPACE}%") in page.source
     assert "+8.2 to +19.8" in page.text
     assert "Better: the intervals before and after are apart." in page.text
     assert "pair: whole request right" in page.text
+    assert "there is no measurements.jsonl" in page.text
+    assert "accuracy against diversity" not in page.text
 
 
 def test_seed_judge_config_and_versions_are_on_the_page(page: Page) -> None:
@@ -125,7 +97,7 @@ def test_seed_judge_config_and_versions_are_on_the_page(page: Page) -> None:
 
 def test_runs_stand_side_by_side(page: Page) -> None:
     assert "Runs side by side" in page.text
-    assert "shuffled (control)" in page.text
+    assert "shuffled rewards (control)" in page.text
     assert "Control run" not in page.text  # the page is about the other run
 
 
@@ -369,5 +341,5 @@ def test_the_page_for_a_keyboard_and_for_words(page: Page) -> None:
     scrollers = re.findall(r'<div class="scroll"([^>]*)>', page.source)
     assert scrollers
     assert all('tabindex="0"' in each and 'role="region"' in each for each in scrollers)
-    assert "Generate: whole request right" in page.text
+    assert "Generate: low-noise drawings right" in page.text
     assert "<details open" not in page.source
