@@ -24,6 +24,7 @@ from lvrpo.runs.results import (
     frontier,
     gap_growth,
     gold_gap,
+    paired,
 )
 from lvrpo.trainer.measurement import AS_TRAINED, HEADLINE
 
@@ -125,16 +126,23 @@ def _sharpening(skill: Skill, before: Sequence[FrontierPoint], trained: Frontier
     )
     if same is not None:
         text = (
-            f"The warm start is as right at {setting} {same:.2g}: what lies between is sharpening "
-            "that needs no training."
+            f"The warm start is as right at {setting} {same:.2g}: sampling it so gives as much "
+            "without any training."
         )
     elif not known:
         text = f"The warm start was not measured at any other {setting}."
     elif accuracy > max(point.scores.mean for point in known):
         best = max(known, key=lambda point: point.scores.mean)
+        over = paired(best.scores, trained.scores)
+        assert over is not None
+        words = (
+            "sharpening alone does not explain it"
+            if over.interval.low > 0
+            else "chance may explain it"
+        )
         text = (
             f"The warm start is so at no {setting}: its best is {percent(best.scores.mean)}, at "
-            f"{best.sharpness:.2g}. Sharpening alone does not explain it."
+            f"{best.sharpness:.2g}. What it lacks is {_with_interval(over)}: {words}."
         )
     else:
         text = f"The warm start is more right at every {setting} that was measured."
