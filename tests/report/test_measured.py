@@ -90,7 +90,7 @@ def test_a_frontiers_picture_has_its_numbers_in_words(run: Run) -> None:
     ("gain", "words"),
     [
         (0.45, "so at no temperature: its best is .* sharpening alone does not explain it"),
-        (0.26, "so at no temperature: its best is .* chance may explain it"),
+        (0.3, "so at no temperature: its best is .* chance may explain it"),
         (0.1, r"The warm start is as right at temperature 0\.\d"),
         (-0.2, "The warm start is more right at every temperature"),
     ],
