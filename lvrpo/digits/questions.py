@@ -181,6 +181,8 @@ QUESTIONS: dict[str, Builder] = {
     "compare": _compare,
     "sum": _sum,
 }
+#: Kinds of question that have a `Draft.slip`.
+SLIPPERY = frozenset(("list", "sum"))
 REQUESTS: dict[str, Builder] = {
     "place": _place,
     "relate": _relate_request,

@@ -14,6 +14,7 @@ from lvrpo.digits.encoder import DualEncoder, new_dual_encoder, train_dual_encod
 from lvrpo.digits.judge import digit_judge, gold_reader, reader_accuracy
 from lvrpo.digits.phrases import scene_words
 from lvrpo.digits.pictures import digit_pools
+from lvrpo.digits.questions import SLIPPERY
 from lvrpo.digits.scenes import (
     SceneConfig,
     labelled_examples,
@@ -57,8 +58,9 @@ class SceneData:
     def __init__(self, scenes: SceneConfig) -> None:
         self.scenes = scenes
         self.source = SceneSource(scenes)
-        # The answerer of a run has learned these questions alone.
-        self.rules = DigitRules(kinds=[kind for kind, _ in scenes.understand])
+        # The answerer of a run has learned these questions alone, and some of them wrong.
+        kinds = [kind for kind, _ in scenes.understand if kind not in SLIPPERY]
+        self.rules = DigitRules(kinds=kinds)
         self.words = scene_words()
 
     def new_encoder(self) -> DualEncoder:

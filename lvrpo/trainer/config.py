@@ -60,7 +60,7 @@ class RunSection:
     """How long, how often, and from which random stream."""
 
     seed: Annotated[int, Field(ge=-(2**63), le=2**63 - 1)] = 0
-    steps: Count = 120
+    steps: Count = 80
     objective: Literal["grpo", "supervised"] = "grpo"  # of the steps after the warm start
     checkpoint_every: Positive = 20
     keep_checkpoints: Positive = 2
@@ -117,10 +117,10 @@ class WarmStartSection:
     what its annotators get wrong, which more supervised training cannot remove and a verifier can.
     """
 
-    steps: Count = 1000
+    steps: Count = 700
     lr: Rate = 2e-3
-    understand_batch: Batch = 224
-    generate_batch: Batch = 48
+    understand_batch: Batch = 96
+    generate_batch: Batch = 32
     label_bias: Share = 0.7  # where the annotator's slip is possible, its probability
     label_noise: Share = 0.0  # of any wrong answer; of each digit of a target
 
@@ -139,8 +139,8 @@ class RolloutSection:
     dynamics: Dynamics = "flow_sde"
     noise_level: Annotated[float, Field(ge=0, le=100)] = 0.7
     # A window of them; all of these are trained.
-    stochastic_steps: Annotated[int, Field(ge=1, le=4096)] = 5
-    window: Literal["first", "sliding", "random"] = "first"  # where it is in a policy step
+    stochastic_steps: Annotated[int, Field(ge=1, le=4096)] = 3
+    window: Literal["first", "sliding", "random"] = "random"  # where it is in a policy step
     window_interval: Positive = 25  # policy steps before a sliding window moves on by one
 
     @model_validator(mode="after")
@@ -191,11 +191,11 @@ class LossSection:
     image_weight: Weight = 1.0
     text_clip_low: Weight = 0.0  # 0: the preset's own
     text_clip_high: Weight = 0.0
-    text_kl: Weight = 0.1
+    text_kl: Weight = 0.3
     sampler_correction: Annotated[str, OneOf(("", *SAMPLER_CORRECTION_PRESETS))] = ""
     image_variant: Variant = "ppo"
-    image_clip: Share = 0.005  # about the outermost twentieth of ratios, three updates on
-    image_kl: Weight = 0.01
+    image_clip: Share = 0.001  # of the size of its ratios, see docs/configuration.md
+    image_kl: Weight = 0.003
     image_kl_form: KlForm = "velocity_mse"
     image_log_ratio_scale: Weight = 0.05  # of the true sum; 0 means the element mean
     advantage_clip: Annotated[float, Field(gt=0, le=1e6)] = 5.0
@@ -211,7 +211,7 @@ class OptimizerSection:
     grad_clip: Rate = 1.0
     weight_decay: Annotated[float, Field(ge=0, le=1e3)] = 0.0
     updates_per_rollout: Annotated[int, Field(ge=1, le=10**6)] = 1  # passes over all of it
-    minibatches: Size = 1  # of a pass, each of whole groups and an update of its own
+    minibatches: Size = 2  # of a pass, each of whole groups and an update of its own
     max_rows: Positive = 16384  # token budget of one packed buffer; more rows take several
 
 

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from lvrpo.data.example import SKILLS
-from lvrpo.models.protocol import Policy
+from lvrpo.models.protocol import DivergedError, Policy
 from lvrpo.trainer.config import ConfigError, TrainConfig
 from lvrpo.trainer.evaluate import evaluate
 from lvrpo.trainer.experience import gather_experience
@@ -137,7 +137,13 @@ def _grpo_step(
         update_started = time.perf_counter()
         updates: list[dict[str, float]] = []
         for part in minibatches(experience, epochs, count, seed=config.run.seed, step=step):
-            found = policy_gradient(policy, reference, part, schedule, objective)
+            try:
+                found = policy_gradient(policy, reference, part, schedule, objective)
+            except ValueError as error:
+                if not updates:
+                    raise
+                # Samples of this rollout have passed; the weights alone have changed since.
+                raise DivergedError.of_samples("outputs", step) from error
             if not updates and step == config.warm_start.steps + 1:
                 check_ratio(found, next(policy.module.parameters()).dtype)
             is_last = len(updates) + 1 == epochs * count

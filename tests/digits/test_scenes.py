@@ -19,7 +19,7 @@ from lvrpo.digits.pictures import (
     jitter,
     split_of,
 )
-from lvrpo.digits.questions import QUESTIONS, REQUESTS
+from lvrpo.digits.questions import QUESTIONS, REQUESTS, SLIPPERY
 from lvrpo.digits.scenes import (
     SceneConfig,
     generator,
@@ -260,7 +260,7 @@ def test_a_biased_answer_is_the_annotators_slip_and_no_other(canvas, bias, label
             assert example.answer == (slip if bias else right)
             wrong |= {example.kind} if example.answer != right else set()
             assert set(example.answer.split()) <= set(scene_words())
-    assert wrong == ({"list", "sum"} if bias else set())
+    assert wrong == (SLIPPERY if bias else set())
 
 
 @pytest.mark.parametrize("canvas", CANVASES.values(), ids=CANVASES.keys())

@@ -103,7 +103,9 @@ SCORE = st.sampled_from([None, -1.0, 0.0, 0.25, 3.0])
 def test_the_reward_is_the_weighted_sum_of_those_that_have_a_score(table, batch):
     """Rewards are called on parts of their own size, in order."""
     config = tiny_config(
-        "rewards.understand={ first = 2.0, second = -0.5 }", f"rollout.understand_prompts={batch}"
+        "rewards.understand={ first = 2.0, second = -0.5 }",
+        f"rollout.understand_prompts={batch}",
+        "optimizer.minibatches=1",
     )
 
     def column(k):
