@@ -62,8 +62,8 @@ MACHINERY = Study(
     title="What each part of the machinery adds",
     question=(
         "What is lost where one part of the method is left out or changed: the clip of the ratio, "
-        "the KL to the warm start, decoupled rewards, several updates of one rollout, a fixed "
-        "window of stochastic steps?"
+        "the KL to the warm start, decoupled rewards, several updates of one rollout, windows of "
+        "stochastic steps that are drawn anew?"
     ),
     base=Arm(
         "base",
@@ -71,7 +71,7 @@ MACHINERY = Study(
         (
             "rewards.advantage=decoupled",
             "optimizer.minibatches=2",
-            "rollout.window=first",
+            "rollout.window=random",
         ),
     ),
     arms=(
@@ -80,11 +80,16 @@ MACHINERY = Study(
             "no clip of the ratio",
             ("loss.text_clip_low=1e6", "loss.text_clip_high=1e6", "loss.image_clip=1.0"),
         ),
+        Arm(
+            "tight-clip",
+            "text ratio clipped at 0.05",
+            ("loss.text_clip_low=0.05", "loss.text_clip_high=0.05"),
+        ),
         Arm("no-kl", "no KL to the warm start", ("loss.text_kl=0.0", "loss.image_kl=0.0")),
         Arm("sum", "rewards summed first", ("rewards.advantage=paper",)),
         Arm("one-minibatch", "one minibatch a pass", ("optimizer.minibatches=1",)),
+        Arm("first", "window of steps is the first", ("rollout.window=first",)),
         Arm("sliding", "window of steps slides", ("rollout.window=sliding",)),
-        Arm("random", "window of steps is random", ("rollout.window=random",)),
     ),
     settings=("run.steps=50", "run.eval_items=512", "run.frontier_items=64"),
 )
