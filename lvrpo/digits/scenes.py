@@ -105,6 +105,8 @@ def scene_examples(
 ) -> list[Example]:
     """`count` examples of one task, the same for the same arguments.
 
+    Without jitter, as held-out ones are, they are the first of any larger number of them.
+
     Args:
         config: canvas and mix of tasks.
         split: whose source images and requests to use.
@@ -115,10 +117,11 @@ def scene_examples(
     Raises:
         ValueError: this split has no request of a kind that `config` asks for.
     """
-    rng = generator(repr(config), split, task, seed)
-    drafts = _draft(config, split, task, count, rng)
+    key = repr(config), split, task, seed
+    drafts = _draft(config, split, task, count, generator(*key))
     labels = [Label(draft.digits, draft.answer) for draft in drafts]
-    return _illustrate(config, split, task, seed, drafts, labels, rng)
+    # A stream of their own: more examples begin with the same ones, in the same pictures.
+    return _illustrate(config, split, task, seed, drafts, labels, generator(*key, "pictures"))
 
 
 def labelled_examples(

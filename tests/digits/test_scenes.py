@@ -219,6 +219,29 @@ def test_every_word_is_in_the_vocabulary():
                 assert set((example.answer or "").split()) <= words
 
 
+@pytest.mark.parametrize("split", ["validation", "test"])
+@pytest.mark.parametrize("task", ["understand", "generate"])
+def test_fewer_held_out_examples_are_the_first_of_more(split, task):
+    """So that a prompt's name means the same picture in evaluations of any size."""
+
+    def seen(count):
+        return [
+            (
+                e.uid,
+                e.cluster,
+                e.prompt,
+                e.answer,
+                e.rule,
+                (e.target if e.rule else e.image).tobytes(),
+            )
+            for e in scene_examples(SceneConfig(), split, task, count, 3)
+        ]
+
+    many = seen(700)
+    for count in (0, 1, 255, 256, 257, 512):
+        assert seen(count) == many[:count]
+
+
 def test_cell_names_are_distinct():
     for rows in range(1, 10):
         for cols in range(1, 10):
