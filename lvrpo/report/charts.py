@@ -177,6 +177,7 @@ def frontier_chart(
         after: the trained policy's.
     """
     lines = {"warm start": before, "trained": after}
+    room = 0.15 * max((point.diversity for line in lines.values() for point in line), default=0)
     said = "; ".join(
         f"{name}, {point.sampling}: {point.accuracy.value:.1%} right at diversity "
         f"{point.diversity:.3g}"
@@ -193,7 +194,7 @@ def frontier_chart(
             (False, True),
             strict=True,
         ):
-            _draw_frontier(axes, name, line, colour, above=up)
+            _draw_frontier(axes, name, line, colour, above=up, room=room)
         axes.margins(x=0.14, y=0.16)
         axes.set_xlabel(DIVERSITY[skill])
         axes.set_ylabel("right")
@@ -418,21 +419,33 @@ def _draw_rate(axes: Axes, rate: Rate, height: float, colour: str, *, filled: bo
 
 
 def _draw_frontier(
-    axes: Axes, name: str, line: Sequence[FrontierPoint], colour: str, *, above: bool
+    axes: Axes,
+    name: str,
+    line: Sequence[FrontierPoint],
+    colour: str,
+    *,
+    above: bool,
+    room: float,
 ) -> None:
+    """One line with its points; of points nearer than `room` the more telling one is named."""
+    named: list[float] = []
     diversity = [point.diversity for point in line]
     rates = [point.accuracy for point in line]
     axes.plot(diversity, [rate.value for rate in rates], color=colour, label=name)
-    for point, rate in zip(line, rates, strict=True):
+    telling = sorted(line, key=lambda point: point.sampling not in (GREEDY, LOW_NOISE, AS_TRAINED))
+    for point in telling:
+        rate = point.accuracy
         axes.plot([point.diversity] * 2, [rate.low, rate.high], color=colour, alpha=0.35)
         is_mode = point.sampling in (GREEDY, LOW_NOISE)
         marker, size = ("D", 8) if is_mode else ("o", 5)
         axes.plot(point.diversity, rate.value, marker, color=colour, markersize=size)
+        if any(abs(point.diversity - other) < room for other in named):
+            continue
+        named.append(point.diversity)
         axes.annotate(
             _SHORT.get(point.sampling, point.sampling.replace("temperature", "T")),
             (point.diversity, rate.value),
-            xytext=(4, 9) if above else (4 if is_mode else -4, -9),
-            ha="left" if above or is_mode else "right",
+            xytext=(4, 9 if above else -9),
             textcoords="offset points",
             va="bottom" if above else "top",
             fontsize=8,
