@@ -97,11 +97,11 @@ def test_no_kernel_package_is_needed_to_train(package, tmp_path):
 
 
 def test_a_package_that_a_package_needs(tmp_path):
-    """scipy is of no extra: scikit-learn brings it, and Python alone knows its name."""
-    result = run_module("scipy", "lvrpo", "train", tmp_path / "run", "--set", "run.steps=0")
+    """joblib is of no extra: scikit-learn brings it, and Python alone knows its name."""
+    result = run_module("joblib", "lvrpo", "train", tmp_path / "run", "--set", "run.steps=0")
     assert result.returncode == 2, result.stderr
     line = result.stderr.splitlines()[-1]
-    assert line.startswith("lvrpo: No module named 'scipy")
+    assert line.startswith("lvrpo: No module named 'joblib")
     assert line.endswith("pip install 'lvrpo[train]'")
 
 

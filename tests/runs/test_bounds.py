@@ -76,7 +76,7 @@ def test_a_number_is_refused_by_its_key_or_takes_a_step(tmp_path, key):
         if NUMERIC[key].get("type") == "integer" and not value.lstrip("-").isdigit():
             continue
         setting = f"{key}={TABLES.get(key, '{}').format(value)}"
-        none = ["run.eval_items=0", "run.frontier_items=0", "optimizer.minibatches=1"]
+        none = ["run.eval_items=0", "run.frontier_items=0"]
         short = ["warm_start.steps=1", "run.steps=1", *none, setting]
         try:
             load_config(overrides=[*OVERRIDES, *short])

@@ -38,6 +38,7 @@ OVERRIDES = [
     "rollout.generate_prompts=2",
     "rollout.denoise_steps=4",
     "rollout.stochastic_steps=2",
+    "optimizer.minibatches=1",
     "rewards.generate={ r_ins = 1.0 }",
 ]
 

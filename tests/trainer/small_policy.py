@@ -13,7 +13,7 @@ from lvrpo.models.protocol import Answers, Pictures, Policy
 from lvrpo.models.unified.latents import LinearAutoencoder
 from lvrpo.models.unified.model import UnifiedConfig, UnifiedModel
 from lvrpo.models.unified.policy import UnifiedPolicy
-from lvrpo.models.unified.tokenizer import Tokenizer
+from lvrpo.models.unified.tokenizer import EOS, Tokenizer
 from lvrpo.params.flow import FlowLossParams
 from lvrpo.params.policy_loss import LossParams
 from lvrpo.trainer.experience import Experience
@@ -51,6 +51,8 @@ def small_policy(
     model = UnifiedModel(config).to(dtype)
     for parameter in model.parameters():  # a zero-initialised output would hide everything
         torch.nn.init.normal_(parameter, std=0.2)
+    with torch.no_grad():  # logits are nearly equal; some answers are to end before the limit
+        model.head.weight[EOS] *= 60
     autoencoder = LinearAutoencoder(1, 16, 16, patch=8, dim=3).to(dtype)
     return UnifiedPolicy(model, tokenizer, autoencoder, (2, 2), tokenizer.word_token_range, backend)
 

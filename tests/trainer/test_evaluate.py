@@ -105,7 +105,6 @@ def test_the_reward_is_the_weighted_sum_of_those_that_have_a_score(table, batch)
     config = tiny_config(
         "rewards.understand={ first = 2.0, second = -0.5 }",
         f"rollout.understand_prompts={batch}",
-        "optimizer.minibatches=1",
     )
 
     def column(k):

@@ -90,8 +90,7 @@ def test_a_random_window_is_anywhere_and_each_run_s_own():
 
 @pytest.fixture(scope="module", params=WINDOWS)
 def moving(request) -> TrainConfig:
-    window = f"rollout.window={request.param}"
-    return tiny_config(window, "rollout.window_interval=1", "optimizer.minibatches=1")
+    return tiny_config(f"rollout.window={request.param}", "rollout.window_interval=1")
 
 
 @contextmanager
