@@ -3,40 +3,24 @@
 from __future__ import annotations
 
 import ast
-import re
-from pathlib import Path
 
 import pytest
+from documented import Page
 
-PAGE = (Path(__file__).parents[2] / "docs" / "rewards.md").read_text(encoding="utf-8")
-
-
-def printed(word, capsys):
-    """Lines of the page's one program with this word."""
-    (program,) = (
-        code for code in re.findall(r"^```py\n(.*?)^```$", PAGE, re.M | re.S) if word in code
-    )
-    exec(program, {})
-    return capsys.readouterr().out.splitlines()
-
-
-def rows(first):
-    """Cells of the table whose header begins so, without its first two lines."""
-    table = PAGE[PAGE.index(first) :].partition("\n\n")[0].splitlines()
-    return [[cell.strip() for cell in line.strip("|").split("|")] for line in table]
+PAGE = Page("rewards.md")
 
 
 def test_the_readers_of_digits(capsys):
-    lines = printed("reader_accuracy(reader)", capsys)
-    for line, (_, _, *documented) in zip(lines, rows("| | fitted on")[2:], strict=True):
+    lines = PAGE.printed("reader_accuracy(reader)", capsys)
+    for line, (_, _, *documented) in zip(lines, PAGE.rows("| | fitted on")[2:], strict=True):
         found = [float(number) for number in line.split()[1:]]
         assert found == pytest.approx([float(number) for number in documented], abs=0.01)
 
 
 @pytest.mark.slow
 def test_what_r_sem_notices(capsys):
-    lines = printed("noticed", capsys)
-    header, _, *table = rows("| implied | form |")
+    lines = PAGE.printed("noticed", capsys)
+    header, _, *table = PAGE.rows("| implied | form |")
     for line, (implied, form, *documented) in zip(lines, table, strict=True):
         words, _, found = line.partition(" {")
         dense = form.startswith("dense")
