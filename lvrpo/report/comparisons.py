@@ -16,6 +16,7 @@ from lvrpo.intervals import Change, Mean, compare_means, compare_rates, wilson_i
 from lvrpo.report.summary import AFTER, BEFORE, Run
 from lvrpo.runs.log import Row
 from lvrpo.runs.results import (
+    REWARD,
     PromptScores,
     Rate,
     best_scores,
@@ -104,16 +105,12 @@ class RewardComparison:
     name: str
     before: Mean
     after: Mean
+    change: Change
 
     @property
     def title(self) -> str:
         """Its row label: a reward of the user's own may be named by a path."""
         return self.name.rpartition("/")[2]
-
-    @property
-    def change(self) -> Change:
-        """after - before."""
-        return compare_means(self.before, self.after)
 
     @property
     def verdict(self) -> tuple[str, str]:
@@ -245,14 +242,28 @@ def compare_scores(before: Row | None, after: Row | None) -> list[Comparison]:
     )
 
 
-def compare_rewards(before: Row | None, after: Row | None) -> list[RewardComparison]:
-    """Every reward both evaluations have a mean of, by task."""
+def compare_rewards(run: Run) -> list[RewardComparison]:
+    """Every reward both evaluations of a run have a mean of, by task; paired where they can be."""
+    before, after = run.before_after()
     if before is None or after is None:
         return []
     old, new = eval_rewards(before), eval_rewards(after)
-    found = [RewardComparison(*key, old[key], new[key]) for key in new if key in old]
+    found = []
+    for (task, name), mean in new.items():
+        if (task, name) in old:
+            was = old[task, name]
+            change = _paired_reward(run, task, name) or compare_means(was, mean)
+            found.append(RewardComparison(task, name, was, mean, change))
     tasks = [each.task for each in found]
     return sorted(found, key=lambda each: tasks.index(each.task))
+
+
+def _paired_reward(run: Run, task: str, name: str) -> Change | None:
+    for skill in SKILLS:
+        pair = _before_after(run, skill, AS_TRAINED, 0)
+        if skill == task and pair is not None:
+            return paired(*(mean_scores(each, f"{REWARD}/{name}") for each in pair))
+    return None
 
 
 def rate_of(score: Score) -> Rate:

@@ -97,7 +97,7 @@ def _results(run: Run, others: Sequence[Run], folder: Path) -> dict[str, Any]:
         "before": before,
         "after": after,
         "tasks": tasks,
-        "rewards": compare_rewards(before, after),
+        "rewards": compare_rewards(run),
         "only_rewards": eval_rewards(before or {}),
         "headlines": [each for each in comparisons if each.headline],
         "only": [score for score in eval_scores(before or {}) if score.total],

@@ -7,18 +7,20 @@ from itertools import pairwise
 from pathlib import Path
 from statistics import fmean
 
+import numpy as np
 import pytest
 from report.page_reader import Page
 from report.synthetic_run import make_run
 
 from lvrpo.report import charts
-from lvrpo.report.comparisons import compare
+from lvrpo.report.comparisons import compare, compare_rewards
 from lvrpo.report.drawing import LIGHT
 from lvrpo.report.findings import findings, hacking_alarms, limits
 from lvrpo.report.page import write_report
 from lvrpo.report.summary import Run, load_run
+from lvrpo.runs.files import append_row
 from lvrpo.runs.results import frontier, pass_at_k
-from lvrpo.trainer.measurement import AS_TRAINED, HEADLINE
+from lvrpo.trainer.measurement import AS_TRAINED, HEADLINE, Measurement
 
 
 @pytest.fixture(scope="module")
@@ -142,3 +144,30 @@ def test_what_stands_beside_a_run_is_named_and_no_longer_missed(path: Path) -> N
     assert text.count("Mean of 2 runs") == 1
     alone = Page(write_report(others[2])).text
     assert "Supervised continuation: no reinforcement learning." in alone
+
+
+def test_a_reward_s_change_is_paired_with_the_same_prompts(tmp_path: Path) -> None:
+    """Scores that spread widely and all rise by 0.1: a change between that and nothing is sure."""
+    spread = np.random.default_rng(0).normal(size=64)
+    for label, rise in (("warm start", 0.0), ("after", 0.1)):
+        means = {
+            "reward": spread.mean() + rise,
+            "reward_error": spread.std() / 8,
+            "reward_count": 64,
+        }
+        row = {f"{key}/generate/mine.py:sharp": value for key, value in means.items()}
+        append_row(tmp_path / "evals.jsonl", {"step": int(rise * 10), "label": label, **row})
+        scores = {"right": [None] * 64, "reward/mine.py:sharp": (spread + rise).tolist()}
+        names = [f"prompt {i}" for i in range(64)]
+        append_row(
+            tmp_path / "measurements.jsonl",
+            Measurement(
+                0, label, "generate", AS_TRAINED, {}, 1, names, names, [""] * 64, scores
+            ).to_row(),
+        )
+    (found,) = compare_rewards(load_run(tmp_path))
+    assert found.change.difference == pytest.approx(0.1)
+    assert found.change.interval == pytest.approx((0.1, 0.1))
+    (tmp_path / "measurements.jsonl").unlink()
+    (unpaired,) = compare_rewards(load_run(tmp_path))
+    assert unpaired.change.interval.low < 0
