@@ -26,9 +26,10 @@ from lvrpo.studies.directory import StudyRun
 from lvrpo.studies.study import Arm
 from lvrpo.trainer.loop import AFTER, WARM_START
 from lvrpo.trainer.measurement import AS_TRAINED, GREEDY, LOW_NOISE, Measurement
+from lvrpo.trainer.sampling import GROUP_SIZE
 
 #: Of the samples of a prompt, in pass@k.
-K = 8
+K = GROUP_SIZE
 
 
 @dataclass(frozen=True)
