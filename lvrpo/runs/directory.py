@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 
 from filelock import FileLock, Timeout
@@ -46,6 +46,29 @@ def locked(run_dir: Path) -> Iterator[None]:
 def is_run(run_dir: Path) -> bool:
     """Whether a run has begun there: `config.toml` is the last file of a beginning."""
     return (run_dir / "config.toml").exists()
+
+
+def refuse_other_contents(directory: Path, what: str, last: str, early: Collection[str]) -> None:
+    """See that something new can begin in a directory: there is none, or it is empty.
+
+    Args:
+        directory: to begin in.
+        what: begins there, a run or a study.
+        last: file of a beginning, which this directory lacks.
+        early: files that one leaves which was killed before it had begun, beside hidden ones.
+
+    Raises:
+        RunDirectoryError: it is a file, or has something else.
+    """
+    if directory.exists() and not directory.is_dir():
+        raise RunDirectoryError(f"{directory} is a file; give a new directory")
+    names = [path.name for path in directory.glob("*")]
+    others = [name for name in names if name not in early and not name.startswith(".")]
+    if others:
+        raise RunDirectoryError(
+            f"{directory} is not empty and not a {what} (it has {min(others)}, no {last}); give a "
+            "new directory"
+        )
 
 
 def write_version(run_dir: Path) -> None:

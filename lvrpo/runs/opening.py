@@ -40,6 +40,7 @@ from lvrpo.runs.directory import (
     RunDirectoryError,
     is_run,
     locked,
+    refuse_other_contents,
     require_format,
     write_version,
 )
@@ -117,7 +118,7 @@ def open_run(
     named = read_settings(config_file, overrides)
     is_new = not is_run(directory)
     if is_new:
-        _refuse_other_contents(directory)
+        refuse_other_contents(directory, "run", "config.toml", early=(VERSION, INPUTS, CHANGES))
         config, notes = _new_config(origin, named)
         with named.located():
             setup = check_config(config)  # before anything is created
@@ -245,20 +246,6 @@ def _accepted(
 
 def _rewards(config: TrainConfig) -> list[str]:
     return [name for name in chain.from_iterable(used_rewards(config).values()) if ":" in name]
-
-
-def _refuse_other_contents(directory: Path) -> None:
-    if directory.exists() and not directory.is_dir():
-        raise RunDirectoryError(f"{directory} is a file; give a new directory")
-    # These, and what starts with a dot, may be of a run that was killed before it had begun.
-    early = (VERSION, INPUTS, CHANGES)
-    names = [path.name for path in directory.glob("*")]
-    others = [name for name in names if name not in early and not name.startswith(".")]
-    if others:
-        raise RunDirectoryError(
-            f"{directory} is not empty and not a run (it has {min(others)}, no config.toml); give "
-            "a new directory"
-        )
 
 
 def _new_config(origin: Path | None, named: Settings) -> tuple[TrainConfig, list[str]]:

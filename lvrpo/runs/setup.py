@@ -438,7 +438,10 @@ def pictures_to_fit(source: Source) -> Tensor:
         ]
     found = [torch.from_numpy(picture) for picture in pictures if picture is not None]
     if not found:
-        raise ConfigError("data: the training file has no picture to fit the latents on")
+        raise ConfigError(
+            "data: the training file has no picture to fit the latents on: expected a 'target' "
+            "with some drawing prompts, or some questions with an 'image'"
+        )
     return torch.stack(found)
 
 

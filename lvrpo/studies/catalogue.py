@@ -69,6 +69,8 @@ MACHINERY = Study(
         "base",
         "the base",
         (
+            "loss.text_clip_low=0.05",
+            "loss.text_clip_high=0.05",
             "rewards.advantage=decoupled",
             "optimizer.minibatches=2",
             "rollout.window=random",
@@ -81,9 +83,9 @@ MACHINERY = Study(
             ("loss.text_clip_low=1e6", "loss.text_clip_high=1e6", "loss.image_clip=1.0"),
         ),
         Arm(
-            "tight-clip",
-            "text ratio clipped at 0.05",
-            ("loss.text_clip_low=0.05", "loss.text_clip_high=0.05"),
+            "wide-clip",
+            "text ratio clipped at 0.2",
+            ("loss.text_clip_low=0.2", "loss.text_clip_high=0.2"),
         ),
         Arm("no-kl", "no KL to the warm start", ("loss.text_kl=0.0", "loss.image_kl=0.0")),
         Arm("sum", "rewards summed first", ("rewards.advantage=paper",)),

@@ -19,6 +19,7 @@ from lvrpo.runs.directory import (
     VERSION,
     RunDirectoryError,
     locked,
+    refuse_other_contents,
     require_format,
     write_version,
 )
@@ -82,7 +83,7 @@ def open_study(
         raise ConfigError("run.seed is another in every run of a study: give --seeds, how many")
     is_new = not (directory / STUDY).exists()
     if is_new:
-        _refuse_other_contents(directory)
+        refuse_other_contents(directory, "study", STUDY, early=(VERSION, BASE))
         base = _checked(study, overrides)  # before anything is created
     with locked(directory):
         if not is_new:
@@ -172,17 +173,3 @@ def _in_words(settings: list[str] | None) -> str:
     if settings is None:
         return "none"
     return ", ".join(settings) or "the defaults"
-
-
-def _refuse_other_contents(directory: Path) -> None:
-    if directory.exists() and not directory.is_dir():
-        raise RunDirectoryError(f"{directory} is a file; give a new directory")
-    # These, and what starts with a dot, may be of a study that was killed before it had begun.
-    early = (VERSION, BASE)
-    names = [path.name for path in directory.glob("*")]
-    others = [name for name in names if name not in early and not name.startswith(".")]
-    if others:
-        raise RunDirectoryError(
-            f"{directory} is not empty and not a study (it has {min(others)}, no {STUDY}); give a "
-            "new directory"
-        )

@@ -189,7 +189,7 @@ class LossSection:
     preset: Annotated[str, OneOf(LOSS_PRESETS)] = "grpo"
     text_weight: Weight = 1.0
     image_weight: Weight = 1.0
-    text_clip_low: Weight = 0.0  # 0: the preset's own
+    text_clip_low: Weight = 0.0  # 0: 0.05 of "grpo", which two updates reach; others' own
     text_clip_high: Weight = 0.0
     text_kl: Weight = 0.3
     sampler_correction: Annotated[str, OneOf(("", *SAMPLER_CORRECTION_PRESETS))] = ""

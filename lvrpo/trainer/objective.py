@@ -9,6 +9,10 @@ from lvrpo.params.flow import FlowLossParams
 from lvrpo.params.policy_loss import LOSS_PRESETS, LossParams
 from lvrpo.trainer.config import TrainConfig
 
+#: Clip range of the text ratio with the preset "grpo". Its published 0.2 is for many updates of one
+#: rollout; the two of a step here hardly reach it, see docs/configuration.md.
+GRPO_CLIP = 0.05
+
 
 @dataclass(frozen=True)
 class Objective:
@@ -27,10 +31,10 @@ class Objective:
         """The objective that a configuration describes."""
         loss = config.loss
         changes: dict[str, Any] = {"beta": loss.text_kl}
-        if loss.text_clip_low:
-            changes["clip_low"] = loss.text_clip_low
-        if loss.text_clip_high:
-            changes["clip_high"] = loss.text_clip_high
+        default = GRPO_CLIP if loss.preset == "grpo" else 0.0
+        for side in ("clip_low", "clip_high"):
+            if clip := getattr(loss, f"text_{side}") or default:
+                changes[side] = clip
         if LOSS_PRESETS[loss.preset].get("aggregation") == "seq_mean_token_sum_norm":
             changes["max_length"] = config.rollout.max_answer_tokens
         text = LossParams.preset(loss.preset, **changes)

@@ -433,6 +433,25 @@ def test_the_objective_is_that_of_the_configuration():
     assert found.temperature == 0.5
 
 
+def test_the_text_clip_is_one_that_two_updates_reach_or_the_preset_s_own():
+    assert _text_clip() == (0.05, 0.05)
+    assert _text_clip("loss.text_clip_high=0.28") == (0.05, 0.28)
+    assert _text_clip("loss.text_clip_low=0.2", "loss.text_clip_high=0.2") == (0.2, 0.2)
+
+
+@pytest.mark.parametrize("preset", sorted(set(LOSS_PRESETS) - {"grpo"}))
+def test_other_presets_have_their_own_clip(preset):
+    own = LOSS_PRESETS[preset]
+    default = LossParams()
+    clip = own.get("clip_low", default.clip_low), own.get("clip_high", default.clip_high)
+    assert _text_clip(f"loss.preset={preset}") == clip
+
+
+def _text_clip(*overrides):
+    text = Objective.from_config(load_config(overrides=overrides)).text
+    return text.clip_low, text.clip_high
+
+
 def test_a_ratio_that_is_not_a_number_fails_the_self_test():
     metrics = _Metrics(OBJECTIVE)
     for log_ratio in (0.0, math.nan, 0.0):
