@@ -1,6 +1,11 @@
-"""The backends that tests run here, from the one list of them."""
+"""The backends that tests run here, from the one list of them.
+
+With LVRPO_EMULATE=1 the CUDA kernels are among them, compiled for the CPU (`emulated_cuda`).
+"""
 
 from __future__ import annotations
+
+import os
 
 from lvrpo import backends
 
@@ -9,8 +14,18 @@ def _is_whole(backend: backends.Backend) -> bool:
     return backend.functional("packed_attention", len) is not None
 
 
-_ANY_DEVICE = next(i for i, backend in enumerate(backends.ALL) if not backend.device)
-_CHOSEN = [x for x in backends.ALL[: _ANY_DEVICE + 1] if not x.why_unavailable()]
+def _any_device() -> int:
+    return next(i for i, backend in enumerate(backends.ALL) if not backend.device)
+
+
+EMULATED = os.environ.get("LVRPO_EMULATE") == "1"
+if EMULATED:
+    from emulated_cuda import load
+
+    before = _any_device()
+    backends.ALL = (*backends.ALL[:before], load(), *backends.ALL[before:])
+
+_CHOSEN = [x for x in backends.ALL[: _any_device() + 1] if not x.why_unavailable()]
 
 #: Names of those that an op may choose by itself; Triton's is there when its kernels can run, on a
 #: GPU or with TRITON_INTERPRET=1.

@@ -1,7 +1,7 @@
 // Where log-ratios stop, for every loss that has ratios.
 #pragma once
 
-#include "cpu/simd.h"
+#include "common/math.h"
 
 namespace lvrpo {
 

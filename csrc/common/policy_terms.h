@@ -7,7 +7,7 @@
 
 #include "common/log_ratio.h"
 #include "common/names.h"
-#include "cpu/simd.h"
+#include "common/math.h"
 
 namespace lvrpo {
 
@@ -220,7 +220,7 @@ struct SurrogateTerm<Surrogate::binary_kl> {
 };
 
 // VESPO's e^l w^k e^(-l w), which is 1 at w = 1.
-inline double gamma_weight(double log_w, double k, double rate) {
+LVRPO_INLINE double gamma_weight(double log_w, double k, double rate) {
   return std::exp(rate + k * log_w - rate * std::exp(log_w));
 }
 
@@ -233,7 +233,7 @@ struct KLForm {
   acc log_ratio_limit, limit;
 
   // The estimator as it is.
-  bool plain() const {
+  LVRPO_INLINE bool plain() const {
     const acc none = std::numeric_limits<acc>::infinity();
     return factor == KLFactor::none && !gradient_of_k2 && log_ratio_limit == none && limit == none;
   }

@@ -192,7 +192,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> flow_policy_loss_fwd(
     Tensor dt, Tensor advantages, optional<Tensor> mask, optional<Tensor> policy_weights, optional<Tensor> denominator,
     Tensor numbers, int64_t variant, int64_t kl) {
   const Params params(variant, kl, numbers);
-  const Latents size(velocity);
+  const LatentBlocks size(velocity);
   velocity = torch::stable::contiguous(velocity);
   velocity_old = size.contiguous(velocity_old, "velocity_old");
   noise = size.contiguous(noise, "noise");
@@ -278,7 +278,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> flow_policy_loss_fwd(
 
 Tensor flow_policy_loss_bwd(Tensor dloss, Tensor velocity, Tensor velocity_old, Tensor noise,
                             optional<Tensor> velocity_ref, Tensor directions) {
-  const Latents size(velocity);
+  const LatentBlocks size(velocity);
   velocity = torch::stable::contiguous(velocity);
   velocity_old = size.contiguous(velocity_old, "velocity_old");
   noise = size.contiguous(noise, "noise");

@@ -73,7 +73,7 @@ class Steps {
 
 std::tuple<Tensor, Tensor> flow_step_fwd(Tensor velocity, Tensor x_t, optional<Tensor> noise, Tensor c_x, Tensor c_v,
                                          Tensor std) {
-  const Latents size(velocity);
+  const LatentBlocks size(velocity);
   velocity = torch::stable::contiguous(velocity);
   x_t = size.contiguous(x_t, "x_t");
   if (noise) noise = size.contiguous(*noise, "noise");
@@ -113,7 +113,7 @@ std::tuple<Tensor, Tensor> flow_step_fwd(Tensor velocity, Tensor x_t, optional<T
 
 std::tuple<Tensor, Tensor> flow_step_bwd(Tensor dx_next, Tensor dlogprob, optional<Tensor> noise, Tensor c_x,
                                          Tensor c_v, Tensor std) {
-  const Latents size(dx_next);
+  const LatentBlocks size(dx_next);
   dx_next = torch::stable::contiguous(dx_next);
   dlogprob = torch::stable::contiguous(dlogprob);
   check_size(dlogprob, 0, size.samples, "dlogprob");

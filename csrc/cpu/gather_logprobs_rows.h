@@ -7,7 +7,7 @@
 #include <limits>
 #include <type_traits>
 
-#include "cpu/convert.h"
+#include "common/convert.h"
 #include "cpu/simd.h"
 
 namespace lvrpo {

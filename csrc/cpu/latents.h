@@ -1,62 +1,24 @@
-// A batch of latents [N, ...] cut into blocks of one sample each, for the flow ops. The blocks depend on the shape alone,
-// so sums over them are the same for any number of threads, and one large image still feeds all of them.
+// Latents cut into blocks of one sample each. The blocks depend on the shape alone, so sums over them are the same for any
+// number of threads, and one large image still feeds all of them.
 #pragma once
 
 #include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
 
 #include <algorithm>
 #include <cstdint>
 #include <vector>
 
-#include "common/check.h"
-#include "common/dispatch.h"
+#include "common/latents.h"
 
 namespace lvrpo {
 
-template <typename acc>
-const acc* data(const Tensor& t, const char* name) {
-  check_dtype(t, acc_dtype<acc>, name);
-  return t.const_data_ptr<acc>();
-}
-
-// One number per sample, [N], or [1] for all of them.
-template <typename acc>
-class PerSample {
- public:
-  PerSample(const Tensor& values, int64_t samples, const char* name) : values_(torch::stable::contiguous(values)) {
-    LVRPO_CHECK(values.dim() == 1 && (values.size(0) == samples || values.size(0) == 1), name, " must be [", samples,
-                "] or [1]");
-    pointer_ = data<acc>(values_, name);
-    stride_ = values.size(0) == 1 ? 0 : 1;
-  }
-  acc operator[](int64_t sample) const { return pointer_[sample * stride_]; }
-
- private:
-  Tensor values_;
-  const acc* pointer_;
-  int64_t stride_;
-};
-
-struct Latents {
+struct LatentBlocks : Latents {
   static constexpr int64_t BLOCK = 8192;
-  int64_t samples, elements, blocks_per_sample;
+  int64_t blocks_per_sample;
 
-  explicit Latents(const Tensor& t) {
-    LVRPO_CHECK(t.dim() >= 1, "latents must be [N, ...]");
-    samples = t.size(0);
-    elements = 1;
-    for (int64_t dim = 1; dim < t.dim(); ++dim) elements *= t.size(dim);
-    blocks_per_sample = (elements + BLOCK - 1) / BLOCK;
-  }
+  explicit LatentBlocks(const Tensor& t) : Latents(t), blocks_per_sample((elements + BLOCK - 1) / BLOCK) {}
 
   int64_t blocks() const { return samples * blocks_per_sample; }
-
-  Tensor contiguous(const Tensor& t, const char* name) const {
-    LVRPO_CHECK(t.dim() >= 1 && t.size(0) == samples && t.numel() == samples * elements, name,
-                " must have the shape of velocity");
-    return torch::stable::contiguous(t);
-  }
 
   // body(block, sample, first element, number of elements), in parallel.
   template <typename Body>
