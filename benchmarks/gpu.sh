@@ -73,10 +73,10 @@ if [ "$device" = cpu ]; then
   export TRITON_INTERPRET=1
   tests=(tests/ops/test_gather_logprobs.py tests/ops/test_packed_attention_order.py)
 fi
-kernels="triton or flash or varlen"
+kernels="triton or cuda or flash or varlen"
 case $part in
   attention) kernels="attention and ($kernels)" ;;
-  head) kernels="triton and not attention" ;;
+  head) kernels="(triton or cuda) and not attention" ;;
 esac
 stage tests 150 "$python" -m pytest "${tests[@]}" -q -p no:cacheprovider -k "$kernels"
 unset TRITON_INTERPRET
