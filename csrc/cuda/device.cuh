@@ -7,6 +7,7 @@
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include <algorithm>
 #include <cstdint>
 #include <limits>
 #include <type_traits>
@@ -32,6 +33,16 @@ inline constexpr unsigned ALL_LANES = 0xffffffffu;
 
 // ---- Launches ----
 
+#ifndef LVRPO_EMULATE
+inline void check_cuda(cudaError_t error, const char* what) {
+  LVRPO_CHECK(error == cudaSuccess, what, ": ", cudaGetErrorString(error));
+}
+
+// Never launched: its attributes tell what this library was compiled for.
+template <typename = void>
+__global__ void empty_kernel() {}
+#endif
+
 // While it lives, the device of a tensor is the current one.
 class OnDeviceOf {
  public:
@@ -39,7 +50,8 @@ class OnDeviceOf {
   explicit OnDeviceOf(const Tensor&) {}
   // As an H100 has; a test may want fewer, to reach the forms for many rows with few.
   int processors() const { return emulate::setting("LVRPO_EMULATE_PROCESSORS", 132); }
-  // Ten times the major compute capability and the minor one.
+  // Ten times the major compute capability and the minor one: those of the device, or of the PTX where that is older, as
+  // then the kernels have no clusters on any device.
   int capability() const { return emulate::setting("LVRPO_EMULATE_CAPABILITY", 90); }
 #else
   explicit OnDeviceOf(const Tensor& tensor) : index_(tensor.get_device_index()), guard_(index_) {
@@ -58,15 +70,17 @@ class OnDeviceOf {
   }
   int processors() const { return attribute(cudaDevAttrMultiProcessorCount); }
   int capability() const {
-    return 10 * attribute(cudaDevAttrComputeCapabilityMajor) + attribute(cudaDevAttrComputeCapabilityMinor);
+    cudaFuncAttributes compiled{};
+    check_cuda(cudaFuncGetAttributes(&compiled, empty_kernel<>), "cudaFuncGetAttributes");
+    const int major = attribute(cudaDevAttrComputeCapabilityMajor), minor = attribute(cudaDevAttrComputeCapabilityMinor);
+    return std::min(10 * major + minor, compiled.ptxVersion);
   }
   cudaStream_t stream() const { return stream_; }
 
  private:
   int attribute(cudaDeviceAttr which) const {
     int value = 0;
-    const cudaError_t error = cudaDeviceGetAttribute(&value, which, index_);
-    LVRPO_CHECK(error == cudaSuccess, "cudaDeviceGetAttribute: ", cudaGetErrorString(error));
+    check_cuda(cudaDeviceGetAttribute(&value, which, index_), "cudaDeviceGetAttribute");
     return value;
   }
 
@@ -92,11 +106,9 @@ void launch(const OnDeviceOf& device, const Launch& size, void (*kernel)(Paramet
   emulate::launch(static_cast<unsigned>(size.blocks), size.threads, size.shared, size.cluster,
                   [=] { kernel(Parameters(args)...); });
 #else
-  const auto check = [](cudaError_t error) {
-    LVRPO_CHECK(error == cudaSuccess, "launch failed: ", cudaGetErrorString(error));
-  };
   if (size.shared > 48 << 10)
-    check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(size.shared)));
+    check_cuda(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(size.shared)),
+               "shared memory");
   cudaLaunchAttribute cluster{};
   cluster.id = cudaLaunchAttributeClusterDimension;
   cluster.val.clusterDim = {static_cast<unsigned>(size.cluster), 1, 1};
@@ -107,7 +119,7 @@ void launch(const OnDeviceOf& device, const Launch& size, void (*kernel)(Paramet
   config.stream = device.stream();
   config.attrs = &cluster;
   config.numAttrs = size.cluster > 1 ? 1 : 0;
-  check(cudaLaunchKernelEx(&config, kernel, Parameters(args)...));
+  check_cuda(cudaLaunchKernelEx(&config, kernel, Parameters(args)...), "launch");
 #endif
 }
 
