@@ -53,6 +53,7 @@ class OnDeviceOf {
   // Ten times the major compute capability and the minor one: those of the device, or of the PTX where that is older, as
   // then the kernels have no clusters on any device.
   int capability() const { return emulate::setting("LVRPO_EMULATE_CAPABILITY", 90); }
+  bool reads(const Tensor&) const { return true; }
 #else
   explicit OnDeviceOf(const Tensor& tensor) : index_(tensor.get_device_index()), guard_(index_) {
     // Looked up, so that this library loads beside a torch without CUDA; and in torch's own library, because torch keeps
@@ -76,6 +77,8 @@ class OnDeviceOf {
     return std::min(10 * major + minor, compiled.ptxVersion);
   }
   cudaStream_t stream() const { return stream_; }
+  // Whether kernels read it where it is, rather than the host.
+  bool reads(const Tensor& tensor) const { return tensor.is_cuda(); }
 
  private:
   int attribute(cudaDeviceAttr which) const {
@@ -206,11 +209,12 @@ __device__ __forceinline__ T from_lane_xor(T value, int bits) {
   return value;
 }
 
-// join(a, b) over a warp, in every lane. All lanes take part.
+// join(a, b) over a warp, in every lane; or over each of its groups of `to` lanes, of which those of every `from` hold the
+// same already; both powers of two. All lanes take part.
 template <typename T, typename Join>
-__device__ __forceinline__ T over_warp(T value, const Join& join) {
+__device__ __forceinline__ T over_warp(T value, const Join& join, int from = 1, int to = WARP) {
 #pragma unroll
-  for (int bits = WARP / 2; bits > 0; bits /= 2) {
+  for (int bits = to / 2; bits >= from; bits /= 2) {
     const T other = from_lane_xor(value, bits);
     // The lower lane's comes first in both, so that all lanes have the same bits.
     value = lane() & bits ? join(other, value) : join(value, other);
@@ -244,7 +248,10 @@ struct alignas(16) Pack {
     word[0] = four.x, word[1] = four.y, word[2] = four.z, word[3] = four.w;
   }
   __device__ __forceinline__ void write(T* to) const {
-    *reinterpret_cast<uint4*>(to) = uint4{word[0], word[1], word[2], word[3]};
+    // As one number: nvcc takes a uint4 apart, and does not always find its four words together again.
+    unsigned __int128 all;
+    memcpy(&all, word, sizeof(all));
+    *reinterpret_cast<unsigned __int128*>(to) = all;
   }
   // From any address of a T: out of the two aligned packs that hold it, of which the second is not touched if the first
   // has all.
@@ -281,7 +288,7 @@ struct alignas(16) Pack {
 };
 
 template <typename T>
-inline bool is_aligned(const T* pointer) {
+LVRPO_INLINE bool is_aligned(const T* pointer) {
   return reinterpret_cast<uintptr_t>(pointer) % 16 == 0;
 }
 
