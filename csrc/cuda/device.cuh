@@ -285,6 +285,44 @@ struct alignas(16) Pack {
     store(&rounded, value);
     memcpy(reinterpret_cast<char*>(word) + i * sizeof(T), &rounded, sizeof(T));
   }
+  // All SIZE elements; narrow ones by pairs, as the hardware rounds them.
+  __device__ __forceinline__ void set(const acc_t<T>* values) {
+#pragma unroll
+    for (int i = 0; i < SIZE; ++i) {
+#ifdef __CUDA_ARCH__
+      if constexpr (sizeof(T) == 2) {
+        if (i % 2 == 1) continue;
+        if constexpr (std::is_same_v<T, BFloat16>)
+          asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(word[i / 2]) : "f"(values[i + 1]), "f"(values[i]));
+        else
+          asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(word[i / 2]) : "f"(values[i + 1]), "f"(values[i]));
+        continue;
+      }
+#endif
+      set(i, values[i]);
+    }
+  }
+  // The largest element; a NaN loses.
+  __device__ __forceinline__ acc_t<T> largest() const {
+#ifdef __CUDA_ARCH__
+    if constexpr (sizeof(T) == 2) {  // two at a time
+      uint32_t pair = word[0];
+#pragma unroll
+      for (int i = 1; i < 4; ++i) {
+        if constexpr (std::is_same_v<T, BFloat16>)
+          asm("max.bf16x2 %0, %0, %1;" : "+r"(pair) : "r"(word[i]));
+        else
+          asm("max.f16x2 %0, %0, %1;" : "+r"(pair) : "r"(word[i]));
+      }
+      Pack both{{pair}};
+      return fmaxf(both[0], both[1]);
+    }
+#endif
+    acc_t<T> largest = (*this)[0];
+#pragma unroll
+    for (int i = 1; i < SIZE; ++i) largest = fmax(largest, (*this)[i]);
+    return largest;
+  }
 };
 
 template <typename T>
