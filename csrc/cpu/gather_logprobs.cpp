@@ -13,6 +13,7 @@
 
 #include "common/check.h"
 #include "common/dispatch.h"
+#include "common/logits.h"
 #include "cpu/huge_pages.h"
 #include "cpu/gather_logprobs_rows.h"
 
@@ -25,40 +26,12 @@ using std::optional;
 // depends on the row alone, so its bits do not depend on the threads or on other rows.
 constexpr int64_t CHUNK_V = 8 * BLOCK_V;
 
-// What a step may change, in the order of the schema.
-struct Numbers {
-  explicit Numbers(const Tensor& numbers) {
-    check_dtype(numbers, ScalarType::Double, "numbers");
-    check_size(numbers, 0, 3, "numbers");
-    check_contiguous(numbers, "numbers");
-    const double* given = numbers.const_data_ptr<double>();
-    temperature = given[0];
-    softcap = given[1];
-    ignore_index = static_cast<int64_t>(given[2]);
-  }
-  double temperature, softcap;
-  int64_t ignore_index;
-};
-
-// The columns a row's softmax runs over.
-struct Columns {
-  const int64_t* ranges;  // [R, 2] or null
-  int64_t stride_row, stride_side, vocab;
-  int64_t low(int64_t row) const { return ranges ? ranges[row * stride_row] : 0; }
-  int64_t high(int64_t row) const { return ranges ? ranges[row * stride_row + stride_side] : vocab; }
-};
-
-Columns columns_of(const optional<Tensor>& vocab_range, int64_t rows, int64_t vocab) {
-  if (!vocab_range) return {nullptr, 0, 0, vocab};
-  check_dtype(*vocab_range, ScalarType::Long, "vocab_range");
-  check_size(*vocab_range, 0, rows, "vocab_range");
-  check_size(*vocab_range, 1, 2, "vocab_range");
-  const Columns columns{vocab_range->const_data_ptr<int64_t>(), vocab_range->stride(0), vocab_range->stride(1), vocab};
+void check_columns(const Columns& columns, int64_t rows) {
+  const int64_t vocab = columns.vocab;
   for (int64_t row = 0; row < rows; ++row)
     LVRPO_CHECK(columns.low(row) >= 0 && columns.low(row) <= columns.high(row) && columns.high(row) <= vocab,
                 "vocab_range[", row, "] is [", columns.low(row), ", ", columns.high(row), "], outside [0, ", vocab,
                 "]");
-  return columns;
 }
 
 // The targets, and the row that predicts each.
@@ -97,8 +70,6 @@ class Targets {
   int64_t count_, ignore_index_;
 };
 
-bool has_unit_columns(const Tensor& t) { return t.size(1) <= 1 || t.stride(1) == 1; }
-
 int64_t chunks_of(int64_t columns) { return std::max<int64_t>(1, (columns + CHUNK_V - 1) / CHUNK_V); }
 
 // body(row, chunk) for every chunk of every row; a thread is worth starting for about this many logits.
@@ -115,11 +86,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> gather_logprobs_fwd(Tensor logits, Te
                                                                optional<Tensor> row_index,
                                                                optional<Tensor> vocab_range, Tensor numbers,
                                                                bool with_entropy, bool with_sum_squares) {
-  const Numbers given(numbers);
+  const SoftmaxNumbers given(numbers);
   LVRPO_CHECK(logits.dim() == 2, "logits must be [R, V]");
   if (!has_unit_columns(logits)) logits = torch::stable::contiguous(logits);
   const int64_t rows = logits.size(0), vocab = logits.size(1);
   const Columns columns = columns_of(vocab_range, rows, vocab);
+  check_columns(columns, rows);
   const Targets targets(token_ids, row_index, rows, columns, given.ignore_index);
   const ScalarType dtype = logits.scalar_type();
   const ScalarType out_dtype = dtype == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
@@ -134,7 +106,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> gather_logprobs_fwd(Tensor logits, Te
     const scalar_t* x = logits.const_data_ptr<scalar_t>();
     const int64_t stride = logits.stride(0), chunks = chunks_of(vocab);
     std::vector<SoftmaxSums<acc>> sums(rows * chunks);
-    const Sums which = with_sum_squares ? WITH_SQUARES : with_entropy ? WITH_ENTROPY : PLAIN_SUM;
+    const Summed which = with_sum_squares ? WITH_SQUARES : with_entropy ? WITH_ENTROPY : PLAIN_SUM;
     for_each_chunk(rows, vocab, [&](int64_t row, int64_t chunk) {
       const int64_t begin = columns.low(row) + chunk * CHUNK_V, size = std::min(columns.high(row) - begin, CHUNK_V);
       if (size <= 0) return;
@@ -150,18 +122,17 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> gather_logprobs_fwd(Tensor logits, Te
       SoftmaxSums<acc>& of_row = sums[row * chunks];
       for (int64_t chunk = 1; chunk < chunks; ++chunk) add_sums(of_row, sums[row * chunks + chunk], scale.inv_temperature);
       log_sum[row] = std::log(of_row.e);
-      lse_ptr[row] = of_row.reference * scale.inv_temperature + log_sum[row];
-      if (with_entropy) entropy_ptr[row] = log_sum[row] - of_row.e_d / of_row.e;
-      if (with_sum_squares) sum_squares_ptr[row] = of_row.e_e / (of_row.e * of_row.e);
+      lse_ptr[row] = of_row.lse(log_sum[row], scale.inv_temperature);
+      if (with_entropy) entropy_ptr[row] = of_row.entropy(log_sum[row]);
+      if (with_sum_squares) sum_squares_ptr[row] = of_row.sum_squares();
     }
     for (int64_t t = 0; t < targets.count(); ++t) {
       const int64_t row = targets.row(t);
       if (targets.ignored(t)) {
         out[t] = acc(0);
       } else {
-        // Keeps its digits under a large common offset of the logits, which z - lse does not.
-        const acc distance = scale.cap(load(x + row * stride + targets.id(t))) - sums[row * chunks].reference;
-        out[t] = distance * scale.inv_temperature - log_sum[row];
+        const acc y = scale.cap(load(x + row * stride + targets.id(t)));
+        out[t] = token_logprob(y, sums[row * chunks].reference, log_sum[row], scale.inv_temperature);
       }
     }
   });
@@ -213,43 +184,16 @@ Hits<acc> find_hits(const Targets& targets, const scalar_t* x, int64_t rows, int
   return hits;
 }
 
-// Whether an lse has fewer than 11 bits after the point left, which a probability would lose too.
-template <typename acc>
-bool lost_digits(acc lse) {
-  return std::isfinite(lse) && std::abs(lse) * std::numeric_limits<acc>::epsilon() > acc(0x1p-11);
-}
-
-// The gradient may take the place of the logits, element for element; any other overlap would overwrite a logit that
-// is still to be read.
-void check_memory(const Tensor& dlogits, const Tensor& logits) {
-  const int64_t rows = logits.size(0), vocab = logits.size(1);
-  check_size(dlogits, 0, rows, "dlogits");
-  check_size(dlogits, 1, vocab, "dlogits");
-  LVRPO_CHECK(has_unit_columns(dlogits), "the columns of dlogits must be adjacent");
-  LVRPO_CHECK(rows <= 1 || dlogits.stride(0) >= vocab, "rows of dlogits overlap");
-  if (rows == 0 || vocab == 0) return;
-  const auto range = [&](const Tensor& t) {
-    const char* begin = static_cast<const char*>(t.data_ptr());
-    const int64_t last = (rows - 1) * t.stride(0) + (vocab - 1) * t.stride(1);
-    return std::pair(begin, begin + (last + 1) * t.element_size());
-  };
-  const auto [out_begin, out_end] = range(dlogits);
-  const auto [in_begin, in_end] = range(logits);
-  const bool apart = out_end <= in_begin || in_end <= out_begin;
-  const bool same = out_begin == in_begin && dlogits.scalar_type() == logits.scalar_type() &&
-                    (rows == 1 || dlogits.stride(0) == logits.stride(0)) && has_unit_columns(logits);
-  LVRPO_CHECK(apart || same, "dlogits overlaps logits; it may be the same tensor or share no memory");
-}
-
 void gather_logprobs_bwd(Tensor dlogits, Tensor dlogprobs, optional<Tensor> dentropy, Tensor logits, Tensor token_ids,
                          optional<Tensor> row_index, optional<Tensor> vocab_range, Tensor lse,
                          optional<Tensor> entropy, Tensor numbers) {
-  const Numbers given(numbers);
+  const SoftmaxNumbers given(numbers);
   LVRPO_CHECK(logits.dim() == 2 && dlogits.dim() == 2, "logits and dlogits must be [R, V]");
   check_memory(dlogits, logits);
   if (!has_unit_columns(logits)) logits = torch::stable::contiguous(logits);
   const int64_t rows = logits.size(0), vocab = logits.size(1);
   const Columns columns = columns_of(vocab_range, rows, vocab);
+  check_columns(columns, rows);
   const Targets targets(token_ids, row_index, rows, columns, given.ignore_index);
   check_size(dlogprobs, 0, targets.count(), "dlogprobs");
   check_size(lse, 0, rows, "lse");

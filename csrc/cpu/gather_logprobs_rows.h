@@ -1,5 +1,4 @@
-// The arithmetic of gather_logprobs on a run of columns of one row. It sums powers of e = exp(d), d = (y - reference) /
-// temperature, y being a logit after the softcap. Formulas: docs/ops/gather_logprobs.md.
+// The loops of gather_logprobs over a run of columns of one row.
 #pragma once
 
 #include <algorithm>
@@ -8,78 +7,13 @@
 #include <type_traits>
 
 #include "common/convert.h"
+#include "common/softmax_row.h"
 #include "cpu/simd.h"
 
 namespace lvrpo {
 
 // Columns between two looks at the maximum; they stay in L1.
 inline constexpr int64_t BLOCK_V = 1024;
-
-template <typename acc>
-struct LogitScale {
-  LogitScale(double temperature, double softcap)
-      : inv_temperature(static_cast<acc>(1.0 / temperature)),
-        softcap(static_cast<acc>(softcap)),
-        inv_softcap(static_cast<acc>(softcap > 0.0 ? 1.0 / softcap : 0.0)) {}
-
-  bool capped() const { return softcap > acc(0); }
-  // y of a logit x.
-  LVRPO_INLINE acc cap(acc x) const { return capped() ? softcap * tanh_fast(x * inv_softcap) : x; }
-  // dy / dx at tanh = y / softcap.
-  LVRPO_INLINE acc cap_slope(acc y) const {
-    const acc t = y * inv_softcap;
-    return capped() ? (acc(1) - t) * (acc(1) + t) : acc(1);
-  }
-
-  acc inv_temperature, softcap, inv_softcap;
-  // Least d. A run-time value: by a constant GCC splits the loop into cases instead of taking a maximum.
-  acc lowest = exp_lowest<acc>;
-};
-
-// What is summed: e; also e d, for the entropy; also e^2.
-enum Sums { PLAIN_SUM, WITH_ENTROPY, WITH_SQUARES };
-
-// Sums over columns of e = exp(d). The reference is a number near the largest y, -inf while no column was above -inf; a
-// row that has no finite log-sum-exp ends with a sum that is 0 or NaN.
-template <typename acc>
-struct SoftmaxSums {
-  acc reference = -std::numeric_limits<acc>::infinity();
-  acc e = 0, e_d = 0, e_e = 0;
-};
-
-// A NaN stays a NaN.
-template <typename acc>
-LVRPO_INLINE acc at_least(acc bound, acc x) {
-  return x < bound ? bound : x;
-}
-
-// sum e d = e^s sum e' (d' + s), where d' is relative to the old reference and s is the way to the new one.
-template <typename acc>
-LVRPO_INLINE void move_reference(SoftmaxSums<acc>& sums, acc reference, acc inv_temperature) {
-  // Bounded, so that a factor of 0 never meets an infinite product: logits may be 1e38 apart.
-  const acc shift = at_least(exp_lowest<acc>, (sums.reference - reference) * inv_temperature);
-  const acc factor = exp_bounded(shift);
-  sums.e_d = factor * (sums.e_d + shift * sums.e);
-  sums.e *= factor;
-  sums.e_e *= factor * factor;
-  sums.reference = reference;
-}
-
-template <typename acc>
-LVRPO_INLINE void add_sums(SoftmaxSums<acc>& into, SoftmaxSums<acc> more, acc inv_temperature) {
-  const acc none = -std::numeric_limits<acc>::infinity();
-  if (into.reference == none || more.reference == none) {
-    // At least one of them is all zeros or NaN, whatever its reference.
-    into.reference = std::max(into.reference, more.reference);
-  } else if (into.reference < more.reference) {
-    move_reference(into, more.reference, inv_temperature);
-  } else if (into.reference > more.reference) {
-    move_reference(more, into.reference, inv_temperature);
-  }
-  into.e += more.e;
-  into.e_d += more.e_d;
-  into.e_e += more.e_e;
-}
 
 template <typename acc>
 LVRPO_INLINE acc largest(const acc* y, int64_t n) {
@@ -90,14 +24,14 @@ LVRPO_INLINE acc largest(const acc* y, int64_t n) {
 }
 
 // Sums of one block by a given reference; returns the block's largest y.
-template <Sums which, typename acc>
+template <Summed which, typename acc>
 LVRPO_INLINE acc block_sums(const acc* y, int64_t n, acc reference, const LogitScale<acc>& scale,
                             SoftmaxSums<acc>& sums) {
   acc max = -std::numeric_limits<acc>::infinity(), sum_e = 0, sum_e_d = 0, sum_e_e = 0;
 #pragma omp simd reduction(max : max) reduction(+ : sum_e, sum_e_d, sum_e_e)
   for (int64_t i = 0; i < n; ++i) {
     max = y[i] > max ? y[i] : max;
-    const acc d = at_least(scale.lowest, (y[i] - reference) * scale.inv_temperature);
+    const acc d = scale.distance(y[i], reference);
     const acc e = exp_bounded(d);
     sum_e += e;
     if constexpr (which != PLAIN_SUM) sum_e_d += e * d;
@@ -109,12 +43,12 @@ LVRPO_INLINE acc block_sums(const acc* y, int64_t n, acc reference, const LogitS
 
 // One pass: a block is summed by the maximum of the blocks before it, while its own is found. Only a block that rises
 // far above what came before is summed again.
-template <Sums which, typename acc>
+template <Summed which, typename acc>
 LVRPO_INLINE void add_block(const acc* y, int64_t n, const LogitScale<acc>& scale, SoftmaxSums<acc>& sums) {
   constexpr acc rise = 12;  // e up to 160,000: far from overflow, and no digit of a sum depends on its scale
   const acc none = -std::numeric_limits<acc>::infinity();
   SoftmaxSums<acc> block;
-  acc reference = sums.reference == none ? largest(y, n) : sums.reference;
+  acc reference = sums.empty() ? largest(y, n) : sums.reference;
   if (reference == none) reference = acc(0);
   acc max = block_sums<which>(y, n, reference, scale, block);
   if ((max - reference) * scale.inv_temperature > rise) max = block_sums<which>(y, n, max, scale, block);
@@ -123,7 +57,7 @@ LVRPO_INLINE void add_block(const acc* y, int64_t n, const LogitScale<acc>& scal
   if (max > sums.reference) move_reference(sums, max, scale.inv_temperature);
 }
 
-template <Sums which, typename scalar_t, typename acc>
+template <Summed which, typename scalar_t, typename acc>
 LVRPO_MULTIVERSION SoftmaxSums<acc> softmax_sums_of(const scalar_t* x, int64_t n, LogitScale<acc> scale) {
   SoftmaxSums<acc> sums;
   acc y[BLOCK_V];
@@ -148,26 +82,11 @@ LVRPO_MULTIVERSION SoftmaxSums<acc> softmax_sums_of(const scalar_t* x, int64_t n
 }
 
 template <typename scalar_t, typename acc>
-SoftmaxSums<acc> softmax_sums(Sums which, const scalar_t* x, int64_t n, const LogitScale<acc>& scale) {
+SoftmaxSums<acc> softmax_sums(Summed which, const scalar_t* x, int64_t n, const LogitScale<acc>& scale) {
   if (which == PLAIN_SUM) return softmax_sums_of<PLAIN_SUM, scalar_t, acc>(x, n, scale);
   if (which == WITH_ENTROPY) return softmax_sums_of<WITH_ENTROPY, scalar_t, acc>(x, n, scale);
   return softmax_sums_of<WITH_SQUARES, scalar_t, acc>(x, n, scale);
 }
-
-// What a row's gradient is made of, per column: dz = p (dentropy (zbar - z) - dlogprob), and zbar = lse - entropy.
-template <typename acc>
-struct RowGradient {
-  acc lse, entropy, dlogprob, dentropy;
-  acc shift = 0;  // lse is that of y - shift: not 0 where the lse of y is so large that it lost its digits
-
-  // d loss / d x of a column that holds `hits` of the upstream gradient as a target, by y - shift.
-  LVRPO_INLINE acc operator()(acc y, acc hits, const LogitScale<acc>& scale) const {
-    // Where p is 0 its logarithm stays finite.
-    const acc log_p = at_least(scale.lowest, y * scale.inv_temperature - lse);
-    const acc p = exp_bounded(log_p);
-    return (hits - p * (dentropy * (log_p + entropy) + dlogprob)) * scale.inv_temperature;
-  }
-};
 
 // dx of one block, x and dx the same memory or apart.
 template <typename scalar_t, typename acc>
