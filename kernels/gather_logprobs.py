@@ -106,7 +106,7 @@ def row_range(vocab_range_ptr, row, vocab):
     """The columns [low, high) of a row; none beyond the row, whatever nobody checked."""
     low, high = 0, vocab
     if vocab_range_ptr is not None:
-        low = tl.maximum(tl.load(vocab_range_ptr + 2 * row), 0)
+        low = tl.minimum(tl.maximum(tl.load(vocab_range_ptr + 2 * row), 0), vocab)
         high = tl.minimum(tl.load(vocab_range_ptr + 2 * row + 1), vocab)
     return low, high
 

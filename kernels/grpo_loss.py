@@ -80,6 +80,14 @@ MAX_SPLITS = 64
 
 
 @triton.jit
+def _tokens_of(cu_seqlens_ptr, sequence, tokens):
+    """Where a sequence begins and ends in the tokens there are, whatever nobody checked."""
+    begin = tl.load(cu_seqlens_ptr + sequence)
+    end = tl.load(cu_seqlens_ptr + sequence + 1)
+    return tl.minimum(tl.maximum(begin, 0), tokens), tl.minimum(tl.maximum(end, 0), tokens)
+
+
+@triton.jit
 def _load_tokens(logp_ptr, old_ptr, t, inside):
     """Log-prob and log-ratio, as they are."""
     logp = tl.load(logp_ptr + t, mask=inside, other=0.0)
@@ -111,7 +119,7 @@ def _active(
     return asked, active & has_advantage
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens"])
 def _count_kernel(
     logp_ptr,  # [T]
     old_ptr,  # [T] or None
@@ -123,6 +131,7 @@ def _count_kernel(
     policy_weight_ptr,  # [T] or None
     counts_ptr,  # [3 + B] zeros: active, dropped tokens; sequences with active ones; theirs of each
     sums_ptr,  # [B * SPLITS, 2] zeros: log-ratios between their limits, and weights; or None
+    tokens,
     clip_low: tl.float64,
     clip_high: tl.float64,
     PER_TOKEN: tl.constexpr,
@@ -134,8 +143,8 @@ def _count_kernel(
     acc_dtype = logp_ptr.dtype.element_ty
     part = tl.program_id(0).to(tl.int64)
     sequence = part // SPLITS
-    begin = tl.load(cu_seqlens_ptr + sequence) + part % SPLITS * BLOCK_T
-    end = tl.load(cu_seqlens_ptr + sequence + 1)
+    begin, end = _tokens_of(cu_seqlens_ptr, sequence, tokens)
+    begin += part % SPLITS * BLOCK_T
     if begin < end:
         advantage = tl.zeros([BLOCK_T], acc_dtype)
         if not PER_TOKEN:
@@ -282,7 +291,7 @@ def _store_statistics(partial_ptr, lows, highs, caps, total, squares, smallest, 
     tl.store(part_ptr + KL_OLD * parts, tl.sum(kl_old, axis=0))
 
 
-@triton.jit(do_not_specialize=["sequences", "splits"])
+@triton.jit(do_not_specialize=["tokens", "sequences", "splits"])
 def _terms_kernel(
     logp_ptr,  # [T]
     old_ptr,  # [T] or None
@@ -297,6 +306,7 @@ def _terms_kernel(
     partial_ptr,  # [PARTS, B * splits]
     dlogp_ptr,  # [T]
     dentropy_ptr,  # [T]
+    tokens,
     sequences,
     splits,
     clip_low: tl.float64,
@@ -333,11 +343,10 @@ def _terms_kernel(
     OWN_RATIO: tl.constexpr = (not OF_SEQUENCE) or SURROGATE == "log_clip"
     SHARES_SLOPE: tl.constexpr = SHARES_RATIO and SURROGATE != "gamma"
     sequence = tl.program_id(0).to(tl.int64) // splits
-    begin = tl.load(cu_seqlens_ptr + sequence)
-    end = tl.load(cu_seqlens_ptr + sequence + 1)
-    tokens = tl.load(counts_ptr + 3 + sequence).to(tl.float64)
+    begin, end = _tokens_of(cu_seqlens_ptr, sequence, tokens)
+    active_tokens = tl.load(counts_ptr + 3 + sequence).to(tl.float64)
     factor = _factor_of(
-        counts_ptr, tokens, sequences, max_length, denominator, AGGREGATION, COUNT_EMPTY
+        counts_ptr, active_tokens, sequences, max_length, denominator, AGGREGATION, COUNT_EMPTY
     )
     zero = tl.zeros([BLOCK_T], acc_dtype)
     advantage = zero if PER_TOKEN else zero + tl.load(advantage_ptr + sequence)
@@ -345,7 +354,7 @@ def _terms_kernel(
     if OF_SEQUENCE:
         own = shape_pos_0, shape_pos_1, shape_neg_0, shape_neg_1
         ratio, of_weight, share, is_past = _ratio_of(
-            *(sums_ptr, sequence, tokens, advantage, own, log_ratio_limit),
+            *(sums_ptr, sequence, active_tokens, advantage, own, log_ratio_limit),
             *(RATIO, SURROGATE, COUNT_SPLITS),
         )
         ratio += zero
@@ -360,9 +369,13 @@ def _terms_kernel(
     # Statistics have a limit whether or not the loss has one.
     limit_seen = tl.where(limit < LOG_RATIO_LIMIT, limit, LOG_RATIO_LIMIT).to(acc_dtype)
     split = tl.program_id(0) % splits
-    for first in range(begin + split * BLOCK_T, end, splits.to(tl.int64) * BLOCK_T):
+    # Tokens before the first sequence and after the last one have a gradient of 0 to be written.
+    written_from = tl.where(sequence == 0, 0, begin)
+    written_to = tl.where(sequence == sequences - 1, tokens, end)
+    for first in range(written_from + split * BLOCK_T, written_to, splits.to(tl.int64) * BLOCK_T):
         t = first + tl.arange(0, BLOCK_T)
-        inside = t < end
+        inside = (t >= begin) & (t < end)
+        written = t < written_to
         logp, log_ratio = _load_tokens(logp_ptr, old_ptr, t, inside)
         if PER_TOKEN:
             advantage = tl.load(advantage_ptr + t, mask=inside, other=0.0)
@@ -413,9 +426,9 @@ def _terms_kernel(
         if entropy_ptr is not None:
             entropy += tl.where(active, tl.load(entropy_ptr + t, mask=inside, other=0.0), 0.0)
             dentropy = tl.where(active, (-entropy_coef * factor).to(acc_dtype), 0.0)
-            tl.store(dentropy_ptr + t, dentropy, mask=inside)
+            tl.store(dentropy_ptr + t, dentropy, mask=written)
         dlogp = tl.where(active, factor.to(acc_dtype) * slope, 0.0)
-        tl.store(dlogp_ptr + t, dlogp, mask=inside)
+        tl.store(dlogp_ptr + t, dlogp, mask=written)
     _store_sums(partial_ptr, factor, policy, kl_terms, entropy, kl_sum, beta, entropy_coef)
     _store_statistics(
         *(partial_ptr, lows, highs, caps, total, squares, smallest, largest, kl_old),
@@ -573,6 +586,7 @@ def grpo_loss_fwd(
         "policy_weight_ptr": _contiguous(policy_weights),
         "counts_ptr": counts,
         "sums_ptr": sums,
+        "tokens": tokens,
         "PER_TOKEN": advantage_per_token,
         "SURROGATE": surrogate,
     }

@@ -13,7 +13,12 @@ from lvrpo.kernels._launch import LaunchConfig, launch
 from lvrpo.kernels._log_ratio import is_saturated, saturate
 from lvrpo.kernels._policy_terms import is_finite, kl_term, surrogate_term
 from lvrpo.kernels._primitives import LN2, LOG2E, as_scalar, capped_logit
-from lvrpo.kernels.gather_logprobs import logit_gradient, row_statistics, token_logprob
+from lvrpo.kernels.gather_logprobs import (
+    logit_gradient,
+    row_range,
+    row_statistics,
+    token_logprob,
+)
 from lvrpo.kernels.grpo_loss import five_scalars, grpo_loss_fwd, named_numbers
 from lvrpo.params.policy_loss import LOSS_NUMBERS
 
@@ -169,12 +174,9 @@ def _row_loss_kernel(
     inv_temp = as_scalar(inv_temperature, acc_dtype)
     cap = as_scalar(softcap, acc_dtype)
     token = tl.load(token_ids_ptr + row)
+    low, high = row_range(vocab_range_ptr, row, vocab)
     # An id that nobody checked reads nothing: on a GPU values are checked on request only.
-    active = (tl.load(mask_ptr + row) != 0) & (token >= 0) & (token < vocab)
-    low, high = 0, vocab
-    if vocab_range_ptr is not None:
-        low = tl.load(vocab_range_ptr + 2 * row)
-        high = tl.load(vocab_range_ptr + 2 * row + 1)
+    active = (tl.load(mask_ptr + row) != 0) & (token >= low) & (token < high)
     y = tl.load(row_ptr + token, mask=active, other=0.0).to(acc_dtype)
     top, log_sum, mean, _ = row_statistics(
         row_ptr,
@@ -332,7 +334,9 @@ def _of_tokens(advantages, cu_seqlens, tokens, per_token):
     if per_token:
         return advantages.contiguous()
     position = torch.arange(tokens, device=cu_seqlens.device)
-    return advantages[torch.searchsorted(cu_seqlens, position, right=True) - 1]
+    sequence = torch.searchsorted(cu_seqlens, position, right=True) - 1
+    # A token that no sequence has is masked, and may have the advantage of any.
+    return advantages[sequence.clamp(0, len(advantages) - 1)]
 
 
 def _usable(mask, data, policy_weights):

@@ -180,6 +180,32 @@ def _measure_kernel(
     tl.store(row + 4 + k, centre)
 
 
+@triton.jit
+def _zero_outside(
+    values_ptr,  # [B]
+    per_reward_ptr,  # [B, K]
+    offsets_ptr,  # [P + 1]
+    batch,
+    groups,
+    rewards,
+    programs,
+    BLOCK_G: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """Zeros for samples that no group has, where nobody checked that there are none."""
+    k = tl.arange(0, BLOCK_K)
+    begin = tl.load(offsets_ptr)
+    end = tl.load(offsets_ptr + groups)
+    for block in range(tl.program_id(0), tl.cdiv(batch, BLOCK_G), programs):
+        sample = as_scalar(block, tl.int64) * BLOCK_G + tl.arange(0, BLOCK_G)
+        outside = (sample < batch) & ((sample < begin) | (sample >= end))
+        to = sample[:, None] * rewards + k[None, :]
+        zeros = tl.zeros([BLOCK_G, BLOCK_K], per_reward_ptr.dtype.element_ty)
+        tl.store(per_reward_ptr + to, zeros, mask=outside[:, None] & (k < rewards)[None, :])
+        zeros = tl.zeros([BLOCK_G], values_ptr.dtype.element_ty)
+        tl.store(values_ptr + sample, zeros, mask=outside)
+
+
 @triton.jit(do_not_specialize=["batch", "groups", "programs"])
 def _write_kernel(
     values_ptr,  # [B]
@@ -214,6 +240,11 @@ def _write_kernel(
     divisor = batch_divisor(spread_ptr, programs, scalars, SCALE, BLOCK_K)
     if measured_ptr is not None:
         shift, unit = reduce_whitening(measured_ptr, programs, scalars, CENTRED, BLOCK_K)
+    _zero_outside(
+        *(values_ptr, per_reward_ptr, offsets_ptr, batch, groups, rewards, programs),
+        BLOCK_G,
+        BLOCK_K,
+    )
     zeros = tl.zeros([BLOCK_G, BLOCK_K], tl.float64)
     n, mean, squares, share = zeros, zeros, zeros, zeros
     constant = tl.zeros([BLOCK_G, BLOCK_K], tl.int32)

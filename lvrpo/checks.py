@@ -184,6 +184,8 @@ def as_offsets(
     offsets = as_index(op, name, offsets)
     if offsets.numel() == 0:
         raise ValueError(f"{op}: {name} is empty, expected at least the offset 0")
+    if offsets.numel() == 1 and total > 0:
+        raise ValueError(f"{op}: {name} has 1 offset, expected one more to end at {total}")
     if not check_values(offsets):
         return offsets
     steps = offsets.diff()

@@ -18,6 +18,13 @@ from lvrpo import checks
 Level = Literal["token", "sequence"]
 
 
+def sequences_of(offsets: Tensor, tokens: int) -> Tensor:
+    """[T] the sequence of each token; of one that none has, and nobody read that, any there is."""
+    token = torch.arange(tokens, device=offsets.device)
+    after = torch.searchsorted(offsets, token, right=True)
+    return (after - 1).clamp(0, max(0, offsets.shape[0] - 2))
+
+
 @dataclasses.dataclass(frozen=True)
 class TokenLayout:
     """How the tokens of a call are laid out.
@@ -54,6 +61,11 @@ class TokenLayout:
     def restore(self, tensor: Tensor) -> Tensor:
         """[T] in the shape that the caller has."""
         return tensor.reshape(self.shape)
+
+    def held(self) -> Tensor:
+        """[T] whether a sequence has the token: all of them, unless nobody read the offsets."""
+        token = torch.arange(self.tokens, device=self.offsets.device)
+        return (token >= self.offsets[0]) & (token < self.offsets[-1])
 
     def per_token(
         self, name: str, tensor: Tensor, level: Level | None, only_sequences: str | None = None

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 import hypothesis
 import pytest
 import torch
+from interpreter_memory import checked_memory
 from runnable import RUNNABLE
 
 from lvrpo import backends, info
@@ -48,11 +49,12 @@ def backend(request: pytest.FixtureRequest) -> Iterator[str]:
 
 
 @pytest.fixture(autouse=True, scope="session")
-def _interpreter_with_bf16() -> Iterator[None]:
+def _interpreter() -> Iterator[None]:
+    """It computes with bf16, and kernels stay inside their tensors."""
     if "triton" not in RUNNABLE or not backends.triton_interprets():
         yield
         return
-    with interpreter_with_bf16():
+    with interpreter_with_bf16(), checked_memory():
         yield
 
 

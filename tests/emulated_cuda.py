@@ -32,6 +32,11 @@ FLAGS = [
     *(f"-I{path}" for path in cpp_extension.include_paths()),
     f"-I{sysconfig.get_path('include')}",
 ]
+#: By sanitizer, the options of a build under it.
+SANITIZED = {
+    "address": ["-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"],
+    "thread": ["-O1", "-g", "-fsanitize=thread"],
+}
 
 
 def compiler() -> list[str]:

@@ -88,7 +88,8 @@ def grpo_loss(
             on a CPU also when an input of an active token is not finite, a policy weight is
             negative, offsets do not fit, the denominator is 0 though tokens are active, or ratios
             overflow without `params.log_ratio_limit`. Where values are not read, such a token is
-            dropped, and counted in `metrics.dropped_tokens`.
+            dropped, and counted in `metrics.dropped_tokens`; offsets are clamped to [0, T], and a
+            token that no sequence has counts nowhere.
     """
     checks.check_floating(OP, "logprobs", logprobs)
     logp = widen(logprobs)

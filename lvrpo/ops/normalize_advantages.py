@@ -68,7 +68,8 @@ def normalize_advantages(
         ValueError: shapes or dtypes do not match, G does not divide B, the estimator counts tokens
             and has no lengths; on a CPU also when a reward is infinite, or offsets, weights or
             lengths are unusable. Where values are not read, an infinite reward does not apply, a
-            weight that is not finite is 0, and so is a negative length.
+            weight that is not finite is 0, and so is a negative length; offsets are clamped to
+            [0, B], and a sample that no group has an advantage of 0.
     """
     table, exact = _as_table(rewards, groups, weights, lengths)
     offsets = _as_offsets(groups, table)

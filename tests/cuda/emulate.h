@@ -4,7 +4,7 @@
 // after another, and a barrier hands the CPU to the next fiber. What the hardware leaves open, which thread goes first
 // between two barriers, is a permutation that LVRPO_EMULATE_SEED chooses. Shared memory begins as NaN.
 //
-// It finds wrong results; a barrier or a shuffle that not all threads reach, saying who waits where; with
+// It finds wrong results; a barrier or a shuffle that not all threads reach at the same place, saying who waits where; with
 // -fsanitize=address what is read or written out of bounds; with -fsanitize=thread races, in shared memory too: to it a
 // fiber is a thread, and only barriers, shuffles and atomics order two of them. It does not find what depends on warps
 // that run in step, on two clusters that run at once, on caches, or on what nvcc makes of the code; nor how fast it is.
@@ -112,8 +112,11 @@ struct Context {
 #endif
 
 struct Barrier {
-  unsigned members = 0;  // that have not returned
-  unsigned arrived = 0, phase = 0;
+  unsigned members = 0, arrived = 0, phase = 0;
+  const char* where = nullptr;  // those who have arrived wait
+  // What orders threads, to ThreadSanitizer: one for even phases and one for odd ones, because who is the first to arrive at
+  // the next barrier must not seem ordered before those who have yet to leave this one.
+  uint64_t order[2] = {};
 };
 
 struct Warp {
@@ -124,6 +127,7 @@ struct Warp {
 struct Block {
   dim3 index;
   unsigned rank;
+  unsigned running;
   Barrier barrier;
   std::vector<Warp> warps;
   std::vector<uint64_t> shared;  // of exactly the bytes that were asked for, up to 7 more
@@ -166,8 +170,8 @@ LVRPO_UNSEEN inline void enter(Context& from, unsigned to) {
 
 // ---- Barriers ----
 
-[[noreturn]] inline void give_up() {
-  std::fprintf(stderr, "emulate: threads wait for others that never come\n");
+[[noreturn]] inline void give_up(const char* why) {
+  std::fprintf(stderr, "emulate: %s\n", why);
   for (const Fiber& fiber : machine.fibers)
     std::fprintf(stderr, "  block %u, thread %u: %s\n", fiber.block->index.x, fiber.thread.x,
                  fiber.done ? "has returned" : fiber.waits);
@@ -175,7 +179,7 @@ LVRPO_UNSEEN inline void enter(Context& from, unsigned to) {
 }
 
 LVRPO_UNSEEN inline void yield() {
-  if (++machine.idle > 2 * machine.fibers.size()) give_up();
+  if (++machine.idle > 2 * machine.fibers.size()) give_up("threads wait for others that never come");
   Fiber& from = self();
   unsigned to = from.next;
   while (machine.fibers[to].done) to = machine.fibers[to].next;
@@ -183,10 +187,11 @@ LVRPO_UNSEEN inline void yield() {
 }
 
 LVRPO_UNSEEN inline void wait(Barrier& barrier, const char* where) {
-  LVRPO_TSAN(__tsan_release(&barrier);)
   const unsigned phase = barrier.phase;
-  ++barrier.arrived;
+  LVRPO_TSAN(__tsan_release(&barrier.order[phase % 2]);)
   self().waits = where;
+  if (barrier.arrived++ == 0) barrier.where = where;
+  if (barrier.where != where && std::strcmp(barrier.where, where) != 0) give_up("threads wait in different places");
   while (barrier.phase == phase) {
     if (barrier.arrived >= barrier.members) {
       barrier.arrived = 0;
@@ -197,7 +202,7 @@ LVRPO_UNSEEN inline void wait(Barrier& barrier, const char* where) {
     }
   }
   self().waits = "runs";
-  LVRPO_TSAN(__tsan_acquire(&barrier);)
+  LVRPO_TSAN(__tsan_acquire(&barrier.order[phase % 2]);)
 }
 
 LVRPO_UNSEEN inline void sync_block(const char* where) { wait(self().block->barrier, where); }
@@ -210,11 +215,12 @@ LVRPO_UNSEEN inline unsigned lane() { return self().thread.x % LANES; }
 LVRPO_UNSEEN inline unsigned rank_in_cluster() { return self().block->rank; }
 LVRPO_UNSEEN inline void* shared_memory() { return self().block->shared.data(); }
 LVRPO_UNSEEN inline void* shared_memory_of(void* place, unsigned rank) {
+  if (machine.blocks.at(rank).running == 0) give_up("the shared memory of a block that has ended is used");
   const char* own = reinterpret_cast<const char*>(self().block->shared.data());
   return reinterpret_cast<char*>(machine.blocks.at(rank).shared.data()) + (static_cast<char*>(place) - own);
 }
 
-// All lanes that have not returned take part: a mask that names fewer is not told apart.
+// All lanes take part: a mask that names fewer is not told apart.
 template <typename T>
 LVRPO_UNSEEN T shuffle(T value, unsigned source, const char* where) {
   static_assert(sizeof(T) <= sizeof(uint64_t) && std::is_trivially_copyable_v<T>);
@@ -243,12 +249,16 @@ LVRPO_UNSEEN inline unsigned ballot(bool vote, const char* where) {
 LVRPO_UNSEEN inline void run_thread() {
   LVRPO_TSAN(__tsan_acquire(&machine.grid);)  // what was written before the launch
   machine.body();
-  LVRPO_TSAN(__tsan_release(&machine.host);)  // not to the threads that have yet to begin
   Fiber& fiber = self();
+  LVRPO_TSAN(__tsan_release(&fiber.block->running);)
+  if (--fiber.block->running == 0) {
+    LVRPO_TSAN(__tsan_acquire(&fiber.block->running);)
+    std::vector<uint64_t>().swap(fiber.block->shared);  // it ends with its block, whoever of the cluster still reads it
+  }
+  LVRPO_TSAN(__tsan_release(&machine.host);)  // not to the threads that have yet to begin
   fiber.done = true;
   machine.idle = 0;
-  --machine.running, --machine.barrier.members, --fiber.block->barrier.members, --fiber.warp->barrier.members;
-  if (machine.running == 0) {
+  if (--machine.running == 0) {
     LVRPO_TSAN(__tsan_switch_to_fiber(machine.tsan_host, __tsan_switch_to_fiber_no_sync);)
     Context::enter(fiber.context, machine.host);
   }
@@ -259,7 +269,8 @@ LVRPO_UNSEEN inline void run_thread() {
 LVRPO_UNSEEN inline void prepare_block(Block& block, unsigned index, unsigned rank, unsigned threads, size_t shared) {
   block.index = {index, 0, 0};
   block.rank = rank;
-  block.barrier = {threads, 0, 0};
+  block.running = threads;
+  block.barrier = {threads};
   block.warps.assign((threads + LANES - 1) / LANES, {});
   for (unsigned i = 0; i < threads; ++i) ++block.warps[i / LANES].barrier.members;
   block.shared = std::vector<uint64_t>((shared + 7) / 8, ~uint64_t(0));  // new memory each time, for AddressSanitizer
@@ -279,7 +290,7 @@ void launch(unsigned blocks, unsigned threads, size_t shared, unsigned cluster, 
   std::iota(turns.begin(), turns.end(), 0u);
   for (unsigned first = 0; first < blocks; first += cluster) {
     for (unsigned rank = 0; rank < cluster; ++rank) prepare_block(m.blocks[rank], first + rank, rank, threads, shared);
-    m.barrier = {count, 0, 0}, m.running = count, m.idle = 0;
+    m.barrier = {count}, m.running = count, m.idle = 0;
     std::shuffle(turns.begin(), turns.end(), m.order);
     for (unsigned i = 0; i < count; ++i) {
       Fiber& fiber = m.fibers[i];

@@ -21,6 +21,7 @@ from lvrpo.ops.head.loss_inputs import LossInputs
 from lvrpo.ops.head.rows import OUTSIDE, Chunk, Head, HeadRows
 from lvrpo.ops.head.targets import any_of
 from lvrpo.params.loss_metrics import STATISTICS
+from lvrpo.token_layout import sequences_of
 
 
 def loss_arguments(
@@ -166,8 +167,7 @@ def plan_rows(call: FusedLoss, rows: int, most: int, gradient: bool) -> Plan:
             return Plan(None, [], chunks)
         return Plan(None, [chunks] if whole_sequences else [[chunk] for chunk in chunks], [])
     sequences = len(call.cu_seqlens) - 1
-    token = torch.arange(len(active), device=active.device)
-    sequence = torch.searchsorted(call.cu_seqlens, token, right=True) - 1
+    sequence = sequences_of(call.cu_seqlens, len(active))
     advantages = call.advantages if call.advantage_per_token else call.advantages[sequence]
     has_gradient = advantages != 0
     if call.policy_weights is not None:

@@ -78,13 +78,15 @@ class LossInputs:
     def of_targets(self, targets: Targets, strange: Tensor | None) -> LossInputs:
         """The same without tokens [T] that are ignored, those `strange` among them counted.
 
-        The mask is there then.
+        The mask is there then, and holds no token that no sequence has.
         """
         asked = targets.token_ids != targets.ignore_index
-        lost = None
+        mask, lost = self.mask, None
         if strange is not None:
-            lost = (strange if self.mask is None else strange & self.mask).sum()
-        mask = asked if self.mask is None else self.mask & asked
+            held = self.layout.held()
+            mask = held if mask is None else mask & held
+            lost = (strange & mask).sum()
+        mask = asked if mask is None else mask & asked
         return dataclasses.replace(self, mask=mask, lost=lost)
 
     def finish_fused(
