@@ -4,6 +4,7 @@ LVRPO_BUILD = auto (default) | cpu | cuda | off
     auto: the C++ CPU ops when torch, a C++ compiler and Python's headers are found, the CUDA ops
     too when torch has CUDA and a matching nvcc is found. `cpu` and `cuda` turn a missing piece into
     an error, `off` builds nothing.
+CUDA_HOME names a toolkit other than that of the nvcc on the path, TORCH_CUDA_ARCH_LIST other GPUs.
 """
 
 import os
@@ -14,6 +15,7 @@ import site
 import subprocess
 import sys
 import sysconfig
+from dataclasses import dataclass
 from pathlib import Path
 
 from setuptools import setup
@@ -27,6 +29,11 @@ COMMON_FLAGS = ["-O3", "-std=c++20", "-DTORCH_TARGET_VERSION=0x020a000000000000"
 # which GCC will not vectorise exp; -fopenmp-simd honours `#pragma omp simd` and links nothing.
 CPU_FLAGS = ["-fno-math-errno", "-fno-trapping-math", "-fopenmp-simd", "-fvisibility=hidden"]
 CUDA_SOURCES = sorted(map(str, Path("csrc/cuda").glob("*.cu")))
+NVCC_FLAGS = [*COMMON_FLAGS, "-DUSE_CUDA", "-lineinfo", "-Xcompiler", "-fvisibility=hidden"]
+# Machine code for these, as far as nvcc knows them, and PTX for GPUs that are newer. Not the PTX of
+# 90a, which no newer GPU takes; nor that of 80, which has no clusters.
+GPUS = ["sm_80", "sm_90a", "sm_100a"]
+PTX = "compute_90"
 
 
 def import_host_torch():
@@ -64,22 +71,73 @@ def why_no_extension(torch):
     return None
 
 
-def why_no_cuda(torch, cuda_home):
+@dataclass
+class Toolkit:
+    """A CUDA toolkit, as its nvcc describes it."""
+
+    home: Path
+    release: str
+    library_dirs: list
+    gpus: list
+
+
+def find_toolkit():
+    """The toolkit at CUDA_HOME, or else of the nvcc on the path or in /usr/local/cuda, or None."""
+    named = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
+    on_path = shutil.which("nvcc") or "/usr/local/cuda/bin/nvcc"
+    nvcc = str(Path(named, "bin", "nvcc")) if named else on_path
+
+    def ask(*options):
+        done = subprocess.run([nvcc, *options], capture_output=True, text=True)
+        return done.stdout + done.stderr
+
+    if shutil.which(nvcc) is None:
+        return None
+    # Not the folder above nvcc's: the one on the path may be a script that starts another.
+    plan = ask("--dryrun", "-E", "-x", "cu", os.devnull)
+    home = re.search(r"^#\$ TOP=(.+?)\s*$", plan, re.MULTILINE)
+    release = re.search(r"release ([\d.]+)", ask("--version"))
+    if home is None or release is None:
+        return None
+    library_dirs, gpus = re.findall(r'"-L([^"]+)"', plan), ask("--list-gpu-code").split()
+    return Toolkit(Path(home[1]).resolve(), release[1], library_dirs, gpus)
+
+
+def why_no_cuda(torch, toolkit):
     """What the CUDA ops lack here, or None."""
-    if not CUDA_SOURCES:
-        return "this version has no CUDA sources"
     if torch.version.cuda is None:
         return "torch is a CPU build"
-    nvcc = Path(cuda_home or "", "bin", "nvcc")
-    if cuda_home is None or not nvcc.exists():
+    if toolkit is None:
         return "nvcc is not found; set CUDA_HOME"
-    printed = subprocess.run([nvcc, "--version"], capture_output=True, text=True).stdout
-    release = re.search(r"release (\d+)\.", printed)
-    major = torch.version.cuda.split(".")[0]
-    if release is None or release[1] != major:
-        found = release[1] if release else "unreadable"
-        return f"torch was built with CUDA {major}, {nvcc} is CUDA {found}; set CUDA_HOME"
+    wanted, found = torch.version.cuda.split(".")[0], toolkit.release.split(".")[0]
+    if wanted != found:
+        return (
+            f"torch was built with CUDA {wanted}, {toolkit.home} is CUDA {found}; "
+            f"set CUDA_HOME to a toolkit of CUDA {wanted}, or install a torch for CUDA {found}"
+        )
     return None
+
+
+def gpu_flags(toolkit, cpp_extension):
+    """nvcc's options for what TORCH_CUDA_ARCH_LIST names, or for GPUS and PTX."""
+    if os.environ.get("TORCH_CUDA_ARCH_LIST"):
+        return cpp_extension._get_cuda_arch_flags()
+    pairs = [(gpu.replace("sm", "compute"), gpu) for gpu in GPUS if gpu.rstrip("a") in toolkit.gpus]
+    return [f"-gencode=arch={virtual},code={real}" for virtual, real in [*pairs, (PTX, PTX)]]
+
+
+def add_cuda(keywords, toolkit, cpp_extension):
+    """To the keywords of an Extension, what builds the CUDA ops."""
+    cpp_extension.CUDA_HOME = str(toolkit.home)
+    gpus = gpu_flags(toolkit, cpp_extension)
+    built_for = ",".join(re.findall(r",code=(\w+)", " ".join(gpus)))
+    print(f"lvrpo: building with CUDA ops for {built_for}, by {toolkit.home}", file=sys.stderr)
+    keywords["sources"] += CUDA_SOURCES
+    keywords["extra_compile_args"]["cxx"] += [f"-DLVRPO_CUDA_ARCHITECTURES={built_for}"]
+    keywords["extra_compile_args"]["nvcc"] = NVCC_FLAGS + gpus
+    # The runtime is part of the library, which then loads beside a torch without CUDA, too.
+    keywords["libraries"] = ["cudart_static", "dl", "rt", "pthread"]
+    keywords["library_dirs"] = toolkit.library_dirs
 
 
 def extension():
@@ -98,23 +156,24 @@ def extension():
     import pybind11
     from torch.utils import cpp_extension
 
-    kind, flags = cpp_extension.CppExtension, {"cxx": COMMON_FLAGS + CPU_FLAGS}
-    sources = ["csrc/library.cpp", *sorted(map(str, Path("csrc/cpu").glob("*.cpp")))]
-    no_cuda = "not asked for" if BUILD == "cpu" else why_no_cuda(torch, cpp_extension.CUDA_HOME)
+    keywords = {
+        "sources": ["csrc/library.cpp", *sorted(map(str, Path("csrc/cpu").glob("*.cpp")))],
+        "include_dirs": [str(Path("csrc").absolute()), pybind11.get_include()],
+        "extra_compile_args": {"cxx": COMMON_FLAGS + CPU_FLAGS},
+    }
+    toolkit = None if BUILD == "cpu" else find_toolkit()
+    no_cuda = "not asked for" if BUILD == "cpu" else why_no_cuda(torch, toolkit)
     if no_cuda is None:
-        kind, sources = cpp_extension.CUDAExtension, sources + CUDA_SOURCES
-        flags["cxx"] = [*flags["cxx"], "-DLVRPO_WITH_CUDA"]
-        flags["nvcc"] = [*COMMON_FLAGS, "-lineinfo"]
-        if not torch.cuda.is_available():
-            os.environ.setdefault("TORCH_CUDA_ARCH_LIST", "8.0;9.0a+PTX")
+        add_cuda(keywords, toolkit, cpp_extension)
     elif BUILD == "cuda":
         sys.exit(f"lvrpo: LVRPO_BUILD=cuda, but {no_cuda}")
-    elif BUILD == "auto" and CUDA_SOURCES and torch.version.cuda is not None:
+    elif BUILD == "auto" and torch.version.cuda is not None:
         print(f"\nlvrpo: building WITHOUT the CUDA ops: {no_cuda}.\n", file=sys.stderr)
-    include_dirs = [str(Path("csrc").absolute()), pybind11.get_include()]
-    module = kind("lvrpo._C", sources, include_dirs=include_dirs, extra_compile_args=flags)
-    module.depends = sorted(map(str, Path("csrc").rglob("*.h")))
+    # Not CUDAExtension, which links torch's own CUDA libraries: the stable ABI needs none of them.
+    module = cpp_extension.CppExtension("lvrpo._C", **keywords)
+    module.depends = sorted(str(x) for x in Path("csrc").rglob("*") if x.suffix in (".h", ".cuh"))
     return {"ext_modules": [module], "cmdclass": {"build_ext": cpp_extension.BuildExtension}}
 
 
-setup(**extension())
+if __name__ == "__main__":
+    setup(**extension())

@@ -73,15 +73,22 @@ std::string cpu_capability() {
   return "baseline";
 }
 
+// What the CUDA ops are compiled for, as nvcc names it: sm_90a is machine code, compute_90 is PTX for newer GPUs.
+std::string cuda_architectures() {
+#ifdef LVRPO_CUDA_ARCHITECTURES
+#define LVRPO_TEXT_OF(...) #__VA_ARGS__
+#define LVRPO_TEXT(...) LVRPO_TEXT_OF(__VA_ARGS__)
+  return LVRPO_TEXT(LVRPO_CUDA_ARCHITECTURES);
+#else
+  return "";
+#endif
+}
+
 pybind11::dict build_info() {
   pybind11::dict info;
   info["compiler"] = std::string(__VERSION__);
   info["stable_abi"] = "torch >= 2.10";
-#ifdef LVRPO_WITH_CUDA
-  info["cuda"] = true;
-#else
-  info["cuda"] = false;
-#endif
+  info["cuda"] = pybind11::str(cuda_architectures()).attr("replace")(",", " ").attr("split")();
   return info;
 }
 

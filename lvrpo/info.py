@@ -167,8 +167,8 @@ def describe() -> str:
     else:
         lines += [
             f"lvrpo._C   {extension['file']}",
-            f"  built    by {extension['compiler']}, for {extension['stable_abi']}, "
-            f"{'with' if extension['cuda'] else 'without'} CUDA ops",
+            f"  built    by {extension['compiler']}, for {extension['stable_abi']}",
+            f"  cuda     {_described(extension['cuda'])}",
             f"  runs as  {extension['cpu_capability']}",
         ]
 
@@ -198,6 +198,12 @@ def cpu_name() -> str:
         cpuinfo = ""
     match = re.search(r"^model name\s*:\s*(.+)$", cpuinfo, re.MULTILINE)
     return match[1] if match else platform.processor() or platform.machine()
+
+
+def _described(architectures: list[str]) -> str:
+    """What the CUDA ops of the extension are compiled for, by the names of nvcc."""
+    named = (f"PTX of {name}" if name.startswith("compute") else name for name in architectures)
+    return f"ops for {', '.join(named)}" if architectures else "no ops in this build"
 
 
 def _in_parentheses(text: str | None) -> str:

@@ -145,8 +145,6 @@ def test_wheel_without_the_extension_runs_the_reference_and_says_so(sdist, tmp_p
 def setup_script(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     """The functions of setup.py, which has built nothing."""
     monkeypatch.chdir(ROOT)
-    monkeypatch.setenv("LVRPO_BUILD", "off")
-    monkeypatch.setattr(sys, "argv", ["setup.py", "--version"])
     return runpy.run_path(str(ROOT / "setup.py"))
 
 
@@ -165,20 +163,68 @@ def test_what_the_extension_lacks(setup_script, monkeypatch, tmp_path):
     assert "Python.h" in why(torch_like())
 
 
-def test_what_the_cuda_ops_lack(setup_script, monkeypatch, tmp_path):
-    why = setup_script["why_no_cuda"]
-    monkeypatch.setitem(why.__globals__, "CUDA_SOURCES", [])
-    assert "no CUDA sources" in why(torch_like(cuda="13.0"), None)
-    monkeypatch.setitem(why.__globals__, "CUDA_SOURCES", ["csrc/cuda/op.cu"])
-    assert "CPU build" in why(torch_like(), tmp_path)
-    assert "nvcc is not found" in why(torch_like(cuda="13.0"), None)
-    assert "nvcc is not found" in why(torch_like(cuda="13.0"), tmp_path)
-    nvcc = tmp_path / "bin/nvcc"
-    nvcc.parent.mkdir()
-    nvcc.write_text("#!/bin/sh\necho Cuda compilation tools, release 12.8, V12.8.93\n")
+def toolkit_like(folder: Path, release: str, gpus: str = "sm_80 sm_90 compute_90") -> Path:
+    """A folder with an nvcc that describes itself as the real one does."""
+    nvcc = folder / "bin/nvcc"
+    nvcc.parent.mkdir(parents=True)
+    nvcc.write_text(
+        f"""#!/bin/sh
+        case $1 in
+        --version) echo "Cuda compilation tools, release {release}, V{release}.93" ;;
+        --list-gpu-code) echo "{gpus}" ;;
+        --dryrun) printf '#$ TOP={folder}/bin/..\\n#$ LIBRARIES= "-L{folder}/lib"\\n' >&2 ;;
+        esac
+        """
+    )
     nvcc.chmod(0o755)
-    assert "built with CUDA 13" in why(torch_like(cuda="13.0"), tmp_path)
-    assert why(torch_like(cuda="12.6"), tmp_path) is None
+    return folder
+
+
+def test_what_the_cuda_ops_lack(setup_script):
+    why, toolkit = setup_script["why_no_cuda"], setup_script["Toolkit"]
+    found = toolkit(Path("/toolkit"), "12.8", [], [])
+    assert "CPU build" in why(torch_like(), found)
+    assert "nvcc is not found" in why(torch_like(cuda="13.0"), None)
+    other = why(torch_like(cuda="13.0"), found)
+    assert "built with CUDA 13, /toolkit is CUDA 12; set CUDA_HOME to a toolkit of CUDA 13" in other
+    assert "\n" not in other
+    assert why(torch_like(cuda="12.6"), found) is None
+
+
+def test_the_toolkit_is_that_of_the_nvcc_that_answers(setup_script, monkeypatch, tmp_path):
+    monkeypatch.delenv("CUDA_HOME", raising=False)
+    monkeypatch.delenv("CUDA_PATH", raising=False)
+    real = toolkit_like(tmp_path / "cuda-12.8", "12.8")
+    script = tmp_path / "local/bin/nvcc"
+    script.parent.mkdir(parents=True)
+    script.write_text(f'#!/bin/sh\nexec {real}/bin/nvcc "$@"\n')
+    script.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{script.parent}:{os.environ['PATH']}")
+    found = setup_script["find_toolkit"]()
+    assert (found.home, found.release, found.library_dirs) == (real, "12.8", [f"{real}/lib"])
+
+    named = toolkit_like(tmp_path / "cuda-13.0", "13.0")
+    monkeypatch.setenv("CUDA_HOME", str(named))
+    assert setup_script["find_toolkit"]().home == named
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path))
+    assert setup_script["find_toolkit"]() is None
+
+
+def test_gpus_are_those_that_are_named_or_that_nvcc_knows(setup_script, monkeypatch):
+    from torch.utils import cpp_extension
+
+    def flags(*known: str) -> list[str]:
+        toolkit = setup_script["Toolkit"](Path("/toolkit"), "12.6", [], list(known))
+        return setup_script["gpu_flags"](toolkit, cpp_extension)
+
+    monkeypatch.delenv("TORCH_CUDA_ARCH_LIST", raising=False)
+    for known in (["sm_80", "sm_90"], ["sm_80", "sm_90", "sm_100"]):
+        codes = [flag.rpartition("=")[2] for flag in flags(*known)]
+        assert [code.rstrip("a") for code in codes[:-1]] == known
+        # PTX of a GPU with a letter runs on that GPU alone.
+        assert codes[-1] == "compute_90"
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "9.0a")
+    assert flags("sm_80", "sm_90") == ["-gencode=arch=compute_90a,code=sm_90a"]
 
 
 @pytest.mark.parametrize(
