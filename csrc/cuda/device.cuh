@@ -249,9 +249,8 @@ struct alignas(16) Pack {
   }
   __device__ __forceinline__ void write(T* to) const {
     // As one number: nvcc takes a uint4 apart, and does not always find its four words together again.
-    unsigned __int128 all;
-    memcpy(&all, word, sizeof(all));
-    *reinterpret_cast<unsigned __int128*>(to) = all;
+    const uint64_t low = static_cast<uint64_t>(word[1]) << 32 | word[0], high = static_cast<uint64_t>(word[3]) << 32 | word[2];
+    *reinterpret_cast<unsigned __int128*>(to) = static_cast<unsigned __int128>(high) << 64 | low;
   }
   // From any address of a T: out of the two aligned packs that hold it, of which the second is not touched if the first
   // has all.
