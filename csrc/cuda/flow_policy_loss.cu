@@ -132,20 +132,13 @@ __global__ __launch_bounds__(TERMS_THREADS) void terms_kernel(Samples<acc> sampl
   *loss = static_cast<acc>(totals.loss);
 }
 
-// A chunk of dv [N, elements] by chunk_of(range, first element). No sum depends on where chunks begin: they do where a store
-// of 16 bytes may.
-template <typename scalar_t, typename ChunkOf>
-__device__ __forceinline__ void write_slice(const Slice& slice, bool aligned, scalar_t* dv, const ChunkOf& chunk_of) {
-  const int before = static_cast<int>(reinterpret_cast<uintptr_t>(dv + slice.begin) % 16 / sizeof(scalar_t));
-  slice.for_each_chunk<Pack<scalar_t>::SIZE>(
-      aligned && before == 0, [&](auto range, int64_t at) { chunk_of(range, at).write(dv + at, range); }, before);
-}
-
+// dv [N, elements].
 template <bool HAS_REF, typename by_t, typename scalar_t, typename acc>
 __device__ __forceinline__ void write_gradient(const Slice& slice, const Velocities<scalar_t, acc>& latents,
                                                const Direction<by_t>& by, scalar_t* dv) {
   using Here = Elements<scalar_t, acc, HAS_REF>;
-  write_slice(slice, latents.are_aligned(slice.begin), dv, [&](auto range, int64_t at) {
+  const int ahead = ahead_of(dv + slice.begin);
+  const auto write = [&](auto range, int64_t at) {
     const Here here(latents, range, at);
     Chunk<scalar_t, Here::SIZE> gradient;
 #pragma unroll
@@ -156,8 +149,19 @@ __device__ __forceinline__ void write_gradient(const Slice& slice, const Velocit
         gradient.set(i, static_cast<acc>(by.gradient(here.v[i], here.v_old[i], here.z[i])));
       }
     }
-    return gradient;
-  });
+    gradient.write(dv + at, range);
+  };
+  slice.for_each_chunk<Here::SIZE>(latents.are_aligned(slice.begin), write, ahead);
+}
+
+template <typename scalar_t>
+__device__ __forceinline__ void write_zeros(const Slice& slice, scalar_t* dv) {
+  constexpr int SIZE = Pack<scalar_t>::SIZE;
+  Chunk<scalar_t, SIZE> zeros;
+#pragma unroll
+  for (int i = 0; i < SIZE; ++i) zeros.set(i, acc_t<scalar_t>(0));
+  const auto write = [&](auto range, int64_t at) { zeros.write(dv + at, range); };
+  slice.for_each_chunk<SIZE>(true, write, ahead_of(dv + slice.begin));
 }
 
 template <bool HAS_REF, typename scalar_t, typename acc>
@@ -169,7 +173,7 @@ __global__ __launch_bounds__(SLICE_THREADS) void gradient_kernel(const acc* __re
   const double* direction = directions + 3 * slice.sample;
   const Direction<acc> by = scaled(direction, *dloss);
   if (by.is_zero()) {  // without weight it may hold NaN
-    write_slice(slice, true, dv, [](auto, int64_t) { return Chunk<scalar_t, Pack<scalar_t>::SIZE>{}; });
+    write_zeros(slice, dv);
   } else if (by.is_finite()) {
     write_gradient<HAS_REF>(slice, latents, by, dv);
   } else {

@@ -7,17 +7,13 @@
 #include <optional>
 #include <tuple>
 
-#include "common/latents.h"
-#include "cuda/device.cuh"
+#include "cuda/latents.cuh"
 
 namespace lvrpo {
 namespace {
 
 using std::optional;
 
-constexpr int THREADS = 256;
-// Elements of a slice: enough for every thread to have 16, so that the reduction costs little.
-constexpr int64_t SLICE = 16 * THREADS;
 constexpr double HALF_LOG_2PI = 0.91893853320467274178;
 
 template <typename acc>
@@ -25,68 +21,114 @@ struct Steps {
   SampleNumbers<acc> c_x, c_v, std;
 };
 
-int64_t slices_of(const Latents& size) { return (size.elements + SLICE - 1) / SLICE; }
-
 // log of the density by the mean square of the noise.
 template <typename acc>
 __device__ __forceinline__ acc logprob_of(double squares, int64_t elements, acc std) {
   return static_cast<acc>(-0.5 * (squares / static_cast<double>(elements)) - log(static_cast<double>(std)) - HALF_LOG_2PI);
 }
 
-// parts [N, slices] takes the sums of noise^2 where there are several slices.
-template <typename scalar_t, typename acc>
-__global__ __launch_bounds__(THREADS) void step_kernel(const scalar_t* velocity, const acc* x_t, const acc* noise,
-                                                       Steps<acc> steps, int64_t elements, int64_t slices, acc* x_next,
-                                                       acc* logprob, double* parts) {
-  const int64_t sample = blockIdx.x / slices, slice = blockIdx.x % slices;
-  const int64_t last = slice + 1 < slices ? SLICE : elements - slice * SLICE, begin = sample * elements + slice * SLICE;
-  const acc c_x = steps.c_x[sample], c_v = steps.c_v[sample], std = steps.std[sample];
-  const bool stochastic = noise != nullptr && std > acc(0);
+// Writes a slice of x_next and returns this thread's share of the sum of noise^2. The noise of a deterministic step is not
+// read: it may be NaN.
+template <bool STOCHASTIC, typename scalar_t, typename acc>
+__device__ __forceinline__ double step_slice(const Slice& slice, const scalar_t* velocity, const acc* x_t,
+                                             const acc* noise, acc c_x, acc c_v, acc std, acc* x_next) {
+  constexpr int SIZE = Pack<scalar_t>::SIZE;
+  const int64_t begin = slice.begin;
+  const bool aligned = is_aligned(velocity + begin) && is_aligned(x_t + begin) && is_aligned(x_next + begin) &&
+                       (!STOCHASTIC || is_aligned(noise + begin));
   double squares = 0;
-  for (int64_t i = threadIdx.x; i < last; i += THREADS) {
-    const acc mean = c_x * x_t[begin + i] + c_v * load(velocity + begin + i);
-    // The noise of a deterministic step is not read: it may be NaN.
-    const acc z = stochastic ? noise[begin + i] : acc(0);
-    x_next[begin + i] = stochastic ? mean + std * z : mean;
-    squares += static_cast<double>(z) * static_cast<double>(z);
-  }
+  slice.for_each_chunk<SIZE>(aligned, [&](auto range, int64_t at) {
+    Chunk<scalar_t, SIZE> v;
+    Chunk<acc, SIZE> x, z, next;
+    v.read(velocity + at, range);
+    x.read(x_t + at, range);
+    if constexpr (STOCHASTIC) z.read(noise + at, range);
+#pragma unroll
+    for (int i = 0; i < SIZE; ++i) {
+      const acc mean = c_x * x[i] + c_v * v[i];
+      if constexpr (STOCHASTIC) {
+        next.set(i, mean + std * z[i]);
+        squares += static_cast<double>(z[i]) * static_cast<double>(z[i]);
+      } else {
+        next.set(i, mean);
+      }
+    }
+    next.write(x_next + at, range);
+  });
+  return squares;
+}
+
+// All [N, elements], logprob [N]. parts [N, slices] takes the sums of noise^2 where there are several slices.
+template <typename scalar_t, typename acc>
+__global__ __launch_bounds__(SLICE_THREADS) void step_kernel(const scalar_t* __restrict__ velocity,
+                                                             const acc* __restrict__ x_t, const acc* __restrict__ noise,
+                                                             Steps<acc> steps, int64_t elements, int64_t slices,
+                                                             acc* __restrict__ x_next, acc* logprob, double* parts) {
+  const Slice slice(elements, slices);
+  const acc c_x = steps.c_x[slice.sample], c_v = steps.c_v[slice.sample], std = steps.std[slice.sample];
+  const bool stochastic = noise != nullptr && std > acc(0);
+  double squares = stochastic ? step_slice<true>(slice, velocity, x_t, noise, c_x, c_v, std, x_next)
+                              : step_slice<false>(slice, velocity, x_t, noise, c_x, c_v, std, x_next);
   squares = over_block(squares, Add{}, shared_memory<double>());
   if (threadIdx.x != 0) return;
   if (slices > 1) {
     parts[blockIdx.x] = squares;
   } else {
-    logprob[sample] = stochastic ? logprob_of(squares, elements, std) : acc(0);
+    logprob[slice.sample] = stochastic ? logprob_of(squares, elements, std) : acc(0);
   }
 }
 
 template <typename acc>
-__global__ __launch_bounds__(THREADS) void logprob_kernel(const double* parts, SampleNumbers<acc> std, bool has_noise,
-                                                          int64_t samples, int64_t elements, int64_t slices,
-                                                          acc* logprob) {
-  const int64_t sample = static_cast<int64_t>(blockIdx.x) * THREADS + threadIdx.x;
-  if (sample >= samples) return;
-  double squares = 0;
-  for (int64_t slice = 0; slice < slices; ++slice) squares += parts[sample * slices + slice];
+__global__ __launch_bounds__(SLICE_THREADS) void logprob_kernel(const double* parts, SampleNumbers<acc> std,
+                                                                bool has_noise, int64_t samples, int64_t elements,
+                                                                int64_t slices, int lanes, acc* logprob) {
+  const int64_t sample = (static_cast<int64_t>(blockIdx.x) * SLICE_THREADS + threadIdx.x) / lanes;
+  const double squares = over_slices(parts + sample * slices, slices, lanes, sample < samples);
+  if (sample >= samples || lane() % lanes != 0) return;
   const acc s = std[sample];
   logprob[sample] = has_noise && s > acc(0) ? logprob_of(squares, elements, s) : acc(0);
 }
 
-// d mean = dx_next + dlogprob z / (std D).
+// d mean = dx_next + factor z. Without a gradient of the log-prob the noise is not read: it may be NaN.
+template <bool HAS_NOISE, typename acc>
+__device__ __forceinline__ void gradient_slice(const Slice& slice, const acc* dx_next, const acc* noise, acc factor,
+                                               acc c_x, acc c_v, acc* dvelocity, acc* dx_t) {
+  constexpr int SIZE = Pack<acc>::SIZE;
+  const int64_t begin = slice.begin;
+  const bool aligned = is_aligned(dx_next + begin) && is_aligned(dvelocity + begin) && is_aligned(dx_t + begin) &&
+                       (!HAS_NOISE || is_aligned(noise + begin));
+  const auto write = [&](auto range, int64_t at) {
+    Chunk<acc, SIZE> dx, z, dv;
+    dx.read(dx_next + at, range);
+    if constexpr (HAS_NOISE) z.read(noise + at, range);
+#pragma unroll
+    for (int i = 0; i < SIZE; ++i) {
+      acc dmean = dx[i];
+      if constexpr (HAS_NOISE) dmean += factor * z[i];
+      dv.set(i, c_v * dmean);
+      dx.set(i, c_x * dmean);
+    }
+    dv.write(dvelocity + at, range);
+    dx.write(dx_t + at, range);
+  };
+  slice.for_each_chunk<SIZE>(aligned, write, ahead_of(dvelocity + begin));
+}
+
+// All [N, elements], dlogprob [N].
 template <typename acc>
-__global__ __launch_bounds__(THREADS) void gradient_kernel(const acc* dx_next, const acc* dlogprob, const acc* noise,
-                                                           Steps<acc> steps, int64_t elements, int64_t slices,
-                                                           acc* dvelocity, acc* dx_t) {
-  const int64_t sample = blockIdx.x / slices, slice = blockIdx.x % slices;
-  const int64_t last = slice + 1 < slices ? SLICE : elements - slice * SLICE, begin = sample * elements + slice * SLICE;
-  const acc c_x = steps.c_x[sample], c_v = steps.c_v[sample], std = steps.std[sample];
+__global__ __launch_bounds__(SLICE_THREADS) void gradient_kernel(const acc* __restrict__ dx_next, const acc* dlogprob,
+                                                                 const acc* __restrict__ noise, Steps<acc> steps,
+                                                                 int64_t elements, int64_t slices,
+                                                                 acc* __restrict__ dvelocity, acc* __restrict__ dx_t) {
+  const Slice slice(elements, slices);
+  const acc c_x = steps.c_x[slice.sample], c_v = steps.c_v[slice.sample], std = steps.std[slice.sample];
   const bool stochastic = noise != nullptr && std > acc(0);
-  const acc factor = stochastic ? dlogprob[sample] / (std * static_cast<acc>(elements)) : acc(0);
-  for (int64_t i = threadIdx.x; i < last; i += THREADS) {
-    // Without a gradient of the log-prob the noise is not read: it may be NaN.
-    const acc of_noise = factor != acc(0) ? factor * noise[begin + i] : acc(0);
-    const acc dmean = dx_next[begin + i] + of_noise;
-    dvelocity[begin + i] = c_v * dmean;
-    dx_t[begin + i] = c_x * dmean;
+  // d log-prob / d mean = z / (std D)
+  const acc factor = stochastic ? dlogprob[slice.sample] / (std * static_cast<acc>(elements)) : acc(0);
+  if (factor != acc(0)) {
+    gradient_slice<true>(slice, dx_next, noise, factor, c_x, c_v, dvelocity, dx_t);
+  } else {
+    gradient_slice<false>(slice, dx_next, noise, factor, c_x, c_v, dvelocity, dx_t);
   }
 }
 
@@ -107,12 +149,13 @@ std::tuple<Tensor, Tensor> flow_step_fwd(Tensor velocity, Tensor x_t, optional<T
     const PerSample<acc> of_x(c_x, size.samples, "c_x"), of_v(c_v, size.samples, "c_v"), of_noise(std, size.samples, "std");
     const Steps<acc> steps{of_x.numbers(), of_v.numbers(), of_noise.numbers()};
     double* sums = parts.mutable_data_ptr<double>();
-    launch(device, {size.samples * slices, THREADS, sizeof(double) * THREADS / WARP}, step_kernel<scalar_t, acc>,
+    launch(device, {size.samples * slices, SLICE_THREADS, sizeof(double) * SLICE_THREADS / WARP}, step_kernel<scalar_t, acc>,
            velocity.const_data_ptr<scalar_t>(), data<acc>(x_t, "x_t"), noise ? data<acc>(*noise, "noise") : nullptr, steps,
            size.elements, slices, x_next.mutable_data_ptr<acc>(), logprob.mutable_data_ptr<acc>(), sums);
-    if (slices > 1)
-      launch(device, {(size.samples + THREADS - 1) / THREADS, THREADS}, logprob_kernel<acc>, sums, steps.std,
-             noise.has_value(), size.samples, size.elements, slices, logprob.mutable_data_ptr<acc>());
+    if (slices == 1) return;
+    const int lanes = lanes_of(slices);
+    launch(device, {(size.samples * lanes + SLICE_THREADS - 1) / SLICE_THREADS, SLICE_THREADS}, logprob_kernel<acc>, sums,
+           steps.std, noise.has_value(), size.samples, size.elements, slices, lanes, logprob.mutable_data_ptr<acc>());
   });
   return {x_next, logprob};
 }
@@ -131,7 +174,7 @@ std::tuple<Tensor, Tensor> flow_step_bwd(Tensor dx_next, Tensor dlogprob, option
   LVRPO_DISPATCH_ACC(dx_next.scalar_type(), acc, [&] {
     const PerSample<acc> of_x(c_x, size.samples, "c_x"), of_v(c_v, size.samples, "c_v"), of_noise(std, size.samples, "std");
     const Steps<acc> steps{of_x.numbers(), of_v.numbers(), of_noise.numbers()};
-    launch(device, {size.samples * slices, THREADS}, gradient_kernel<acc>, dx_next.const_data_ptr<acc>(),
+    launch(device, {size.samples * slices, SLICE_THREADS}, gradient_kernel<acc>, dx_next.const_data_ptr<acc>(),
            data<acc>(dlogprob, "dlogprob"), noise ? data<acc>(*noise, "noise") : nullptr, steps, size.elements, slices,
            dvelocity.mutable_data_ptr<acc>(), dx_t.mutable_data_ptr<acc>());
   });

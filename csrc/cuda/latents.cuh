@@ -11,7 +11,7 @@ namespace lvrpo {
 
 // Threads of a block that has a slice: eight of them fill an SM, and a reduction joins eight warps.
 inline constexpr int SLICE_THREADS = 256;
-// Elements of a slice: enough for every thread to have 16, so that the reduction costs little.
+// Elements of a slice: enough for every thread to have 16, so that a reduction costs little.
 inline constexpr int SLICE = 16 * SLICE_THREADS;
 // Chunks of each array that a thread asks for before it waits for the first: with three or four arrays, 64 KB an SM of
 // half its threads, where 3.4 TB/s need 25.
@@ -77,19 +77,26 @@ struct Slice {
   }
 
   // body(Whole or Part, first element) of this thread's chunks of SIZE elements. `aligned`: at `begin` all arrays have an
-  // address that is a multiple of 16. The first chunk begins `before` elements ahead of the slice and leaves them out.
+  // address that is a multiple of 16. The first chunk begins `ahead` elements before the slice and leaves them out.
   template <int SIZE, typename Body>
-  __device__ __forceinline__ void for_each_chunk(bool aligned, const Body& body, int before = 0) const {
-    if (aligned && size == SLICE && before == 0) {
+  __device__ __forceinline__ void for_each_chunk(bool aligned, const Body& body, int ahead = 0) const {
+    if (aligned && size == SLICE && ahead == 0) {
       constexpr int CHUNKS = SLICE / (SIZE * SLICE_THREADS);
 #pragma unroll CHUNKS_IN_FLIGHT
       for (int i = 0; i < CHUNKS; ++i) body(Whole{}, begin + (i * SLICE_THREADS + static_cast<int>(threadIdx.x)) * SIZE);
       return;
     }
-    for (int at = static_cast<int>(threadIdx.x) * SIZE - before; at < size; at += SLICE_THREADS * SIZE)
+    for (int at = static_cast<int>(threadIdx.x) * SIZE - ahead; at < size; at += SLICE_THREADS * SIZE)
       body(Part{at < 0 ? -at : 0, size - at < SIZE ? size - at : SIZE}, begin + at);
   }
 };
+
+// How many elements ahead of its slice the first chunk begins so that stores to `first`, that of the slice, are of 16 bytes;
+// where no sum depends on it.
+template <typename T>
+__device__ __forceinline__ int ahead_of(const T* first) {
+  return static_cast<int>(reinterpret_cast<uintptr_t>(first) % 16 / sizeof(T));
+}
 
 // Lanes that share a sample where its slices are added: each adds about four, next to each other in time.
 inline int lanes_of(int64_t slices) {
