@@ -9,7 +9,7 @@ import torch
 import triton
 import triton.language as tl
 
-from lvrpo.kernels._launch import LaunchConfig, launch
+from lvrpo.kernels._launch import LaunchConfig, cdiv, launch
 from lvrpo.kernels._log_ratio import is_saturated, saturate
 from lvrpo.kernels._policy_terms import is_finite, kl_term, surrogate_term
 from lvrpo.kernels._primitives import LN2, LOG2E, as_scalar, capped_logit
@@ -38,6 +38,9 @@ CAPPED_ROW_LOSS = ROW_LOSS | {
         {"BLOCK_V": 8192, "LANES": 8, "BLOCK_D": 8192}, num_warps=32, num_stages=1
     )
 }
+SCALE = LaunchConfig({"BLOCK": 2048}, num_warps=4, num_stages=1)
+# As many as the largest GPU holds at a time: what finds a factor of 1 is over in microseconds.
+SCALE_PROGRAMS = 2048
 
 
 @triton.jit
@@ -246,6 +249,61 @@ def _row_loss_kernel(
             column = begin + tl.arange(0, BLOCK_D)
             zeros = tl.zeros([BLOCK_D], dlogits_ptr.dtype.element_ty)
             tl.store(dlogits_row + column, zeros, mask=column < vocab)
+
+
+@triton.jit(do_not_specialize=["rows", "columns"])
+def _scale_kernel(
+    gradient_ptr,  # [rows, columns]
+    factor_ptr,  # []
+    scaled_ptr,  # [rows, columns], or None for the place of the gradient
+    rows: tl.int64,
+    columns: tl.int64,
+    stride_row: tl.int64,
+    stride_scaled_row: tl.int64,
+    BLOCK: tl.constexpr,
+):
+    factor = tl.load(factor_ptr)
+    if scaled_ptr is not None or factor != 1:
+        tiles = tl.cdiv(columns, BLOCK)
+        for tile in range(tl.program_id(0).to(tl.int64), tiles * rows, tl.num_programs(0)):
+            begin, row = tile % tiles * BLOCK, tile // tiles
+            from_ptr, to_ptr = gradient_ptr + row * stride_row, gradient_ptr + row * stride_row
+            if scaled_ptr is not None:
+                to_ptr = scaled_ptr + row * stride_scaled_row
+            column = begin + tl.arange(0, BLOCK)
+            # Whole tiles need no mask, which would take their loads apart.
+            if begin + BLOCK <= columns:
+                x = tl.load(from_ptr + column).to(factor.dtype) * factor
+                tl.store(to_ptr + column, x.to(to_ptr.dtype.element_ty))
+            else:
+                x = tl.load(from_ptr + column, mask=column < columns).to(factor.dtype) * factor
+                tl.store(to_ptr + column, x.to(to_ptr.dtype.element_ty), mask=column < columns)
+
+
+def scale_gradient(gradient, factor, dtype):
+    """The gradient times a factor [] that is not read on the host, in `dtype`.
+
+    In place where the dtype is that of the gradient: a factor of 1 then moves nothing.
+    """
+    scaled = None if gradient.dtype == dtype else gradient.new_empty(gradient.shape, dtype=dtype)
+    # One long row where it can be: its alignment is known then, whatever the columns are.
+    rows, columns, stride_row, stride_scaled_row = 1, gradient.numel(), 0, 0
+    if not gradient.is_contiguous():
+        (rows, columns), stride_row = gradient.shape, gradient.stride(0)
+        stride_scaled_row = columns
+    launch(
+        _scale_kernel,
+        (min(rows * cdiv(columns, SCALE.blocks["BLOCK"]), SCALE_PROGRAMS),),
+        SCALE,
+        gradient_ptr=gradient,
+        factor_ptr=factor,
+        scaled_ptr=scaled,
+        rows=rows,
+        columns=columns,
+        stride_row=stride_row,
+        stride_scaled_row=stride_scaled_row,
+    )
+    return gradient if scaled is None else scaled
 
 
 #: Numbers of the loss alone, and not of the slope of a token.

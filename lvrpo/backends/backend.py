@@ -111,6 +111,10 @@ class Backend(ABC):
         """
         return None
 
+    def scaled(self, gradient: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
+        """A gradient times a factor [] on its device, in `dtype`; it may be written to."""
+        return gradient.mul_(factor).to(dtype)
+
     def fused(self, op: str) -> Function | None:
         """A launcher that does by itself what an op made of others does in steps; or None."""
         return None

@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from lvrpo.backends import library
 from lvrpo.backends.backend import Backend, Function
@@ -72,6 +73,12 @@ class TritonBackend(Backend):
         """The Triton overload of `torch.ops.lvrpo.<name>`."""
         function: Function = getattr(torch.ops.lvrpo, f"{name}_triton")
         return function
+
+    def scaled(self, gradient: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
+        """As `Backend.scaled`, at most once over the gradient, and not at all where it is 1."""
+        module = importlib.import_module("lvrpo.kernels.logits_grpo_loss")
+        scaled: Tensor = module.scale_gradient(gradient, factor, dtype)
+        return scaled
 
     def fused(self, op: str) -> Function | None:
         """The launcher of `lvrpo.kernels.<op>`, where there is that file."""

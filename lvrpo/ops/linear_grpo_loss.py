@@ -174,7 +174,8 @@ class _LinearGrpoLoss(torch.autograd.Function):
             run = torch.ops.lvrpo.linear_grpo_loss_fwd
             return list(run(hidden, weight, bias, tensors, *ctx.options)[-3:])
 
-        gradients = fused.release_gradients(ctx, dloss, ctx.dtype, recompute)
+        backend = backends.named(ctx.options[-1])
+        gradients = fused.release_gradients(ctx, dloss, ctx.dtype, backend, recompute)
         needs = ctx.needs_input_grad[:3]
         wanted = (x if needed else None for x, needed in zip(gradients, needs, strict=True))
         return *wanted, None, None

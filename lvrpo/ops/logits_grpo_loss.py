@@ -191,7 +191,8 @@ class _LogitsGrpoLoss(torch.autograd.Function):
             torch.ops.lvrpo.logits_grpo_loss_fwd(dlogits, logits, tensors, *ctx.options)
             return [dlogits]
 
-        (dlogits,) = fused.release_gradients(ctx, dloss, ctx.dtype, recompute)
+        backend = backends.named(ctx.options[-1])
+        (dlogits,) = fused.release_gradients(ctx, dloss, ctx.dtype, backend, recompute)
         return dlogits, None, None, None, None
 
 

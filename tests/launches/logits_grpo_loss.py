@@ -67,6 +67,15 @@ def every_form() -> None:
     for dtype in (torch.bfloat16, torch.float64):
         call(64, LossParams(entropy_coef=0.1), dtype, ranged=True, softcap=30.0, vocab=32_003)
     call(64, LossParams(entropy_coef=0.1), ranged=True)
+    for narrow, wide in (
+        *((torch.bfloat16, torch.float32), (torch.float16, torch.float32)),
+        (torch.float64, torch.float64),
+    ):
+        factor = torch.empty((), dtype=wide, device="meta")
+        for dtype, wanted in ((narrow, narrow), (wide, narrow)):
+            gradient = torch.empty(64, 151_674, dtype=dtype, device="meta")
+            kernels.scale_gradient(gradient, factor, wanted)
+            kernels.scale_gradient(gradient[:, :-7], factor, wanted)
 
 
 def one_training_run() -> Iterator[None]:
@@ -78,4 +87,7 @@ def one_training_run() -> Iterator[None]:
         (70_000, 1.0, 1.0, 2.0),
     ):
         params = LossParams(beta=beta, clip_low=clip, entropy_coef=0.01 + beta)
+        factor = torch.empty((), dtype=torch.float32, device="meta")
+        gradient = torch.empty(tokens, 151_936, dtype=torch.bfloat16, device="meta")
+        kernels.scale_gradient(gradient, factor, torch.bfloat16)
         yield call(tokens, params, temperature=temperature)

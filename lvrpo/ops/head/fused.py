@@ -242,7 +242,11 @@ def save_gradients(ctx: Any, inputs: Sequence[Tensor | None], gradients: list[Te
 
 
 def release_gradients(
-    ctx: Any, dloss: Tensor, dtype: torch.dtype, recompute: Callable[[], list[Tensor]]
+    ctx: Any,
+    dloss: Tensor,
+    dtype: torch.dtype,
+    backend: Backend,
+    recompute: Callable[[], list[Tensor]],
 ) -> list[Tensor]:
     """The saved gradients, scaled and in `dtype`; from `recompute` the second time."""
     if ctx.traced:  # a graph may not write to what it saved
@@ -254,5 +258,5 @@ def release_gradients(
     scaled = []
     while gradients:  # emptied, so that no two copies outlive the loop
         gradient = gradients.pop(0)
-        scaled.append((gradient if by_one else gradient.mul_(dloss)).to(dtype))
+        scaled.append(gradient.to(dtype) if by_one else backend.scaled(gradient, dloss, dtype))
     return scaled
