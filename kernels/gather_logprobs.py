@@ -25,6 +25,11 @@ LANES = 8
 ROW_STATS = LaunchConfig({"BLOCK_V": 4096, "LANES": LANES}, num_warps=8, num_stages=3)
 GATHER = LaunchConfig({"BLOCK_T": 128}, num_warps=4, num_stages=1)
 DLOGITS = LaunchConfig({"BLOCK_V": 2048}, num_warps=4, num_stages=1)
+# What has a number or two for each token or row, and is read so, in whatever slice of a batch.
+SMALL = [
+    *("token_ids_ptr", "row_index_ptr", "vocab_range_ptr", "dlogprobs_ptr", "dentropy_ptr"),
+    *("lse_ptr", "entropy_ptr"),
+]
 
 
 @triton.jit
@@ -147,7 +152,7 @@ def logit_gradient(
     return dz * inv_temperature * capped_logit_derivative(x, cap, HAS_SOFTCAP)
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=SMALL)
 def _row_stats_kernel(
     logits_ptr,  # [R, V]
     vocab_range_ptr,  # [R, 2] or None
@@ -190,7 +195,7 @@ def _row_stats_kernel(
         tl.store(squares_ptr + row, squares)
 
 
-@triton.jit(do_not_specialize=["tokens", "rows"])
+@triton.jit(do_not_specialize=["tokens", "rows"], do_not_specialize_on_alignment=SMALL)
 def _gather_kernel(
     logits_ptr,  # [R, V]
     token_ids_ptr,  # [T]
@@ -232,7 +237,7 @@ def _gather_kernel(
     tl.store(logprobs_ptr + t, tl.where(valid, logprob, 0.0), mask=inside)
 
 
-@triton.jit(do_not_specialize=["tiles"])
+@triton.jit(do_not_specialize=["tiles"], do_not_specialize_on_alignment=SMALL)
 def _dlogits_kernel(
     dlogits_ptr,  # [R, V]
     dlogprobs_ptr,  # [T]

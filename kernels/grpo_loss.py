@@ -77,6 +77,11 @@ REDUCE = LaunchConfig({"BLOCK_P": 128, "ROWS": 16, "BLOCK_S": 256}, num_warps=8,
 # Blocks of tokens that a program of average length walks.
 BLOCKS_PER_PROGRAM = 4
 MAX_SPLITS = 64
+# What comes in whatever slice of a batch, and is read from wherever a sequence begins.
+SLICED = [
+    *("logp_ptr", "old_ptr", "advantage_ptr", "cu_seqlens_ptr", "ref_ptr", "entropy_ptr"),
+    *("mask_ptr", "policy_weight_ptr", "dentropy_ptr"),
+]
 
 
 @triton.jit
@@ -119,7 +124,7 @@ def _active(
     return asked, active & has_advantage
 
 
-@triton.jit(do_not_specialize=["tokens"])
+@triton.jit(do_not_specialize=["tokens"], do_not_specialize_on_alignment=SLICED)
 def _count_kernel(
     logp_ptr,  # [T]
     old_ptr,  # [T] or None
@@ -291,7 +296,9 @@ def _store_statistics(partial_ptr, lows, highs, caps, total, squares, smallest, 
     tl.store(part_ptr + KL_OLD * parts, tl.sum(kl_old, axis=0))
 
 
-@triton.jit(do_not_specialize=["tokens", "sequences", "splits"])
+@triton.jit(
+    do_not_specialize=["tokens", "sequences", "splits"], do_not_specialize_on_alignment=SLICED
+)
 def _terms_kernel(
     logp_ptr,  # [T]
     old_ptr,  # [T] or None

@@ -38,6 +38,11 @@ CAPPED_ROW_LOSS = ROW_LOSS | {
         {"BLOCK_V": 8192, "LANES": 8, "BLOCK_D": 8192}, num_warps=32, num_stages=1
     )
 }
+# What has a number or two for each token, in whatever slice of a batch.
+SLICED = [
+    *("token_ids_ptr", "vocab_range_ptr", "old_ptr", "advantage_ptr", "ref_ptr", "mask_ptr"),
+    *("policy_weight_ptr", "factor_ptr", "lse_ptr", "entropy_ptr"),
+]
 SCALE = LaunchConfig({"BLOCK": 2048}, num_warps=4, num_stages=1)
 # As many as the largest GPU holds at a time: what finds a factor of 1 is over in microseconds.
 SCALE_PROGRAMS = 2048
@@ -130,7 +135,7 @@ def _write_gradient(
         tl.store(dlogits_ptr + column, dx, mask=column < vocab, eviction_policy="evict_first")
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=SLICED)
 def _row_loss_kernel(
     dlogits_ptr,  # [R, V], may be the logits
     logits_ptr,  # [R, V]
@@ -251,7 +256,7 @@ def _row_loss_kernel(
             tl.store(dlogits_row + column, zeros, mask=column < vocab)
 
 
-@triton.jit(do_not_specialize=["rows", "columns"])
+@triton.jit(do_not_specialize=["rows", "columns"], do_not_specialize_on_alignment=SLICED)
 def _scale_kernel(
     gradient_ptr,  # [rows, columns]
     factor_ptr,  # []

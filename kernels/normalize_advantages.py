@@ -49,9 +49,13 @@ TILE = 256  # numbers in a tile: 2 fp64 per thread, so that four programs share 
 # Every program adds up what all programs of the pass before left behind: more of them would add
 # longer than they work.
 MAX_PROGRAMS = 512
+# What comes in whatever slice of a batch, and is read sample by sample.
+SLICED = ["rewards_ptr", "offsets_ptr", "weights_ptr", "lengths_ptr"]
 
 
-@triton.jit(do_not_specialize=["batch", "groups", "programs"])
+@triton.jit(
+    do_not_specialize=["batch", "groups", "programs"], do_not_specialize_on_alignment=SLICED
+)
 def _batch_kernel(
     partial_ptr,  # [programs, 3, BLOCK_K] count, mean, squares of the column
     rewards_ptr,  # [B, K]
@@ -101,7 +105,9 @@ def _batch_kernel(
     tl.store(row + 2 * BLOCK_K, squares)
 
 
-@triton.jit(do_not_specialize=["batch", "groups", "programs"])
+@triton.jit(
+    do_not_specialize=["batch", "groups", "programs"], do_not_specialize_on_alignment=SLICED
+)
 def _measure_kernel(
     partial_ptr,  # [programs, 4 + BLOCK_K] tokens, squares, lowest, highest, mean by reward
     rewards_ptr,  # [B, K]
@@ -206,7 +212,9 @@ def _zero_outside(
         tl.store(values_ptr + sample, zeros, mask=outside)
 
 
-@triton.jit(do_not_specialize=["batch", "groups", "programs"])
+@triton.jit(
+    do_not_specialize=["batch", "groups", "programs"], do_not_specialize_on_alignment=SLICED
+)
 def _write_kernel(
     values_ptr,  # [B]
     per_reward_ptr,  # [B, K]

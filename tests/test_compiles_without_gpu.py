@@ -6,6 +6,7 @@ Triton's compiler and ptxas do the rest.
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import json
 import re
@@ -14,6 +15,7 @@ import tempfile
 from pathlib import Path
 
 import pytest
+import torch
 
 triton = pytest.importorskip("triton", reason="triton is not installed")
 if triton.knobs.runtime.interpret:
@@ -52,6 +54,14 @@ SPILL_BUDGET: dict[str, int] = {
 #: The same of kernels whose products are in fp32, for which there are no tensor cores: each product
 #: takes the registers of a tile more.
 SPILL_BUDGET_IN_FP32 = SPILL_BUDGET | {"_forward_kernel": 152}
+
+#: What launchers allocate, or the fused ops: never a slice.
+OWN = {
+    *("max_ptr", "log_sum_ptr", "logprobs_ptr", "squares_ptr", "order_ptr", "first_ptr"),
+    *("counts_ptr", "sums_ptr", "partial_ptr", "dlogp_ptr", "loss_ptr", "statistics_ptr"),
+    *("values_ptr", "per_reward_ptr", "spread_ptr", "measured_ptr", "means_ptr", "stats_ptr"),
+    *("all_zero_ptr", "gradient_ptr", "scaled_ptr"),
+}
 
 
 def specialise(launch: _launch.Launch, architecture: int):
@@ -129,3 +139,26 @@ def test_a_training_run_compiles_once(op):
     several = {name: len(found) for name, found in keys.items() if len(found) > 1}
     assert not several, "these would compile again and again"
     assert keys
+
+
+def misaligned(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.new_empty(tensor.numel() + 1)[1:].view(tensor.shape)
+
+
+@pytest.mark.parametrize("op", [op for op in OPS if op != "packed_attention"])
+def test_a_slice_of_a_batch_compiles_nothing_anew(op):
+    """Whatever is given for tokens, rows or sequences may begin anywhere in memory.
+
+    Logits may not: loads of 16 bytes are what their kernels live on. Attention has its tables from
+    the mask, which are whole.
+    """
+    several = set()
+    for launch in launches_of(op, "one_training_run"):
+        key = specialise(launch, 90)[0]
+        for name, value in launch.arguments.items():
+            if not isinstance(value, torch.Tensor) or "logits" in name or name in OWN:
+                continue
+            changed = {**launch.arguments, name: misaligned(value)}
+            if specialise(dataclasses.replace(launch, arguments=changed), 90)[0] != key:
+                several.add(f"{launch.kernel.__name__}: {name}")
+    assert not several
