@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch._subclasses import FakeTensorMode
 
 from lvrpo import backends, flow_step, gather_logprobs, info, linear_logprobs
 from lvrpo.backends import Backend
@@ -162,6 +163,27 @@ def test_cuda_has_a_seat_and_says_what_it_lacks():
         )
         with pytest.raises(ValueError, match=r"cuda: (gather_logprobs has no cuda|lvrpo)"):
             gather_logprobs(torch.randn(2, 3), torch.tensor([0, 1]), backend="cuda")
+
+
+@pytest.mark.parametrize(
+    ("capability", "chosen"), [((7, 5), "torch"), ((8, 0), "triton"), ((12, 0), "triton")]
+)
+@pytest.mark.parametrize("op", ["gather_logprobs", "linear_grpo_loss", "packed_attention"])
+def test_a_gpu_that_no_kernel_was_compiled_for_takes_the_reference(
+    monkeypatch, op, capability, chosen
+):
+    triton = backends.named("triton")
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.setattr(type(triton), "why_unavailable", lambda self: "")
+    monkeypatch.setattr(type(triton), "has_kernels", lambda self, op: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    with FakeTensorMode():
+        tensors = [torch.empty(4, 2, 64, device="cuda", dtype=torch.float16)] * 3
+    given = dict(zip("qkv", tensors, strict=True)) if op == "packed_attention" else None
+    assert backends.resolve(op, tensors, None, arguments=given).name == chosen
+    if chosen == "torch":
+        with pytest.raises(ValueError, match=r"capability 8\.0 and newer, got 7\.5"):
+            backends.resolve(op, tensors, "triton", arguments=given)
 
 
 def test_attention_without_a_schedule_is_asked_of_the_backend():
