@@ -24,11 +24,12 @@ EXTENSION := .venv/.extension-$(call hash,echo "$(PACKAGES) $(LVRPO_BUILD)"; fin
 
 # The tests of what has a Triton kernel, and of what is composed of them.
 INTERPRETED := $(wildcard $(patsubst kernels/%.py,tests/ops/test_%*.py,$(wildcard kernels/[a-z]*.py)) tests/ops/test_linear_*.py tests/test_unread_*.py tests/test_scaled_*.py)
+EMULATED := $(wildcard $(patsubst csrc/cuda/%.cu,tests/ops/test_%*.py,$(wildcard csrc/cuda/*.cu)))
 
 # Two cores do twice the work of one, where every process keeps to a thread of its own.
 PARALLEL := OMP_NUM_THREADS=1 $(BIN)/pytest -n auto --dist=worksteal --durations=10
 
-.PHONY: help setup train test test-slow bench lint types clean
+.PHONY: help setup train test test-slow cuda bench lint types clean
 
 help:  ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 20
@@ -43,11 +44,17 @@ test: setup  ## every test but the slow ones, and the benchmarks at small size
 	$(PARALLEL) -m "not slow"
 	@# Triton's kernels on the CPU, in processes of their own: Triton decides when it is imported.
 	TRITON_INTERPRET=1 $(PARALLEL) -m "not slow" --disable-warnings -k triton $(INTERPRETED)
+	@# The CUDA kernels on the CPU, every thread a fiber: tests/cuda/emulate.h.
+	LVRPO_EMULATE=1 $(PARALLEL) -m "not slow" -k emulated $(EMULATED)
 	$(BIN)/pytest benchmarks --benchmark-only
 
-test-slow: setup  ## the rest: long fuzzing, and every case in Triton's interpreter
+test-slow: setup  ## the rest: long fuzzing, and every case of a GPU's kernels on the CPU
 	$(PARALLEL) -m slow
 	TRITON_INTERPRET=1 $(PARALLEL) -m slow --disable-warnings -k triton $(INTERPRETED)
+	LVRPO_EMULATE=1 $(PARALLEL) -m slow -k emulated $(EMULATED)
+
+cuda: setup  ## compile the CUDA kernels with nvcc, as far as this machine can
+	$(BIN)/python tests/cuda/build.py
 
 bench: setup  ## the benchmarks at full size
 	$(BIN)/pytest benchmarks --benchmark-only --size=full

@@ -20,7 +20,6 @@ from pathlib import Path
 
 from setuptools import setup
 
-os.chdir(Path(__file__).parent)
 BUILD = os.environ.get("LVRPO_BUILD", "auto")
 # The ops are written against LibTorch's stable ABI, so one build serves torch >= 2.10.
 MINIMUM_TORCH = (2, 10)
@@ -28,8 +27,12 @@ COMMON_FLAGS = ["-O3", "-std=c++20", "-DTORCH_TARGET_VERSION=0x020a000000000000"
 # Not -ffast-math: masked rows rely on infinities. These two only drop errno and FP traps, without
 # which GCC will not vectorise exp; -fopenmp-simd honours `#pragma omp simd` and links nothing.
 CPU_FLAGS = ["-fno-math-errno", "-fno-trapping-math", "-fopenmp-simd", "-fvisibility=hidden"]
-CUDA_SOURCES = sorted(map(str, Path("csrc/cuda").glob("*.cu")))
-NVCC_FLAGS = [*COMMON_FLAGS, "-DUSE_CUDA", "-lineinfo", "-Xcompiler", "-fvisibility=hidden"]
+NVCC_FLAGS = [
+    *(*COMMON_FLAGS, "-DUSE_CUDA", "-lineinfo", "--expt-relaxed-constexpr"),
+    *("-Xcompiler", "-fPIC,-fvisibility=hidden"),
+]
+# The runtime is part of the library, which then loads beside a torch without CUDA, too.
+CUDA_LIBRARIES = ["cudart_static", "dl", "rt", "pthread"]
 # Machine code for these, as far as nvcc knows them, and PTX for GPUs that are newer. Not the PTX of
 # 90a, which no newer GPU takes; nor that of 80, which has no clusters.
 GPUS = ["sm_80", "sm_90a", "sm_100a"]
@@ -132,11 +135,10 @@ def add_cuda(keywords, toolkit, cpp_extension):
     gpus = gpu_flags(toolkit, cpp_extension)
     built_for = ",".join(re.findall(r",code=(\w+)", " ".join(gpus)))
     print(f"lvrpo: building with CUDA ops for {built_for}, by {toolkit.home}", file=sys.stderr)
-    keywords["sources"] += CUDA_SOURCES
+    keywords["sources"] += sorted(map(str, Path("csrc/cuda").glob("*.cu")))
     keywords["extra_compile_args"]["cxx"] += [f"-DLVRPO_CUDA_ARCHITECTURES={built_for}"]
     keywords["extra_compile_args"]["nvcc"] = NVCC_FLAGS + gpus
-    # The runtime is part of the library, which then loads beside a torch without CUDA, too.
-    keywords["libraries"] = ["cudart_static", "dl", "rt", "pthread"]
+    keywords["libraries"] = CUDA_LIBRARIES
     keywords["library_dirs"] = toolkit.library_dirs
 
 
@@ -176,4 +178,5 @@ def extension():
 
 
 if __name__ == "__main__":
+    os.chdir(Path(__file__).parent)
     setup(**extension())

@@ -9,7 +9,7 @@ import hypothesis
 import pytest
 import torch
 from interpreter_memory import checked_memory
-from runnable import RUNNABLE
+from runnable import EMULATED, RUNNABLE
 
 from lvrpo import backends, info
 from lvrpo.testing import interpreter_with_bf16
@@ -20,16 +20,15 @@ hypothesis.settings.load_profile("lvrpo")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """In Triton's interpreter seven of eight cases of a test are slow: many take seconds."""
-    if not backends.triton_interprets():
-        return
-    cases: collections.Counter[str] = collections.Counter()
+    """On the CPU seven of eight cases of a GPU's kernel are slow: many take seconds."""
+    slow = {"triton": backends.triton_interprets(), "emulated": EMULATED}
+    cases: collections.Counter[tuple[str, str]] = collections.Counter()
     for item in items:
         name = item.nodeid.partition("[")[0]
-        if "triton" in item.nodeid:
-            if cases[name] % 8:
+        for kernels in (x for x, is_here in slow.items() if is_here and x in item.nodeid):
+            if cases[name, kernels] % 8:
                 item.add_marker(pytest.mark.slow)
-            cases[name] += 1
+            cases[name, kernels] += 1
 
 
 @pytest.fixture(params=RUNNABLE)
