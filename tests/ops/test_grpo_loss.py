@@ -293,8 +293,9 @@ def test_opcheck(backend):
     names = ("logprobs", "old_logprobs", "advantages", "cu_seqlens", "ref_logprobs", "entropy")
     tensors = [inputs[name] for name in (*names, "mask", "policy_weights")]
     op, choices = torch.ops.lvrpo.grpo_loss_fwd_triton.default, params.choices()
-    if backend == "cpp":
-        op = torch.ops.lvrpo.grpo_loss_fwd.default
+    if backend != "triton":
+        ops = torch.ops.lvrpo_emulated if "emulated" in backend else torch.ops.lvrpo
+        op = ops.grpo_loss_fwd.default
         choices = library.positions("grpo_loss_fwd", choices)
     torch.library.opcheck(op, (*tensors, *by), choices)
     bare = (inputs["logprobs"], None, *tensors[2:4], None, None, None, None)
