@@ -297,9 +297,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> grpo_loss_fwd(
     optional<Tensor> entropy, optional<Tensor> mask, optional<Tensor> policy_weights, Tensor numbers,
     bool advantage_per_token, bool count_empty, int64_t ratio, int64_t surrogate, int64_t kl, int64_t kl_factor,
     int64_t kl_gradient, int64_t aggregation) {
-  GrpoLossCall call{logprobs,      old_logprobs,   advantages, cu_seqlens, ref_logprobs, entropy,
-                    mask,          policy_weights, numbers,    advantage_per_token,      count_empty,
-                    ratio,         surrogate,      kl,         kl_factor,  kl_gradient,  aggregation};
+  GrpoLossCall call{logprobs,  old_logprobs,   advantages, cu_seqlens,          ref_logprobs, entropy,
+                    mask,      policy_weights, numbers,    advantage_per_token, count_empty,  ratio,
+                    surrogate, kl,             kl_factor,  kl_gradient,         aggregation};
   call.prepare();
   const int64_t tokens = call.tokens(), sequences = call.sequences();
   const int64_t* start = call.cu_seqlens.const_data_ptr<int64_t>();

@@ -23,18 +23,20 @@ namespace {
 
 using std::optional;
 
-constexpr int THREADS = 256;
+constexpr int THREADS = 256;  // two blocks of 128 registers a thread on an SM
 // A block of the one launch: enough warps to hide what they wait for, few enough to leave them 128 registers each.
 constexpr int WHOLE_THREADS = 512;
 constexpr int WHOLE_CLUSTER = 8;  // the most that every device with clusters can form
 // Slices that a warp of the one launch takes: with more, the launches that are saved cost less than the idle SMs.
 constexpr int WHOLE_SLICES = 2;
 // Tokens of a lane whose loads are under way at once. A sequence begins anywhere, so that loads are of one number: a
-// warp's are a line of the cache all the same, and a token is dozens of instructions. More would not fit into registers.
+// warp's are a line of the cache all the same, and a token is dozens of instructions. More would not fit in registers.
 template <typename acc>
 inline constexpr int AT_ONCE = sizeof(acc) == sizeof(float) ? 4 : 1;
 template <typename acc>
 inline constexpr int STEP = WARP * AT_ONCE<acc>;
+// 16 tokens of a lane, next to which the sums of a slice, 120 bytes, and their shuffles cost little; and 128 warps for
+// 65,536 tokens, which is a cluster of 8 blocks.
 constexpr int LOG_SLICE = 9;
 constexpr int64_t SLICE = 1 << LOG_SLICE;
 // Sequences that a group of lanes adds up before another block is worth its launch.
@@ -429,7 +431,7 @@ __device__ __forceinline__ double outer_of(const Work<acc>& work, int64_t tallie
 
 struct AddTotals {
   __device__ __forceinline__ Total operator()(Total a, const Total& b) const {
-    Statistics &x = a.statistics;
+    Statistics& x = a.statistics;
     const Statistics& y = b.statistics;
     x.policy_loss += y.policy_loss, x.kl += y.kl, x.entropy += y.entropy, x.kl_old += y.kl_old;
     x.clip_fraction_low += y.clip_fraction_low, x.clip_fraction_high += y.clip_fraction_high;
@@ -617,9 +619,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> grpo_loss_fwd(
     optional<Tensor> entropy, optional<Tensor> mask, optional<Tensor> policy_weights, Tensor numbers,
     bool advantage_per_token, bool count_empty, int64_t ratio, int64_t surrogate, int64_t kl, int64_t kl_factor,
     int64_t kl_gradient, int64_t aggregation) {
-  GrpoLossCall call{logprobs, old_logprobs,   advantages, cu_seqlens,          ref_logprobs, entropy,
-                    mask,     policy_weights, numbers,    advantage_per_token, count_empty,  ratio,
-                    surrogate, kl,            kl_factor,  kl_gradient,         aggregation};
+  GrpoLossCall call{logprobs,  old_logprobs,   advantages, cu_seqlens,          ref_logprobs, entropy,
+                    mask,      policy_weights, numbers,    advantage_per_token, count_empty,  ratio,
+                    surrogate, kl,             kl_factor,  kl_gradient,         aggregation};
   call.prepare();
   const int64_t tokens = call.tokens(), sequences = call.sequences();
   const OnDeviceOf device(logprobs);
