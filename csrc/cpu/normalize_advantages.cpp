@@ -11,10 +11,10 @@
 #include <type_traits>
 #include <vector>
 
+#include "common/advantage_group.h"
 #include "common/check.h"
 #include "common/dispatch.h"
 #include "common/names.h"
-#include "cpu/advantage_group.h"
 
 namespace lvrpo {
 namespace {
@@ -38,6 +38,32 @@ void load(const void* x, int64_t begin, int64_t end, double* value, double* coun
     counted[i] = applies ? 1.0 : 0.0;
   }
 }
+
+// Samples that one thread has all of; see common/advantage_group.h.
+struct Rows {
+  int64_t size, rewards;
+  const double *values, *counts;
+  const bool* has_any;     // [size]
+  const int64_t* lengths;  // null unless the estimator counts tokens
+  double *parts, *totals;
+
+  static constexpr int64_t first() { return 0; }
+  static constexpr int64_t step() { return 1; }
+  double value(int64_t b, int64_t k) const { return values[b * rewards + k]; }
+  double counted(int64_t b, int64_t k) const { return counts[b * rewards + k]; }
+  bool scored(int64_t b) const { return has_any[b]; }
+  double length(int64_t b) const { return static_cast<double>(lengths[b]); }
+  double& part(int64_t b, int64_t k) const { return parts[b * rewards + k]; }
+  double& total(int64_t b) const { return totals[b]; }
+  template <typename T, typename Joined>
+  const T& over_group(const T& x, const Joined&) const {
+    return x;
+  }
+  template <typename T>
+  void show(T& to, const T& x) const {
+    to = x;
+  }
+};
 
 struct Input {
   int64_t batch, rewards, groups;
@@ -68,6 +94,12 @@ struct Chunk {
     in.load(in.x, begin * rewards, end * rewards, value.get(), counted.get());
   }
   int64_t samples() const { return end - begin; }
+  // Samples [from, to) of the batch, with parts that begin with those of `from`, and totals.
+  Rows rows(const Input& in, int64_t from, int64_t to, double* parts, double* totals) const {
+    const int64_t at = (from - begin) * rewards;
+    return {to - from,          rewards, value.get() + at, counted.get() + at, in.scored + from,
+            in.lengths + (in.lengths == nullptr ? 0 : from), parts, totals};
+  }
 };
 
 // body(chunk, sums), or body(chunk's index, first sample, last, sums) where the rewards are not needed. sums [width]
@@ -125,14 +157,6 @@ Moments moments(const Input& in, const Estimator& estimator) {
   return m;
 }
 
-// The weighted sum of a sample's rewards, a missing one counted as `missing[k]`.
-double weighted_sum(const Input& in, const double* value, const double* counted, const double* missing) {
-  double sum = 0;
-  for (int64_t k = 0; k < in.rewards; ++k)
-    sum += in.weights[k] * (counted[k] > 0 || missing == nullptr ? value[k] : missing[k]);
-  return sum;
-}
-
 // What a group is divided by where that is the same for the whole batch: one number per reward, or one for their sum.
 std::vector<double> batch_spread(const Input& in, const Estimator& estimator, const Moments& m) {
   const int64_t rewards = in.rewards;
@@ -140,15 +164,12 @@ std::vector<double> batch_spread(const Input& in, const Estimator& estimator, co
   if (estimator.scale == Scale::nonzero) {
     const int64_t columns = estimator.decoupled ? rewards : 1;
     std::vector<double> fraction = sum_over_chunks(in, columns, [&](const Chunk& chunk, double* sum) {
-      for (int64_t b = 0; b < chunk.samples(); ++b) {
-        const double *value = chunk.value.get() + b * rewards, *counted = chunk.counted.get() + b * rewards;
-        double size = 0;
-        for (int64_t k = 0; k < rewards; ++k) {
-          if (estimator.decoupled) sum[k] += value[k] != 0;
-          size += std::abs(in.weights[k]) * std::abs(value[k]);
-        }
-        if (!estimator.decoupled) sum[0] += std::abs(weighted_sum(in, value, counted, nullptr)) > ROUNDING * size;
-      }
+      const Rows rows = chunk.rows(in, chunk.begin, chunk.end, nullptr, nullptr);
+      for (int64_t b = 0; b < rows.size; ++b)
+        if (!estimator.decoupled)
+          sum[0] += has_sum(rows, in.weights, b);
+        else
+          for (int64_t k = 0; k < rewards; ++k) sum[k] += rows.value(b, k) != 0;
     });
     for (int64_t k = 0; k < columns; ++k) fraction[k] /= estimator.decoupled ? m.count[k] : m.scored;
     return fraction;
@@ -157,19 +178,12 @@ std::vector<double> batch_spread(const Input& in, const Estimator& estimator, co
 
   Doubles total = std::make_unique_for_overwrite<double[]>(in.batch);
   const std::vector<double> sums = sum_over_chunks(in, 1, [&](const Chunk& chunk, double* sum) {
-    std::vector<double> missing(rewards);
+    const auto batch_mean = [&](int64_t k) { return m.count[k] > 0 ? m.mean[k] : 0.0; };
     for (int64_t p = chunk.first; p < chunk.last; ++p) {
-      const int64_t from = in.start[p] - chunk.begin, to = in.start[p + 1] - chunk.begin;
-      for (int64_t k = 0; k < rewards; ++k) {
-        double count = 0, all = 0;
-        for (int64_t b = from; b < to; ++b)
-          count += chunk.counted[b * rewards + k], all += chunk.value[b * rewards + k];
-        missing[k] = count > 0 ? all / count : m.count[k] > 0 ? m.mean[k] : 0.0;
-      }
-      for (int64_t b = from; b < to; ++b)
-        if (in.scored[chunk.begin + b])
-          *sum += total[chunk.begin + b] = weighted_sum(in, chunk.value.get() + b * rewards,
-                                                        chunk.counted.get() + b * rewards, missing.data());
+      const Rows rows = chunk.rows(in, in.start[p], in.start[p + 1], nullptr, total.get() + in.start[p]);
+      sum_filled(rows, in.weights, batch_mean);
+      for (int64_t b = 0; b < rows.size; ++b)
+        if (rows.scored(b)) *sum += rows.total(b);
     }
   });
   const std::vector<double> squares = sum_over_chunks(in, 1, [&](const Chunk& chunk, double* sum) {
@@ -179,7 +193,8 @@ std::vector<double> batch_spread(const Input& in, const Estimator& estimator, co
   return {estimator.std(squares[0], m.scored)};
 }
 
-// part [B, K] of a chunk's samples, from its first one on; see group_parts for sums.
+// part [B, K] of a chunk's samples, from its first one on. sums: by reward, groups in which it is constant, then groups
+// it applies to.
 void chunk_parts(const Input& in, const Estimator& estimator, const std::vector<double>& spread, const Chunk& chunk,
                  double* part, double* sums) {
   const int64_t rewards = in.rewards;
@@ -188,40 +203,28 @@ void chunk_parts(const Input& in, const Estimator& estimator, const std::vector<
   const Doubles total = std::make_unique_for_overwrite<double[]>(longest);
   std::vector<Column> columns(rewards);
   for (int64_t p = chunk.first; p < chunk.last; ++p) {
-    const int64_t row = in.start[p] - chunk.begin;
-    const int64_t* lengths = in.lengths == nullptr ? nullptr : in.lengths + in.start[p];
-    const Group group{estimator,
-                      rewards,
-                      in.weights,
-                      in.start[p + 1] - in.start[p],
-                      chunk.value.get() + row * rewards,
-                      chunk.counted.get() + row * rewards,
-                      in.scored + in.start[p],
-                      lengths,
-                      part + row * rewards};
-    group_parts(group, spread, total.get(), columns.data(), sums);
+    double* parts = part + (in.start[p] - chunk.begin) * rewards;
+    group_parts(chunk.rows(in, in.start[p], in.start[p + 1], parts, total.get()), estimator, in.weights, spread.data(),
+                columns.data(), [&](int64_t k, const Column& column) {
+                  sums[k] += column.count > 0 && !column.varies();
+                  sums[rewards + k] += column.count > 0;
+                });
   }
 }
-
-// What the whole batch's parts are shifted and divided by; zero = the batch's advantages agree up to rounding.
-struct Whitening {
-  std::vector<double> mean;
-  double divisor = 1;
-  bool zero = false;
-};
 
 double tokens_of(const Input& in, const Estimator& estimator, int64_t b) {
   if (!in.scored[b]) return 0.0;
   return estimator.whiten == Whiten::token ? static_cast<double>(in.lengths[b]) : 1.0;
 }
 
-Whitening whitening(const Input& in, const Estimator& estimator, const double* part) {
+// Of parts [B, K]; fills mean [K], which it refers to.
+Whitening whitening(const Input& in, const Estimator& estimator, const double* part, std::vector<double>& mean) {
   const int64_t rewards = in.rewards;
-  Whitening w{std::vector<double>(rewards, 0.0)};
+  Whitening w{mean.data()};
   std::vector<double> before(in.chunks(), 0.0), after(in.chunks(), 0.0);
   const auto value_of = [&](int64_t b) {
     double value = 0;
-    for (int64_t k = 0; k < rewards; ++k) value += part[b * rewards + k] - w.mean[k];
+    for (int64_t k = 0; k < rewards; ++k) value += part[b * rewards + k] - mean[k];
     return in.scored[b] ? value : 0.0;
   };
   const auto samples = [&](const auto& body) {  // body(chunk index, sample, sums)
@@ -236,7 +239,7 @@ Whitening whitening(const Input& in, const Estimator& estimator, const double* p
       sum[rewards] += tokens;
       before[c] = std::max(before[c], std::abs(value_of(b)));
     });
-    for (int64_t k = 0; k < rewards; ++k) w.mean[k] = sums[k] / std::max(sums[rewards], 1.0);
+    for (int64_t k = 0; k < rewards; ++k) mean[k] = sums[k] / std::max(sums[rewards], 1.0);
   }
   const std::vector<double> sums = samples([&](int64_t c, int64_t b, double* sum) {
     const double tokens = tokens_of(in, estimator, b), value = value_of(b);
@@ -264,23 +267,16 @@ template <typename out_t>
 void finish(const Input& in, const Estimator& estimator, const Whitening& w, int64_t begin, int64_t end, double* part,
             const Output<out_t>& out, double* sums) {
   const int64_t rewards = in.rewards;
-  for (int64_t b = begin; b < end; ++b, part += rewards) {
-    double value = 0;
-    const bool zero = w.zero || !in.scored[b];
+  const Rows rows{end - begin, rewards, nullptr, nullptr, in.scored + begin, nullptr, part, nullptr};
+  for (int64_t b = 0; b < rows.size; ++b) {
+    const double value = whiten_and_clip(rows, w, estimator.clip, b);
     for (int64_t k = 0; k < rewards; ++k) {
-      part[k] = zero ? 0.0 : (part[k] - w.mean[k]) / w.divisor;
-      value += part[k];
+      sums[2 + k] += rows.part(b, k) * value;
+      out.per_reward[(begin + b) * rewards + k] = static_cast<out_t>(rows.part(b, k));
     }
-    const double clipped = std::clamp(value, -estimator.clip, estimator.clip);
-    const double shrink = clipped == value ? 1.0 : clipped / value;
-    for (int64_t k = 0; k < rewards; ++k) {
-      const double kept = part[k] * shrink;
-      sums[2 + k] += kept * clipped;
-      out.per_reward[b * rewards + k] = static_cast<out_t>(kept);
-    }
-    sums[0] += clipped * clipped;
-    sums[1] += clipped != 0;
-    out.values[b] = static_cast<out_t>(clipped);
+    sums[0] += value * value;
+    sums[1] += value != 0;
+    out.values[begin + b] = static_cast<out_t>(value);
   }
 }
 
@@ -289,7 +285,8 @@ template <typename out_t>
 std::vector<double> advantages(const Input& in, const Estimator& estimator, const std::vector<double>& spread,
                                const Output<out_t>& out) {
   const int64_t rewards = in.rewards;
-  Whitening w{std::vector<double>(rewards, 0.0)};
+  std::vector<double> mean(rewards, 0.0);
+  Whitening w{mean.data()};
   if (estimator.whiten == Whiten::none)
     return sum_over_chunks(in, 3 * rewards + 2, [&](const Chunk& chunk, double* sums) {
       const Doubles part = std::make_unique_for_overwrite<double[]>(chunk.samples() * rewards);
@@ -300,7 +297,7 @@ std::vector<double> advantages(const Input& in, const Estimator& estimator, cons
   std::vector<double> sums = sum_over_chunks(in, 2 * rewards, [&](const Chunk& chunk, double* sum) {
     chunk_parts(in, estimator, spread, chunk, part.get() + chunk.begin * rewards, sum);
   });
-  w = whitening(in, estimator, part.get());
+  w = whitening(in, estimator, part.get(), mean);
   const std::vector<double> rest =
       sum_over_chunks(in, rewards + 2, [&](int64_t, int64_t begin, int64_t end, double* sum) {
         finish(in, estimator, w, begin, end, part.get() + begin * rewards, out, sum);
@@ -311,7 +308,6 @@ std::vector<double> advantages(const Input& in, const Estimator& estimator, cons
 
 void check(const Tensor& rewards, const Tensor& offsets, const Tensor& weights, const std::optional<Tensor>& lengths,
            const Estimator& estimator) {
-  LVRPO_CHECK(estimator.clip > 0, "clip is ", estimator.clip, ", expected > 0");
   LVRPO_CHECK(rewards.dim() == 2, "rewards must be [B, K]");
   LVRPO_CHECK(offsets.dim() == 1 && offsets.size(0) >= 1, "offsets must be [P + 1]");
   check_dtype(offsets, ScalarType::Long, "offsets");
@@ -321,15 +317,12 @@ void check(const Tensor& rewards, const Tensor& offsets, const Tensor& weights, 
   const int64_t* start = offsets.const_data_ptr<int64_t>();
   LVRPO_CHECK(start[0] == 0 && start[groups] == batch, "offsets must run from 0 to ", batch);
   for (int64_t p = 0; p < groups; ++p) LVRPO_CHECK(start[p] <= start[p + 1], "offsets must not decrease");
-  LVRPO_CHECK(lengths.has_value() || (estimator.baseline != Baseline::length && estimator.whiten != Whiten::token),
+  LVRPO_CHECK(lengths.has_value() || !estimator.counts_tokens(),
               "lengths must be given: the estimator counts tokens");
   if (!lengths.has_value()) return;
   check_dtype(*lengths, ScalarType::Long, "lengths");
   check_size(*lengths, 0, batch, "lengths");
 }
-
-// The rows of AdvantageStats.
-LVRPO_CHOICES(Stat, share, constant_groups, mean, std, applicable)
 
 const DeclareNames DECLARE("normalize_advantages",
                            {{"combine", names_of(Combine{})},
@@ -346,14 +339,7 @@ Result normalize_advantages(Tensor rewards, Tensor offsets, Tensor weights, std:
   check_dtype(numbers, ScalarType::Double, "numbers");
   check_size(numbers, 0, COLUMNS_OF<EstimatorNumbers>, "numbers");
   const EstimatorNumbers& by = *reinterpret_cast<const EstimatorNumbers*>(numbers.const_data_ptr<double>());
-  const Estimator estimator{as_choice<Combine>(combine, "combine") == Combine::decoupled,
-                            as_choice<Baseline>(baseline, "baseline"),
-                            as_choice<Scale>(scale, "scale"),
-                            as_choice<Whiten>(whiten, "whiten"),
-                            by.ddof,
-                            by.eps,
-                            by.std_floor,
-                            by.clip};
+  const Estimator estimator = as_estimator(by, combine, baseline, scale, whiten);
   rewards = torch::stable::contiguous(rewards);
   offsets = torch::stable::contiguous(offsets);
   weights = torch::stable::contiguous(weights);

@@ -21,6 +21,7 @@
 #include "emulate.h"
 #define LVRPO_CUDA_LIBRARY(m) STABLE_TORCH_LIBRARY_IMPL(lvrpo_emulated, CPU, m)
 #else
+#include <cooperative_groups.h>
 #include <cuda_runtime.h>
 #include <dlfcn.h>
 #define LVRPO_CUDA_LIBRARY(m) STABLE_TORCH_LIBRARY_IMPL(lvrpo, CUDA, m)
@@ -93,35 +94,67 @@ class OnDeviceOf {
 #endif
 };
 
-// Blocks, threads of each, bytes of its shared memory, and blocks that form a cluster.
+// Blocks, threads of each, bytes of its shared memory, blocks that form a cluster; and whether all blocks run at once, so
+// that they can meet in sync_grid: then no more than resident_blocks of them.
 struct Launch {
   int64_t blocks;
   int threads;
   int64_t shared = 0;
   int cluster = 1;
+  bool cooperative = false;
 };
+
+#ifndef LVRPO_EMULATE
+// More shared memory than every kernel may have is asked for first.
+template <typename... Parameters>
+void allow_shared_memory(void (*kernel)(Parameters...), int64_t bytes) {
+  if (bytes > 48 << 10)
+    check_cuda(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes)),
+               "shared memory");
+}
+#endif
+
+// Blocks of a kernel that run at once on a device that does nothing else.
+template <typename... Parameters>
+int64_t resident_blocks(const OnDeviceOf& device, void (*kernel)(Parameters...), int threads, int64_t shared) {
+#ifdef LVRPO_EMULATE
+  return device.processors();
+#else
+  allow_shared_memory(kernel, shared);
+  int of_processor = 0;
+  check_cuda(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&of_processor, kernel, threads, shared), "occupancy");
+  return static_cast<int64_t>(of_processor) * device.processors();
+#endif
+}
 
 template <typename... Parameters, typename... Args>
 void launch(const OnDeviceOf& device, const Launch& size, void (*kernel)(Parameters...), Args... args) {
   if (size.blocks == 0) return;
   LVRPO_CHECK(size.blocks <= std::numeric_limits<int32_t>::max(), "too many blocks: ", size.blocks);
 #ifdef LVRPO_EMULATE
-  emulate::launch(static_cast<unsigned>(size.blocks), size.threads, size.shared, size.cluster,
-                  [=] { kernel(Parameters(args)...); });
+  const auto blocks = static_cast<unsigned>(size.blocks);
+  // All blocks of a cooperative launch are alive together, as a cluster's are.
+  const unsigned together = size.cooperative ? blocks : size.cluster;
+  emulate::launch(blocks, size.threads, size.shared, together, [=] { kernel(Parameters(args)...); });
 #else
-  if (size.shared > 48 << 10)
-    check_cuda(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(size.shared)),
-               "shared memory");
-  cudaLaunchAttribute cluster{};
-  cluster.id = cudaLaunchAttributeClusterDimension;
-  cluster.val.clusterDim = {static_cast<unsigned>(size.cluster), 1, 1};
+  allow_shared_memory(kernel, size.shared);
+  cudaLaunchAttribute attributes[2];
+  unsigned count = 0;
+  if (size.cluster > 1) {
+    attributes[count].id = cudaLaunchAttributeClusterDimension;
+    attributes[count++].val.clusterDim = {static_cast<unsigned>(size.cluster), 1, 1};
+  }
+  if (size.cooperative) {
+    attributes[count].id = cudaLaunchAttributeCooperative;
+    attributes[count++].val.cooperative = 1;
+  }
   cudaLaunchConfig_t config{};
   config.gridDim = dim3(static_cast<unsigned>(size.blocks));
   config.blockDim = dim3(size.threads);
   config.dynamicSmemBytes = size.shared;
   config.stream = device.stream();
-  config.attrs = &cluster;
-  config.numAttrs = size.cluster > 1 ? 1 : 0;
+  config.attrs = attributes;
+  config.numAttrs = count;
   check_cuda(cudaLaunchKernelEx(&config, kernel, Parameters(args)...), "launch");
 #endif
 }
@@ -175,6 +208,15 @@ __device__ __forceinline__ void sync_cluster() {
   asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
 #else
   __syncthreads();
+#endif
+}
+
+// The same for all threads of all blocks of a cooperative launch.
+__device__ __forceinline__ void sync_grid() {
+#ifdef LVRPO_EMULATE
+  emulate::sync_cluster();
+#else
+  cooperative_groups::this_grid().sync();
 #endif
 }
 

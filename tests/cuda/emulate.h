@@ -41,6 +41,8 @@
 #define __host__
 #define __forceinline__ inline
 #define __launch_bounds__(...)
+#define __grid_constant__
+#define __noinline__
 #define __restrict__ __restrict
 
 struct dim3 {
