@@ -37,6 +37,15 @@ STABLE_TORCH_LIBRARY(lvrpo, m) {
   m.def(
       "flow_policy_loss_bwd(Tensor dloss, Tensor velocity, Tensor velocity_old, Tensor noise, Tensor? velocity_ref, "
       "Tensor directions) -> Tensor dvelocity");
+  // numbers [3] fp64: text_scale, image_scale, renorm_min; guided is bool [N]. The gradients of the branches are empty unless
+  // asked for, and that of an image branch that is absent.
+  m.def(
+      "guided_velocity_fwd(Tensor velocity, Tensor without_text, Tensor? without_image, Tensor? guided, Tensor numbers, "
+      "int renorm) -> Tensor");
+  m.def(
+      "guided_velocity_bwd(Tensor dout, Tensor velocity, Tensor without_text, Tensor? without_image, Tensor? guided, "
+      "Tensor numbers, bool with_branches, int renorm) "
+      "-> (Tensor dvelocity, Tensor dwithout_text, Tensor dwithout_image)");
   // q_lo ... runs are the tables of a SpanMask, and query_tiles, key_work, key_parts those of its schedule, which kernels
   // on a GPU need. numbers [2] fp64, on the CPU: scale, softcap (0: none).
   m.def(

@@ -16,13 +16,20 @@ from lvrpo.ops.flow_policy_loss import flow_policy_loss
 from lvrpo.ops.flow_step import flow_step
 from lvrpo.ops.gather_logprobs import gather_logprobs
 from lvrpo.ops.grpo_loss import grpo_loss
+from lvrpo.ops.guided_velocity import guided_velocity
 from lvrpo.ops.linear_grpo_loss import linear_grpo_loss
 from lvrpo.ops.linear_logprobs import linear_logprobs
 from lvrpo.ops.logits_grpo_loss import logits_grpo_loss
 from lvrpo.ops.normalize_advantages import normalize_advantages
 from lvrpo.ops.packed_attention import packed_attention
 from lvrpo.params.advantages import AdvantageParams, Advantages, AdvantageStats
-from lvrpo.params.flow import FlowLossMetrics, FlowLossParams, FlowPolicyLoss, StepCoefficients
+from lvrpo.params.flow import (
+    FlowLossMetrics,
+    FlowLossParams,
+    FlowPolicyLoss,
+    GuidanceParams,
+    StepCoefficients,
+)
 from lvrpo.params.loss_metrics import LossMetrics
 from lvrpo.params.policy_loss import FusedPolicyLoss, LossParams, PolicyLoss
 from lvrpo.sampler_correction import (
@@ -46,6 +53,7 @@ __all__ = [
     "FlowLossParams",
     "FlowPolicyLoss",
     "FusedPolicyLoss",
+    "GuidanceParams",
     "LossMetrics",
     "LossParams",
     "PolicyLoss",
@@ -62,6 +70,7 @@ __all__ = [
     "flow_step",
     "gather_logprobs",
     "grpo_loss",
+    "guided_velocity",
     "linear_grpo_loss",
     "linear_logprobs",
     "logits_grpo_loss",

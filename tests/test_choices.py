@@ -21,7 +21,7 @@ from lvrpo.backends import library
 from lvrpo.backends.triton import INSTALLED
 from lvrpo.ops.grpo_loss import LossParams, grpo_loss
 from lvrpo.params.advantages import ADVANTAGE_CHOICES
-from lvrpo.params.flow import FLOW_CHOICES
+from lvrpo.params.flow import FLOW_CHOICES, GUIDANCE_CHOICES
 from lvrpo.params.loss_metrics import STATISTICS
 from lvrpo.params.policy_loss import LOSS_CHOICES, LOSS_NUMBERS, SURROGATE_RATIOS
 from lvrpo.reference import _policy_terms
@@ -33,7 +33,9 @@ import json, sys
 import torch
 import lvrpo
 from lvrpo.params.advantages import ADVANTAGE_CHOICES, AdvantageParams
-from lvrpo.params.flow import FLOW_CHOICES, FlowLossParams, StepCoefficients
+from lvrpo.params.flow import (
+    FLOW_CHOICES, GUIDANCE_CHOICES, FlowLossParams, GuidanceParams, StepCoefficients
+)
 from lvrpo.params.policy_loss import LOSS_CHOICES, SURROGATE_RATIOS, LossParams
 
 torch.manual_seed(0)
@@ -78,12 +80,19 @@ def flow(name, chosen, backend):
     return ours.loss.item(), sorted((k, float(v)) for k, v in ours.metrics.as_dict().items())
 
 
+def guide(name, chosen, backend):
+    params = GuidanceParams(**{name: chosen})
+    branches = velocity, velocity_old, velocity_ref
+    return lvrpo.guided_velocity(*branches, params=params, backend=backend).tolist()
+
+
 results = {}
 for backend in sys.argv[1:]:
     for run, choices in (
-        (loss, LOSS_CHOICES), (advantage, ADVANTAGE_CHOICES), (flow, FLOW_CHOICES)
+        (loss, LOSS_CHOICES), (advantage, ADVANTAGE_CHOICES), (flow, FLOW_CHOICES),
+        (guide, GUIDANCE_CHOICES),
     ):
-        if run is flow and backend == "triton":
+        if run in (flow, guide) and backend == "triton":
             continue
         for name, names in choices.items():
             for chosen in names:
@@ -149,7 +158,7 @@ def results(tree: Path) -> dict[str, object]:
 def test_the_order_of_no_list_of_choices_matters(tree):
     expected = results(tree)
     for folder, change, lists in (
-        ("lvrpo/params", reversed_literals, 16),
+        ("lvrpo/params", reversed_literals, 17),
         ("kernels", reversed_lists, 10),
     ):
         originals = {path: path.read_text() for path in (tree / folder).glob("*.py")}
@@ -171,6 +180,7 @@ def test_the_order_of_no_list_of_choices_matters(tree):
         ("grpo_loss", LOSS_CHOICES),
         ("normalize_advantages", ADVANTAGE_CHOICES),
         ("flow_policy_loss", FLOW_CHOICES),
+        ("guided_velocity", GUIDANCE_CHOICES),
     ],
 )
 def test_every_name_has_a_kernel(op, choices):

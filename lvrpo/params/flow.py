@@ -23,6 +23,11 @@ FLOW_NUMBERS = (
     *("clip_low", "clip_high", "adv_clip", "log_ratio_scale", "log_ratio_limit", "tau", "beta"),
 )
 
+Renorm = Literal["none", "global", "channel", "text_channel"]
+RENORMS: tuple[str, ...] = get_args(Renorm)
+GUIDANCE_CHOICES = {"renorm": RENORMS}
+GUIDANCE_NUMBERS = ("text_scale", "image_scale", "renorm_min")
+
 
 @dataclass(frozen=True)
 class FlowLossParams:
@@ -89,6 +94,44 @@ class FlowLossParams:
         if self.log_ratio_scale == "mean":
             named["log_ratio_scale"] = 0.0
         return named
+
+
+@dataclass(frozen=True)
+class GuidanceParams:
+    """How `guided_velocity` guides; the defaults are BAGEL's.
+
+    Attributes:
+        text_scale: how far the velocity goes from the one without the text, 1 being where it is.
+        image_scale: how far it goes from the one without the image, after that.
+        renorm: over what the norm is brought back to that of the unguided velocity.
+            "none": nowhere. "global": the whole sample. "channel": each row of the last dimension.
+            "text_channel": each row, after the text's push and before the image's.
+        renorm_min: the smallest factor that brings it back; the largest is 1.
+    """
+
+    text_scale: float = 4.0
+    image_scale: float = 1.5
+    renorm: Renorm = "global"
+    renorm_min: float = 0.0
+
+    def __post_init__(self) -> None:
+        check_choices(self, GUIDANCE_CHOICES)
+        for name, fits, expected in (
+            ("text_scale", 0 <= self.text_scale < math.inf, "finite and >= 0"),
+            ("image_scale", 0 <= self.image_scale < math.inf, "finite and >= 0"),
+            ("renorm_min", 0 <= self.renorm_min <= 1, "[0, 1]"),
+        ):
+            if not fits:
+                value = getattr(self, name)
+                raise ValueError(f"GuidanceParams: {name} is {value!r}, expected {expected}")
+
+    def choices(self) -> dict[str, str]:
+        """The parameters that are names."""
+        return {name: getattr(self, name) for name in GUIDANCE_CHOICES}
+
+    def numbers(self) -> dict[str, float]:
+        """The others."""
+        return {name: getattr(self, name) for name in GUIDANCE_NUMBERS}
 
 
 @dataclass(frozen=True)

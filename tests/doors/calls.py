@@ -19,7 +19,7 @@ from torch import Tensor
 import lvrpo
 from lvrpo import backends
 from lvrpo.params.advantages import AdvantageParams
-from lvrpo.params.flow import FlowLossParams, StepCoefficients
+from lvrpo.params.flow import FlowLossParams, GuidanceParams, StepCoefficients
 from lvrpo.params.metrics import Metrics
 from lvrpo.params.policy_loss import LossParams
 
@@ -255,6 +255,17 @@ def flow_loss_inputs(dtype: torch.dtype) -> Inputs:
     }
 
 
+def guidance_inputs(dtype: torch.dtype) -> Inputs:
+    torch.manual_seed(8)
+    return {
+        "velocity": random(3, 2, 5, dtype=dtype),
+        "without_text": random(3, 2, 5, dtype=dtype),
+        "without_image": random(3, 2, 5, dtype=dtype),
+        "guided": torch.tensor([1, 0, 1]),
+        "params": GuidanceParams(),
+    }
+
+
 POLICY = {"denominator": between(1.0, 9.0)}
 LOSS_SETTINGS = (
     Setting(
@@ -384,6 +395,23 @@ CALLS = {
                 ),
             ),
             FlowLossParams,
+        ),
+        Call(
+            "guided_velocity",
+            guidance_inputs,
+            ("velocity", "without_text", "without_image"),
+            ("velocity", "without_text"),
+            (
+                Setting(
+                    "scales",
+                    {
+                        "params.text_scale": between(1.5, 5.0),
+                        "params.image_scale": between(1.2, 2.0),
+                        "params.renorm_min": between(0.0, 0.4),
+                    },
+                ),
+            ),
+            GuidanceParams,
         ),
     )
 }
