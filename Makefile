@@ -29,7 +29,7 @@ EMULATED := $(wildcard $(patsubst csrc/cuda/%.cu,tests/ops/test_%*.py,$(wildcard
 # Two cores do twice the work of one, where every process keeps to a thread of its own.
 PARALLEL := OMP_NUM_THREADS=1 $(BIN)/pytest -n auto --dist=worksteal --durations=10
 
-.PHONY: help setup train test test-slow cuda bench lint types clean
+.PHONY: help setup train test test-slow sanitize cuda bench lint types clean
 
 help:  ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 20
@@ -52,6 +52,14 @@ test-slow: setup  ## the rest: long fuzzing, and every case of a GPU's kernels o
 	$(PARALLEL) -m slow
 	TRITON_INTERPRET=1 $(PARALLEL) -m slow --disable-warnings -k triton $(INTERPRETED)
 	LVRPO_EMULATE=1 $(PARALLEL) -m slow -k emulated $(EMULATED)
+
+# Python has the runtime of a sanitizer loaded before it; what it keeps until it ends is no leak of ours, and libraries
+# that are not compiled for ThreadSanitizer have no races that it could see right.
+SANITIZE = LD_PRELOAD=$$($(CXX) -print-file-name=$(1)) $(PARALLEL) --disable-warnings -k emulated $(EMULATED)
+
+sanitize: setup  ## the CUDA kernels on the CPU under AddressSanitizer, UBSan, ThreadSanitizer
+	LVRPO_EMULATE=address ASAN_OPTIONS=detect_leaks=0 $(call SANITIZE,libasan.so)
+	LVRPO_EMULATE=thread TSAN_OPTIONS=ignore_noninstrumented_modules=1 $(call SANITIZE,libtsan.so)
 
 cuda: setup  ## compile the CUDA kernels with nvcc, as far as this machine can
 	$(BIN)/python tests/cuda/build.py

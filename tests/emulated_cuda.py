@@ -32,11 +32,14 @@ FLAGS = [
     *(f"-I{path}" for path in cpp_extension.include_paths()),
     f"-I{sysconfig.get_path('include')}",
 ]
-#: By sanitizer, the options of a build under it.
+#: By sanitizer, the options of a build under it; "1" is none.
 SANITIZED = {
+    "1": ["-O2"],
     "address": ["-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"],
     "thread": ["-O1", "-g", "-fsanitize=thread"],
 }
+#: A compiler runs without the runtime that Python has.
+_WITHOUT_SANITIZER = {name: value for name, value in os.environ.items() if name != "LD_PRELOAD"}
 
 
 def compiler() -> list[str]:
@@ -44,7 +47,7 @@ def compiler() -> list[str]:
     return shlex.split(os.environ.get("CXX") or "c++")
 
 
-def build(sources: Sequence[Path], options: Sequence[str] = ("-O2",)) -> Path:
+def build(sources: Sequence[Path], options: Sequence[str]) -> Path:
     """A library of these .cu files, made anew when they, a header, torch or the options change."""
     read = sorted({*sources, *ROOT.glob("csrc/c*/*.h"), *ROOT.glob("csrc/cuda/*.cuh")})
     read.append(ROOT / "tests/cuda/emulate.h")
@@ -64,7 +67,7 @@ def _compile(sources: Sequence[Path], options: Sequence[str], folder: Path, buil
     def compile_one(source: Path) -> Path:
         target = folder / f"{source.stem}.o"
         command = [*compiler(), *options, *FLAGS, "-c", source, "-o", target]
-        subprocess.run(command, check=True)
+        subprocess.run(command, check=True, env=_WITHOUT_SANITIZER)
         return target
 
     with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
@@ -72,7 +75,8 @@ def _compile(sources: Sequence[Path], options: Sequence[str], folder: Path, buil
     paths = [f"-L{path}" for path in cpp_extension.library_paths()]
     linked = built.with_suffix(".new")
     command = [*compiler(), *options, "-shared", *objects, "-o", linked, *paths]
-    subprocess.run([*command, "-ltorch_cpu", "-ltorch", "-lc10"], check=True)
+    libraries = ("-ltorch_cpu", "-ltorch", "-lc10")
+    subprocess.run([*command, *libraries], check=True, env=_WITHOUT_SANITIZER)
     linked.rename(built)
 
 
@@ -93,9 +97,9 @@ class EmulatedCudaBackend(CompiledBackend):
         return run
 
 
-def load() -> EmulatedCudaBackend:
-    """Build and load it, and register its ops."""
-    torch.ops.load_library(build(sorted(ROOT.glob("csrc/cuda/*.cu"))))
+def load(sanitizer: str = "1") -> EmulatedCudaBackend:
+    """Build and load it, and register its ops; a sanitizer's runtime is loaded already."""
+    torch.ops.load_library(build(sorted(ROOT.glob("csrc/cuda/*.cu")), SANITIZED[sanitizer]))
     namespace = torch.library.Library(NAMESPACE, "FRAGMENT")
     kernels = library.KERNELS.setdefault(NAMESPACE, set())
     registered = torch._C._dispatch_get_registrations_for_dispatch_key("CPU")

@@ -1,6 +1,7 @@
 """The backends that tests run here, from the one list of them.
 
-With LVRPO_EMULATE=1 the CUDA kernels are among them, compiled for the CPU (`emulated_cuda`).
+With LVRPO_EMULATE=1 the CUDA kernels are among them, compiled for the CPU (`emulated_cuda`); with
+"address" or "thread" in place of 1, under these sanitizers, as `make sanitize` runs them.
 """
 
 from __future__ import annotations
@@ -18,12 +19,13 @@ def _any_device() -> int:
     return next(i for i, backend in enumerate(backends.ALL) if not backend.device)
 
 
-EMULATED = os.environ.get("LVRPO_EMULATE") == "1"
+_SANITIZER = os.environ.get("LVRPO_EMULATE", "0")
+EMULATED = _SANITIZER != "0"
 if EMULATED:
     from emulated_cuda import load
 
     before = _any_device()
-    backends.ALL = (*backends.ALL[:before], load(), *backends.ALL[before:])
+    backends.ALL = (*backends.ALL[:before], load(_SANITIZER), *backends.ALL[before:])
 
 _CHOSEN = [x for x in backends.ALL[: _any_device() + 1] if not x.why_unavailable()]
 
