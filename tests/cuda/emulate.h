@@ -151,6 +151,8 @@ struct Machine {
   dim3 grid, size;
   std::vector<Block> blocks;
   std::vector<Fiber> fibers;
+  Fiber* fiber = nullptr;  // the same: what a vector's own functions read, ThreadSanitizer sees
+  unsigned count = 0;
   std::unique_ptr<char[]> stacks;
   unsigned stacked = 0;  // fibers that have one
   Barrier barrier;  // of all blocks
@@ -162,12 +164,12 @@ struct Machine {
 };
 
 inline thread_local Machine machine;
-LVRPO_UNSEEN inline Fiber& self() { return machine.fibers[machine.current]; }
+LVRPO_UNSEEN inline Fiber& self() { return machine.fiber[machine.current]; }
 
 LVRPO_UNSEEN inline void enter(Context& from, unsigned to) {
   machine.current = to;
-  LVRPO_TSAN(__tsan_switch_to_fiber(machine.fibers[to].tsan, __tsan_switch_to_fiber_no_sync);)
-  Context::enter(from, machine.fibers[to].context);
+  LVRPO_TSAN(__tsan_switch_to_fiber(machine.fiber[to].tsan, __tsan_switch_to_fiber_no_sync);)
+  Context::enter(from, machine.fiber[to].context);
 }
 
 // ---- Barriers ----
@@ -181,10 +183,10 @@ LVRPO_UNSEEN inline void enter(Context& from, unsigned to) {
 }
 
 LVRPO_UNSEEN inline void yield() {
-  if (++machine.idle > 2 * machine.fibers.size()) give_up("threads wait for others that never come");
+  if (++machine.idle > 2 * machine.count) give_up("threads wait for others that never come");
   Fiber& from = self();
   unsigned to = from.next;
-  while (machine.fibers[to].done) to = machine.fibers[to].next;
+  while (machine.fiber[to].done) to = machine.fiber[to].next;
   if (to != machine.current) enter(from.context, to);
 }
 
@@ -285,6 +287,7 @@ void launch(unsigned blocks, unsigned threads, size_t shared, unsigned cluster, 
   m.grid = {blocks}, m.size = {threads}, m.body = body;
   m.blocks.resize(cluster);
   m.fibers = std::vector<Fiber>(count);
+  m.fiber = m.fibers.data(), m.count = count;
   if (m.stacked < count) m.stacks.reset(new char[count * STACK]), m.stacked = count;  // not filled: most is never touched
   LVRPO_TSAN(m.tsan_host = __tsan_get_current_fiber();)
   LVRPO_TSAN(for (Fiber& fiber : m.fibers) fiber.tsan = __tsan_create_fiber(0);)
