@@ -245,7 +245,7 @@ __global__ __launch_bounds__(THREADS) void store_targets_kernel(Targets targets,
 
 // A block has a tile of a row of dlogits [R, V], which may be the logits.
 template <typename T, typename G, typename acc>
-__global__ __launch_bounds__(THREADS, BLOCKS_EACH<acc>) void dlogits_kernel(Logits<T> logits, Targets targets, LogitScale<acc> scale,
+__global__ __launch_bounds__(THREADS, GRADIENT_BLOCKS_EACH<acc>) void dlogits_kernel(Logits<T> logits, Targets targets, LogitScale<acc> scale,
                                                           const RowGradient<acc>* gradients, int64_t tiles, G* dlogits,
                                                           int64_t stride) {
   const int64_t row = blockIdx.x / tiles, tile = blockIdx.x % tiles;

@@ -6,6 +6,8 @@
 // neighbours, nor on where it lies in memory, nor on how many blocks have shared it.
 #pragma once
 
+#include <torch/csrc/stable/ops.h>
+
 #include <algorithm>
 #include <optional>
 
@@ -21,6 +23,9 @@ inline constexpr int THREADS = 256, IN_FLIGHT = 4;
 // bandwidth takes to arrive. Of doubles a thread holds as many again.
 template <typename acc>
 inline constexpr int BLOCKS_EACH = sizeof(acc) == 8 ? 2 : 4;
+// The gradient takes more registers, and as many bytes are on their way out.
+template <typename acc>
+inline constexpr int GRADIENT_BLOCKS_EACH = sizeof(acc) == 8 ? 2 : 3;
 // Columns whose sums are formed apart: several loads of each thread of any dtype, and few enough that the blocks of a
 // few long rows fill a GPU.
 inline constexpr int64_t CHUNK_V = 16384;
