@@ -69,6 +69,13 @@ STABLE_TORCH_LIBRARY(lvrpo, m) {
       "Tensor? ref_logprobs, Tensor? entropy, Tensor? mask, Tensor? policy_weights, Tensor numbers, "
       "bool advantage_per_token, bool count_empty, int ratio, int surrogate, int kl, int kl_factor, int kl_gradient, "
       "int aggregation) -> (Tensor loss, Tensor statistics, Tensor dlogprobs, Tensor dentropy)");
+  // For a ratio per token, on a GPU: row r predicts token r, and its gradient is written in the pass that finds its
+  // log-prob. advantages and factors are [R], the latter what the aggregation multiplies a token's term by.
+  m.def(
+      "logits_grpo_loss_rows(Tensor(a!) dlogits, Tensor logits, Tensor token_ids, Tensor? vocab_range, "
+      "Tensor? old_logprobs, Tensor advantages, Tensor cu_seqlens, Tensor? ref_logprobs, Tensor mask, "
+      "Tensor? policy_weights, Tensor factors, Tensor softmax_numbers, Tensor loss_numbers, int ratio, int surrogate, "
+      "int kl, int kl_factor, int kl_gradient) -> (Tensor logprobs, Tensor lse, Tensor entropy)");
 }
 
 namespace {

@@ -102,10 +102,10 @@ def load(sanitizer: str = "1") -> EmulatedCudaBackend:
     torch.ops.load_library(build(sorted(ROOT.glob("csrc/cuda/*.cu")), SANITIZED[sanitizer]))
     namespace = torch.library.Library(NAMESPACE, "FRAGMENT")
     kernels = library.KERNELS.setdefault(NAMESPACE, set())
-    registered = torch._C._dispatch_get_registrations_for_dispatch_key("CPU")
-    for name in sorted(library.KERNELS["CPU"]):
-        if f"{NAMESPACE}::{name}" not in registered:
+    for registered in sorted(torch._C._dispatch_get_registrations_for_dispatch_key("CPU")):
+        if not registered.startswith(f"{NAMESPACE}::"):
             continue
+        name = registered.removeprefix(f"{NAMESPACE}::")
         schema = getattr(torch.ops.lvrpo, name).default._schema
         namespace.define(str(schema).removeprefix("lvrpo::"), tags=(torch.Tag.pt2_compliant_tag,))
         fake = torch._library.simple_registry.singleton.find(f"lvrpo::{name}").fake_impl.kernel

@@ -173,7 +173,7 @@ MAY_IMPORT = {
     "reference": "params masks dtypes",
     "masks": "params checks",
     "kernels": "params masks",
-    "backends": "params masks kernels checks dtypes testing",
+    "backends": "params masks kernels checks dtypes testing token_layout",
     "ops": "params masks reference backends checks dtypes token_layout",
     "sampler_correction": "params checks dtypes token_layout _sampler_inputs",
     "_sampler_inputs": "params checks dtypes token_layout",

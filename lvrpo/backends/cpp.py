@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from lvrpo.backends import library
+from lvrpo.backends import library, row_loss
 from lvrpo.backends.backend import Backend, Function
 
 
@@ -55,6 +56,11 @@ class CompiledBackend(Backend):
             return function(*arguments, **library.positions(name, choices))
 
         return run
+
+    def fused(self, op: str) -> Function | None:
+        """What runs the kernel that has a whole row, where this kind of device has that kernel."""
+        has_rows = f"{op}_rows" in library.KERNELS[self.key]
+        return functools.partial(row_loss.run, self) if has_rows else None
 
 
 class CppBackend(CompiledBackend):

@@ -249,3 +249,31 @@ def _fwd(
     # Of a masked row that was read nothing is known.
     lse = torch.where(active, rows.lse, 0.0)
     return loss, statistics, *call.reported(rows), lse
+
+
+@library.register("logits_grpo_loss_rows", kernels="logits_grpo_loss_rows", mutates=["dlogits"])
+def _rows_fake(
+    dlogits: Tensor,  # [R, V], may be the logits
+    logits: Tensor,
+    token_ids: Tensor,
+    vocab_range: Tensor | None,
+    old_logprobs: Tensor | None,
+    advantages: Tensor,
+    cu_seqlens: Tensor,
+    ref_logprobs: Tensor | None,
+    mask: Tensor,
+    policy_weights: Tensor | None,
+    factors: Tensor,
+    softmax_numbers: Tensor,
+    loss_numbers: Tensor,
+    ratio: str,
+    surrogate: str,
+    kl: str,
+    kl_factor: str,
+    kl_gradient: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    return (
+        factors.new_empty(token_ids.shape),
+        factors.new_empty(logits.shape[0]),
+        factors.new_empty(logits.shape[0]),
+    )
