@@ -299,10 +299,12 @@ struct alignas(16) Pack {
   __device__ __forceinline__ void read_unaligned(const T* from) {
     const uintptr_t at = reinterpret_cast<uintptr_t>(from), begin = at & ~uintptr_t(15);
     if (at == begin) return read(from);
-    Pack low, high;
-    low.read(reinterpret_cast<const T*>(begin));
-    high.read(reinterpret_cast<const T*>(begin + 16));
     const unsigned bytes = static_cast<unsigned>(at - begin), words = bytes / 4, bits = bytes % 4 * 8;
+    // From the pointer and not from its number, of which nvcc would not know in what memory it is.
+    const char* aligned = reinterpret_cast<const char*>(from) - bytes;
+    Pack low, high;
+    low.read(reinterpret_cast<const T*>(aligned));
+    high.read(reinterpret_cast<const T*>(aligned + 16));
     uint32_t all[8];
 #pragma unroll
     for (int i = 0; i < 4; ++i) all[i] = low.word[i], all[4 + i] = high.word[i];
