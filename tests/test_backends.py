@@ -165,25 +165,42 @@ def test_cuda_has_a_seat_and_says_what_it_lacks():
             gather_logprobs(torch.randn(2, 3), torch.tensor([0, 1]), backend="cuda")
 
 
-@pytest.mark.parametrize(
-    ("capability", "chosen"), [((7, 5), "torch"), ((8, 0), "triton"), ((12, 0), "triton")]
-)
-@pytest.mark.parametrize("op", ["gather_logprobs", "linear_grpo_loss", "packed_attention"])
-def test_a_gpu_that_no_kernel_was_compiled_for_takes_the_reference(
-    monkeypatch, op, capability, chosen
-):
-    triton = backends.named("triton")
+@pytest.fixture
+def two_kinds_of_kernels(monkeypatch):
+    """A GPU that CUDA's and Triton's kernels run on, but for attention, which CUDA lacks."""
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    monkeypatch.setattr(type(triton), "why_unavailable", lambda self: "")
-    monkeypatch.setattr(type(triton), "has_kernels", lambda self, op: True)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    for name in ("cuda", "triton"):
+        kind = type(backends.named(name))
+        monkeypatch.setattr(kind, "why_not", Backend.why_not)
+        monkeypatch.setattr(kind, "why_unavailable", lambda self: "")
+        has = "packed_attention" if name == "cuda" else ""
+        monkeypatch.setattr(kind, "has_kernels", lambda self, op, has=has: op != has)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+
+
+def chosen_on_gpu(op: str) -> str:
     with FakeTensorMode():
         tensors = [torch.empty(4, 2, 64, device="cuda", dtype=torch.float16)] * 3
     given = dict(zip("qkv", tensors, strict=True)) if op == "packed_attention" else None
-    assert backends.resolve(op, tensors, None, arguments=given).name == chosen
-    if chosen == "torch":
-        with pytest.raises(ValueError, match=r"capability 8\.0 and newer, got 7\.5"):
-            backends.resolve(op, tensors, "triton", arguments=given)
+    return backends.resolve(op, tensors, None, arguments=given).name
+
+
+def test_on_a_gpu_cuda_goes_before_triton_where_it_has_kernels(two_kinds_of_kernels):
+    for op in info.op_names():
+        assert chosen_on_gpu(op) == ("triton" if op == "packed_attention" else "cuda")
+
+
+@pytest.mark.parametrize("name", ["cuda", "triton"])
+@pytest.mark.parametrize("op", ["gather_logprobs", "linear_grpo_loss"])
+def test_a_gpu_that_no_kernel_was_compiled_for_takes_the_reference(
+    monkeypatch, two_kinds_of_kernels, op, name
+):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+    assert chosen_on_gpu(op) == "torch"
+    with FakeTensorMode():
+        tensors = [torch.empty(4, 2, 64, device="cuda", dtype=torch.float16)]
+    with pytest.raises(ValueError, match=r"capability 8\.0 and newer, got 7\.5"):
+        backends.resolve(op, tensors, name)
 
 
 def test_attention_without_a_schedule_is_asked_of_the_backend():

@@ -22,8 +22,11 @@ from lvrpo.backends.triton import TritonBackend, triton_interprets
 
 __all__ = ["ALL", "FLOATING", "Backend", "named", "resolve", "triton_interprets"]
 
-#: In order of preference. `flash` comes after what runs anywhere, so that it has to be asked for:
-#: nothing measured says that it is faster.
+#: In order of preference: an op without a named backend takes the first that can run it. On a GPU
+#: `cuda` goes before `triton`, whose launches cost tens of microseconds of Python each and whose
+#: kernels of rows do half as many instructions again for an element, which is predicted from
+#: compiled code (docs/kernels.md), not measured. `flash` comes after what runs anywhere, so that it
+#: has to be asked for: nothing measured says that it is faster.
 ALL: tuple[Backend, ...] = (
     CppBackend(),
     CudaBackend(),

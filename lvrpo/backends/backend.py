@@ -24,10 +24,12 @@ class Backend(ABC):
     Attributes:
         name: what the argument `backend` of an op calls it.
         reads_schedule: whether its attention goes through the tiles of the mask's schedule.
+        least_capability: compute capability of the oldest GPUs that its kernels are for.
     """
 
     name: str
     reads_schedule = False
+    least_capability: tuple[int, int] = (0, 0)
 
     @property
     @abstractmethod
@@ -96,6 +98,14 @@ class Backend(ABC):
             if reason := self.why_not_dtype(tensor.dtype):
                 reasons.append(reason)
                 break
+        on_gpu = bool(tensors) and tensors[0].device.type == "cuda"
+        if not reasons and on_gpu and self.least_capability > (0, 0):
+            found = _capability(tensors[0].device.index)
+            if found < self.least_capability:
+                least, own = (".".join(map(str, x)) for x in (self.least_capability, found))
+                reasons.append(
+                    f"its kernels are for GPUs of compute capability {least} and newer, got {own}"
+                )
         return reasons
 
     def op(self, name: str) -> Function:
@@ -118,3 +128,11 @@ class Backend(ABC):
     def fused(self, op: str) -> Function | None:
         """A launcher that does by itself what an op made of others does in steps; or None."""
         return None
+
+
+def _capability(device: int | None) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(device)
+
+
+# As in `library.has_module`: tracing a graph meets no GPU whose capability changes.
+_capability._dynamo_marked_constant = True  # type: ignore[attr-defined]

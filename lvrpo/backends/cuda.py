@@ -1,4 +1,4 @@
-"""The kernels of `lvrpo._C` for NVIDIA GPUs, of which this version has none yet."""
+"""The kernels of `lvrpo._C` for NVIDIA GPUs."""
 
 from __future__ import annotations
 
@@ -9,11 +9,12 @@ from lvrpo.backends.cpp import CompiledBackend
 
 
 class CudaBackend(CompiledBackend):
-    """`csrc/cuda`: an op has kernels here as soon as the build registers some for CUDA tensors."""
+    """`csrc/cuda`: an op has kernels here where the build registered some for CUDA tensors."""
 
     name = "cuda"
     device = "cuda"
     key = "CUDA"
+    least_capability = (8, 0)  # setup.py compiles for no older one
 
     def why_unavailable(self) -> str:
         """What is missing: the extension, its CUDA kernels, or a GPU."""

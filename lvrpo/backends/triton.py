@@ -21,15 +21,14 @@ NO_BF16 = (
     "(inside lvrpo.testing.interpreter_with_bf16() it does not)"
 )
 
-#: Older GPUs have half the shared memory that tiles of attention take, and no bf16.
-LEAST_CAPABILITY = (8, 0)
-
 
 class TritonBackend(Backend):
     """`kernels/`, on whatever device Triton runs on here."""
 
     name = "triton"
     reads_schedule = True
+    # Older GPUs have half the shared memory that tiles of attention take, and no bf16.
+    least_capability = (8, 0)
 
     @property
     def device(self) -> str:
@@ -65,23 +64,6 @@ class TritonBackend(Backend):
         q, v = arguments["q"], arguments["v"]
         width, widest = max(q.shape[2], v.shape[2]), 128 if q.dtype == torch.float64 else 256
         return f"its heads are up to {widest} wide, got {width}" if width > widest else ""
-
-    def why_not(
-        self,
-        op: str,
-        tensors: Sequence[Tensor] = (),
-        choices: Mapping[str, str] | None = None,
-        arguments: Mapping[str, Any] | None = None,
-    ) -> list[str]:
-        """As `Backend.why_not`; on GPUs that no kernel was compiled for, that is the reason."""
-        reasons = super().why_not(op, tensors, choices, arguments)
-        if reasons or not tensors or tensors[0].device.type != "cuda":
-            return reasons
-        found = _capability(tensors[0].device.index)
-        if found >= LEAST_CAPABILITY:
-            return []
-        least, own = (".".join(map(str, x)) for x in (LEAST_CAPABILITY, found))
-        return [f"its kernels are for GPUs of compute capability {least} and newer, got {own}"]
 
     def why_not_dtype(self, dtype: torch.dtype) -> str:
         """As `Backend.why_not_dtype`; in the interpreter, bf16 too."""
@@ -119,13 +101,6 @@ def _names_in_kernels(op: str, choice: str) -> tuple[str, ...]:
 # What torch.compiler.assume_constant_result sets, which would import torch._dynamo with lvrpo: a
 # graph that is traced imports nothing, and the names do not change.
 _names_in_kernels._dynamo_marked_constant = True  # type: ignore[attr-defined]
-
-
-def _capability(device: int | None) -> tuple[int, int]:
-    return torch.cuda.get_device_capability(device)
-
-
-_capability._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def triton_interprets() -> bool:
