@@ -57,13 +57,20 @@ def _fold_tile(x, scale, sums, ENTROPY: tl.constexpr, SQUARES: tl.constexpr):
 
 
 @triton.jit
+def aligned_before(row_ptr):
+    """The last address before a row at which loads of 16 bytes begin, and how far the row is."""
+    size: tl.constexpr = row_ptr.dtype.element_ty.primitive_bitwidth // 8
+    ahead = (row_ptr.to(tl.int64) % 16 // size).to(tl.int32)
+    return tl.multiple_of(row_ptr - ahead, 16), ahead
+
+
+@triton.jit
 def row_statistics(
     row_ptr,  # [V]
     low,
     high,
     scale,
     cap,
-    WHOLE_ROW: tl.constexpr,
     ENTROPY: tl.constexpr,
     SQUARES: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
@@ -71,7 +78,7 @@ def row_statistics(
     LANES: tl.constexpr,
     EVICTION: tl.constexpr,
 ):
-    """What the columns [low, high) of a row add up to; low is 0 with WHOLE_ROW.
+    """What the columns [low, high) of a row add up to.
 
     With d = scale * (x - maximum), in bits: the maximum of the capped logits, log2 sum 2^d, the
     mean of d and the sum of squared probabilities.
@@ -81,17 +88,20 @@ def row_statistics(
     offset = tl.arange(0, groups)[:, None] * LANES + tl.arange(0, LANES)[None, :]
     zero = tl.zeros([groups], acc_dtype)
     sums = tl.full([groups], float("-inf"), acc_dtype), zero, zero, zero
-    # A multiple of the tile, so that loads stay aligned.
-    whole = low // BLOCK_V * BLOCK_V
-    if WHOLE_ROW:
-        # Tiles that lie inside the row need no mask, which would cost as much as the exponential.
-        whole = high // BLOCK_V * BLOCK_V
-        for begin in range(0, whole, BLOCK_V):
-            x = tl.load(row_ptr + begin + offset, eviction_policy=EVICTION).to(acc_dtype)
-            x = capped_logit(x, cap, HAS_SOFTCAP)
-            sums = _fold_tile(x, scale, sums, ENTROPY, SQUARES)
-    for begin in range(whole, high, BLOCK_V):
-        column = begin + offset
+    # Tiles are counted from where loads are aligned, wherever the row begins.
+    row_ptr, ahead = aligned_before(row_ptr)
+    low, high = low + ahead, tl.maximum(low, high) + ahead
+    first, last = low // BLOCK_V * BLOCK_V, high // BLOCK_V * BLOCK_V
+    # Tiles that lie inside need no mask, which would cost as much as the exponential.
+    for begin in range(tl.cdiv(low, BLOCK_V) * BLOCK_V, last, BLOCK_V):
+        x = tl.load(row_ptr + begin + offset, eviction_policy=EVICTION).to(acc_dtype)
+        x = capped_logit(x, cap, HAS_SOFTCAP)
+        sums = _fold_tile(x, scale, sums, ENTROPY, SQUARES)
+    # Then the one that low is inside of, and the one that high is: none, one or two.
+    cut = (low > first).to(tl.int32)
+    edges = cut + ((high > last) & ((cut == 0) | (last > first))).to(tl.int32)
+    for edge in range(edges):
+        column = tl.where(edge < cut, first, last) + offset
         inside = (column >= low) & (column < high)
         x = tl.load(row_ptr + column, mask=inside, other=0.0, eviction_policy=EVICTION)
         x = tl.where(inside, capped_logit(x.to(acc_dtype), cap, HAS_SOFTCAP), float("-inf"))
@@ -178,7 +188,6 @@ def _row_stats_kernel(
         high,
         as_scalar(inv_temperature, acc_dtype) * LOG2E,
         as_scalar(softcap, acc_dtype),
-        vocab_range_ptr is None,
         entropy_ptr is not None,
         squares_ptr is not None,
         HAS_SOFTCAP,

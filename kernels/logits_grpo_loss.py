@@ -192,7 +192,6 @@ def _row_loss_kernel(
         tl.where(active, high, low),  # a masked row may hold anything
         inv_temp * LOG2E,
         cap,
-        vocab_range_ptr is None,
         True,
         False,
         HAS_SOFTCAP,

@@ -26,6 +26,7 @@ from triton.compiler import ASTSource, make_backend  # noqa: E402
 from triton.runtime.jit import compute_cache_key, create_function_from_signature  # noqa: E402
 
 from lvrpo.kernels import _launch  # noqa: E402
+from lvrpo.params.policy_loss import LossParams  # noqa: E402
 
 ROOT = Path(__file__).parents[1]
 OPS = sorted(path.stem for path in (ROOT / "kernels").glob("[a-z]*.py"))
@@ -139,6 +140,23 @@ def test_a_training_run_compiles_once(op):
     several = {name: len(found) for name, found in keys.items() if len(found) > 1}
     assert not several, "these would compile again and again"
     assert keys
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("op", ["gather_logprobs", "logits_grpo_loss"])
+def test_a_row_of_any_vocabulary_is_summed_16_bytes_at_a_time(op):
+    calls = importlib.import_module(f"launches.{op}")
+    for vocab in (151_936, 151_674, 50_257):
+        with _launch.record() as launches:
+            if op == "gather_logprobs":
+                calls.call(64, vocab, torch.bfloat16)
+            else:
+                calls.call(64, LossParams(), vocab=vocab)
+        launch = next(x for x in launches if x.kernel.__name__.startswith("_row_"))
+        _, source, options = specialise(launch, 90)
+        target = GPUTarget("cuda", 90, 32)
+        ptx = triton.compile(source, target=target, options=options.__dict__).asm["ptx"]
+        assert re.search(r"ld\.global\S*\.v4\.b32", ptx), vocab
 
 
 def misaligned(tensor: torch.Tensor) -> torch.Tensor:

@@ -44,6 +44,7 @@ def every_form() -> None:
         call(64, 151_936, dtype)
     call(64, 32_003, torch.bfloat16, shared=True, ranged=True, softcap=30.0)
     call(64, 151_936, torch.bfloat16, full=False)
+    call(64, 151_674, torch.bfloat16)
 
 
 def one_training_run() -> Iterator[None]:

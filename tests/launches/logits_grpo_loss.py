@@ -64,6 +64,7 @@ def every_form() -> None:
     for kl in ("k1", "k2", "abs"):
         call(64, LossParams(kl=kl, kl_factor="ratio", kl_gradient="k2"))
     call(64, LossParams(), bare=True)
+    call(64, LossParams(beta=0.1, entropy_coef=0.1), vocab=151_674)
     for dtype in (torch.bfloat16, torch.float64):
         call(64, LossParams(entropy_coef=0.1), dtype, ranged=True, softcap=30.0, vocab=32_003)
     call(64, LossParams(entropy_coef=0.1), ranged=True)

@@ -87,6 +87,29 @@ def test_the_maximum_may_move_far_from_block_to_block(backend, step, order):
     check_op(op, reference, inputs, differentiable=["logits"], scales=magnitudes)
 
 
+@pytest.mark.parametrize("vocab", [4099, 1, 8193])
+def test_a_row_may_begin_and_end_anywhere(backend, vocab):
+    """Within 16 bytes, in a buffer that holds something else around it; and so may its range."""
+    buffer = torch.full((3 * vocab + 16,), 40.0, dtype=torch.float16)
+    for ahead in (0, 1, 7):
+        logits = buffer[ahead : ahead + 3 * vocab].view(3, vocab)
+        logits.copy_(torch.randn(3, vocab))
+        cut = torch.tensor([[0, vocab], [vocab // 2, vocab], [min(3, vocab - 1), vocab]])
+        for ranges in (None, cut):
+            outputs = lvrpo.gather_logprobs(
+                *(logits, torch.full((3,), vocab - 1)),
+                vocab_range=ranges,
+                return_entropy=True,
+                backend=backend,
+            )
+            rows = torch.zeros(3, 2).long() + torch.tensor([0, vocab]) if ranges is None else ranges
+            for row, (low, high) in enumerate(rows.tolist()):
+                log_p = logits[row, low:high].double().log_softmax(0)
+                entropy = -(log_p.exp() * log_p).sum()
+                gold = torch.stack([log_p[-1], entropy]).float()
+                torch.testing.assert_close(torch.stack([x[row] for x in outputs]), gold)
+
+
 @pytest.mark.parametrize("largest", [-100.0, -3e4, 3e4])
 def test_a_row_far_below_or_above_0(backend, largest):
     logits = largest - torch.rand(2, 3000) * 5
