@@ -93,9 +93,10 @@ if [ "$part" != head ]; then
 fi
 if [ "$part" != attention ]; then
   measure loss_head 330 benchmarks/bench_loss_head.py
-  measure ops 60 benchmarks --ignore=benchmarks/bench_{loss_head,packed_attention,train_step,update}.py
+  measure dispatch 60 benchmarks/bench_dispatch.py
+  measure ops 60 benchmarks --ignore=benchmarks/bench_{dispatch,loss_head,packed_attention,train_step,update}.py
 fi
-for name in attention update loss_head ops; do
+for name in attention update loss_head dispatch ops; do
   [ -s "$out/$name.json" ] && stage "table_$name" 60 "$python" benchmarks/plot.py "$out/$name.json"
 done
 echo "logs and results: $out"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import itertools
 import math
 import os
 from collections.abc import Callable, Sequence
@@ -169,8 +170,8 @@ def check_scale(op: str, temperature: float, softcap: float | None) -> None:
 
 def check_same_device(op: str, **tensors: Tensor | None) -> None:
     """All tensors are on one device."""
-    devices = {name: tensor.device for name, tensor in tensors.items() if tensor is not None}
-    if len(set(devices.values())) > 1:
+    if len({tensor.device for tensor in tensors.values() if tensor is not None}) > 1:
+        devices = {name: tensor.device for name, tensor in tensors.items() if tensor is not None}
         listed = ", ".join(f"{name} on {device}" for name, device in devices.items())
         raise ValueError(f"{op}: tensors are on different devices: {listed}")
 
@@ -188,14 +189,29 @@ def as_offsets(
         raise ValueError(f"{op}: {name} has 1 offset, expected one more to end at {total}")
     if not check_values(offsets):
         return offsets
-    steps = offsets.diff()
-    if int(offsets[0]) != 0:
-        raise ValueError(f"{op}: {name} starts at {int(offsets[0])}, expected 0")
-    if bool((steps < 0).any()):
-        at = int((steps < 0).nonzero()[0])
+    first, last = int(offsets[0]), int(offsets[-1])
+    if first != 0:
+        raise ValueError(f"{op}: {name} starts at {first}, expected 0")
+    at = _first_decrease(offsets)
+    if at is not None:
         raise ValueError(
             f"{op}: {name} decreases from {int(offsets[at])} to {int(offsets[at + 1])} at {at}"
         )
-    if int(offsets[-1]) != total:
-        raise ValueError(f"{op}: {name} ends at {int(offsets[-1])}, expected {total}")
+    if last != total:
+        raise ValueError(f"{op}: {name} ends at {last}, expected {total}")
     return offsets
+
+
+def _first_decrease(offsets: Tensor) -> int | None:
+    if offsets.numel() <= 100:  # a list is faster than the three calls of torch below
+        values = offsets.tolist()
+        pairs = enumerate(itertools.pairwise(values))
+        return next((at for at, (one, next_one) in pairs if next_one < one), None)
+    decreases = offsets.diff() < 0
+    return int(decreases.nonzero()[0]) if bool(decreases.any()) else None
+
+
+def as_data(tensor: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """`tensor` without its graph, in `dtype`; itself where that changes nothing."""
+    tensor = tensor.detach() if tensor.requires_grad else tensor
+    return tensor if dtype is None or tensor.dtype == dtype else tensor.to(dtype)

@@ -6,11 +6,13 @@ value compiles another one. A tensor's values are not.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 
 def widen(tensor: Tensor) -> Tensor:
@@ -28,10 +30,22 @@ def number(value: float, like: Tensor) -> Any:
     return torch.zeros((), dtype=torch.float64, device=like.device) + value
 
 
-def numbers(*values: float) -> Tensor:
-    """The values as fp64 on the CPU, whatever the default device is; no read of them is a wait."""
-    if not torch.compiler.is_compiling():
+@functools.lru_cache(maxsize=256)
+def _kept_numbers(values: tuple[float, ...]) -> Tensor:
+    with torch.inference_mode(False):  # autograd may save it in a later call
         return torch.tensor(values, dtype=torch.float64, device="cpu")
+
+
+def numbers(*values: float) -> Tensor:
+    """The values as fp64 on the CPU, whatever the default device is; no read of them is a wait.
+
+    Not to be written to: the same values are the same tensor, as making one takes longer than all
+    that an op does with a few tokens.
+    """
+    if not torch.compiler.is_compiling():
+        # A mode may make another kind of tensor, which nobody may meet after it.
+        make = _kept_numbers if _get_current_dispatch_mode() is None else _kept_numbers.__wrapped__
+        return make(tuple(map(float, values)))
     # Not torch.tensor: only arithmetic with a tensor keeps a traced float a variable of the graph.
     zero = torch.zeros((), dtype=torch.float64, device="cpu")
     return torch.stack([zero + value for value in values])
@@ -39,4 +53,4 @@ def numbers(*values: float) -> Tensor:
 
 def numbers_by_name(names: Sequence[str], values: Mapping[str, float]) -> Tensor:
     """`numbers` in the order of `names`."""
-    return numbers(*(values[name] for name in names))
+    return numbers(*map(values.__getitem__, names))

@@ -56,7 +56,7 @@ class TokenLayout:
             ValueError: the tensor has another shape.
         """
         checks.check_shape(self.op, name, tensor, self.shape)
-        return tensor.reshape(-1)
+        return tensor if len(self.shape) == 1 else tensor.reshape(-1)
 
     def restore(self, tensor: Tensor) -> Tensor:
         """[T] in the shape that the caller has."""

@@ -82,9 +82,13 @@ class Backend(ABC):
         reasons = []
         parts = library.COMPOSITES.get(op, (op,))
         for choice, name in (choices or {}).items():
-            by_part = [self.known(part, choice) for part in parts]
-            known = [chosen for names in by_part if names is not None for chosen in names]
-            if None not in by_part and name not in known:
+            known: list[str] = []
+            for part in parts:
+                names = self.known(part, choice)
+                if names is None or name in names:
+                    break
+                known += names
+            else:
                 listed = ", ".join(known) or "none"
                 reasons.append(f"{choice} {name!r} has no {self.name} kernel; known: {listed}")
         if arguments is not None and (limit := self.limit(op, arguments)):
@@ -94,10 +98,14 @@ class Backend(ABC):
                 needed = self.device.upper()
                 reasons.append(f"it runs on {needed} tensors, got one on {tensor.device}")
                 break
+        passed = None
         for tensor in tensors:
+            if tensor.dtype is passed:
+                continue
             if reason := self.why_not_dtype(tensor.dtype):
                 reasons.append(reason)
                 break
+            passed = tensor.dtype
         on_gpu = bool(tensors) and tensors[0].device.type == "cuda"
         if not reasons and on_gpu and self.least_capability > (0, 0):
             found = _capability(tensors[0].device.index)

@@ -110,7 +110,7 @@ def grpo_loss(
     )
     if params.entropy_coef != 0 and entropy is None:
         raise ValueError(f"{OP}: entropy is None, but entropy_coef is {params.entropy_coef}")
-    logp = logp.reshape(-1)
+    logp = logp if logp.dim() == 1 else logp.reshape(-1)
     tensors = (logprobs, *data.tensors())
     chosen = backends.resolve(OP, tensors, backend, choices=params.choices())
     functional = chosen.functional(OP, reference_grpo_loss)

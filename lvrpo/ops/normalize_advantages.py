@@ -5,6 +5,7 @@ B samples, K rewards, P groups. Derivation: docs/ops/normalize_advantages.md.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -121,12 +122,12 @@ def _as_table(rewards: Any, *others: Any) -> tuple[Tensor, bool]:
     if rewards.dim() not in (1, 2):
         raise ValueError(f"{OP}: rewards has shape {tuple(rewards.shape)}, expected [B] or [B, K]")
     # A cheap pass first: where every reward is a finite number, so is their sum.
-    if checks.check_values(rewards) and not bool(rewards.sum().isfinite()):
+    if checks.check_values(rewards) and not math.isfinite(rewards.sum().item()):
         expected = "a finite number, or NaN where the reward does not apply"
         checks.refuse_first(OP, "rewards", rewards, rewards.isinf(), expected)
     exact = not rewards.is_floating_point()
-    table = rewards.double() if exact else rewards.detach()
-    return (table if table.dim() == 2 else table[:, None]), exact
+    table = rewards.double() if exact else checks.as_data(rewards)
+    return (table if table.dim() == 2 else table.unsqueeze(1)), exact
 
 
 def _as_offsets(groups: Tensor | Sequence[int] | int, rewards: Tensor) -> Tensor:

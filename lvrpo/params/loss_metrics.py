@@ -62,7 +62,7 @@ class LossMetrics(Metrics):
     @classmethod
     def from_statistics(cls, statistics: Tensor) -> LossMetrics:
         """From the vector that the op returns: sums, then extremes."""
-        return cls(statistics[: len(cls.SUMS)], statistics[len(cls.SUMS) :])
+        return cls(*statistics.split((len(cls.SUMS), len(cls.EXTREMES))))
 
     @property
     def ratio_mean(self) -> Tensor:

@@ -199,12 +199,18 @@ class LossParams:
             shape = (self.gate_pos, 0.0, self.gate_neg, 0.0)
         elif self.surrogate == "gamma":
             shape = (*self.gamma_pos, *self.gamma_neg)
-        bounds = ("ratio_cap", "log_ratio_limit", "kl_log_ratio_limit", "kl_limit")
-        names = ("shape_pos_0", "shape_pos_1", "shape_neg_0", "shape_neg_1")
         return {
-            **{name: getattr(self, name) for name in ("clip_low", "clip_high", "beta")},
-            **{name: _or_infinity(getattr(self, name)) for name in bounds},
-            **dict(zip(names, shape, strict=True)),
+            "clip_low": self.clip_low,
+            "clip_high": self.clip_high,
+            "ratio_cap": _or_infinity(self.ratio_cap),
+            "log_ratio_limit": _or_infinity(self.log_ratio_limit),
+            "shape_pos_0": shape[0],
+            "shape_pos_1": shape[1],
+            "shape_neg_0": shape[2],
+            "shape_neg_1": shape[3],
+            "beta": self.beta,
+            "kl_log_ratio_limit": _or_infinity(self.kl_log_ratio_limit),
+            "kl_limit": _or_infinity(self.kl_limit),
             "entropy_coef": self.entropy_coef,
             "max_length": self.max_length or 1,
             "denominator": -1.0 if denominator is None else denominator,

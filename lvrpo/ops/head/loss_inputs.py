@@ -112,24 +112,25 @@ class LossInputs:
         if self.lost is not None:
             at = STATISTICS.index("dropped_tokens")
             statistics = statistics.select_scatter(statistics[at] + self.lost, 0, at)
-        metrics = LossMetrics.from_statistics(statistics.detach())
+        statistics = checks.as_data(statistics)
         if checks.check_values(loss):
-            self._refuse(loss, metrics, logprobs)
-        return loss, metrics
+            found = dict(zip(STATISTICS, statistics.tolist(), strict=True))
+            self._refuse(loss.item(), found, logprobs)
+        return loss, LossMetrics.from_statistics(statistics)
 
-    def _refuse(self, loss: Tensor, metrics: LossMetrics, logprobs: Tensor) -> None:
+    def _refuse(self, loss: float, found: dict[str, float], logprobs: Tensor) -> None:
         op = self.layout.op
-        if float(metrics.dropped_tokens) > 0:
+        if found["dropped_tokens"] > 0:
             self._refuse_tokens(logprobs.detach())
         divisor = self.denominator if self.divisor is None else float(self.divisor)
-        if divisor == 0 and float(metrics.active_tokens) > 0:
+        if divisor == 0 and found["active_tokens"] > 0:
             raise ValueError(
-                f"{op}: denominator is {divisor}, but {int(metrics.active_tokens)} tokens are "
+                f"{op}: denominator is {divisor}, but {int(found['active_tokens'])} tokens are "
                 "active; expected > 0"
             )
-        if not bool(loss.detach().isfinite()):
+        if not math.isfinite(loss):
             raise ValueError(
-                f"{op}: the loss is {float(loss.detach())}, from finite inputs; "
+                f"{op}: the loss is {loss}, from finite inputs; "
                 f"params.log_ratio_limit is {self.params.log_ratio_limit}, and no limit or a large "
                 "one lets ratios overflow"
             )
@@ -195,10 +196,13 @@ def loss_inputs(
         if key in ("old_logprobs", "ref_logprobs", "entropy"):
             checks.check_floating(op, key, tensor)
         tensor = layout.flatten(key, tensor)
-        tensor = checks.as_mask(op, key, tensor) if key == "mask" else tensor.to(dtype)
-        # The reference saves what it is given; entropy is differentiated, and not of that kind.
-        flat[key] = tensor if key == "entropy" else checks.as_saved(tensor.detach())
-    values = checks.as_tensor(op, "advantages", advantages, like.device).detach()
+        if key == "entropy":
+            flat[key] = tensor.to(dtype)
+            continue
+        tensor = checks.as_mask(op, key, tensor) if key == "mask" else checks.as_data(tensor, dtype)
+        # The reference saves what it is given.
+        flat[key] = checks.as_saved(tensor)
+    values = checks.as_data(checks.as_tensor(op, "advantages", advantages, like.device), dtype)
     only = f"ratio {params.ratio!r}" if params.needs_sequence_advantages else None
     per_token = layout.per_token("advantages", values, level, only_sequences=only)
     checks.check_same_device(
@@ -210,11 +214,14 @@ def loss_inputs(
     divisor = None
     if isinstance(denominator, Tensor):
         divisor, denominator = denominator.detach().reshape(()).double(), 1.0
+    offsets = checks.as_saved(layout.offsets)
+    if offsets is not layout.offsets:
+        layout = dataclasses.replace(layout, offsets=offsets)
     return LossInputs(
-        dataclasses.replace(layout, offsets=checks.as_saved(layout.offsets)),
+        layout,
         params,
         **flat,
-        advantages=checks.as_saved(values.reshape(-1).to(dtype)),
+        advantages=checks.as_saved(values if values.dim() == 1 else values.reshape(-1)),
         per_token=per_token,
         divisor=divisor,
         denominator=denominator,
