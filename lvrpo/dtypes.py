@@ -30,10 +30,12 @@ def number(value: float, like: Tensor) -> Any:
     return torch.zeros((), dtype=torch.float64, device=like.device) + value
 
 
-@functools.lru_cache(maxsize=256)
-def _kept_numbers(values: tuple[float, ...]) -> Tensor:
+def _new_numbers(values: tuple[float, ...]) -> Tensor:
     with torch.inference_mode(False):  # autograd may save it in a later call
         return torch.tensor(values, dtype=torch.float64, device="cpu")
+
+
+_kept_numbers = functools.lru_cache(maxsize=256)(_new_numbers)
 
 
 def numbers(*values: float) -> Tensor:
@@ -43,9 +45,10 @@ def numbers(*values: float) -> Tensor:
     that an op does with a few tokens.
     """
     if not torch.compiler.is_compiling():
+        floats = tuple(map(float, values))
         # A mode may make another kind of tensor, which nobody may meet after it.
-        make = _kept_numbers if _get_current_dispatch_mode() is None else _kept_numbers.__wrapped__
-        return make(tuple(map(float, values)))
+        keeps = _get_current_dispatch_mode() is None
+        return _kept_numbers(floats) if keeps else _new_numbers(floats)
     # Not torch.tensor: only arithmetic with a tensor keeps a traced float a variable of the graph.
     zero = torch.zeros((), dtype=torch.float64, device="cpu")
     return torch.stack([zero + value for value in values])
