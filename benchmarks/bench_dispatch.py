@@ -66,6 +66,10 @@ OPS: dict[str, tuple[Callable[[], dict[str, Any]], tuple[str, ...]]] = {
     "linear_grpo_loss": (lambda: head() | targets() | loss_data(), ("hidden", "weight")),
     "normalize_advantages": (lambda: {"rewards": torch.randn(64, 3), "groups": 8}, ()),
     "packed_attention": (attention, ("q", "k", "v")),
+    "guided_velocity": (
+        lambda: {name: torch.randn(2, 4, 4) for name in ("velocity", "without_text")},
+        ("velocity",),
+    ),
     "flow_step": (lambda: latents("velocity", "x_t", "noise"), ("velocity", "x_t")),
     "flow_policy_loss": (
         lambda: latents("velocity", "velocity_old", "noise") | {"advantages": torch.randn(2)},
