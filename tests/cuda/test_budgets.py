@@ -35,8 +35,9 @@ EXPONENTIALS = {
 #: kept for later: of a row, where four blocks are to fit an SM, and of a group between two phases.
 LOCAL = {
     ("gather_logprobs", "dlogits_kernel", "c10::Half", "c10::Half", "float"): (24, 104),
-    ("normalize_advantages", "advantages_kernel", "float"): (32, 64),
-    ("normalize_advantages", "advantages_kernel", "double"): (32, 64),
+    ("normalize_advantages", "advantages_kernel", "float"): (16, 32),
+    ("normalize_advantages", "advantages_kernel", "c10::Half"): (16, 32),
+    ("normalize_advantages", "advantages_kernel", "c10::BFloat16"): (16, 32),
 }
 #: Packs of 16 bytes that a thread has in flight.
 IN_FLIGHT = 4
