@@ -52,9 +52,16 @@ def _dkv_tile(
     inside = index < end
     q = load_tile(q_ptr, first, end, stride_q, MASKED, BLOCK_Q, WIDTH, BLOCK_D)
     dout = load_tile(dout_ptr, first, end, stride_dout, MASKED, BLOCK_Q, V_WIDTH, BLOCK_DV)
-    place = as_scalar(head, tl.int64) * queries + index
-    bits = tl.load(bits_ptr + place, mask=inside, other=float("inf"))
-    delta = tl.load(delta_ptr + place, mask=inside, other=0.0)
+    # One 64-bit address and 32-bit offsets, as for the tiles; a 64-bit address for each of a few
+    # numbers took more instructions than the products.
+    place = as_scalar(head, tl.int64) * queries + first
+    offset = tl.arange(0, BLOCK_Q)
+    if MASKED:
+        bits = tl.load(bits_ptr + place + offset, mask=inside, other=float("inf"))
+        delta = tl.load(delta_ptr + place + offset, mask=inside, other=0.0)
+    else:
+        bits = tl.load(bits_ptr + place + offset)
+        delta = tl.load(delta_ptr + place + offset)
     # Keys are the rows here, so that the products below take their left sides from registers.
     z, t = scores(k, q, scale, softcap, HAS_SOFTCAP, PRECISION)
     dp = tl.dot(v, tl.trans(dout), input_precision=PRECISION, out_dtype=scale.dtype)

@@ -52,12 +52,15 @@ def load_tile(
 @triton.jit
 def scores(a, b, scale, softcap, HAS_SOFTCAP: tl.constexpr, PRECISION: tl.constexpr):
     """Scores in bits of the rows of a with the rows of b, [a, b], and tanh of the capped ones."""
-    z = tl.dot(a, tl.trans(b), input_precision=PRECISION, out_dtype=scale.dtype) * scale
+    z = tl.dot(a, tl.trans(b), input_precision=PRECISION, out_dtype=scale.dtype)
     t = z
+    # Scalars are multiplied first: one product for each score.
     if HAS_SOFTCAP:
-        t = tanh(z / softcap)
-        z = softcap * t
-    return z * LOG2E, t
+        t = tanh(z * (scale / softcap))
+        z = (softcap * LOG2E) * t
+    else:
+        z = z * (scale * LOG2E)
+    return z, t
 
 
 @triton.jit
