@@ -20,7 +20,8 @@ using std::optional;
 constexpr int THREADS = 256;
 // With as many threads an H100 is busy; then lanes that share a group only cost.
 constexpr int64_t ENOUGH_THREADS = 1 << 17;
-// Bytes of samples in shared memory: four blocks fit on a multiprocessor of an H100, three on one of an A100.
+// Bytes of samples in shared memory: with those of the rewards a block fits on every GPU, and on an A100 or H100 two, for
+// which it has registers.
 constexpr int64_t SAMPLE_BYTES = 52 << 10;
 // Bytes of what a block needs for every reward, beside; if it needs more, that is in global memory.
 constexpr int64_t REWARD_BYTES = 24 << 10;

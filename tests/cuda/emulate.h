@@ -1,8 +1,9 @@
 // Runs the kernels of a .cu file on the CPU, thread for thread, where it is compiled as C++ with -DLVRPO_EMULATE.
 //
-// Every CUDA thread is a fiber with a stack of its own. The blocks of a cluster are alive together, clusters come one
-// after another, and a barrier hands the CPU to the next fiber. What the hardware leaves open, which thread goes first
-// between two barriers, is a permutation that LVRPO_EMULATE_SEED chooses. Shared memory begins as NaN.
+// Every CUDA thread is a fiber with a stack of its own. The blocks of a cluster, or of a cooperative launch, are alive
+// together, clusters come one after another, and a barrier hands the CPU to the next fiber. What the hardware leaves open,
+// which thread goes first between two barriers, is a permutation that LVRPO_EMULATE_SEED chooses. Shared memory begins as
+// NaN.
 //
 // It finds wrong results; a barrier or a shuffle that not all threads reach at the same place, saying who waits where; with
 // -fsanitize=address what is read or written out of bounds; with -fsanitize=thread races, in shared memory too: to it a

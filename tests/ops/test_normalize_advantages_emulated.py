@@ -41,10 +41,10 @@ def everything(x: Advantages) -> tuple[Tensor, ...]:
 
 @pytest.mark.parametrize("name", PARAMS)
 @pytest.mark.parametrize("sizes", SIZES.values(), ids=SIZES.keys())
-def test_same_bits_on_any_number_of_processors(monkeypatch, name, sizes):
+def test_same_bits_with_any_number_of_blocks(monkeypatch, name, sizes):
     found = []
-    for processors in ("1", "2", "132"):
-        monkeypatch.setenv("LVRPO_EMULATE_PROCESSORS", processors)
+    for resident in ("1", "2", "132"):
+        monkeypatch.setenv("LVRPO_EMULATE_RESIDENT", resident)
         found.append(everything(run(name, sizes, "cuda (emulated)")))
     for other in found[1:]:
         assert all(torch.equal(a, b) for a, b in zip(found[0], other, strict=True))
