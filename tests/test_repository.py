@@ -52,7 +52,8 @@ EXCEPTIONS: dict[str, tuple[int, str]] = {
 DOORS = {"lvrpo", "lvrpo.__main__", "lvrpo.info", "lvrpo.testing"}
 ENVIRONMENT_VARIABLES = {"LVRPO_BACKEND", "LVRPO_BUILD", "LVRPO_CHECK"}
 ENVIRONMENT_VARIABLES |= {"TRITON_INTERPRET"}  # Triton's own
-TOOLCHAIN_VARIABLES = {"CXX", "TORCH_CUDA_ARCH_LIST"}  # read by setup.py, defined by others
+#: Read by setup.py, defined by others.
+TOOLCHAIN_VARIABLES = {"CXX", "CUDA_HOME", "CUDA_PATH", "TORCH_CUDA_ARCH_LIST"}
 
 
 def tracked() -> list[Path]:
