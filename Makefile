@@ -24,7 +24,7 @@ EXTENSION := .venv/.extension-$(call hash,echo "$(PACKAGES) $(LVRPO_BUILD)"; fin
 
 # The tests of what has a Triton kernel, and of what is composed of them.
 INTERPRETED := $(wildcard $(patsubst kernels/%.py,tests/ops/test_%*.py,$(wildcard kernels/[a-z]*.py)) tests/ops/test_linear_*.py tests/test_unread_*.py tests/test_scaled_*.py)
-EMULATED := $(wildcard $(patsubst csrc/cuda/%.cu,tests/ops/test_%*.py,$(wildcard csrc/cuda/*.cu)))
+EMULATED := $(wildcard $(patsubst csrc/cuda/%.cu,tests/ops/test_%*.py,$(wildcard csrc/cuda/*.cu)) tests/ops/test_linear_*.py tests/test_unread_*.py)
 
 # Two cores do twice the work of one, where every process keeps to a thread of its own.
 PARALLEL := OMP_NUM_THREADS=1 $(BIN)/pytest -n auto --dist=worksteal --durations=10
