@@ -20,6 +20,8 @@ from compiled_cuda import SOURCES, compile_all, toolkit
 #: Registers of a thread. 64 leave an SM four blocks of 256 threads, whose 64 bytes in flight each
 #: hide the latency of its memory; 128 leave two: enough for what reads little, or waits for fp64.
 HOT, OTHERS = 64, 128
+#: A gradient has as many bytes on their way out as in: three blocks do.
+REGISTERS = {("gather_logprobs", "dlogits_kernel"): 80}
 #: By kernel that reads or writes as much as the op does: the exponentials that its loop has for an
 #: element of the packs in flight. A softmax needs one. Another moves the reference of a thread's
 #: sums; in dlogits_kernel a pack at an edge has code of its own.
@@ -32,9 +34,8 @@ EXPONENTIALS = {
     ("flow_policy_loss", "gradient_kernel"): 0,
 }
 #: Bytes of local memory that a thread has, and that it moves in all its code. Only numbers that are
-#: kept for later: of a row, where four blocks are to fit an SM, and of a group between two phases.
+#: kept for later, of a group between two phases.
 LOCAL = {
-    ("gather_logprobs", "dlogits_kernel", "c10::Half", "c10::Half", "float"): (24, 104),
     ("normalize_advantages", "advantages_kernel", "float"): (16, 32),
     ("normalize_advantages", "advantages_kernel", "c10::Half"): (16, 32),
     ("normalize_advantages", "advantages_kernel", "c10::BFloat16"): (16, 32),
@@ -153,7 +154,8 @@ def test_no_kernel_spills_and_registers_leave_room_for_other_blocks(gpu):
         stack, spills = LOCAL.get((*kernel.key, *kernel.types), (0, 0))
         assert kernel.stack <= stack, kernel
         assert kernel.spills <= spills, kernel
-        assert kernel.registers <= (HOT if is_hot else OTHERS), kernel
+        most = REGISTERS.get(kernel.key, HOT) if is_hot else OTHERS
+        assert kernel.registers <= most, kernel
         # All of it is dynamic: the emulation checks its bounds.
         assert kernel.shared == 0, kernel
 

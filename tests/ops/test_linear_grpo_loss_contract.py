@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
 import lvrpo
+from lvrpo import checks
 from lvrpo.backends import library
 from lvrpo.ops.grpo_loss import LossParams
 from lvrpo.ops.head import fused, linear
@@ -238,6 +239,7 @@ def test_while_a_graph_is_captured_every_row_is_live(monkeypatch, params):
     inputs["advantages"][2] = 0.0
     expected = gradients_of(inputs)
     monkeypatch.setattr(fused, "is_captured", lambda _: True)
+    monkeypatch.setattr(checks, "check_values", lambda _: False)
     monkeypatch.setattr(Tensor, "tolist", None)
     torch.testing.assert_close(gradients_of(inputs), expected)
 
