@@ -29,7 +29,7 @@ EMULATED := $(wildcard $(patsubst csrc/cuda/%.cu,tests/ops/test_%*.py,$(wildcard
 # Two cores do twice the work of one, where every process keeps to a thread of its own.
 PARALLEL := OMP_NUM_THREADS=1 $(BIN)/pytest -n auto --dist=worksteal --durations=10
 
-.PHONY: help setup train test test-slow sanitize cuda bench lint types clean
+.PHONY: help setup train test test-slow sanitize integrations cuda bench lint types clean
 
 help:  ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 20
@@ -52,6 +52,10 @@ test-slow: setup  ## the rest: long fuzzing, and every case of a GPU's kernels o
 	$(PARALLEL) -m slow
 	TRITON_INTERPRET=1 $(PARALLEL) -m slow --disable-warnings -k triton $(INTERPRETED)
 	LVRPO_EMULATE=1 $(PARALLEL) -m slow -k emulated $(EMULATED)
+
+integrations: setup  ## inside transformers and TRL: the tests with the real packages
+	@LVRPO_BUILD=off $(PIP) install -c constraints.txt --no-build-isolation -e '.[train,report,dev,transformers,trl]' peft
+	$(PARALLEL) -m "not slow" tests/integrations
 
 # Python has the runtime of a sanitizer loaded before it; what it keeps until it ends is no leak of ours, and libraries
 # that are not compiled for ThreadSanitizer have no races that it could see right.
