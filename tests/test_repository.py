@@ -171,11 +171,12 @@ def imports_of(path: Path) -> set[str]:
 #: anywhere in a file. A room that is not here imports nothing of lvrpo but itself.
 MAY_IMPORT = {
     "token_layout": "checks",
+    "groups": "checks",
     "reference": "params masks dtypes",
     "masks": "params checks",
     "kernels": "params masks",
     "backends": "params masks kernels checks dtypes testing token_layout",
-    "ops": "params masks reference backends checks dtypes token_layout",
+    "ops": "params masks reference backends checks dtypes token_layout groups",
     "sampler_correction": "params checks dtypes token_layout _sampler_inputs",
     "_sampler_inputs": "params checks dtypes token_layout",
     "info": "lvrpo ops backends",

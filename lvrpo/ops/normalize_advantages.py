@@ -15,6 +15,7 @@ from torch import Tensor
 from lvrpo import backends, checks
 from lvrpo.backends import library
 from lvrpo.dtypes import numbers, numbers_by_name
+from lvrpo.groups import GroupIds, group_order
 from lvrpo.params.advantages import (
     ADVANTAGE_NUMBERS,
     ADVANTAGE_STATS,
@@ -33,8 +34,9 @@ library.check_table(OP, "stats", ADVANTAGE_STATS)
 
 def normalize_advantages(
     rewards: Tensor | Sequence[Any],
-    groups: Tensor | Sequence[int] | int,
+    groups: Tensor | Sequence[int] | int | None = None,
     *,
+    group_ids: GroupIds | None = None,
     weights: Tensor | Sequence[float] | None = None,
     lengths: Tensor | Sequence[int] | None = None,
     params: AdvantageParams = _DEFAULT,
@@ -55,7 +57,10 @@ def normalize_advantages(
             counts nowhere: not in its group, nor in the batch, nor in whitening. Treated as data:
             no gradient flows to it.
         groups: [P + 1] offsets of the groups in the batch, any integers, or an int G for equal
-            groups.
+            groups; this or `group_ids`.
+        group_ids: [B], what the group of each sample is called, for samples in any order: integers
+            in a tensor of any integer dtype, or a sequence or array of strings, integers or
+            whatever else can be hashed.
         weights: K factors of the rewards; None means 1.
         lengths: [B] tokens of each sample, any integers, for the estimators that count tokens
             (`params.needs_lengths`); the others ignore it.
@@ -66,16 +71,27 @@ def normalize_advantages(
         Advantages in fp32 (fp64 from fp64 rewards).
 
     Raises:
-        ValueError: shapes or dtypes do not match, G does not divide B, the estimator counts tokens
-            and has no lengths; on a CPU also when a reward is infinite, or offsets, weights or
-            lengths are unusable. Where values are not read, an infinite reward does not apply, a
-            weight that is not finite is 0, and so is a negative length; offsets are clamped to
-            [0, B], and a sample that no group has an advantage of 0.
+        ValueError: shapes or dtypes do not match, G does not divide B, both or neither of `groups`
+            and `group_ids` are given, the estimator counts tokens and has no lengths; on a CPU also
+            when a reward is infinite, or offsets, weights or lengths are unusable. Where values are
+            not read, an infinite reward does not apply, a weight that is not finite is 0, and so is
+            a negative length; offsets are clamped to [0, B], and a sample that no group has an
+            advantage of 0.
     """
-    table, exact = _as_table(rewards, groups, weights, lengths)
-    offsets = _as_offsets(groups, table)
+    table, exact = _as_table(rewards, groups, group_ids, weights, lengths)
     factors = _as_weights(weights, table)
     tokens = _as_lengths(lengths, table, params)
+    by_group = None
+    if group_ids is None:
+        offsets = _as_offsets(groups, table)
+    elif groups is None:
+        by_group = group_order(OP, group_ids, table.shape[0], table.device)
+        offsets, order = by_group.offsets, by_group.order
+        checks.check_same_device(OP, rewards=table, group_ids=order)
+        table = table[order]
+        tokens = None if tokens is None else tokens[order]
+    else:
+        raise ValueError(f"{OP}: groups and group_ids are both given, expected one of them")
     checks.check_same_device(OP, rewards=table, groups=offsets, weights=factors, lengths=tokens)
     tensors = (table, offsets, factors, tokens)
     chosen = backends.resolve(OP, tensors, backend, choices=params.choices())
@@ -87,6 +103,8 @@ def normalize_advantages(
             *tensors, numbers_by_name(ADVANTAGE_NUMBERS, params.numbers()), **params.choices()
         )
         stats = [*columns.unbind(), all_zero]
+    if by_group is not None:
+        values, per_reward = values[by_group.place], per_reward[by_group.place]
     if exact:
         values, per_reward = values.float(), per_reward.float()
         stats = [*(x.float() for x in stats[:-1]), stats[-1]]
@@ -130,8 +148,10 @@ def _as_table(rewards: Any, *others: Any) -> tuple[Tensor, bool]:
     return (table if table.dim() == 2 else table.unsqueeze(1)), exact
 
 
-def _as_offsets(groups: Tensor | Sequence[int] | int, rewards: Tensor) -> Tensor:
+def _as_offsets(groups: Tensor | Sequence[int] | int | None, rewards: Tensor) -> Tensor:
     batch = rewards.shape[0]
+    if groups is None:
+        raise ValueError(f"{OP}: groups and group_ids are None, expected one of them")
     if isinstance(groups, (Tensor, Sequence)):
         return checks.as_offsets(OP, "groups", groups, batch, rewards.device)
     if groups < 1 or batch % groups != 0:

@@ -1,0 +1,77 @@
+"""Samples that lie in any order, and whose groups have names, as groups that follow each other.
+
+B samples.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Hashable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lvrpo import checks
+
+#: What the groups of samples are named by: integers as a tensor, or any equal-or-not things.
+GroupIds = Tensor | Iterable[Hashable]
+
+
+@dataclasses.dataclass(frozen=True)
+class GroupOrder:
+    """An order of the samples in which those of a group are next to each other.
+
+    Attributes:
+        order: [B], the sample at each place; samples of a group keep their order.
+        place: [B], the place of each sample.
+        offsets: [B + 1] of the groups in that order. Nobody waits for a device to count the groups:
+            behind the last one there are empty ones, so that there are B.
+    """
+
+    order: Tensor
+    place: Tensor
+    offsets: Tensor
+
+    def group(self) -> Tensor:
+        """[B], the number of each sample's group."""
+        return (torch.searchsorted(self.offsets, self.place, right=True) - 1).clamp(min=0)
+
+
+def group_order(op: str, group_ids: GroupIds, batch: int, device: torch.device) -> GroupOrder:
+    """The order that puts samples of equal ids together.
+
+    Args:
+        op: who asks, for the errors.
+        group_ids: one for each sample: integers of any dtype in a tensor, or any sequence or array
+            of what can be compared, such as strings.
+        batch: B.
+        device: of the result.
+
+    Raises:
+        ValueError: there are not B of them, or they are floating numbers or cannot be compared.
+    """
+    if isinstance(group_ids, Tensor):
+        numbers = checks.as_index(op, "group_ids", group_ids)
+    else:
+        numbers = torch.tensor(_numbered(op, group_ids), dtype=torch.int64, device=device)
+    checks.check_shape(op, "group_ids", numbers, (batch,))
+    ascending, order = numbers.sort(stable=True)
+    starts = torch.ones_like(ascending)
+    starts[1:] = ascending[1:] != ascending[:-1]
+    offsets = torch.searchsorted(starts.cumsum(0) - 1, torch.arange(batch + 1, device=order.device))
+    return GroupOrder(order, order.argsort(), offsets)
+
+
+def _numbered(op: str, group_ids: Iterable[Any]) -> list[int]:
+    """The ids in the order in which they come, as 0, 1, 2, ..."""
+    found: dict[Any, int] = {}
+    # An array's own items are no Python numbers.
+    ids = group_ids.tolist() if hasattr(group_ids, "tolist") else list(group_ids)
+    for name in ids:
+        if isinstance(name, float) or not isinstance(name, Hashable):
+            raise ValueError(
+                f"{op}: group_ids has {name!r}, a {type(name).__name__}, expected integers, "
+                "strings or other ids that are equal or not"
+            )
+    return [found.setdefault(name, len(found)) for name in ids]
