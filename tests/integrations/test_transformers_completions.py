@@ -1,0 +1,199 @@
+"""completion_states: what linear ops make of it equals log_softmax of the model's own logits."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import lvrpo
+from lvrpo.integrations import versions
+from lvrpo.testing import check_against_plain
+
+pytest.importorskip("transformers", reason="pip install 'lvrpo[transformers]'")
+import transformers
+
+from lvrpo.integrations.transformers import completion_states
+
+SIZES = {
+    "vocab_size": 48,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+#: Models whose logits are scaled or capped, each by options of another name.
+HEADS: dict[str, dict[str, Any]] = {
+    "Llama": {},
+    "Gemma2": {"head_dim": 8, "final_logit_softcapping": 3.0},
+    "Cohere": {"logit_scale": 0.25},
+    "Granite": {"logits_scaling": 3.0},
+    "HyperCLOVAX": {"logits_scaling": 0.3},
+    "NanoChat": {},  # a cap that is no option
+    "Phi": {},  # a bias
+}
+C, TEMPERATURE = 4, 0.7
+
+
+def tiny(family: str, **options: Any) -> torch.nn.Module:
+    config = getattr(transformers, f"{family}Config")(**SIZES, **HEADS.get(family, {}), **options)
+    model = transformers.AutoModelForCausalLM.from_config(config)
+    for parameter in model.parameters():  # biases of 0 would show nothing
+        parameter.data += 0.02 * torch.randn_like(parameter)
+    return model
+
+
+def batch() -> dict[str, Tensor]:
+    ids = torch.randint(3, 48, (2, 9))
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+
+
+def own_logprobs(model: torch.nn.Module, inputs: dict[str, Tensor]) -> Tensor:
+    logits = model(**inputs).logits[:, -C - 1 : -1]
+    logprobs = torch.log_softmax(logits.to(torch.float64) / TEMPERATURE, dim=-1)
+    return logprobs.gather(-1, inputs["input_ids"][:, -C:, None])[..., 0]
+
+
+def our_logprobs(model: torch.nn.Module, inputs: dict[str, Tensor]) -> Tensor:
+    states = completion_states(model, inputs, C)
+    assert states.hidden.shape[:2] == (2, C)
+    return lvrpo.linear_logprobs(**states.head(TEMPERATURE), token_ids=inputs["input_ids"][:, -C:])
+
+
+def gradients(logprobs: Tensor, model: torch.nn.Module) -> dict[str, Tensor]:
+    model.zero_grad()
+    logprobs.mean().backward()
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+def compare(model: torch.nn.Module, plain_model: torch.nn.Module) -> None:
+    """`model` against the same weights without what wraps it, in fp64 and in fp32."""
+    inputs = batch()
+    gold_model = copy.deepcopy(plain_model).double()
+    ours, plain = our_logprobs(model, inputs), own_logprobs(plain_model, inputs).float()
+    gold = own_logprobs(gold_model, inputs)
+    check_against_plain(ours.detach(), gold.detach(), plain.detach(), scale=10.0)
+    of_ours = list(gradients(ours, model).values())
+    of_gold, of_plain = gradients(gold, gold_model), gradients(plain, plain_model)
+    assert len(of_ours) == len(of_gold)
+    for (name, expected), gradient in zip(of_gold.items(), of_ours, strict=True):
+        scale = float(expected.abs().max())
+        check_against_plain(gradient, expected, of_plain[name], scale=scale, ulps=32, name=name)
+
+
+@pytest.mark.parametrize("family", HEADS)
+def test_equals_the_models_own_logits(family):
+    model = tiny(family)
+    compare(model, model)
+
+
+def test_a_head_that_is_trained_beside_an_adapter_is_read():
+    peft = pytest.importorskip("peft", reason="pip install peft")
+    model = tiny("Llama", tie_word_embeddings=False)
+    lora = peft.LoraConfig(target_modules=["q_proj"], modules_to_save=["lm_head"])
+    adapted = peft.get_peft_model(copy.deepcopy(model), lora)
+    inputs = batch()
+    with torch.no_grad():
+        adapted.base_model.model.lm_head.modules_to_save["default"].weight.mul_(2)
+        ours, own = our_logprobs(adapted, inputs), own_logprobs(adapted, inputs)
+        assert not torch.allclose(own, own_logprobs(model, inputs))
+    assert torch.allclose(ours.double(), own)
+    weight = completion_states(adapted, inputs, C).weight
+    assert weight is adapted.base_model.model.lm_head.modules_to_save["default"].weight
+
+
+def test_an_adapter_of_the_head_is_refused():
+    peft = pytest.importorskip("peft", reason="pip install peft")
+    adapted = peft.get_peft_model(tiny("Llama"), peft.LoraConfig(target_modules=["lm_head"]))
+    with pytest.raises(ValueError, match="merge its adapter"):
+        completion_states(adapted, batch(), C)
+    with adapted.disable_adapter():
+        assert our_logprobs(adapted, batch()).shape == (2, C)
+
+
+def test_autocast_gives_what_its_head_would_read():
+    model, inputs = tiny("Llama"), batch()
+    with torch.autocast("cpu", torch.bfloat16):
+        states = completion_states(model, inputs, C)
+    assert states.hidden.dtype == states.weight.dtype == torch.bfloat16
+    ours = lvrpo.linear_logprobs(**states.head(), token_ids=inputs["input_ids"][:, -C:])
+    gradients(ours, model)
+    assert all(p.grad.dtype == torch.float32 for p in model.parameters())
+
+
+def test_aux_loss_is_handed_out():
+    options = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
+    model, inputs = tiny("Qwen3Moe", **options), batch()
+    asked = {**inputs, "output_router_logits": True}
+    assert torch.equal(completion_states(model, asked, C).aux_loss, model(**asked).aux_loss)
+    assert completion_states(model, inputs, C).aux_loss is None
+
+
+def test_the_hooks_are_gone_whatever_happens():
+    model = tiny("Llama")
+    completion_states(model, batch(), C)
+    with pytest.raises(ValueError, match="completion_length is 9, expected 1 to 8"):
+        completion_states(model, batch(), 9)
+    head = model.get_output_embeddings()
+    assert not head._forward_hooks
+    assert not head._forward_pre_hooks
+    assert model(**batch()).logits.shape == (2, 9, 48)
+
+
+class Behind(torch.nn.Module):
+    """A model that does something else to its logits."""
+
+    def __init__(self, change):
+        super().__init__()
+        self.model, self.change = tiny("Llama"), change
+
+    def forward(self, **inputs):
+        outputs = self.model(**inputs)
+        outputs.logits = self.change(outputs.logits)
+        return outputs
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda z: z + torch.arange(48.0),
+        lambda z: z[..., :40],
+        lambda z: z.masked_fill(torch.arange(48) == 7, -1e30),
+        lambda z: z * torch.linspace(1, 1.1, 48),
+        lambda z: -z,
+        lambda z: z.clamp(-30, 30),
+    ],
+    ids=["bias", "cut", "mask", "scale per token", "sign", "clamp"],
+)
+def test_logits_that_no_linear_op_gives_are_refused(change):
+    with pytest.raises(ValueError, match="no scale and soft-cap"):
+        completion_states(Behind(change), batch(), C)
+    assert completion_states(Behind(lambda z: z), batch(), C).logit_scale == 1
+
+
+@pytest.mark.parametrize(("name", "value"), [("labels", None), ("logits_to_keep", 1)])
+def test_inputs_about_logits_are_refused(name, value):
+    with pytest.raises(ValueError, match=name):
+        completion_states(tiny("Llama"), {**batch(), name: value}, C)
+
+
+def test_a_model_without_a_head_is_refused():
+    with pytest.raises(ValueError, match="has no head"):
+        completion_states(tiny("Llama").model, batch(), C)
+
+
+def test_a_release_outside_the_range_is_refused(monkeypatch):
+    for found in ("5.23.9", "5.25.0", "6.0"):
+        monkeypatch.setattr(versions.importlib.metadata, "version", lambda name, is_=found: is_)
+        with pytest.raises(ImportError, match=rf"transformers is {found}.*>=5.24,<5.25"):
+            completion_states(tiny("Llama"), batch(), C)
+    for found in ("5.24", "5.24.0rc1", "5.24.3+cu130"):
+        monkeypatch.setattr(versions.importlib.metadata, "version", lambda name, is_=found: is_)
+        completion_states(tiny("Llama"), batch(), C)
