@@ -42,6 +42,13 @@ from lvrpo.sampler_correction import (
     top_entropy_mask,
     top_entropy_threshold,
 )
+from lvrpo.token_advantages import (
+    kl_penalized_rewards,
+    optimal_baseline_advantages,
+    reinforce_pp_advantages,
+    remax_advantages,
+    token_returns,
+)
 
 __version__ = "0.2.0"
 
@@ -71,16 +78,21 @@ __all__ = [
     "gather_logprobs",
     "grpo_loss",
     "guided_velocity",
+    "kl_penalized_rewards",
     "linear_grpo_loss",
     "linear_logprobs",
     "logits_grpo_loss",
     "mrope_position_ids",
     "normalize_advantages",
     "off_policy_sequence_mask",
+    "optimal_baseline_advantages",
     "packed_attention",
     "position_ids",
+    "reinforce_pp_advantages",
+    "remax_advantages",
     "sampler_weights",
     "target_index",
+    "token_returns",
     "top_entropy_mask",
     "top_entropy_threshold",
 ]

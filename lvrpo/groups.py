@@ -6,7 +6,7 @@ B samples.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Hashable, Iterable
+from collections.abc import Hashable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -33,10 +33,6 @@ class GroupOrder:
     place: Tensor
     offsets: Tensor
 
-    def group(self) -> Tensor:
-        """[B], the number of each sample's group."""
-        return (torch.searchsorted(self.offsets, self.place, right=True) - 1).clamp(min=0)
-
 
 def group_order(op: str, group_ids: GroupIds, batch: int, device: torch.device) -> GroupOrder:
     """The order that puts samples of equal ids together.
@@ -61,6 +57,32 @@ def group_order(op: str, group_ids: GroupIds, batch: int, device: torch.device) 
     starts[1:] = ascending[1:] != ascending[:-1]
     offsets = torch.searchsorted(starts.cumsum(0) - 1, torch.arange(batch + 1, device=order.device))
     return GroupOrder(order, order.argsort(), offsets)
+
+
+def group_offsets(
+    op: str, groups: Tensor | Sequence[int] | int, batch: int, device: torch.device
+) -> Tensor:
+    """[P + 1] offsets of groups that follow each other, from offsets or the size of all of them.
+
+    Raises:
+        ValueError: the size does not divide the batch, or the offsets do not fit it.
+    """
+    if isinstance(groups, (Tensor, Sequence)):
+        return checks.as_offsets(op, "groups", groups, batch, device)
+    if groups < 1 or batch % groups != 0:
+        raise ValueError(f"{op}: groups is {groups}, expected a size >= 1 that divides B = {batch}")
+    return torch.arange(0, batch + 1, groups, device=device)
+
+
+def check_one(op: str, groups: object, group_ids: object) -> None:
+    """Groups are given by their places or by their names.
+
+    Raises:
+        ValueError: both are given, or neither is.
+    """
+    if (groups is None) == (group_ids is None):
+        given = "None" if groups is None else "given"
+        raise ValueError(f"{op}: groups and group_ids are both {given}, expected one of them")
 
 
 def _numbered(op: str, group_ids: Iterable[Any]) -> list[int]:

@@ -179,6 +179,7 @@ MAY_IMPORT = {
     "ops": "params masks reference backends checks dtypes token_layout groups",
     "sampler_correction": "params checks dtypes token_layout _sampler_inputs",
     "_sampler_inputs": "params checks dtypes token_layout",
+    "token_advantages": "params checks dtypes token_layout groups _sampler_inputs",
     "info": "lvrpo ops backends",
     "data": "info random",
     "rewards": "info data",
@@ -191,7 +192,7 @@ MAY_IMPORT = {
     "integrations": "info lvrpo masks ops params checks token_layout",
     "cli": "info lvrpo runs report studies trainer",
     "__main__": "info cli",
-    "lvrpo": "params masks ops sampler_correction",
+    "lvrpo": "params masks ops sampler_correction token_advantages",
 }
 #: The model families and the embedded demo: parts that one module puts together, and that nothing
 #: else knows.

@@ -15,7 +15,7 @@ from torch import Tensor
 from lvrpo import backends, checks
 from lvrpo.backends import library
 from lvrpo.dtypes import numbers, numbers_by_name
-from lvrpo.groups import GroupIds, group_order
+from lvrpo.groups import GroupIds, check_one, group_offsets, group_order
 from lvrpo.params.advantages import (
     ADVANTAGE_NUMBERS,
     ADVANTAGE_STATS,
@@ -81,17 +81,16 @@ def normalize_advantages(
     table, exact = _as_table(rewards, groups, group_ids, weights, lengths)
     factors = _as_weights(weights, table)
     tokens = _as_lengths(lengths, table, params)
+    check_one(OP, groups, group_ids)
     by_group = None
-    if group_ids is None:
-        offsets = _as_offsets(groups, table)
-    elif groups is None:
-        by_group = group_order(OP, group_ids, table.shape[0], table.device)
-        offsets, order = by_group.offsets, by_group.order
-        checks.check_same_device(OP, rewards=table, group_ids=order)
-        table = table[order]
-        tokens = None if tokens is None else tokens[order]
+    if groups is not None:
+        offsets = group_offsets(OP, groups, table.shape[0], table.device)
     else:
-        raise ValueError(f"{OP}: groups and group_ids are both given, expected one of them")
+        assert group_ids is not None
+        by_group = group_order(OP, group_ids, table.shape[0], table.device)
+        checks.check_same_device(OP, rewards=table, group_ids=by_group.order)
+        offsets, table = by_group.offsets, table[by_group.order]
+        tokens = None if tokens is None else tokens[by_group.order]
     checks.check_same_device(OP, rewards=table, groups=offsets, weights=factors, lengths=tokens)
     tensors = (table, offsets, factors, tokens)
     chosen = backends.resolve(OP, tensors, backend, choices=params.choices())
@@ -146,17 +145,6 @@ def _as_table(rewards: Any, *others: Any) -> tuple[Tensor, bool]:
     exact = not rewards.is_floating_point()
     table = rewards.double() if exact else checks.as_data(rewards)
     return (table if table.dim() == 2 else table.unsqueeze(1)), exact
-
-
-def _as_offsets(groups: Tensor | Sequence[int] | int | None, rewards: Tensor) -> Tensor:
-    batch = rewards.shape[0]
-    if groups is None:
-        raise ValueError(f"{OP}: groups and group_ids are None, expected one of them")
-    if isinstance(groups, (Tensor, Sequence)):
-        return checks.as_offsets(OP, "groups", groups, batch, rewards.device)
-    if groups < 1 or batch % groups != 0:
-        raise ValueError(f"{OP}: groups is {groups}, expected a size >= 1 that divides B = {batch}")
-    return torch.arange(0, batch + 1, groups, device=rewards.device)
 
 
 def _as_weights(weights: Tensor | Sequence[float] | None, rewards: Tensor) -> Tensor:

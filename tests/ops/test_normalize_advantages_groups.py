@@ -108,7 +108,7 @@ def test_no_samples():
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ({}, "groups and group_ids are None"),
+        ({}, "groups and group_ids are both None"),
         ({"groups": 2, "group_ids": [1, 1, 2, 2]}, "both given"),
         ({"group_ids": [1, 2]}, r"group_ids has shape \(2,\), expected \[4\]"),
         ({"group_ids": torch.zeros(4)}, "group_ids is torch.float32, expected an integer dtype"),
