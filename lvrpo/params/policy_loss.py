@@ -9,6 +9,7 @@ from typing import Any, Literal, NamedTuple, get_args
 from torch import Tensor
 
 from lvrpo.params._validate import check_choices, from_preset
+from lvrpo.params.from_trl import fields_from_trl
 from lvrpo.params.log_ratio import LOG_RATIO_LIMIT
 from lvrpo.params.loss_metrics import LossMetrics
 
@@ -238,6 +239,21 @@ class LossParams:
         The names are those of `LOSS_PRESETS`; "dr_grpo" needs `max_length`.
         """
         return from_preset(cls, LOSS_PRESETS, name, changes)
+
+    @classmethod
+    def from_trl(cls, config: Any) -> LossParams:
+        """The loss of TRL's GRPOTrainer, by its options.
+
+        What TRL divides by and the factors of its tokens are arguments of a loss op:
+        docs/integrations.md has them by option.
+
+        Args:
+            config: a `trl.GRPOConfig` of TRL 1.16.
+
+        Raises:
+            ValueError: an option cannot be honoured; the message names it and says what to do.
+        """
+        return cls(**fields_from_trl(config))
 
 
 def _or_infinity(bound: float | None) -> float:
