@@ -180,6 +180,7 @@ MAY_IMPORT = {
     "sampler_correction": "params checks dtypes token_layout _sampler_inputs",
     "_sampler_inputs": "params checks dtypes token_layout",
     "token_advantages": "params checks dtypes token_layout groups _sampler_inputs",
+    "distributed": "ops params reference backends checks dtypes token_layout groups",
     "info": "lvrpo ops backends",
     "data": "info random",
     "rewards": "info data",

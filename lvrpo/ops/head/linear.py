@@ -83,8 +83,10 @@ def project(
     shaped, hidden = hidden, checks.as_factor(as_rows(op, "hidden", hidden, "H"))
     weight = checks.as_factor(weight)
     bias = None if bias is None else checks.as_factor(bias)
-    _check_factors(op, hidden, weight, bias)
+    check_factors(op, hidden, weight, bias)
     vocab = weight.shape[0]
+    if not vocab:
+        raise ValueError(f"{op}: weight has shape {tuple(weight.shape)}, expected V >= 1")
     low, high = 0, vocab
     if is_pair(vocab_range):
         low, high = vocab_range  # type: ignore[misc, assignment]
@@ -95,7 +97,7 @@ def project(
     targets = as_targets(
         op, "hidden", shaped, vocab, token_ids, row_index, vocab_range, ignore_index
     )
-    most = _rows_at_once(op, hidden, high - low, memory_budget)
+    most = rows_at_once(op, hidden, high - low, memory_budget)
     save = checks.as_saved
     factors = save(hidden), save(weight), save(bias)
     return Projection(*factors, targets, (low, high), is_pair(vocab_range), most)
@@ -223,7 +225,7 @@ class LinearHead:
     def _tiles(self) -> Iterator[tuple[slice, Tensor]]:
         """The weight as factors: as it is, or converted a tile at a time and never whole."""
         vocab, width = self.weight.shape
-        size = vocab
+        size = max(1, vocab)
         if self.weight.dtype != self.factors:
             tile = TILE_BYTES[self.weight.device.type]
             size = max(1, tile // max(1, width * self.factors.itemsize))
@@ -241,13 +243,12 @@ def _matmul(out: Tensor, left: Tensor, right: Tensor, *, plus: Tensor | None) ->
         torch.addmm(plus, left, right, out=out, **wider)
 
 
-def _check_factors(op: str, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+def check_factors(op: str, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+    """Hidden states [R, H], weight [V, H] and bias [V] are of one dtype and fit each other."""
     checks.check_shape(op, "hidden", hidden, ("R", "H"))
     checks.check_floating(op, "hidden", hidden)
     checks.check_shape(op, "weight", weight, ("V", hidden.shape[1]))
     checks.check_same_device(op, hidden=hidden, weight=weight, bias=bias)
-    if not weight.shape[0]:
-        raise ValueError(f"{op}: weight has shape {tuple(weight.shape)}, expected V >= 1")
     if bias is not None:
         checks.check_shape(op, "bias", bias, (weight.shape[0],))
     for name, tensor in (("weight", weight), ("bias", bias)):
@@ -255,7 +256,12 @@ def _check_factors(op: str, hidden: Tensor, weight: Tensor, bias: Tensor | None)
             raise ValueError(f"{op}: {name} is {tensor.dtype}, but hidden is {hidden.dtype}")
 
 
-def _rows_at_once(op: str, hidden: Tensor, vocab: int, memory_budget: int | None) -> int:
+def rows_at_once(op: str, hidden: Tensor, vocab: int, memory_budget: int | None) -> int:
+    """Rows whose logits of so many columns, and their gradients, fit the budget.
+
+    Raises:
+        ValueError: not one does.
+    """
     factors, sums = dtypes_of(hidden)
     row_bytes = vocab * (sums.itemsize + (factors.itemsize if factors != sums else 0))
     if memory_budget is None:

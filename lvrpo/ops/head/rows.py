@@ -100,8 +100,12 @@ class HeadRows:
         dlogprobs: Tensor,  # [T]
         dentropy: Tensor | None,  # [R]
         logits: Tensor | None = None,
+        entropy: Tensor | None = None,  # [R]
     ) -> None:
-        """Add a chunk's part to the gradients of the head; None for logits projects them again."""
+        """Add a chunk's part to the gradients of the head; None for logits projects them again.
+
+        `entropy` is for the kernel to read in place of the entropies that are known.
+        """
         rows, here, (token_ids, row_index, ranges) = self._part(chunk)
         count = chunk[1] - chunk[0]
         if logits is None:
@@ -124,7 +128,7 @@ class HeadRows:
             row_index,
             ranges,
             self.lse[rows],
-            None if dentropy is None else self.entropy[rows],
+            None if dentropy is None else (self.entropy if entropy is None else entropy)[rows],
             self.numbers,
         )
         self.head.backward(rows, dlogits, asked)
