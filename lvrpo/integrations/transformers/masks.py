@@ -1,0 +1,291 @@
+"""The masks of transformers as spans: made once a forward, without a tensor of queries by keys.
+
+The tokens of a batch of B sequences are one packed buffer of documents, without those of padding.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lvrpo.integrations.transformers.rules import Rule, read
+from lvrpo.masks import SpanMask, position_ids
+
+NAME = "attn_implementation='lvrpo'"
+#: Pairs of a query and a key at which an unknown mask function is evaluated at a time.
+PAIRS = 1 << 24
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class BatchMask:
+    """What a layer gets as its `attention_mask`.
+
+    Attributes:
+        mask: of the buffer.
+        keys: [L] where its rows are among those of the keys, B * kv_length; None: they are those.
+        queries: [Lq] where its queries are among B * q_length; None: they are those.
+        window: that the layer has, even where no sequence is longer; None: none.
+        of_text: whether a `span_mask` takes its place: False where all keys are seen, as in towers.
+        padding: more masks of the same keys and their queries, those of padding, where they have an
+            output: a tower's, whose model goes on with all of them.
+    """
+
+    mask: SpanMask
+    keys: Tensor | None = None
+    queries: Tensor | None = None
+    window: int | None = None
+    of_text: bool = True
+    padding: tuple[tuple[SpanMask, Tensor], ...] = ()
+
+
+def batch_mask(
+    batch_size: int,
+    q_length: int,
+    kv_length: int,
+    q_offset: int | Tensor = 0,
+    kv_offset: int = 0,
+    *,
+    mask_function: Callable[..., Any],
+    attention_mask: Tensor | None = None,
+    use_vmap: bool = False,
+    device: torch.device | str = "cpu",
+    **others: Any,
+) -> BatchMask:
+    """A mask of transformers; what its `AttentionMaskInterface` calls, with these names.
+
+    Args:
+        batch_size: B.
+        q_length: queries of a sequence.
+        kv_length: keys of a sequence.
+        q_offset: index of its first query.
+        kv_offset: index of its first key.
+        mask_function: of (batch, head, query, key) indices: whether the query sees the key.
+        attention_mask: [B, indices] bool, False in padding, and beyond its end; None: no padding.
+        use_vmap: whether the function takes one index at a time.
+        device: of the mask, and of what the function reads.
+        others: what other implementations want to know.
+
+    Raises:
+        ValueError: spans cannot say it; names what they cannot.
+    """
+    first = int(q_offset) - kv_offset
+    if first < 0 or first + q_length > kv_length:
+        raise ValueError(f"{NAME}: {_cross(q_length, kv_length)}")
+    valid = _valid(attention_mask, batch_size, kv_length, kv_offset)
+    rule = read(mask_function)
+    if rule is None:
+        indices = (
+            range(int(q_offset), int(q_offset) + q_length),
+            range(kv_offset, kv_offset + kv_length),
+        )
+        ranges = _evaluate(mask_function, batch_size, *indices, use_vmap, device)
+        mask = _from_ranges(ranges, valid, first, q_length)
+    else:
+        if not rule.causal and q_length != kv_length:
+            raise ValueError(f"{NAME}: {_cross(q_length, kv_length)}")
+        mask = _from_rule(rule, valid, kv_offset)
+    is_query = torch.zeros_like(valid)
+    is_query[:, first : first + q_length] = True
+    all_valid = bool(valid.all())
+    if not (all_valid and q_length == kv_length):
+        mask = mask.select_queries(is_query[valid].nonzero()[:, 0])
+    is_read = valid[:, first : first + q_length]
+    padding = () if all_valid or rule is None or rule.causal else _of_padding(mask, valid)
+    return BatchMask(
+        mask.to(device),
+        None if all_valid else valid.flatten().nonzero()[:, 0].to(device),
+        None if bool(is_read.all()) else is_read.flatten().nonzero()[:, 0].to(device),
+        None if rule is None else rule.window,
+        rule is None or rule.causal,
+        tuple((mask.to(device), queries.to(device)) for mask, queries in padding),
+    )
+
+
+def _of_padding(mask: SpanMask, valid: Tensor) -> list[tuple[SpanMask, Tensor]]:
+    """Masks by which padding sees what all the valid keys of its sequence see, and its queries.
+
+    Padding is in no buffer. Its queries stand in rows of the sequence, as many at a time as it has.
+    """
+    count = valid.sum(dim=1, keepdim=True)
+    nth = (~valid).long().cumsum(dim=1) - 1
+    row = count.cumsum(dim=0) - count + nth % count.clamp(min=1)
+    turn = torch.where(~valid & (count > 0), nth // count.clamp(min=1), -1)
+    found = []
+    for index in range(int(turn.max()) + 1):
+        chosen = turn == index
+        found.append((mask.select_queries(row[chosen]), chosen.flatten().nonzero()[:, 0]))
+    return found
+
+
+def with_window(mask: SpanMask, window: int) -> SpanMask:
+    """The mask of a layer with a sliding window; itself where no path is longer.
+
+    Raises:
+        ValueError: one is, and this version of lvrpo has no sliding windows.
+    """
+    longest = int(position_ids(mask.host or mask).max()) + 1 if mask.length else 0
+    if longest > window:
+        raise ValueError(
+            f"{NAME}: a sequence of {longest} tokens is longer than the window of {window}, and a "
+            "SpanMask has no sliding windows; use 'sdpa'"
+        )
+    return mask
+
+
+def _cross(q_length: int, kv_length: int) -> str:
+    return (
+        f"{q_length} queries of {kv_length} keys are cross-attention, expected queries that are "
+        "keys too; give these layers 'sdpa'"
+    )
+
+
+def _valid(attention_mask: Tensor | None, batch: int, length: int, offset: int) -> Tensor:
+    """Bool [B, kv_length], on the host: what is no padding."""
+    valid = torch.ones(batch, length, dtype=torch.bool)
+    if attention_mask is not None:
+        given = attention_mask[:, offset : offset + length].cpu().bool()
+        valid[:, : given.shape[1]] = given
+        valid[:, given.shape[1] :] = False
+    return valid
+
+
+def _from_rule(rule: Rule, valid: Tensor, offset: int) -> SpanMask:
+    """The mask of the valid keys: a document of each sequence, or of what it is packed of."""
+    batch, length = valid.shape
+    sequence = torch.arange(batch)[:, None].expand(batch, length)
+    document = _per_key(rule.documents, valid, offset, 0)
+    block = _per_key(rule.blocks, valid, offset, -1)
+    if not rule.causal:
+        block = torch.zeros_like(block)
+    spans = torch.stack([sequence[valid], document, block], dim=1)
+    changes = (spans[1:] != spans[:-1]).any(dim=1).nonzero()[:, 0] + 1
+    starts = torch.cat([changes.new_zeros(min(1, len(spans))), changes])
+    lengths = starts.diff(append=torch.tensor([len(spans)])).tolist()
+    parents: list[int] = []
+    modes: list[str] = []
+    before: list[int] = []
+    blocks_seen: set[tuple[int, ...]] = set()
+    for index, key in enumerate(spans[starts].tolist()):
+        parents.append(index - 1 if key[:2] == before else -1)
+        before = key[:2]
+        modes.append("full" if key[2] >= 0 else "causal")
+        if key[2] >= 0 and tuple(key) in blocks_seen:
+            raise ValueError(
+                f"{NAME}: block {key[2]} of sequence {key[0]} is interrupted by other tokens, "
+                "expected the tokens of a block next to each other; use 'sdpa'"
+            )
+        blocks_seen.add(tuple(key))
+    mask = SpanMask.from_spans(lengths, parents, modes)
+    if rule.window is None:
+        return mask
+    windowed = with_window(mask, rule.window)
+    if windowed is not mask:
+        _check_window(rule, rule.window, valid, modes, lengths)
+    return windowed
+
+
+def _check_window(
+    rule: Rule, window: int, valid: Tensor, modes: list[str], lengths: list[int]
+) -> None:
+    """transformers counts indices in a window, and spans count tokens.
+
+    Raises:
+        ValueError: that is not the same; or a block goes beyond the window, and a span does not.
+    """
+    ends = [valid[:, :1], valid[:, 1:] != valid[:, :-1]]
+    if bool((torch.cat(ends, dim=1).sum(dim=1) > 2).any()):
+        raise ValueError(
+            f"{NAME}: a sequence longer than the window of {window} has padding between its "
+            "tokens, expected it on the left or the right"
+        )
+    longest = max((n for n, mode in zip(lengths, modes, strict=True) if mode == "full"), default=0)
+    if rule.blocks_are_whole and longest > window:
+        raise ValueError(
+            f"{NAME}: a block of {longest} tokens sees itself beyond the window of {window}, "
+            "expected blocks as long as the window or shorter; use 'sdpa'"
+        )
+
+
+def _per_key(values: Tensor | None, valid: Tensor, offset: int, default: int) -> Tensor:
+    """Of each valid key its value on the host; `default` beyond the end."""
+    batch, length = valid.shape
+    found = torch.full((batch, length), default)
+    if values is not None:
+        given = values[:, offset : offset + length].cpu().long()
+        found[:, : given.shape[1]] = given
+    return found[valid]
+
+
+def _evaluate(
+    function: Callable[..., Any],
+    batch: int,
+    queries: range,
+    keys: range,
+    use_vmap: bool,
+    device: torch.device | str,
+) -> Tensor:
+    """The queries that see each key, from a function at all pairs, some queries at a time.
+
+    Returns:
+        [3, B, keys] int64 on the host, in rows of a sequence: how many queries see the key, the
+        first of them, and one past the last.
+    """
+    from torch._dynamo._trace_wrapped_higher_order_op import TransformGetItemToIndex
+    from transformers.masking_utils import _non_vmap_expansion_sdpa, _vmap_expansion_sdpa
+
+    kv = torch.arange(keys.start, keys.stop, device=device)
+    sequences, head = torch.arange(batch, device=device), torch.arange(1, device=device)
+    count = torch.zeros(batch, len(kv), dtype=torch.int64, device=device)
+    first, last = torch.full_like(count, queries.stop), torch.zeros_like(count)
+    step = max(1, PAIRS // max(1, batch * len(kv)))
+    for begin in range(queries.start, queries.stop, step):
+        query = torch.arange(begin, min(begin + step, queries.stop), device=device)
+        if use_vmap:
+            with TransformGetItemToIndex():
+                seen = _vmap_expansion_sdpa(function)(sequences, head, query, kv)
+        else:
+            seen = function(*_non_vmap_expansion_sdpa(sequences, head, query, kv))
+        seen = seen.expand(batch, 1, len(query), len(kv))[:, 0]
+        index = query[None, :, None]
+        count += seen.sum(dim=1)
+        first = first.minimum(torch.where(seen, index, queries.stop).amin(dim=1))
+        last = last.maximum(torch.where(seen, index + 1, 0).amax(dim=1))
+    return torch.stack([count, first - keys.start, last - keys.start]).cpu()
+
+
+def _from_ranges(ranges: Tensor, valid: Tensor, first_query: int, queries: int) -> SpanMask:
+    """The mask of the valid keys, each seen by a range of rows.
+
+    Raises:
+        ValueError: spans cannot describe it.
+    """
+    batch, length = valid.shape
+    count, begin, end = ranges
+    row, stop = torch.arange(length).expand(batch, length), first_query + queries
+    # Whether rows that are no queries see a key is not asked: say what fits those that are.
+    is_query = (row >= first_query) & (row < stop)
+    seen = valid & (count > 0)
+    wrongs = {
+        "is not seen by its own row": valid & is_query & ((begin > row) | (end <= row)),
+        "is seen by rows with others between them": seen & (count != end - begin),
+        "is not seen by the first queries": seen & (row < first_query) & (begin > first_query),
+        "is not seen by the last queries": seen & (row >= stop) & (end < stop),
+    }
+    for what, wrong in wrongs.items():
+        if bool(wrong.any()):
+            sequence, key = wrong.nonzero()[0].tolist()
+            raise ValueError(
+                f"{NAME}: key {key} of sequence {sequence} {what}, which spans cannot express; "
+                "use 'sdpa'"
+            )
+    begin = torch.where(count > 0, begin.minimum(row), row)
+    end = torch.where((end == stop) | (row >= stop), length, end.maximum(row + 1))
+    # From rows of the batch to those of the buffer.
+    place = torch.cat([torch.zeros(1, dtype=torch.int64), valid.flatten().cumsum(0)])
+    base = (torch.arange(batch) * length)[:, None]
+    bounds = torch.stack([place[end + base][valid], place[begin + base][valid]], dim=1)
+    return SpanMask.from_flashmask(bounds[None, None])

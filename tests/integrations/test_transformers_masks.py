@@ -1,0 +1,233 @@
+"""batch_mask says what transformers' own dense mask says, of every function that spans can say."""
+
+from __future__ import annotations
+
+import itertools
+import random
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from lvrpo import SpanMask
+from lvrpo.integrations.transformers import attention, masks
+from lvrpo.integrations.transformers.masks import BatchMask, batch_mask
+from lvrpo.integrations.transformers.rules import read
+
+masking = pytest.importorskip(
+    "transformers.masking_utils", reason="pip install 'lvrpo[transformers]'"
+)
+
+B = 3
+
+
+def dense(found: BatchMask, queries: int, keys: int) -> Tensor:
+    """[B, queries, keys]: what the parts of a BatchMask say together."""
+    seen = torch.zeros(B * queries, B * keys, dtype=torch.bool)
+    columns = torch.arange(B * keys) if found.keys is None else found.keys
+    for mask, rows in ((found.mask, found.queries), *found.padding):
+        rows = torch.arange(B * queries) if rows is None else rows
+        seen[rows[:, None], columns] = mask.to_dense()
+    blocks = seen.view(B, queries, B, keys)
+    for one, other in itertools.permutations(range(B), 2):
+        assert not blocks[one, :, other].any()
+    return torch.stack([blocks[one, :, one] for one in range(B)])
+
+
+def theirs(queries: int, keys: int, **how: Any) -> Tensor:
+    how = {"device": "cpu", **how, "allow_is_causal_skip": False}
+    found = masking.sdpa_mask(batch_size=B, q_length=queries, kv_length=keys, **how)
+    return found.expand(B, 1, queries, keys)[:, 0]
+
+
+def runs(rng: random.Random, length: int, longest: int) -> list[int]:
+    """The number of a run per token."""
+    numbers = itertools.chain.from_iterable(
+        [n] * rng.randint(1, longest) for n in itertools.count()
+    )
+    return list(itertools.islice(numbers, length))
+
+
+def blocks(rng: random.Random, length: int) -> Tensor:
+    """[B, length]: every other run is a block, numbered as Gemma 3's images are."""
+    rows = [[n // 2 if n % 2 else -1 for n in runs(rng, length, 5)] for _ in range(B)]
+    return torch.tensor(rows)
+
+
+def padding(rng: random.Random, length: int, kind: str) -> Tensor | None:
+    if kind == "none":
+        return None
+    mask = torch.ones(B, length, dtype=torch.bool)
+    for row in mask:
+        count = rng.randint(0, length // 2)
+        if kind == "left":
+            row[:count] = False
+        elif kind == "right":
+            row[length - count :] = False
+        else:
+            row[rng.sample(range(length), count)] = False
+    return mask
+
+
+def packed(rng: random.Random, length: int) -> tuple[Tensor, Tensor]:
+    """Which document each token is of, and its position there."""
+    documents = torch.tensor([runs(rng, length, 6) for _ in range(B)])
+    positions = torch.zeros_like(documents)
+    for row, of in zip(positions, documents, strict=True):
+        for index in range(1, length):
+            row[index] = row[index - 1] + 1 if of[index] == of[index - 1] else 0
+    return documents, positions
+
+
+def unknown(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The same function, of which nothing can be read."""
+    return lambda *indices: function(*indices)
+
+
+def check(function: Callable[..., Any], queries: int, keys: int, *, spans: bool = True, **how: Any):
+    """Read and evaluated, a batch and one index at a time."""
+    mask, offset = how.get("attention_mask"), how.get("q_offset", 0) - how.get("kv_offset", 0)
+    expected = theirs(queries, keys, mask_function=function, **how)
+    is_query = torch.ones(B, queries, dtype=torch.bool)
+    if mask is not None:
+        first = how.get("kv_offset", 0)
+        valid = torch.nn.functional.pad(mask, (0, max(0, first + keys - mask.shape[1])))
+        is_query = valid[:, first + offset : first + offset + queries]
+    assert read(function) is not None
+    for ours in (function, unknown(function)):
+        for use_vmap in (False, True):
+            options = {**how, "mask_function": ours, "use_vmap": use_vmap}
+            if ours is function and use_vmap:
+                continue
+            found = dense(batch_mask(B, queries, keys, **options), queries, keys)
+            # What padding sees is what a tower's sees, and of no account in a text.
+            if ours is function and not read(function).causal:
+                some = expected.any(dim=2)
+                assert torch.equal(found[some], expected[some])
+            assert torch.equal(found[is_query], expected[is_query])
+
+
+@pytest.fixture(autouse=True)
+def _some_queries_at_a_time(monkeypatch):
+    monkeypatch.setattr(masks, "PAIRS", 5 * 7)
+
+
+@pytest.mark.parametrize("seed", range(8))
+@pytest.mark.parametrize("kind", ["none", "left", "right", "anywhere"])
+def test_causal_padded_with_blocks(kind, seed):
+    rng = random.Random(seed)
+    length = rng.randint(1, 14)
+    mask = padding(rng, length, kind)
+    check(masking.causal_mask_function, length, length, attention_mask=mask)
+    if kind == "anywhere":
+        return  # padding may split a block
+    overlay = masking.blockwise_overlay(blocks(rng, length))
+    function = masking.or_masks(masking.causal_mask_function, overlay)
+    check(function, length, length, attention_mask=mask)
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_packed_with_blocks(seed):
+    rng = random.Random(seed)
+    length = rng.randint(1, 14)
+    documents, positions = packed(rng, length)
+    remapped = masking.remap_positions_for_packed_sequence(masking.causal_mask_function, positions)
+    apart = masking.packed_sequence_mask_function(documents)
+    check(masking.and_masks(remapped, apart), length, length)
+    overlay = masking.blockwise_overlay(blocks(rng, length))
+    check(masking.and_masks(masking.or_masks(remapped, overlay), apart), length, length)
+
+
+@pytest.mark.parametrize("seed", range(8))
+@pytest.mark.parametrize("kind", ["none", "left", "right", "anywhere"])
+def test_towers_and_what_their_padding_sees(kind, seed):
+    rng = random.Random(seed)
+    length = rng.randint(1, 14)
+    mask = padding(rng, length, kind)
+    function = masking.bidirectional_mask_function
+    expected = theirs(length, length, mask_function=function, attention_mask=mask)
+    found = batch_mask(B, length, length, mask_function=function, attention_mask=mask)
+    assert not found.of_text
+    assert torch.equal(dense(found, length, length), expected)
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_fewer_queries_than_keys(seed):
+    """A cache: of all tokens, or of the newest, or longer than what is there."""
+    rng = random.Random(seed)
+    keys = rng.randint(2, 14)
+    queries = rng.randint(1, keys)
+    kv_offset = rng.choice([0, 3])
+    unused = rng.randint(0, keys - queries)
+    q_offset = kv_offset + keys - queries - unused
+    mask = padding(rng, kv_offset + keys - unused, rng.choice(["none", "left"]))
+    how = {"q_offset": q_offset, "kv_offset": kv_offset, "attention_mask": mask}
+    check(masking.causal_mask_function, queries, keys, **how)
+    overlay = masking.blockwise_overlay(blocks(rng, kv_offset + keys))
+    if q_offset == kv_offset or queries == 1:
+        check(masking.or_masks(masking.causal_mask_function, overlay), queries, keys, **how)
+
+
+def test_a_cache_may_say_where_it_is_with_a_tensor():
+    how = {"mask_function": masking.causal_mask_function}
+    found = batch_mask(B, 2, 6, torch.tensor(3), **how)
+    assert torch.equal(found.mask.to_dense(), batch_mask(B, 2, 6, 3, **how).mask.to_dense())
+
+
+@pytest.mark.parametrize("chunk", [1, 3, 5])
+def test_what_is_not_known_is_evaluated(chunk):
+    """Llama 4's chunks are documents, which nobody has to know."""
+    left = torch.tensor([0, 2, 5])
+    function = masking.chunked_causal_mask_function(chunk, left)
+    mask = torch.arange(11) >= left[:, None]
+    assert read(function) is None
+    expected = theirs(11, 11, mask_function=function, attention_mask=mask)
+    found = batch_mask(B, 11, 11, mask_function=function, attention_mask=mask)
+    assert torch.equal(dense(found, 11, 11)[mask], expected[mask])
+
+
+def one(function: Callable[..., Any], queries: int = 9, keys: int = 9, **how: Any) -> BatchMask:
+    return batch_mask(1, queries, keys, mask_function=function, **how)
+
+
+def test_what_spans_cannot_say_is_refused_by_name():
+    causal, full = masking.causal_mask_function, masking.bidirectional_mask_function
+    with pytest.raises(ValueError, match="cross-attention"):
+        one(full, 4, 9)
+    with pytest.raises(ValueError, match="cross-attention"):
+        one(causal, 9, 4)
+    apart = masking.blockwise_overlay(torch.tensor([[0, 0, -1, -1, 0, 0, -1, -1, -1]]))
+    with pytest.raises(ValueError, match="block 0 of sequence 0 is interrupted"):
+        one(masking.or_masks(causal, apart))
+    with pytest.raises(ValueError, match="overlap"):
+        one(masking.sliding_window_bidirectional_mask_function(2))
+    with pytest.raises(ValueError, match="key 0 of sequence 0 is not seen by its own row"):
+        one(lambda b, h, q, k: k < q)
+    with pytest.raises(ValueError, match="key 0 of sequence 0 is seen by rows with others between"):
+        one(lambda b, h, q, k: (k == q) | ((q - k) % 2 == 0) & (k < q))
+    with pytest.raises(ValueError, match="key 0 of sequence 0 is not seen by the first queries"):
+        one(lambda b, h, q, k: (k <= q) & (k + 7 != q), 2, 9, q_offset=7)
+
+
+@pytest.mark.parametrize(
+    ("options", "match"),
+    [
+        ({"attention_mask": torch.ones(1, 1, 4, 4)}, "Tensor of pairs"),
+        ({"dropout": 0.1}, "dropout is 0.1"),
+        ({"position_bias": torch.zeros(1)}, "Linear has position_bias"),
+    ],
+)
+def test_what_a_layer_cannot_have_is_refused(options, match):
+    q = torch.randn(1, 2, 4, 8)
+    options = {"attention_mask": None, **options}
+    with pytest.raises(ValueError, match=match):
+        attention.attention(torch.nn.Linear(1, 1), q, q, q, **options)
+
+
+def test_a_span_mask_of_another_length_is_refused():
+    q = torch.randn(1, 2, 4, 8)
+    mask = SpanMask.from_cu_seqlens([0, 3])
+    with pytest.raises(ValueError, match="4 rows"):
+        attention.attention(torch.nn.Linear(1, 1), q, q, q, None, span_mask=mask)
