@@ -12,6 +12,7 @@
 #include "common/log_ratio.h"
 #include "common/math.h"
 #include "common/names.h"
+#include "common/tensors.h"
 
 namespace lvrpo::flow {
 
@@ -73,7 +74,7 @@ class SampleTensors {
     if (mask) {
       check_dtype(*mask, ScalarType::Bool, "mask");
       check_size(*mask, 0, samples, "mask");
-      mask_ = torch::stable::contiguous(*mask);
+      mask_ = dense(*mask);
     }
   }
 

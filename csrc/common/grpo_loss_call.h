@@ -1,12 +1,12 @@
 // The arguments of grpo_loss_fwd on the host, the same for the CPU and for CUDA: checked, and as kernels take them.
 #pragma once
 
-#include <torch/csrc/stable/ops.h>
 
 #include <optional>
 
 #include "common/check.h"
 #include "common/grpo_loss.h"
+#include "common/tensors.h"
 
 namespace lvrpo {
 
@@ -33,7 +33,7 @@ struct GrpoLossCall {
     const ScalarType dtype = logprobs.scalar_type();
     check_dtype(advantages, dtype, "advantages");
     check_size(advantages, 0, advantage_per_token ? tokens() : sequences(), "advantages");
-    for (Tensor* tensor : {&logprobs, &advantages, &cu_seqlens, &numbers}) *tensor = torch::stable::contiguous(*tensor);
+    for (Tensor* tensor : {&logprobs, &advantages, &cu_seqlens, &numbers}) *tensor = dense(*tensor);
     prepare_tokens(old_logprobs, dtype, "old_logprobs");
     prepare_tokens(ref_logprobs, dtype, "ref_logprobs");
     prepare_tokens(entropy, dtype, "entropy");
@@ -86,7 +86,7 @@ struct GrpoLossCall {
     if (!tensor) return;
     check_dtype(*tensor, dtype, name);
     check_size(*tensor, 0, tokens(), name);
-    tensor = torch::stable::contiguous(*tensor);
+    tensor = dense(*tensor);
   }
   template <typename T>
   static const T* data_of(const std::optional<Tensor>& tensor) {

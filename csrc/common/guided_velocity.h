@@ -11,6 +11,7 @@
 #include "common/latents.h"
 #include "common/math.h"
 #include "common/names.h"
+#include "common/tensors.h"
 
 namespace lvrpo::guidance {
 
@@ -121,14 +122,14 @@ struct Inputs {
   std::optional<Tensor> without_image, guided;
 
   Inputs(const Tensor& v, const Tensor& no_text, const std::optional<Tensor>& no_image, const std::optional<Tensor>& mask)
-      : size(v), channels(v.size(v.dim() - 1)), velocity(torch::stable::contiguous(v)),
+      : size(v), channels(v.size(v.dim() - 1)), velocity(dense(v)),
         without_text(size.contiguous(no_text, "without_text")) {
     LVRPO_CHECK(v.dim() >= 2, "velocity must be [N, ..., C]");
     if (no_image) without_image = size.contiguous(*no_image, "without_image");
     if (mask) {
       check_dtype(*mask, ScalarType::Bool, "guided");
       check_size(*mask, 0, size.samples, "guided");
-      guided = torch::stable::contiguous(*mask);
+      guided = dense(*mask);
     }
     check_dtype(no_text, v.scalar_type(), "without_text");
     if (no_image) check_dtype(*no_image, v.scalar_type(), "without_image");
@@ -176,7 +177,7 @@ class GradientTensors {
 
  private:
   static Tensor like(const Tensor& velocity, bool is_wanted) {
-    return is_wanted ? torch::stable::empty_like(velocity) : torch::stable::new_empty(velocity, {0});
+    return is_wanted ? make_empty(velocity, velocity.sizes()) : make_empty(velocity, {0});
   }
 
   bool has_text_, has_image_;

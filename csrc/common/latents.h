@@ -1,7 +1,6 @@
 // A batch of latents [N, ...] and the numbers that belong to its samples, for the flow ops.
 #pragma once
 
-#include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
 #include <cstdint>
@@ -9,6 +8,7 @@
 #include "common/check.h"
 #include "common/dispatch.h"
 #include "common/math.h"
+#include "common/tensors.h"
 
 namespace lvrpo {
 
@@ -30,7 +30,7 @@ struct SampleNumbers {
 template <typename acc>
 class PerSample {
  public:
-  PerSample(const Tensor& values, int64_t samples, const char* name) : values_(torch::stable::contiguous(values)) {
+  PerSample(const Tensor& values, int64_t samples, const char* name) : values_(dense(values)) {
     LVRPO_CHECK(values.dim() == 1 && (values.size(0) == samples || values.size(0) == 1), name, " must be [", samples,
                 "] or [1]");
     numbers_ = {data<acc>(values_, name), values.size(0) == 1 ? 0 : 1};
@@ -56,7 +56,7 @@ struct Latents {
   Tensor contiguous(const Tensor& t, const char* name) const {
     LVRPO_CHECK(t.dim() >= 1 && t.size(0) == samples && t.numel() == samples * elements, name,
                 " must have the shape of velocity");
-    return torch::stable::contiguous(t);
+    return dense(t);
   }
 };
 

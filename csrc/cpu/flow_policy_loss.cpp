@@ -1,7 +1,6 @@
 // Three sums per sample carry everything the loss and its metrics need; the gradient is one more elementwise pass.
 // Formulas: docs/ops/flow_policy_loss.md.
 #include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
 
 #include <algorithm>
 #include <optional>
@@ -11,6 +10,7 @@
 #include "common/check.h"
 #include "common/dispatch.h"
 #include "common/flow_policy_loss.h"
+#include "common/tensors.h"
 #include "cpu/simd.h"
 #include "cpu/latents.h"
 
@@ -65,15 +65,15 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> flow_policy_loss_fwd(
     Tensor numbers, int64_t variant, int64_t kl) {
   const Params params(variant, kl, numbers);
   const LatentBlocks size(velocity);
-  velocity = torch::stable::contiguous(velocity);
+  velocity = dense(velocity);
   velocity_old = size.contiguous(velocity_old, "velocity_old");
   noise = size.contiguous(noise, "noise");
   if (velocity_ref) velocity_ref = size.contiguous(*velocity_ref, "velocity_ref");
   LVRPO_CHECK(!denominator || denominator->numel() == 1, "denominator must hold one number");
-  Tensor loss = torch::stable::new_empty(velocity_old, {});
-  Tensor sums = torch::stable::new_empty(velocity_old, {COLUMNS_OF<MetricSums>}, ScalarType::Double);
-  Tensor extremes = torch::stable::new_empty(velocity_old, {COLUMNS_OF<MetricExtremes>}, ScalarType::Double);
-  Tensor directions = torch::stable::new_empty(velocity_old, {size.samples, 3}, ScalarType::Double);
+  Tensor loss = make_empty(velocity_old, {});
+  Tensor sums = make_empty(velocity_old, {COLUMNS_OF<MetricSums>}, ScalarType::Double);
+  Tensor extremes = make_empty(velocity_old, {COLUMNS_OF<MetricExtremes>}, ScalarType::Double);
+  Tensor directions = make_empty(velocity_old, {size.samples, 3}, ScalarType::Double);
 
   LVRPO_DISPATCH_FLOATING(velocity.scalar_type(), scalar_t, [&] {
     using acc = acc_t<scalar_t>;
@@ -111,14 +111,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> flow_policy_loss_fwd(
 Tensor flow_policy_loss_bwd(Tensor dloss, Tensor velocity, Tensor velocity_old, Tensor noise,
                             optional<Tensor> velocity_ref, Tensor directions) {
   const LatentBlocks size(velocity);
-  velocity = torch::stable::contiguous(velocity);
+  velocity = dense(velocity);
   velocity_old = size.contiguous(velocity_old, "velocity_old");
   noise = size.contiguous(noise, "noise");
-  directions = torch::stable::contiguous(directions);
+  directions = dense(directions);
   if (velocity_ref) velocity_ref = size.contiguous(*velocity_ref, "velocity_ref");
   LVRPO_CHECK(dloss.numel() == 1, "dloss must hold one number");
   LVRPO_CHECK(directions.numel() == 3 * size.samples, "directions must be [N, 3]");
-  Tensor dvelocity = torch::stable::empty_like(velocity);
+  Tensor dvelocity = make_empty(velocity, velocity.sizes());
 
   LVRPO_DISPATCH_FLOATING(velocity.scalar_type(), scalar_t, [&] {
     using acc = acc_t<scalar_t>;

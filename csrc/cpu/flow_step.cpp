@@ -1,6 +1,5 @@
 // One pass over the latents, forward and backward. Formulas: docs/ops/flow_step.md.
 #include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
 
 #include <optional>
 #include <tuple>
@@ -8,6 +7,7 @@
 
 #include "common/check.h"
 #include "common/dispatch.h"
+#include "common/tensors.h"
 #include "cpu/simd.h"
 #include "cpu/latents.h"
 
@@ -74,11 +74,11 @@ class Steps {
 std::tuple<Tensor, Tensor> flow_step_fwd(Tensor velocity, Tensor x_t, optional<Tensor> noise, Tensor c_x, Tensor c_v,
                                          Tensor std) {
   const LatentBlocks size(velocity);
-  velocity = torch::stable::contiguous(velocity);
+  velocity = dense(velocity);
   x_t = size.contiguous(x_t, "x_t");
   if (noise) noise = size.contiguous(*noise, "noise");
-  Tensor x_next = torch::stable::empty_like(x_t);
-  Tensor logprob = torch::stable::new_empty(x_t, {size.samples});
+  Tensor x_next = make_empty(x_t, x_t.sizes());
+  Tensor logprob = make_empty(x_t, {size.samples});
 
   LVRPO_DISPATCH_FLOATING(velocity.scalar_type(), scalar_t, [&] {
     using acc = acc_t<scalar_t>;
@@ -114,11 +114,11 @@ std::tuple<Tensor, Tensor> flow_step_fwd(Tensor velocity, Tensor x_t, optional<T
 std::tuple<Tensor, Tensor> flow_step_bwd(Tensor dx_next, Tensor dlogprob, optional<Tensor> noise, Tensor c_x,
                                          Tensor c_v, Tensor std) {
   const LatentBlocks size(dx_next);
-  dx_next = torch::stable::contiguous(dx_next);
-  dlogprob = torch::stable::contiguous(dlogprob);
+  dx_next = dense(dx_next);
+  dlogprob = dense(dlogprob);
   check_size(dlogprob, 0, size.samples, "dlogprob");
   if (noise) noise = size.contiguous(*noise, "noise");
-  Tensor dvelocity = torch::stable::empty_like(dx_next), dx_t = torch::stable::empty_like(dx_next);
+  Tensor dvelocity = make_empty(dx_next, dx_next.sizes()), dx_t = make_empty(dx_next, dx_next.sizes());
 
   LVRPO_DISPATCH_ACC(dx_next.scalar_type(), acc, [&] {
     const Steps<acc> steps(c_x, c_v, std, size.samples);

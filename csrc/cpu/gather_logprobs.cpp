@@ -14,6 +14,7 @@
 #include "common/check.h"
 #include "common/dispatch.h"
 #include "common/logits.h"
+#include "common/tensors.h"
 #include "cpu/huge_pages.h"
 #include "cpu/gather_logprobs_rows.h"
 
@@ -40,7 +41,7 @@ class Targets {
   // Ids and rows are inside the logits from here on, but for the id of an ignored token.
   Targets(const Tensor& token_ids, const optional<Tensor>& row_index, int64_t rows, const Columns& columns,
           int64_t ignore_index)
-      : token_ids_(torch::stable::contiguous(token_ids)), ignore_index_(ignore_index) {
+      : token_ids_(dense(token_ids)), ignore_index_(ignore_index) {
     LVRPO_CHECK(token_ids.dim() == 1, "token_ids must be [T]");
     check_dtype(token_ids, ScalarType::Long, "token_ids");
     count_ = token_ids.size(0);
@@ -48,7 +49,7 @@ class Targets {
     if (row_index) {
       check_dtype(*row_index, ScalarType::Long, "row_index");
       check_size(*row_index, 0, count_, "row_index");
-      row_index_ = torch::stable::contiguous(*row_index);
+      row_index_ = dense(*row_index);
       rows_ = row_index_->const_data_ptr<int64_t>();
     }
     for (int64_t t = 0; t < count_; ++t) {
@@ -88,17 +89,17 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> gather_logprobs_fwd(Tensor logits, Te
                                                                bool with_entropy, bool with_sum_squares) {
   const SoftmaxNumbers given(numbers);
   LVRPO_CHECK(logits.dim() == 2, "logits must be [R, V]");
-  if (!has_unit_columns(logits)) logits = torch::stable::contiguous(logits);
+  if (!has_unit_columns(logits)) logits = dense(logits);
   const int64_t rows = logits.size(0), vocab = logits.size(1);
   const Columns columns = columns_of(vocab_range, rows, vocab);
   check_columns(columns, rows);
   const Targets targets(token_ids, row_index, rows, columns, given.ignore_index);
   const ScalarType dtype = logits.scalar_type();
   const ScalarType out_dtype = dtype == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
-  Tensor logprobs = torch::stable::new_empty(logits, {targets.count()}, out_dtype);
-  Tensor lse = torch::stable::new_empty(logits, {rows}, out_dtype);
-  Tensor entropy = torch::stable::new_empty(logits, {with_entropy ? rows : 0}, out_dtype);
-  Tensor sum_squares = torch::stable::new_empty(logits, {with_sum_squares ? rows : 0}, out_dtype);
+  Tensor logprobs = make_empty(logits, {targets.count()}, out_dtype);
+  Tensor lse = make_empty(logits, {rows}, out_dtype);
+  Tensor entropy = make_empty(logits, {with_entropy ? rows : 0}, out_dtype);
+  Tensor sum_squares = make_empty(logits, {with_sum_squares ? rows : 0}, out_dtype);
 
   LVRPO_DISPATCH_FLOATING(dtype, scalar_t, [&] {
     using acc = acc_t<scalar_t>;
@@ -190,7 +191,7 @@ void gather_logprobs_bwd(Tensor dlogits, Tensor dlogprobs, optional<Tensor> dent
   const SoftmaxNumbers given(numbers);
   LVRPO_CHECK(logits.dim() == 2 && dlogits.dim() == 2, "logits and dlogits must be [R, V]");
   check_memory(dlogits, logits);
-  if (!has_unit_columns(logits)) logits = torch::stable::contiguous(logits);
+  if (!has_unit_columns(logits)) logits = dense(logits);
   const int64_t rows = logits.size(0), vocab = logits.size(1);
   const Columns columns = columns_of(vocab_range, rows, vocab);
   check_columns(columns, rows);
@@ -201,11 +202,11 @@ void gather_logprobs_bwd(Tensor dlogits, Tensor dlogprobs, optional<Tensor> dent
   if (dentropy) {
     check_size(*dentropy, 0, rows, "dentropy");
     check_size(*entropy, 0, rows, "entropy");
-    dentropy = torch::stable::contiguous(*dentropy);
-    entropy = torch::stable::contiguous(*entropy);
+    dentropy = dense(*dentropy);
+    entropy = dense(*entropy);
   }
-  dlogprobs = torch::stable::contiguous(dlogprobs);
-  lse = torch::stable::contiguous(lse);
+  dlogprobs = dense(dlogprobs);
+  lse = dense(lse);
   if (rows > 0) advise_huge_pages(dlogits.data_ptr(), ((rows - 1) * dlogits.stride(0) + vocab) * dlogits.element_size());
 
   LVRPO_DISPATCH_FLOATING(logits.scalar_type(), scalar_t, [&] {

@@ -3,6 +3,7 @@
 #include <torch/csrc/stable/ops.h>
 
 #include <algorithm>
+#include <memory>
 #include <optional>
 #include <tuple>
 #include <vector>
@@ -10,6 +11,7 @@
 #include "common/dispatch.h"
 #include "common/grpo_loss.h"
 #include "common/grpo_loss_call.h"
+#include "common/tensors.h"
 #include "cpu/simd.h"
 
 namespace lvrpo {
@@ -306,15 +308,15 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> grpo_loss_fwd(
   LVRPO_CHECK(start[0] == 0 && start[sequences] == tokens, "cu_seqlens must run from 0 to ", tokens);
   for (int64_t b = 0; b < sequences; ++b) LVRPO_CHECK(start[b] <= start[b + 1], "cu_seqlens must not decrease");
 
-  Tensor loss = torch::stable::new_empty(logprobs, {});
-  Tensor statistics = torch::stable::new_empty(logprobs, {COLUMNS_OF<Statistics>}, ScalarType::Double);
-  Tensor dlogprobs = torch::stable::new_empty(logprobs, {tokens});
-  Tensor dentropy = torch::stable::new_empty(logprobs, {entropy ? tokens : 0});
-  Tensor active = torch::stable::new_empty(logprobs, {tokens}, ScalarType::Bool);
+  Tensor loss = make_empty(logprobs, {});
+  Tensor statistics = make_empty(logprobs, {COLUMNS_OF<Statistics>}, ScalarType::Double);
+  Tensor dlogprobs = make_empty(logprobs, {tokens});
+  Tensor dentropy = make_empty(logprobs, {entropy ? tokens : 0});
+  const std::unique_ptr<bool[]> active = std::make_unique_for_overwrite<bool[]>(tokens);
   LVRPO_DISPATCH_ACC(logprobs.scalar_type(), acc, [&] {
     run<acc>(call, loss.mutable_data_ptr<acc>(),
              reinterpret_cast<Statistics*>(statistics.mutable_data_ptr<double>()), dlogprobs.mutable_data_ptr<acc>(),
-             dentropy.mutable_data_ptr<acc>(), active.mutable_data_ptr<bool>());
+             dentropy.mutable_data_ptr<acc>(), active.get());
   });
   return {loss, statistics, dlogprobs, dentropy};
 }

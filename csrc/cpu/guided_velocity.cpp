@@ -11,6 +11,7 @@
 #include "common/check.h"
 #include "common/dispatch.h"
 #include "common/guided_velocity.h"
+#include "common/tensors.h"
 #include "cpu/simd.h"
 #include "cpu/latents.h"
 
@@ -113,7 +114,7 @@ Tensor guided_velocity_fwd(Tensor velocity, Tensor without_text, optional<Tensor
   Tensor result;
   LVRPO_DISPATCH_FLOATING(inputs.velocity.scalar_type(), scalar_t, [&] {
     using acc = acc_t<scalar_t>;
-    result = torch::stable::new_empty(inputs.velocity, inputs.velocity.sizes(), acc_dtype<scalar_t>);
+    result = make_empty(inputs.velocity, inputs.velocity.sizes(), acc_dtype<scalar_t>);
     const Branches<scalar_t> branches(inputs);
     const Push<acc> push(params);
     acc* out = result.mutable_data_ptr<acc>();

@@ -15,6 +15,7 @@
 #include "common/check.h"
 #include "common/dispatch.h"
 #include "common/names.h"
+#include "common/tensors.h"
 
 namespace lvrpo {
 namespace {
@@ -335,15 +336,15 @@ using Result = std::tuple<Tensor, Tensor, Tensor, Tensor>;
 
 Result normalize_advantages(Tensor rewards, Tensor offsets, Tensor weights, std::optional<Tensor> lengths,
                             Tensor numbers, int64_t combine, int64_t baseline, int64_t scale, int64_t whiten) {
-  numbers = torch::stable::contiguous(numbers);
+  numbers = dense(numbers);
   check_dtype(numbers, ScalarType::Double, "numbers");
   check_size(numbers, 0, COLUMNS_OF<EstimatorNumbers>, "numbers");
   const EstimatorNumbers& by = *reinterpret_cast<const EstimatorNumbers*>(numbers.const_data_ptr<double>());
   const Estimator estimator = as_estimator(by, combine, baseline, scale, whiten);
-  rewards = torch::stable::contiguous(rewards);
-  offsets = torch::stable::contiguous(offsets);
-  weights = torch::stable::contiguous(weights);
-  if (lengths.has_value()) lengths = torch::stable::contiguous(*lengths);
+  rewards = dense(rewards);
+  offsets = dense(offsets);
+  weights = dense(weights);
+  if (lengths.has_value()) lengths = dense(*lengths);
   check(rewards, offsets, weights, lengths, estimator);
   const int64_t batch = rewards.size(0), count = rewards.size(1);
   const std::unique_ptr<bool[]> scored = std::make_unique_for_overwrite<bool[]>(batch);
@@ -364,9 +365,9 @@ Result normalize_advantages(Tensor rewards, Tensor offsets, Tensor weights, std:
   const Moments m = moments(in, estimator);
   const std::vector<double> spread = batch_spread(in, estimator, m);
   const ScalarType out = rewards.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
-  const auto fresh = [&](std::initializer_list<int64_t> size) { return torch::stable::new_empty(rewards, size, out); };
+  const auto fresh = [&](std::initializer_list<int64_t> size) { return make_empty(rewards, size, out); };
   Tensor values = fresh({batch}), per_reward = fresh({batch, count}), stats = fresh({CHOICES_OF<Stat>, count});
-  Tensor all_zero = torch::stable::new_empty(rewards, {}, ScalarType::Bool);
+  Tensor all_zero = make_empty(rewards, {}, ScalarType::Bool);
   LVRPO_DISPATCH_ACC(out, out_t, [&] {
     const Output<out_t> output{values.mutable_data_ptr<out_t>(), per_reward.mutable_data_ptr<out_t>()};
     const std::vector<double> sums = advantages(in, estimator, spread, output);

@@ -2,13 +2,13 @@
 // Formulas: docs/ops/flow_policy_loss.md.
 //
 // A block sums a slice of one sample, in fp64; one block adds the slices, forms the terms of the samples and adds those.
-#include <torch/csrc/stable/ops.h>
 
 #include <algorithm>
 #include <optional>
 #include <tuple>
 
 #include "common/flow_policy_loss.h"
+#include "common/tensors.h"
 #include "cuda/latents.cuh"
 
 namespace lvrpo {
@@ -188,7 +188,7 @@ struct Inputs {
   optional<Tensor> velocity_ref;
 
   Inputs(const Tensor& v, const Tensor& v_old, const Tensor& z, const optional<Tensor>& v_ref)
-      : size(v), velocity(torch::stable::contiguous(v)), velocity_old(size.contiguous(v_old, "velocity_old")),
+      : size(v), velocity(dense(v)), velocity_old(size.contiguous(v_old, "velocity_old")),
         noise(size.contiguous(z, "noise")) {
     if (v_ref) velocity_ref = size.contiguous(*v_ref, "velocity_ref");
   }
@@ -218,12 +218,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> flow_policy_loss_fwd(
   const Latents& size = inputs.size;
   const int64_t slices = slices_of(size);
   const int lanes = lanes_of(slices);
-  Tensor loss = torch::stable::new_empty(velocity_old, {});
-  Tensor sums = torch::stable::new_empty(velocity_old, {COLUMNS_OF<MetricSums>}, ScalarType::Double);
-  Tensor extremes = torch::stable::new_empty(velocity_old, {COLUMNS_OF<MetricExtremes>}, ScalarType::Double);
-  Tensor directions = torch::stable::new_empty(velocity_old, {size.samples, 3}, ScalarType::Double);
+  Tensor loss = make_empty(velocity_old, {});
+  Tensor sums = make_empty(velocity_old, {COLUMNS_OF<MetricSums>}, ScalarType::Double);
+  Tensor extremes = make_empty(velocity_old, {COLUMNS_OF<MetricExtremes>}, ScalarType::Double);
+  Tensor directions = make_empty(velocity_old, {size.samples, 3}, ScalarType::Double);
   constexpr int64_t columns = sizeof(Sums) / sizeof(double);
-  Tensor parts = torch::stable::new_empty(velocity_old, {size.samples * slices, columns}, ScalarType::Double);
+  Tensor parts = make_empty(velocity_old, {size.samples * slices, columns}, ScalarType::Double);
 
   const OnDeviceOf device(inputs.velocity);
   LVRPO_DISPATCH_FLOATING(inputs.velocity.scalar_type(), scalar_t, [&] {
@@ -249,10 +249,10 @@ Tensor flow_policy_loss_bwd(Tensor dloss, Tensor velocity, Tensor velocity_old, 
                             optional<Tensor> velocity_ref, Tensor directions) {
   const Inputs inputs(velocity, velocity_old, noise, velocity_ref);
   const Latents& size = inputs.size;
-  directions = torch::stable::contiguous(directions);
+  directions = dense(directions);
   LVRPO_CHECK(dloss.numel() == 1, "dloss must hold one number");
   LVRPO_CHECK(directions.numel() == 3 * size.samples, "directions must be [N, 3]");
-  Tensor dvelocity = torch::stable::empty_like(inputs.velocity);
+  Tensor dvelocity = make_empty(inputs.velocity, inputs.velocity.sizes());
   const int64_t slices = slices_of(size);
 
   const OnDeviceOf device(inputs.velocity);

@@ -2,11 +2,11 @@
 //
 // A block takes a slice of one sample. The sums of the slices go to memory and are added in their order, so that the bits
 // of a log-prob depend on the shape alone.
-#include <torch/csrc/stable/ops.h>
 
 #include <optional>
 #include <tuple>
 
+#include "common/tensors.h"
 #include "cuda/latents.cuh"
 
 namespace lvrpo {
@@ -135,13 +135,13 @@ __global__ __launch_bounds__(SLICE_THREADS) void gradient_kernel(const acc* __re
 std::tuple<Tensor, Tensor> flow_step_fwd(Tensor velocity, Tensor x_t, optional<Tensor> noise, Tensor c_x, Tensor c_v,
                                          Tensor std) {
   const Latents size(velocity);
-  velocity = torch::stable::contiguous(velocity);
+  velocity = dense(velocity);
   x_t = size.contiguous(x_t, "x_t");
   if (noise) noise = size.contiguous(*noise, "noise");
-  Tensor x_next = torch::stable::empty_like(x_t);
-  Tensor logprob = torch::stable::new_empty(x_t, {size.samples});
+  Tensor x_next = make_empty(x_t, x_t.sizes());
+  Tensor logprob = make_empty(x_t, {size.samples});
   const int64_t slices = slices_of(size);
-  Tensor parts = torch::stable::new_empty(x_t, {slices > 1 ? size.samples * slices : 0}, ScalarType::Double);
+  Tensor parts = make_empty(x_t, {slices > 1 ? size.samples * slices : 0}, ScalarType::Double);
 
   const OnDeviceOf device(velocity);
   LVRPO_DISPATCH_FLOATING(velocity.scalar_type(), scalar_t, [&] {
@@ -163,11 +163,11 @@ std::tuple<Tensor, Tensor> flow_step_fwd(Tensor velocity, Tensor x_t, optional<T
 std::tuple<Tensor, Tensor> flow_step_bwd(Tensor dx_next, Tensor dlogprob, optional<Tensor> noise, Tensor c_x, Tensor c_v,
                                          Tensor std) {
   const Latents size(dx_next);
-  dx_next = torch::stable::contiguous(dx_next);
-  dlogprob = torch::stable::contiguous(dlogprob);
+  dx_next = dense(dx_next);
+  dlogprob = dense(dlogprob);
   check_size(dlogprob, 0, size.samples, "dlogprob");
   if (noise) noise = size.contiguous(*noise, "noise");
-  Tensor dvelocity = torch::stable::empty_like(dx_next), dx_t = torch::stable::empty_like(dx_next);
+  Tensor dvelocity = make_empty(dx_next, dx_next.sizes()), dx_t = make_empty(dx_next, dx_next.sizes());
   const int64_t slices = slices_of(size);
 
   const OnDeviceOf device(dx_next);

@@ -6,6 +6,7 @@
 #include <optional>
 #include <tuple>
 
+#include "common/tensors.h"
 #include "cuda/softmax_rows.cuh"
 
 namespace lvrpo {
@@ -98,7 +99,7 @@ void sum_rows(const OnDeviceOf& device, Summed which, const Logits<T>& logits, i
   // The same bits either way: a thread's sums of the chunks are added in the order of the chunks.
   const int64_t parts = rows >= ROWS_EACH * device.processors() ? 1 : chunks;
   constexpr int64_t size = sizeof(SoftmaxSums<acc>) / sizeof(acc), shared = SHARED_SUMS<acc>;
-  Tensor memory = torch::stable::new_empty(like, {parts > 1 ? rows * parts * THREADS * size : 0}, acc_dtype<acc>);
+  Tensor memory = make_empty(like, {parts > 1 ? rows * parts * THREADS * size : 0}, acc_dtype<acc>);
   auto* sums = reinterpret_cast<SoftmaxSums<acc>*>(memory.mutable_data_ptr<acc>());
   const auto kernel = which == PLAIN_SUM      ? sums_kernel<PLAIN_SUM, T, acc>
                       : which == WITH_ENTROPY ? sums_kernel<WITH_ENTROPY, T, acc>
@@ -113,14 +114,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> gather_logprobs_fwd(Tensor logits, Te
                                                                bool with_entropy, bool with_sum_squares) {
   const SoftmaxNumbers given(numbers);
   LVRPO_CHECK(logits.dim() == 2, "logits must be [R, V]");
-  if (!has_unit_columns(logits)) logits = torch::stable::contiguous(logits);
+  if (!has_unit_columns(logits)) logits = dense(logits);
   const int64_t rows = logits.size(0), vocab = logits.size(1);
   const Columns columns = columns_of(vocab_range, rows, vocab);
   const TargetTensors given_targets(token_ids, row_index, rows, given.ignore_index);
   const Targets& targets = given_targets.targets;
   const ScalarType dtype = logits.scalar_type();
   const ScalarType out_dtype = dtype == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
-  const auto empty = [&](int64_t size) { return torch::stable::new_empty(logits, {size}, out_dtype); };
+  const auto empty = [&](int64_t size) { return make_empty(logits, {size}, out_dtype); };
   Tensor logprobs = empty(targets.count), lse = empty(rows), entropy = empty(with_entropy ? rows : 0);
   Tensor sum_squares = empty(with_sum_squares ? rows : 0);
   Tensor reference = empty(row_index ? rows : 0), log_sum = empty(row_index ? rows : 0);
@@ -261,7 +262,7 @@ __global__ __launch_bounds__(THREADS, GRADIENT_BLOCKS_EACH<acc>) void dlogits_ke
 struct ListMemory {
   ListMemory(const Tensor& token_ids, int64_t rows, int64_t tokens)
       : newest(torch::stable::new_zeros(token_ids, {rows})), first(torch::stable::new_zeros(token_ids, {rows})),
-        before(torch::stable::new_empty(token_ids, {tokens})), next(torch::stable::new_empty(token_ids, {tokens})) {}
+        before(make_empty(token_ids, {tokens})), next(make_empty(token_ids, {tokens})) {}
   TokenLists lists() {
     return {reinterpret_cast<unsigned long long*>(newest.mutable_data_ptr<int64_t>()),
             before.mutable_data_ptr<int64_t>(), first.mutable_data_ptr<int64_t>(), next.mutable_data_ptr<int64_t>()};
@@ -276,15 +277,15 @@ struct BackwardInputs {
 
   BackwardInputs(const Tensor& dlogprobs_, const optional<Tensor>& dentropy_, const Tensor& lse_,
                  const optional<Tensor>& entropy_, int64_t tokens, int64_t rows)
-      : dlogprobs(torch::stable::contiguous(dlogprobs_)), lse(torch::stable::contiguous(lse_)) {
+      : dlogprobs(dense(dlogprobs_)), lse(dense(lse_)) {
     check_size(dlogprobs, 0, tokens, "dlogprobs");
     check_size(lse, 0, rows, "lse");
     LVRPO_CHECK(!dentropy_ || entropy_, "dentropy needs entropy");
     if (!dentropy_) return;
     check_size(*dentropy_, 0, rows, "dentropy");
     check_size(*entropy_, 0, rows, "entropy");
-    dentropy = torch::stable::contiguous(*dentropy_);
-    entropy = torch::stable::contiguous(*entropy_);
+    dentropy = dense(*dentropy_);
+    entropy = dense(*entropy_);
   }
 };
 
@@ -294,7 +295,7 @@ void gather_logprobs_bwd(Tensor dlogits, Tensor dlogprobs, optional<Tensor> dent
   const SoftmaxNumbers given(numbers);
   LVRPO_CHECK(logits.dim() == 2 && dlogits.dim() == 2, "logits and dlogits must be [R, V]");
   check_memory(dlogits, logits);
-  if (!has_unit_columns(logits)) logits = torch::stable::contiguous(logits);
+  if (!has_unit_columns(logits)) logits = dense(logits);
   const int64_t rows = logits.size(0), vocab = logits.size(1);
   const Columns columns = columns_of(vocab_range, rows, vocab);
   const TargetTensors given_targets(token_ids, row_index, rows, given.ignore_index);
@@ -315,9 +316,9 @@ void gather_logprobs_bwd(Tensor dlogits, Tensor dlogprobs, optional<Tensor> dent
     const Upstream<acc> from{inputs.dlogprobs.const_data_ptr<acc>(), data_or_null<acc>(inputs.dentropy),
                              inputs.lse.const_data_ptr<acc>(), data_or_null<acc>(inputs.entropy)};
     constexpr int64_t size = sizeof(RowGradient<acc>) / sizeof(acc);
-    Tensor row_memory = torch::stable::new_empty(inputs.lse, {rows * size});
-    Tensor values = torch::stable::new_empty(inputs.lse, {listed});
-    Tensor is_stored = torch::stable::new_empty(inputs.lse, {listed}, ScalarType::Bool);
+    Tensor row_memory = make_empty(inputs.lse, {rows * size});
+    Tensor values = make_empty(inputs.lse, {listed});
+    Tensor is_stored = make_empty(inputs.lse, {listed}, ScalarType::Bool);
     auto* gradients = reinterpret_cast<RowGradient<acc>*>(row_memory.mutable_data_ptr<acc>());
     launch(device, {rows, THREADS, SHARED_SUMS<acc>}, rows_kernel<scalar_t, acc>, x, targets,
            lists, scale, from, gradients);

@@ -8,7 +8,6 @@
 //
 // Offsets are not trusted: they are read as bounds inside [0, T] that do not decrease, and tokens outside of every
 // sequence belong to two more, one in front and one behind, in which nothing is active.
-#include <torch/csrc/stable/ops.h>
 
 #include <algorithm>
 #include <optional>
@@ -16,6 +15,7 @@
 
 #include "common/grpo_loss.h"
 #include "common/grpo_loss_call.h"
+#include "common/tensors.h"
 #include "cuda/device.cuh"
 
 namespace lvrpo {
@@ -626,10 +626,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> grpo_loss_fwd(
   const int64_t tokens = call.tokens(), sequences = call.sequences();
   const OnDeviceOf device(logprobs);
   const Plan plan(tokens, sequences, device.capability());
-  Tensor loss = torch::stable::new_empty(logprobs, {});
-  Tensor statistics = torch::stable::new_empty(logprobs, {COLUMNS_OF<Statistics>}, ScalarType::Double);
-  Tensor dlogprobs = torch::stable::new_empty(logprobs, {tokens});
-  Tensor dentropy = torch::stable::new_empty(logprobs, {entropy ? tokens : 0});
+  Tensor loss = make_empty(logprobs, {});
+  Tensor statistics = make_empty(logprobs, {COLUMNS_OF<Statistics>}, ScalarType::Double);
+  Tensor dlogprobs = make_empty(logprobs, {tokens});
+  Tensor dentropy = make_empty(logprobs, {entropy ? tokens : 0});
   LVRPO_DISPATCH_ACC(logprobs.scalar_type(), acc, [&] {
     Work<acc> work{};
     work.in = call.inputs<acc>();
@@ -645,7 +645,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> grpo_loss_fwd(
     work.statistics = reinterpret_cast<Statistics*>(statistics.mutable_data_ptr<double>());
     Scratch size(nullptr);
     point_into(work, plan, size);
-    Tensor memory = torch::stable::new_empty(logprobs, {size.doubles()}, ScalarType::Double);
+    Tensor memory = make_empty(logprobs, {size.doubles()}, ScalarType::Double);
     Scratch scratch(memory.mutable_data_ptr<double>());
     point_into(work, plan, scratch);
     run<acc>(device, work, plan);

@@ -3,13 +3,13 @@
 //
 // Over a whole sample a block takes a slice of it, in two launches: the sums, and the pass, whose warps add the sums of the
 // slices themselves. Over rows a few lanes take a row and read it twice, the second time from the cache.
-#include <torch/csrc/stable/ops.h>
 
 #include <algorithm>
 #include <optional>
 #include <tuple>
 
 #include "common/guided_velocity.h"
+#include "common/tensors.h"
 #include "cuda/latents.cuh"
 
 namespace lvrpo {
@@ -215,7 +215,7 @@ void run(const OnDeviceOf& device, const Inputs& inputs, const Params& params, c
   const int64_t slices = slices_of(size), blocks = size.samples * slices;
   const bool has_sums = params.renorm != Renorm::none;
   constexpr int64_t columns = sizeof(Sums) / sizeof(double);
-  Tensor parts = torch::stable::new_empty(inputs.velocity, {has_sums ? blocks : 0, columns}, ScalarType::Double);
+  Tensor parts = make_empty(inputs.velocity, {has_sums ? blocks : 0, columns}, ScalarType::Double);
   Sums* sums = has_sums ? reinterpret_cast<Sums*>(parts.mutable_data_ptr<double>()) : nullptr;
   if (has_sums)
     launch(device, {blocks, SLICE_THREADS, sizeof(Sums) * SLICE_THREADS / WARP},
@@ -231,7 +231,7 @@ Tensor guided_velocity_fwd(Tensor velocity, Tensor without_text, optional<Tensor
   Tensor result;
   LVRPO_DISPATCH_FLOATING(inputs.velocity.scalar_type(), scalar_t, [&] {
     using acc = acc_t<scalar_t>;
-    result = torch::stable::new_empty(inputs.velocity, inputs.velocity.sizes(), acc_dtype<scalar_t>);
+    result = make_empty(inputs.velocity, inputs.velocity.sizes(), acc_dtype<scalar_t>);
     const Arguments<scalar_t, acc> all{Branches<scalar_t>(inputs), nullptr, inputs.mask(), Push<acc>(params)};
     run(device, inputs, params, all, Guided<scalar_t, acc>{result.mutable_data_ptr<acc>()});
   });

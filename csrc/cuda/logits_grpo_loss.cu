@@ -4,13 +4,13 @@
 // The blocks of a cluster share a row, each keeps its slice of the columns in shared memory, and all see each other's
 // sums. So they know the token's log-prob, the slope of its term follows, and the gradient is written from what is on
 // the chip. A row that is too long for that is read again, as far as possible from the L2.
-#include <torch/csrc/stable/ops.h>
 
 #include <optional>
 #include <tuple>
 #include <utility>
 
 #include "common/grpo_loss_call.h"
+#include "common/tensors.h"
 #include "cuda/softmax_rows.cuh"
 
 namespace lvrpo {
@@ -180,7 +180,7 @@ std::tuple<Tensor, Tensor, Tensor> logits_grpo_loss_rows(
   const SoftmaxNumbers given(softmax_numbers);
   LVRPO_CHECK(logits.dim() == 2 && dlogits.dim() == 2, "logits and dlogits must be [R, V]");
   check_memory(dlogits, logits);
-  if (!has_unit_columns(logits)) logits = torch::stable::contiguous(logits);
+  if (!has_unit_columns(logits)) logits = dense(logits);
   const int64_t rows = logits.size(0), vocab = logits.size(1);
   const Columns columns = columns_of(vocab_range, rows, vocab);
   const TargetTensors given_targets(token_ids, std::nullopt, rows, given.ignore_index);
@@ -192,7 +192,7 @@ std::tuple<Tensor, Tensor, Tensor> logits_grpo_loss_rows(
                     surrogate,    kl,             kl_factor,    kl_gradient, 0};
   call.prepare();
   const ScalarType dtype = logits.scalar_type();
-  const auto empty = [&] { return torch::stable::new_empty(call.logprobs, {rows}); };
+  const auto empty = [&] { return make_empty(call.logprobs, {rows}); };
   Tensor logprobs = empty(), lse = empty(), entropy = empty();
 
   const OnDeviceOf device(logits);

@@ -3,13 +3,13 @@
 // A few lanes share a group, and a block takes a chunk of groups, whose samples it keeps in shared memory. What is needed
 // of the whole batch every chunk leaves behind as sums; all blocks meet, and each adds up the sums of all chunks in the
 // same order. How many lanes and chunks there are depends on the shape alone, so that the bits do not depend on the GPU.
-#include <torch/csrc/stable/ops.h>
 
 #include <algorithm>
 #include <optional>
 #include <tuple>
 
 #include "common/advantage_group.h"
+#include "common/tensors.h"
 #include "cuda/device.cuh"
 
 namespace lvrpo {
@@ -580,7 +580,7 @@ void run(Call<scalar_t>& call, const Tensor& rewards) {
   const OnDeviceOf device(rewards);
   call.cut = cut_of(call.batch, call.groups, call.rewards, sizeof(scalar_t));
   const Cut& cut = call.cut;
-  const auto scratch = [&](int64_t count) { return torch::stable::new_empty(rewards, {count}, ScalarType::Double); };
+  const auto scratch = [&](int64_t count) { return make_empty(rewards, {count}, ScalarType::Double); };
   call.reward_bytes = (RewardMemory::bytes(call.rewards, THREADS / cut.lanes) + 15) / 16 * 16;
   const bool shares = call.reward_bytes <= REWARD_BYTES;
   const int64_t samples = sizeof(double) * (cut.room + padded(cut.room * call.rewards)) +
@@ -602,21 +602,21 @@ using Result = std::tuple<Tensor, Tensor, Tensor, Tensor>;
 
 Result normalize_advantages(Tensor rewards, Tensor offsets, Tensor weights, optional<Tensor> lengths, Tensor numbers,
                             int64_t combine, int64_t baseline, int64_t scale, int64_t whiten) {
-  numbers = torch::stable::contiguous(numbers);
+  numbers = dense(numbers);
   check_dtype(numbers, ScalarType::Double, "numbers");
   check_size(numbers, 0, COLUMNS_OF<EstimatorNumbers>, "numbers");
   const EstimatorNumbers& by = *reinterpret_cast<const EstimatorNumbers*>(numbers.const_data_ptr<double>());
   const Estimator estimator = as_estimator(by, combine, baseline, scale, whiten);
-  rewards = torch::stable::contiguous(rewards);
-  offsets = torch::stable::contiguous(offsets);
-  weights = torch::stable::contiguous(weights);
-  if (lengths.has_value()) lengths = torch::stable::contiguous(*lengths);
+  rewards = dense(rewards);
+  offsets = dense(offsets);
+  weights = dense(weights);
+  if (lengths.has_value()) lengths = dense(*lengths);
   check(rewards, offsets, weights, lengths, estimator);
   const int64_t batch = rewards.size(0), count = rewards.size(1);
   const ScalarType out = rewards.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
-  const auto fresh = [&](std::initializer_list<int64_t> size) { return torch::stable::new_empty(rewards, size, out); };
+  const auto fresh = [&](std::initializer_list<int64_t> size) { return make_empty(rewards, size, out); };
   Tensor values = fresh({batch}), per_reward = fresh({batch, count}), stats = fresh({CHOICES_OF<Stat>, count});
-  Tensor all_zero = torch::stable::new_empty(rewards, {}, ScalarType::Bool);
+  Tensor all_zero = make_empty(rewards, {}, ScalarType::Bool);
   LVRPO_DISPATCH_FLOATING(rewards.scalar_type(), scalar_t, [&] {
     using out_t = acc_t<scalar_t>;
     Call<scalar_t> call{estimator, {}, batch, count};

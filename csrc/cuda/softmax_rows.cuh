@@ -6,13 +6,13 @@
 // neighbours, nor on where it lies in memory, nor on how many blocks have shared it.
 #pragma once
 
-#include <torch/csrc/stable/ops.h>
 
 #include <algorithm>
 #include <optional>
 
 #include "common/logits.h"
 #include "common/softmax_row.h"
+#include "common/tensors.h"
 #include "cuda/device.cuh"
 
 namespace lvrpo {
@@ -76,14 +76,14 @@ struct Targets {
 // Targets, and the memory that they are read from.
 struct TargetTensors {
   TargetTensors(const Tensor& token_ids, const std::optional<Tensor>& row_index, int64_t rows, int64_t ignore_index)
-      : ids_(torch::stable::contiguous(token_ids)) {
+      : ids_(dense(token_ids)) {
     LVRPO_CHECK(token_ids.dim() == 1, "token_ids must be [T]");
     check_dtype(token_ids, ScalarType::Long, "token_ids");
     const int64_t count = token_ids.size(0);
     if (row_index) {
       check_dtype(*row_index, ScalarType::Long, "row_index");
       check_size(*row_index, 0, count, "row_index");
-      rows_ = torch::stable::contiguous(*row_index);
+      rows_ = dense(*row_index);
     }
     LVRPO_CHECK(row_index || count <= rows, count, " tokens need a row_index, there are ", rows, " rows");
     targets = {ids_.const_data_ptr<int64_t>(), rows_ ? rows_->const_data_ptr<int64_t>() : nullptr, count, rows,
