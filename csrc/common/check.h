@@ -22,6 +22,11 @@ inline void check_dtype(const Tensor& t, ScalarType expected, const char* name) 
               torch::headeronly::toString(expected));
 }
 
+// A pointer to the memory of another device reads something else.
+inline void check_device(const Tensor& t, const Tensor& like, const char* name) {
+  LVRPO_CHECK(t.device() == like.device(), name, " is on another device");
+}
+
 inline void check_size(const Tensor& t, int64_t dim, int64_t expected, const char* name) {
   LVRPO_CHECK(t.dim() > dim && t.size(dim) == expected, name, " must have size ", expected, " in dimension ", dim);
 }

@@ -32,6 +32,9 @@ struct GrpoLossCall {
     check_size(numbers, 0, COLUMNS_OF<Numbers>, "numbers");
     const ScalarType dtype = logprobs.scalar_type();
     check_dtype(advantages, dtype, "advantages");
+    check_device(advantages, logprobs, "advantages");
+    check_device(cu_seqlens, logprobs, "cu_seqlens");
+    LVRPO_CHECK(numbers.is_cpu(), "numbers must be on the CPU");
     check_size(advantages, 0, advantage_per_token ? tokens() : sequences(), "advantages");
     for (Tensor* tensor : {&logprobs, &advantages, &cu_seqlens, &numbers}) *tensor = dense(*tensor);
     prepare_tokens(old_logprobs, dtype, "old_logprobs");
@@ -85,6 +88,7 @@ struct GrpoLossCall {
   void prepare_tokens(std::optional<Tensor>& tensor, ScalarType dtype, const char* name) const {
     if (!tensor) return;
     check_dtype(*tensor, dtype, name);
+    check_device(*tensor, logprobs, name);
     check_size(*tensor, 0, tokens(), name);
     tensor = dense(*tensor);
   }

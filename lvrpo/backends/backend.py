@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from lvrpo.backends import library
+from lvrpo.kept import kept
 
 FLOATING = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 Function = Callable[..., Any]
@@ -79,33 +80,18 @@ class Backend(ABC):
             return [f"{op} has no {self.name} kernel"]
         if self.why_unavailable():
             return [self.why_unavailable()]
-        reasons = []
-        parts = library.COMPOSITES.get(op, (op,))
-        for choice, name in (choices or {}).items():
-            known: list[str] = []
-            for part in parts:
-                names = self.known(part, choice)
-                if names is None or name in names:
-                    break
-                known += names
-            else:
-                listed = ", ".join(known) or "none"
-                reasons.append(f"{choice} {name!r} has no {self.name} kernel; known: {listed}")
+        reasons = [*_unknown(self, op, tuple(choices.items()))] if choices else []
         if arguments is not None and (limit := self.limit(op, arguments)):
             reasons.append(limit)
-        for tensor in tensors:
-            if tensor.device.type != self.device:
+        for device in dict.fromkeys([tensor.device for tensor in tensors]):
+            if device.type != self.device:
                 needed = self.device.upper()
-                reasons.append(f"it runs on {needed} tensors, got one on {tensor.device}")
+                reasons.append(f"it runs on {needed} tensors, got one on {device}")
                 break
-        passed = None
-        for tensor in tensors:
-            if tensor.dtype is passed:
-                continue
-            if reason := self.why_not_dtype(tensor.dtype):
+        for dtype in dict.fromkeys([tensor.dtype for tensor in tensors]):
+            if reason := self.why_not_dtype(dtype):
                 reasons.append(reason)
                 break
-            passed = tensor.dtype
         on_gpu = bool(tensors) and tensors[0].device.type == "cuda"
         if not reasons and on_gpu and self.least_capability > (0, 0):
             found = _capability(tensors[0].device.index)
@@ -136,6 +122,24 @@ class Backend(ABC):
     def fused(self, op: str) -> Function | None:
         """A launcher that does by itself what an op made of others does in steps; or None."""
         return None
+
+
+@kept
+def _unknown(backend: Backend, op: str, choices: tuple[tuple[str, str], ...]) -> tuple[str, ...]:
+    """Which names of choices none of the kernels of an op knows, in words."""
+    reasons = []
+    parts = library.COMPOSITES.get(op, (op,))
+    for choice, name in choices:
+        known: list[str] = []
+        for part in parts:
+            names = backend.known(part, choice)
+            if names is None or name in names:
+                break
+            known += names
+        else:
+            listed = ", ".join(known) or "none"
+            reasons.append(f"{choice} {name!r} has no {backend.name} kernel; known: {listed}")
+    return tuple(reasons)
 
 
 def _capability(device: int | None) -> tuple[int, int]:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from lvrpo.backends import library, row_loss
 from lvrpo.backends.backend import Backend, Function
+from lvrpo.kept import kept
 
 
 class CompiledBackend(Backend):
@@ -48,19 +49,30 @@ class CompiledBackend(Backend):
 
     def op(self, name: str) -> Function:
         """`torch.ops.lvrpo.<name>`, which picks the kernel by the device of the tensors."""
-        function: Function = getattr(torch.ops.lvrpo, name)
-        if not library.CHOICES.get(library.op_of(name)):
-            return function
-
-        def run(*arguments: Any, **choices: str) -> Any:
-            return function(*arguments, **library.positions(name, choices))
-
-        return run
+        return _compiled(name)
 
     def fused(self, op: str) -> Function | None:
         """What runs the kernel that has a whole row, where this kind of device has that kernel."""
         has_rows = f"{op}_rows" in library.KERNELS[self.key]
         return functools.partial(row_loss.run, self) if has_rows else None
+
+
+@kept
+def _compiled(name: str) -> Function:
+    function: Function = getattr(torch.ops.lvrpo, name).default
+    if not library.CHOICE_ARGUMENTS.get(name):
+        return function
+
+    def run(*arguments: Any, **choices: str) -> Any:
+        return function(*arguments, *_positions(name, tuple(choices.items())))
+
+    return run
+
+
+@kept
+def _positions(name: str, choices: tuple[tuple[str, str], ...]) -> tuple[int, ...]:
+    found = library.positions(name, dict(choices))
+    return tuple(found[argument] for argument in library.CHOICE_ARGUMENTS[name])
 
 
 class CppBackend(CompiledBackend):

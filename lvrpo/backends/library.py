@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import inspect
 from collections.abc import Callable, Mapping, Sequence
 from types import ModuleType
 from typing import Any, TypeVar
@@ -43,6 +44,9 @@ TABLES: Mapping[str, Mapping[str, Sequence[str]]] = getattr(EXTENSION, "tables",
 #: By where they run, a dispatch key or "triton": the names of the ops that have kernels.
 KERNELS: dict[str, set[str]] = {"CPU": set(), "CUDA": set(), "triton": set()}
 
+#: By op of `torch.ops.lvrpo`: those of its arguments that are choices, in its order: its last ones.
+CHOICE_ARGUMENTS: dict[str, tuple[str, ...]] = {}
+
 #: By op that is made of others, without kernels of its own: the ops whose kernels it runs.
 COMPOSITES: dict[str, tuple[str, ...]] = {}
 
@@ -69,6 +73,8 @@ def register(
     def decorate(fake: Function) -> Function:
         schema = torch.library.infer_schema(fake, mutates_args=tuple(mutates))
         schema = schema.replace("SymInt", "int")
+        parameters = inspect.signature(fake).parameters.values()
+        CHOICE_ARGUMENTS[name] = tuple(x.name for x in parameters if x.annotation == "str")
         if EXTENSION is not None:
             _check(name, schema)
             torch.library.register_fake(f"lvrpo::{name}", fake)
