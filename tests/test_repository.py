@@ -190,7 +190,7 @@ MAY_IMPORT = {
     "runs": "info lvrpo data random rewards models ops params backends trainer intervals digits",
     "report": "info data intervals runs trainer",
     "studies": "info data random rewards trainer runs report intervals",
-    "integrations": "info lvrpo masks ops params checks token_layout",
+    "integrations": "info lvrpo masks ops params checks token_layout token_advantages",
     "cli": "info lvrpo runs report studies trainer",
     "__main__": "info cli",
     "lvrpo": "params masks ops sampler_correction token_advantages",

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from lvrpo.params._validate import check_choices, from_preset
 from lvrpo.params.from_trl import fields_from_trl
+from lvrpo.params.from_verl import fields_from_verl
 from lvrpo.params.log_ratio import LOG_RATIO_LIMIT
 from lvrpo.params.loss_metrics import LossMetrics
 
@@ -254,6 +255,23 @@ class LossParams:
             ValueError: an option cannot be honoured; the message names it and says what to do.
         """
         return cls(**fields_from_trl(config))
+
+    @classmethod
+    def from_verl(cls, config: Any, response_length: int | None = None) -> LossParams:
+        """The loss of verl's actor, by its options.
+
+        What verl divides by, and the factors of its tokens, are arguments of a loss op:
+        docs/integrations.md has them by option.
+
+        Args:
+            config: an `ActorConfig` of verl 0.9, or whatever has its fields.
+            response_length: columns of the padded responses, which verl divides by where
+                `loss_agg_mode` is "seq-mean-token-sum-norm" and `loss_scale_factor` is None.
+
+        Raises:
+            ValueError: an option cannot be honoured; the message names it and says what to do.
+        """
+        return cls(**fields_from_verl(config, response_length))
 
 
 def _or_infinity(bound: float | None) -> float:
