@@ -85,7 +85,9 @@ def check_loss(counts: Sequence[int], params: LossParams) -> None:
     torch.testing.assert_close(own["logprobs"].grad, expected[first:last])
     found, whole = many.metrics.all_reduce().as_dict(), one.metrics.as_dict()
     for name, value in whole.items():
-        torch.testing.assert_close(found[name], value, msg=lambda text, name=name: f"{name}: {text}")
+        torch.testing.assert_close(
+            found[name], value, msg=lambda text, name=name: f"{name}: {text}"
+        )
 
 
 def denominators(mask: Any, cu_seqlens: Any, params: Sequence[LossParams]) -> list[float]:

@@ -229,13 +229,14 @@ def _shards_of_dtensor(op: str, name: str, tensor: Any, dim: int) -> VocabShards
     axis = split[0]
     here: list[Any] = list(mesh.get_coordinate())
     here[axis] = slice(None)
-    group, vocab = mesh.get_group(axis), tensor.shape[dim]
     ranks = mesh.mesh[tuple(here)].tolist()
-    ranges = [(0, 0)] * len(ranks)
-    for place, rank in enumerate(ranks):
-        size, low = Shard.local_shard_size_and_offset(vocab, len(ranks), place)
-        ranges[torch.distributed.get_group_rank(group, rank)] = low, low + size
-    return VocabShards(tuple(ranges), group)
+    if ranks != sorted(ranks):  # torch itself sends parts by the order of a group, which ascends
+        raise ValueError(
+            f"{op}: {name} is split over the ranks {ranks}, expected a mesh of ascending ranks"
+        )
+    size_and_first, vocab = Shard.local_shard_size_and_offset, tensor.shape[dim]
+    parts = [size_and_first(vocab, len(ranks), place) for place in range(len(ranks))]
+    return VocabShards(tuple((low, low + size) for size, low in parts), mesh.get_group(axis))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -41,7 +41,11 @@ def test_equal_groups_over_ranks(group):
 @pytest.mark.parametrize(
     ("rewards", "given", "message"),
     [
-        ([[1.0], [1.0, 2.0]], [{"groups": 2}] * 2, "groups is 2, expected a size >= 1 that divides"),
+        (
+            [[1.0], [1.0, 2.0]],
+            [{"groups": 2}] * 2,
+            "groups is 2, expected a size >= 1 that divides",
+        ),
         ([[1.0], [[1.0, 2.0]]], [{"groups": 2}] * 2, "rewards of a sample is .. on rank 0"),
         ([[1.0], [1]], [{"groups": 2}] * 2, "dtype of rewards is torch.float32 on rank 0"),
         ([[1.0], [1.0]], [{"groups": 2}, {"groups": 1}], "groups is 2 on rank 0"),
