@@ -24,7 +24,7 @@ from linear_inputs import (
 from mutants._distributed import MUTANTS
 from torch import Tensor
 
-from lvrpo import distributed
+from lvrpo import LossParams, distributed
 from lvrpo.reference.gather_logprobs import gather_logprobs
 from lvrpo.reference.linear_logprobs import linear_logprobs
 from lvrpo.testing import check_op
@@ -168,3 +168,126 @@ def is_rejected(mutant: str, check: Callable[..., None], *arguments: Any) -> boo
         except AssertionError:
             return True
     return False
+
+
+def parts(inputs: dict[str, Any], cuts: Cuts) -> dict[str, Any]:
+    """The same with this rank's factors, which are differentiated."""
+    low, high = own(cuts)
+    mine = {name: inputs[name][low:high] for name in ("weight", "bias")}
+    leaves = {"hidden": inputs["hidden"], **mine}
+    leaves = {name: x.detach().clone().requires_grad_() for name, x in leaves.items()}
+    return {**inputs, **leaves, "shards": shards_of(cuts)}
+
+
+def loss_inputs_of(cuts: Cuts) -> dict[str, Any]:
+    inputs = make_loss_inputs([3, 4], torch.float64, vocab=cuts_end(cuts))
+    return {**inputs, "params": LossParams(beta=0.1, entropy_coef=0.01)}
+
+
+def check_second_backward(cuts: Cuts) -> None:
+    """The gradient is computed anew."""
+    given = parts(loss_inputs_of(cuts), cuts)
+    result = distributed.linear_grpo_loss(**given)
+    leaves = [given[name] for name in ("hidden", "weight", "bias")]
+    first = torch.autograd.grad(result.loss, leaves, retain_graph=True)
+    second = torch.autograd.grad(3 * result.loss, leaves)
+    for one, other in zip(first, second, strict=True):
+        torch.testing.assert_close(3 * one, other)
+
+
+def check_frozen(cuts: Cuts, frozen: str) -> None:
+    """What is not differentiated has no gradient, and the rest has its own."""
+    given, other = (parts(loss_inputs_of(cuts), cuts) for _ in range(2))
+    given[frozen].requires_grad_(False)
+    for inputs in (given, other):
+        distributed.linear_grpo_loss(**inputs).loss.backward()
+    assert given[frozen].grad is None
+    for name in {"hidden", "weight", "bias"} - {frozen}:
+        torch.testing.assert_close(given[name].grad, other[name].grad)
+
+
+def check_without_gradients(cuts: Cuts) -> None:
+    given = parts(loss_inputs_of(cuts), cuts)
+    expected = distributed.linear_grpo_loss(**given)
+    with torch.no_grad():
+        found = distributed.linear_grpo_loss(**given)
+    assert torch.equal(found.loss, expected.loss)
+    assert not found.loss.requires_grad
+
+
+def check_autocast(cuts: Cuts) -> None:
+    """Factors go to its dtype, gradients come back in the dtypes that were given."""
+    inputs = loss_inputs_of(cuts)
+    narrow = {name: inputs[name].bfloat16() for name in ("hidden", "weight", "bias")}
+    expected = distributed.linear_grpo_loss(**parts(inputs | narrow, cuts))
+    wide = {name: inputs[name].float() for name in ("hidden", "weight", "bias")}
+    given = parts(inputs | wide, cuts)
+    with torch.autocast(given["hidden"].device.type, torch.bfloat16):
+        found = distributed.linear_grpo_loss(**given)
+    found.loss.backward()
+    assert torch.equal(found.loss, expected.loss)
+    assert {given[name].grad.dtype for name in wide} == {torch.float32}
+
+
+def check_compiled(cuts: Cuts) -> None:
+    """A call breaks the graph, and is the same."""
+    given = parts(loss_inputs_of(cuts), cuts)
+    expected = distributed.linear_grpo_loss(**given).loss
+
+    def step(hidden: Tensor) -> Tensor:
+        return distributed.linear_grpo_loss(**{**given, "hidden": 1.0 * hidden}).loss
+
+    compiled = torch.compile(step, backend="aot_eager")
+    torch.testing.assert_close(compiled(given["hidden"]), expected)
+
+
+def check_unused_rows(cuts: Cuts, backend: str) -> None:
+    """Rows that no token uses may hold anything, on every rank or on one."""
+    given = head_inputs(torch.float64, cuts_end(cuts))
+    clean = parts(given, cuts)
+    given["hidden"] = given["hidden"].clone()
+    given["hidden"][6] = torch.nan
+    dirty = parts(given, cuts)
+    results = []
+    for inputs in (clean, dirty):
+        logprobs, entropy, squares = distributed.linear_logprobs(**inputs, backend=backend)
+        (logprobs.sum() + entropy[:6].sum()).backward()
+        results.append((logprobs, entropy[:6], squares[:6], inputs["weight"].grad))
+    for one, other in zip(*results, strict=True):
+        torch.testing.assert_close(one, other)
+    assert float(dirty["hidden"].grad.nan_to_num(99.0).abs().max()) < 99
+    assert float(entropy[6]) == 0.0
+
+
+def check_part_of_nothing(cuts: Cuts, backend: str) -> None:
+    """A rank whose columns all have probability 0, a target among them."""
+    low, high = own(cuts)
+    whole = torch.randn(3, cuts_end(cuts), dtype=torch.float64)
+    first, end = cuts[-1]
+    whole[:, first:end] = -torch.inf
+    ids = torch.tensor([0, first, 1])
+    logits = whole[:, low:high].clone().requires_grad_()
+    whole.requires_grad_()
+    found = distributed.gather_logprobs(
+        logits, ids, shards=shards_of(cuts), return_entropy=True, backend=backend
+    )
+    expected = gather_logprobs(whole, ids, return_entropy=True)
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other)
+    mask = torch.tensor([1.0, 0.0, 1.0])
+    for logprobs, entropy in (found, expected):
+        (torch.where(mask > 0, logprobs, 0.0) + mask * entropy).sum().backward()
+    torch.testing.assert_close(logits.grad, whole.grad[:, low:high])
+
+
+def check_nothing(cuts: Cuts) -> None:
+    """No rows, or no token that counts."""
+    given = parts(loss_inputs_of(cuts), cuts)
+    masked = {**given, "mask": torch.zeros_like(given["mask"])}
+    none = dict.fromkeys(("hidden", "token_ids", "old_logprobs", "ref_logprobs", "mask"))
+    none |= dict.fromkeys(("advantages", "policy_weights"))
+    empty = {**given, **{name: given[name][:0] for name in none}, "cu_seqlens": [0]}
+    for inputs in (masked, empty):
+        result = distributed.linear_grpo_loss(**inputs)
+        (gradient,) = torch.autograd.grad(result.loss, given["weight"])
+        assert float(result.loss) == float(gradient.abs().sum()) == 0.0

@@ -92,3 +92,22 @@ def test_any_cuts_and_any_budget(groups, size, seed):
 def test_a_mutant_is_rejected_by_every_rank(groups, mutant):
     given = mutant, sharded_heads.check_linear, CUTS["2 even"], None, torch.float32, {}
     assert all(groups[2].run(sharded_heads.is_rejected, *given))
+
+
+@pytest.mark.parametrize(
+    ("check", "given"),
+    [
+        (sharded_heads.check_second_backward, ()),
+        (sharded_heads.check_frozen, ("weight",)),
+        (sharded_heads.check_frozen, ("hidden",)),
+        (sharded_heads.check_frozen, ("bias",)),
+        (sharded_heads.check_without_gradients, ()),
+        (sharded_heads.check_autocast, ()),
+        (sharded_heads.check_compiled, ()),
+        (sharded_heads.check_nothing, ()),
+        *((sharded_heads.check_unused_rows, (backend,)) for backend in ON_HOST),
+        *((sharded_heads.check_part_of_nothing, (backend,)) for backend in ON_HOST),
+    ],
+)
+def test_edges(groups, check, given):
+    groups[2].run(check, CUTS["2 even"], *given)
