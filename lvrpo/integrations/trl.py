@@ -6,15 +6,20 @@ what it calls for log-probs goes through lvrpo, and the gradient is that of the 
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import functools
+import itertools
 import math
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from lvrpo.integrations import versions
-from lvrpo.integrations.transformers import CompletionStates, completion_states
+from lvrpo.integrations.prompt_groups import grouped_inputs
+from lvrpo.integrations.transformers import CompletionStates, completion_states, set_attention
 from lvrpo.ops.linear_grpo_loss import linear_grpo_loss
 from lvrpo.ops.linear_logprobs import linear_logprobs
 from lvrpo.params.from_trl import refuse
@@ -35,17 +40,46 @@ class GRPOTrainer(trl.GRPOTrainer):  # type: ignore[misc]
     The log-probs of the old and of the reference policy come from lvrpo too, so that on the same
     weights they are equal to those of the update to the last bit.
 
+    Args:
+        model: as TRL takes it, like everything but `share_prompts`.
+        reward_funcs: likewise.
+        args: a GRPOConfig.
+        rest: the others, by position.
+        share_prompts: lay the completions of a micro-batch that have equal prompts out as one tree,
+            in which the prompt stands once, with its images, on `packed_attention`. The model's
+            attention becomes "lvrpo". Results are those of separate sequences to rounding.
+        options: the others, by name.
+
     Raises:
         ValueError: an option of `args` cannot be honoured; the message says what to do.
     """
 
+    share_prompts = False
+
     def __init__(
-        self, model: Any, reward_funcs: Any = None, args: Any = None, *rest: Any, **options: Any
+        self,
+        model: Any,
+        reward_funcs: Any = None,
+        args: Any = None,
+        *rest: Any,
+        share_prompts: bool = False,
+        **options: Any,
     ) -> None:
         if args is not None:
             check_options(args)  # before a model is loaded
         super().__init__(model, reward_funcs, args, *rest, **options)
         self._set_up_loss()
+        self.share_prompts = share_prompts
+        if share_prompts:
+            self._set_up_sharing()
+
+    def _set_up_sharing(self) -> None:
+        if self.aux_loss_enabled:
+            why = "but share_prompts counts the tokens of a prompt once, which changes its mean"
+            refuse("router_aux_loss_coef", self.router_aux_loss_coef, why, "0")
+        for model in (self.model, self.ref_model):
+            if model is not None:
+                set_attention(self.accelerator.unwrap_model(model))
 
     def _set_up_loss(self) -> None:
         check_options(self.args)
@@ -57,12 +91,23 @@ class GRPOTrainer(trl.GRPOTrainer):  # type: ignore[misc]
         input_ids: Tensor,
         attention_mask: Tensor,
         logits_to_keep: int,
+        batch_size: int | None = None,
         **more: Any,
     ) -> Any:
         head = model if isinstance(model, _Head) else _Head(self, model, logits_to_keep)
-        return super()._get_per_token_logps_and_entropies(
-            head, input_ids, attention_mask, logits_to_keep, **more
+        score = functools.partial(
+            super()._get_per_token_logps_and_entropies,
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            logits_to_keep=logits_to_keep,
+            **more,
         )
+        if self.share_prompts:
+            # TRL knows which images are of which sequence, in the form of every model.
+            rows = _Rows()
+            score(rows, batch_size=1)
+            head.rows = iter(rows.inputs)
+        return score(head, batch_size=batch_size)
 
     def _compute_loss(self, model: Any, inputs: dict[str, Any]) -> Tensor:
         head = _Head(self, model, inputs["completion_ids"].size(1), self._loss_arguments(inputs))
@@ -91,16 +136,32 @@ class GRPOTrainer(trl.GRPOTrainer):  # type: ignore[misc]
                 old = old - log_ratio.sum(-1, keepdim=True) / active
             else:
                 weights = ratio.expand(mask.shape)
+        threshold = self.off_policy_mask_threshold
+        sampler = None if threshold is None else inputs.get("sampling_per_token_logps")
+        optional = {
+            "policy_weights": weights,
+            "ref_logprobs": inputs.get("ref_per_token_logps"),
+            "top_entropy": self.top_entropy_quantile if self.top_entropy_quantile < 1 else None,
+            "off_policy_threshold": threshold,
+            "sampler_logprobs": sampler,
+        }
         return {
             "old_logprobs": old,
             "advantages": advantages,
             "level": "sequence" if advantages.dim() == 1 else "token",
             "mask": mask,
-            "policy_weights": weights,
-            "ref_logprobs": inputs.get("ref_per_token_logps"),
             "denominator": self._denominator(mask, inputs["num_items_in_batch"]),
-            "params": self.loss_params,
+            "params": self._params(),
+            **{name: value for name, value in optional.items() if value is not None},
         }
+
+    def _params(self) -> LossParams:
+        """The loss, with the entropy bonus that TRL's controller allows in this step."""
+        if not self._entropy_bonus_enabled:
+            return self.loss_params
+        off = self.use_adaptive_entropy and self._last_world_entropy > self.args.entropy_target
+        coefficient = 0.0 if off else self.entropy_coef / self._accumulated()
+        return dataclasses.replace(self.loss_params, entropy_coef=coefficient)
 
     def _denominator(self, mask: Tensor, items: Tensor) -> float | Tensor:
         """What TRL divides a micro-batch by, with the number of them in a step."""
@@ -125,7 +186,6 @@ def check_options(config: Any) -> None:
     Raises:
         ValueError: names the option and its value, and says what to do.
     """
-    LossParams.from_trl(config)
     inactive = {
         "top_entropy_quantile": 1.0,
         "off_policy_mask_threshold": None,
@@ -135,14 +195,30 @@ def check_options(config: Any) -> None:
     for option, value in inactive.items():
         if getattr(config, option) != value:
             refuse(option, getattr(config, option), "which the fused loss has not", repr(value))
+    LossParams.from_trl(config)
+    threshold = config.off_policy_mask_threshold
+    if threshold is not None and not threshold >= 0:
+        why = "which drops sequences that the sampler's own policy made"
+        refuse("off_policy_mask_threshold", threshold, why, "0 or more, or None")
 
 
 class _Scores(NamedTuple):
     """What TRL reads from the output of a model."""
 
     log_probs: Tensor
-    entropy: Tensor | None
+    entropy: Tensor
     aux_loss: Tensor | None
+
+
+class _Rows:
+    """What TRL's code calls in the place of a model to find the inputs of each sequence."""
+
+    def __init__(self) -> None:
+        self.inputs: list[dict[str, Any]] = []
+
+    def __call__(self, *, labels: Tensor, fused_lm_head: bool, **inputs: Any) -> _Scores:
+        self.inputs.append(inputs)
+        return _Scores(labels, labels, None)
 
 
 class _Head:
@@ -153,6 +229,11 @@ class _Head:
         model: as TRL would call it, with whatever it is wrapped in.
         length: C.
         arguments: of `linear_grpo_loss`; None for log-probs alone.
+
+    Attributes:
+        loss: after a call, of its completions.
+        rows: inputs of every sequence by itself, where equal prompts are to be one; None: as TRL
+            batches them.
     """
 
     def __init__(
@@ -165,24 +246,49 @@ class _Head:
         self.trainer, self.model, self.length = trainer, model, length
         self.arguments = arguments
         self.loss: Tensor | None = None
+        self.rows: Iterator[dict[str, Any]] | None = None
 
     def __call__(self, *, labels: Tensor, fused_lm_head: bool, **inputs: Any) -> _Scores:
-        states = self.trainer._states(self.model, inputs, self.length)
-        targets = labels[:, -self.length :]
-        if not self.trainer.args.cast_lm_head_to_fp32:
-            return self._scores(states, targets)
-        states = dataclasses.replace(states, hidden=states.hidden.float())
-        with torch.autocast(states.hidden.device.type, enabled=False):
-            return self._scores(states, targets)
-
-    def _scores(self, states: CompletionStates, targets: Tensor) -> _Scores:
-        head = states.head(self.trainer.temperature)
-        if self.arguments is None:
-            return _Scores(linear_logprobs(token_ids=targets, **head), None, states.aux_loss)
-        result = linear_grpo_loss(token_ids=targets, **head, **self.arguments)
+        targets, row_index = labels[:, -self.length :], None
+        if self.rows is None:
+            states = self.trainer._states(self.model, inputs, self.length)
+        else:
+            rows = list(itertools.islice(self.rows, len(targets)))
+            inputs, row_index = grouped_inputs(self.model, rows, self.length)
+            states = completion_states(self.model, inputs)
+            states = dataclasses.replace(states, hidden=states.hidden[0])
+        precision: Any = contextlib.nullcontext()
+        if self.trainer.args.cast_lm_head_to_fp32:
+            states = dataclasses.replace(states, hidden=states.hidden.float())
+            precision = torch.autocast(states.hidden.device.type, enabled=False)
+        head: dict[str, Any] = {"token_ids": targets, "row_index": row_index}
+        head |= states.head(self.trainer.temperature)
+        with precision:
+            if self.arguments is None:
+                return _Scores(*_logprobs_and_entropy(head), states.aux_loss)
+            if "top_entropy" in self.arguments and self.trainer.accelerator.num_processes > 1:
+                self.arguments |= self._entropy_of_all_processes(head)
+            result = linear_grpo_loss(**head, **self.arguments)
         self.loss, aux_loss = result.loss, states.aux_loss
         if self.trainer.aux_loss_enabled and aux_loss is not None:
             coefficient = self.trainer.router_aux_loss_coef / self.trainer._accumulated()
             self.loss = self.loss + coefficient * aux_loss
             aux_loss = aux_loss.detach()
         return _Scores(result.logprobs, result.entropy, aux_loss)
+
+    @torch.no_grad()
+    def _entropy_of_all_processes(self, head: dict[str, Any]) -> dict[str, Any]:
+        """The arguments for a share of the tokens of all processes, by TRL's own choice."""
+        assert self.arguments is not None
+        entropy = _logprobs_and_entropy(head)[1]
+        fraction, mask = self.arguments["top_entropy"], self.arguments["mask"]
+        kept = self.trainer.get_high_entropy_mask(entropy, mask, 1 - fraction)
+        least = torch.where(kept, entropy, torch.inf).min()
+        return {"top_entropy": None, "entropy_threshold": least}
+
+
+def _logprobs_and_entropy(head: dict[str, Any]) -> tuple[Tensor, Tensor]:
+    """[B, C] each; a masked token's entropy may be anything."""
+    logprobs, entropy = linear_logprobs(**head, return_entropy=True)
+    row_index = head["row_index"]
+    return logprobs, entropy if row_index is None else entropy[row_index]

@@ -44,6 +44,8 @@ def fields_from_trl(config: Any) -> dict[str, Any]:
         fields["max_length"] = config.max_completion_length
     if config.beta and config.use_bias_correction_kl:
         fields["kl_factor"] = _kl_factor(config)
+    if config.entropy_coef or config.use_adaptive_entropy:
+        fields |= {"entropy_coef": config.entropy_coef, "entropy_aggregation": "token_mean"}
     return fields
 
 

@@ -28,6 +28,8 @@ DEFAULTS = {
     "vespo_k_neg": 3.0,
     "vespo_lambda_neg": 2.0,
     "max_completion_length": 256,
+    "entropy_coef": 0.0,
+    "use_adaptive_entropy": False,
     "use_vllm": False,
     "vllm_importance_sampling_correction": True,
 }

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from typing import Any, NamedTuple
 
 import torch
@@ -96,28 +95,36 @@ def config_of(folder: Any, **options: Any) -> Any:
     return trl.GRPOConfig(**defaults | options)
 
 
-def run(
-    trainer: type,
+def trainer(
+    kind: type,
+    model: Any,
     folder: Any,
     *,
-    family: str = "Qwen2",
     rewards: Any = vowels,
     given: dict[str, Any] | None = None,
     **options: Any,
-) -> Run:
-    """Train; `given` is for the constructor, `options` are the config's."""
-    gradients = Gradients()
-    made = trainer(
-        model=tiny_model(family),
+) -> Any:
+    """A trainer; `given` is for the constructor, `options` are the config's."""
+    made = kind(
+        model=model,
         reward_funcs=rewards,
         args=config_of(folder, **options),
         train_dataset=Dataset.from_dict({"prompt": PROMPTS}),
         processing_class=tokenizer(),
-        callbacks=[gradients],
         **(given or {}),
     )
     made.remove_callback(transformers.PrinterCallback)
-    with contextlib.redirect_stdout(None):
-        made.train()
-    logged = [entry for entry in made.state.log_history if "loss" in entry]
-    return Run([entry["loss"] for entry in logged], gradients.found, logged)
+    return made
+
+
+def run(kind: type, folder: Any, *, family: str = "Qwen2", **options: Any) -> Run:
+    """Train a tiny model of a family."""
+    model, gradients = tiny_model(family), Gradients()
+    model.save_pretrained(folder / "model")  # where TRL finds a reference policy
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder / "model")
+    made = trainer(kind, model, folder, **options)
+    made.add_callback(gradients)
+    made.train()
+    logged = made.state.log_history[:-1]  # the last sums the run up
+    losses = [entry["loss"] for entry in logged if "loss" in entry]
+    return Run(losses, gradients.found, logged)

@@ -1,0 +1,146 @@
+"""Completions of equal prompts as one buffer, in which each prompt stands once.
+
+B prompts with completions, padded to S tokens, the last C of them of the completion; L rows of the
+buffer.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Hashable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lvrpo.masks import SpanMask
+from lvrpo.masks.positions import position_ids
+
+#: Inputs of a model that have a number per token: [B, S].
+PER_TOKEN = ("input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids")
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class PromptGroups:
+    """Where the tokens of a batch stand in its buffer; make one with `group_prompts`.
+
+    Attributes:
+        mask: [L], a tree for each prompt.
+        tokens: [L] int64, the token of the batch, of B * S, that each row holds.
+        row_index: [B, C] int64, the row that predicts each token of a completion; 0 for padding.
+        owners: the sequence of each tree whose prompt stands in it.
+    """
+
+    mask: SpanMask
+    tokens: Tensor
+    row_index: Tensor
+    owners: list[int]
+
+
+def group_prompts(
+    input_ids: Tensor, attention_mask: Tensor, completion_length: int, keys: Sequence[Hashable] = ()
+) -> PromptGroups:
+    """Lay out sequences so that equal prompts are one.
+
+    Args:
+        input_ids: [B, S] prompts, padded on any side, and completions.
+        attention_mask: [B, S], above 0 for what is no padding.
+        completion_length: C.
+        keys: of each sequence, what its prompt has besides tokens; prompts with different ones are
+            different.
+
+    Raises:
+        ValueError: a prompt is empty.
+    """
+    ids, present = input_ids.tolist(), (attention_mask > 0).tolist()
+    batch, length = input_ids.shape
+    prompt_length = length - completion_length
+    groups: dict[Hashable, list[int]] = {}
+    columns = [[at for at in range(length) if row[at]] for row in present]
+    prompts = [[at for at in row if at < prompt_length] for row in columns]
+    for sequence, row in enumerate(prompts):
+        if not row:
+            raise ValueError(f"group_prompts: sequence {sequence} has no prompt, expected a token")
+        key = (tuple(ids[sequence][at] for at in row), keys[sequence] if keys else None)
+        groups.setdefault(key, []).append(sequence)
+
+    layout, tokens = [], []
+    row_index = torch.zeros(batch, completion_length, dtype=torch.int64)
+    for members in groups.values():
+        prompt = prompts[members[0]]
+        tokens += [members[0] * length + at for at in prompt]
+        last, completions = len(tokens) - 1, []
+        for member in members:
+            own = columns[member][len(prompts[member]) :]
+            first = len(tokens)
+            tokens += [member * length + at for at in own]
+            before = torch.tensor([last, *range(first, len(tokens) - 1)])[: len(own)]
+            row_index[member, [at - prompt_length for at in own]] = before
+            completions.append([(len(own), "causal")])
+        layout.append(([(len(prompt), "causal")], completions))
+    device = input_ids.device
+    return PromptGroups(
+        SpanMask.from_groups(layout).to(device),
+        torch.tensor(tokens, device=device),
+        row_index.to(device),
+        [members[0] for members in groups.values()],
+    )
+
+
+def grouped_inputs(
+    model: Any, rows: Sequence[dict[str, Any]], completion_length: int
+) -> tuple[dict[str, Any], Tensor]:
+    """Inputs of a model for one buffer, from those for each sequence by itself.
+
+    Args:
+        model: of transformers, with the attention "lvrpo".
+        rows: of each of B sequences the inputs of a call with a batch of one; what is no tensor per
+            token belongs to the images of its prompt, and its first dimension counts them.
+        completion_length: C.
+
+    Returns:
+        inputs: with a batch of one, with `span_mask` and `position_ids`; images of a prompt are
+            those of one of its sequences.
+        row_index: [B, C], see `PromptGroups`.
+    """
+    per_token = {
+        name: torch.cat([row[name] for row in rows]) for name in PER_TOKEN if name in rows[0]
+    }
+    of_images = [name for name in rows[0] if name not in PER_TOKEN]
+    images = [{name: row[name] for name in of_images if name in row} for row in rows]
+    groups = group_prompts(
+        per_token["input_ids"], per_token.pop("attention_mask"), completion_length, _names(images)
+    )
+    inputs: dict[str, Any] = {
+        name: value.flatten()[groups.tokens][None] for name, value in per_token.items()
+    }
+    inputs["span_mask"] = groups.mask
+    inputs["position_ids"] = _positions(model, rows, groups)
+    for name in of_images:
+        inputs[name] = torch.cat([images[owner][name] for owner in groups.owners])
+    return inputs, groups.row_index
+
+
+def _positions(model: Any, rows: Sequence[dict[str, Any]], groups: PromptGroups) -> Tensor:
+    """[1, L], or [3, 1, L] for a model that numbers images in three directions."""
+    find = [module for module in model.modules() if hasattr(type(module), "get_rope_index")]
+    if not find or "mm_token_type_ids" not in rows[0]:
+        return position_ids(groups.mask)[None]
+    names = "input_ids", "attention_mask", "mm_token_type_ids", "image_grid_thw", "video_grid_thw"
+    every = [find[0].get_rope_index(**{n: row[n] for n in names if n in row})[0] for row in rows]
+    found: Tensor = torch.cat(every, dim=1).flatten(1)[:, None, groups.tokens]
+    return found
+
+
+def _names(images: Sequence[dict[str, Any]]) -> list[int]:
+    """For each sequence the first one that has the same images."""
+    names: list[int] = []
+    for number, own in enumerate(images):
+        same = (
+            other
+            for other in dict.fromkeys(names)
+            if own.keys() == images[other].keys()
+            and all(torch.equal(own[name], images[other][name]) for name in own)
+        )
+        names.append(next(same, number))
+    return names
