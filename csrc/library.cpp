@@ -46,15 +46,15 @@ STABLE_TORCH_LIBRARY(lvrpo, m) {
       "guided_velocity_bwd(Tensor dout, Tensor velocity, Tensor without_text, Tensor? without_image, Tensor? guided, "
       "Tensor numbers, bool with_branches, int renorm) "
       "-> (Tensor dvelocity, Tensor dwithout_text, Tensor dwithout_image)");
-  // q_lo ... runs are the tables of a SpanMask, and query_tiles, key_work, key_parts those of its schedule, which kernels
-  // on a GPU need. numbers [2] fp64, on the CPU: scale, softcap (0: none).
+  // q_lo ... runs are the tables of a SpanMask, with positions where it has a window, and query_tiles ... key_parts those of
+  // its schedule, which kernels on a GPU need. numbers [3] fp64, on the CPU: scale, softcap and window (0: none).
   m.def(
       "packed_attention_fwd(Tensor q, Tensor k, Tensor v, Tensor q_lo, Tensor q_hi, Tensor rows, Tensor spans, "
-      "Tensor runs, Tensor? query_tiles, Tensor numbers) -> (Tensor out, Tensor lse)");
+      "Tensor runs, Tensor? positions, Tensor? query_tiles, Tensor numbers) -> (Tensor out, Tensor lse)");
   m.def(
       "packed_attention_bwd(Tensor dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, "
-      "Tensor q_lo, Tensor q_hi, Tensor rows, Tensor spans, Tensor runs, Tensor? query_tiles, Tensor? key_work, "
-      "Tensor? key_parts, Tensor numbers) "
+      "Tensor q_lo, Tensor q_hi, Tensor rows, Tensor spans, Tensor runs, Tensor? positions, Tensor? query_tiles, "
+      "Tensor? key_work, Tensor? key_rows, Tensor? key_parts, Tensor numbers) "
       "-> (Tensor dq, Tensor dk, Tensor dv)");
   // numbers are ddof, eps, std_floor and clip, which may be infinite. stats [5, K] are share, constant_groups, mean, std,
   // applicable.

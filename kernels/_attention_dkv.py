@@ -17,8 +17,7 @@ def _dkv_tile(
     dv,
     k,
     v,
-    lo,
-    hi,
+    bounds,
     head,
     first,
     end,
@@ -26,6 +25,7 @@ def _dkv_tile(
     scale,
     softcap,
     MASKED: tl.constexpr,
+    HAS_WINDOW: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
     PRECISION: tl.constexpr,
     WIDTH: tl.constexpr,
@@ -45,7 +45,10 @@ def _dkv_tile(
         delta_ptr,
         queries,
         rows_ptr,
+        positions_ptr,
+        window,
     ) = source
+    lo, hi, position = bounds
     q_ptr += as_scalar(head, tl.int64) * stride_q_head
     dout_ptr += as_scalar(head, tl.int64) * V_WIDTH
     index = first + tl.arange(0, BLOCK_Q)
@@ -69,6 +72,9 @@ def _dkv_tile(
     if MASKED:
         row = tl.load(rows_ptr + index, mask=inside, other=-1)
         sees = (lo[:, None] <= row[None, :]) & (row[None, :] < hi[:, None])
+        if HAS_WINDOW:
+            row_position = tl.load(positions_ptr + row, mask=inside, other=0)
+            sees &= row_position[None, :] - position[:, None] < window
         p = tl.where(sees, p, 0.0)
         ds = tl.where(sees, ds, 0.0)
     dv += tl.dot(p.to(dout.dtype), dout, input_precision=PRECISION, out_dtype=scale.dtype)
@@ -76,7 +82,67 @@ def _dkv_tile(
     return dk, dv
 
 
-@triton.jit(do_not_specialize=["queries"])
+@triton.jit
+def _over_rows(
+    dk,
+    dv,
+    k,
+    v,
+    bounds,
+    seen_from,
+    slice_ptr,
+    first_head,
+    heads_per_kv,
+    source,
+    scale,
+    softcap,
+    HAS_WINDOW: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr,
+    PRECISION: tl.constexpr,
+    WIDTH: tl.constexpr,
+    V_WIDTH: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_DV: tl.constexpr,
+    BLOCK_Q: tl.constexpr,
+):
+    """dk / scale and dv of a key tile after one more slice of rows, of `key_rows`."""
+    some_begin, all_begin, all_end, some_end = seen_from
+    slice_begin, slice_end = tl.load(slice_ptr), tl.load(slice_ptr + 1)
+    some_begin, some_end = tl.maximum(some_begin, slice_begin), tl.minimum(some_end, slice_end)
+    near_end = tl.minimum(tl.load(slice_ptr + 2), slice_end)
+    all_begin, all_end = tl.maximum(all_begin, slice_begin), tl.minimum(all_end, near_end)
+    # Rows that see the whole tile, in tiles of their own; before and after them, rows that may not.
+    whole = tl.maximum(all_end - all_begin, 0) // BLOCK_Q
+    all_begin = tl.where(whole > 0, all_begin, some_begin)
+    all_end = all_begin + whole * BLOCK_Q
+    before = tl.cdiv(all_begin - some_begin, BLOCK_Q)
+    masked = before + tl.cdiv(tl.maximum(some_end - all_end, 0), BLOCK_Q)
+
+    # One loop over the heads and their tiles: its loads run ahead from one head into the next. A
+    # head without tiles makes no step, but something may divide by their number all the same.
+    per_head = tl.maximum(masked, 1)
+    for step in range(heads_per_kv * masked):
+        tile = step % per_head
+        first = some_begin + tile * BLOCK_Q
+        first = tl.where(tile < before, first, all_end + (tile - before) * BLOCK_Q)
+        end = tl.where(tile < before, all_begin, some_end)
+        dk, dv = _dkv_tile(
+            dk, dv, k, v, bounds, first_head + step // per_head, first, end, source, scale,
+            softcap, True, HAS_WINDOW, HAS_SOFTCAP, PRECISION, WIDTH, V_WIDTH, BLOCK_D, BLOCK_DV,
+            BLOCK_Q,
+        )  # fmt: skip
+    per_head = tl.maximum(whole, 1)
+    for step in range(heads_per_kv * whole):
+        first = all_begin + step % per_head * BLOCK_Q
+        dk, dv = _dkv_tile(
+            dk, dv, k, v, bounds, first_head + step // per_head, first, all_end, source, scale,
+            softcap, False, HAS_WINDOW, HAS_SOFTCAP, PRECISION, WIDTH, V_WIDTH, BLOCK_D, BLOCK_DV,
+            BLOCK_Q,
+        )  # fmt: skip
+    return dk, dv
+
+
+@triton.jit(do_not_specialize=["queries", "window"])
 def dkv_kernel(
     dk_ptr,  # [L, Hkv, D], zeros
     dv_ptr,  # [L, Hkv, Dv], zeros
@@ -91,7 +157,9 @@ def dkv_kernel(
     q_lo_ptr,  # [L]
     q_hi_ptr,  # [L]
     rows_ptr,  # [Lq]
+    positions_ptr,  # [L] or None
     key_work_ptr,  # [items, 6]
+    key_rows_ptr,  # [ranges, 3]
     queries,
     heads,
     kv_heads,
@@ -104,7 +172,9 @@ def dkv_kernel(
     stride_v_head: tl.int64,
     scale: tl.float64,
     softcap: tl.float64,
+    window,
     SELECTED: tl.constexpr,  # whether some rows of the buffer are no queries
+    HAS_WINDOW: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
     PRECISION: tl.constexpr,
     WIDTH: tl.constexpr,
@@ -140,6 +210,9 @@ def dkv_kernel(
     # Beyond the last key, an interval that changes neither bound of the tile.
     lo = tl.load(q_lo_ptr + tl.minimum(key, keys_end - 1))
     hi = tl.load(q_hi_ptr + tl.minimum(key, keys_end - 1))
+    position = lo
+    if HAS_WINDOW:
+        position = tl.load(positions_ptr + tl.minimum(key, keys_end - 1))
     some_begin, all_begin = tl.min(lo, axis=0), tl.max(lo, axis=0)
     all_end, some_end = tl.min(hi, axis=0), tl.max(hi, axis=0)
     if SELECTED:
@@ -147,41 +220,21 @@ def dkv_kernel(
         all_begin = first_after(rows_ptr, 1, 0, queries, all_begin - 1)
         all_end = first_after(rows_ptr, 1, 0, queries, all_end - 1)
         some_end = first_after(rows_ptr, 1, 0, queries, some_end - 1)
-    part_begin, part_end = tl.load(work_ptr + 2), tl.load(work_ptr + 3)
-    some_begin, some_end = tl.maximum(some_begin, part_begin), tl.minimum(some_end, part_end)
-    all_begin, all_end = tl.maximum(all_begin, part_begin), tl.minimum(all_end, part_end)
-    # Rows that see the whole tile, in tiles of their own; before and after them, rows that may not.
-    whole = tl.maximum(all_end - all_begin, 0) // BLOCK_Q
-    all_begin = tl.where(whole > 0, all_begin, some_begin)
-    all_end = all_begin + whole * BLOCK_Q
-    before = tl.cdiv(all_begin - some_begin, BLOCK_Q)
-    masked = before + tl.cdiv(tl.maximum(some_end - all_end, 0), BLOCK_Q)
 
     dk = tl.zeros([BLOCK_K, BLOCK_D], acc_dtype)
     dv = tl.zeros([BLOCK_K, BLOCK_DV], acc_dtype)
     first_head = kv_head * heads_per_kv
+    bounds = (lo, hi, position)
     source = (
         q_ptr, stride_q, stride_q_head, dout_ptr, heads * V_WIDTH, bits_ptr, delta_ptr, queries,
-        rows_ptr,
+        rows_ptr, positions_ptr, window,
     )  # fmt: skip
-    # One loop over the heads and their tiles: its loads run ahead from one head into the next. A
-    # head without tiles makes no step, but something may divide by their number all the same.
-    per_head = tl.maximum(masked, 1)
-    for step in range(heads_per_kv * masked):
-        tile = step % per_head
-        first = some_begin + tile * BLOCK_Q
-        first = tl.where(tile < before, first, all_end + (tile - before) * BLOCK_Q)
-        end = tl.where(tile < before, all_begin, some_end)
-        dk, dv = _dkv_tile(
-            dk, dv, k, v, lo, hi, first_head + step // per_head, first, end, source, scale,
-            softcap, True, HAS_SOFTCAP, PRECISION, WIDTH, V_WIDTH, BLOCK_D, BLOCK_DV, BLOCK_Q,
-        )  # fmt: skip
-    per_head = tl.maximum(whole, 1)
-    for step in range(heads_per_kv * whole):
-        first = all_begin + step % per_head * BLOCK_Q
-        dk, dv = _dkv_tile(
-            dk, dv, k, v, lo, hi, first_head + step // per_head, first, all_end, source, scale,
-            softcap, False, HAS_SOFTCAP, PRECISION, WIDTH, V_WIDTH, BLOCK_D, BLOCK_DV, BLOCK_Q,
+    seen_from = (some_begin, all_begin, all_end, some_end)
+    for slice in range(tl.load(work_ptr + 2), tl.load(work_ptr + 3)):
+        dk, dv = _over_rows(
+            dk, dv, k, v, bounds, seen_from, key_rows_ptr + 3 * slice, first_head, heads_per_kv,
+            source, scale, softcap, HAS_WINDOW, HAS_SOFTCAP, PRECISION, WIDTH, V_WIDTH, BLOCK_D,
+            BLOCK_DV, BLOCK_Q,
         )  # fmt: skip
 
     dk = tl.where(broken[:, None] & (dk != 0.0), float("nan"), dk)

@@ -4,6 +4,7 @@ import triton
 import triton.language as tl
 
 from lvrpo.kernels._attention_tiles import (
+    load_queries,
     load_tile,
     over_keys,
     scheduled_queries,
@@ -52,12 +53,14 @@ def row_terms_kernel(
 def _dq_tile(
     dq,
     queries,
+    seen_by,
     key,
     end,
     source,
     scale,
     softcap,
     MASKED: tl.constexpr,
+    HAS_WINDOW: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
     PRECISION: tl.constexpr,
     WIDTH: tl.constexpr,
@@ -67,22 +70,22 @@ def _dq_tile(
     BLOCK_K: tl.constexpr,
 ):
     """dq / scale of a query tile after one more key tile."""
-    q, dout, bits, delta, row = queries
-    k_ptr, stride_k, v_ptr, stride_v, q_lo_ptr, q_hi_ptr = source
+    q, dout, bits, delta = queries
+    k_ptr, stride_k, v_ptr, stride_v, bounds = source
     k = load_tile(k_ptr, key, end, stride_k, MASKED, BLOCK_K, WIDTH, BLOCK_D)
     v = load_tile(v_ptr, key, end, stride_v, MASKED, BLOCK_K, V_WIDTH, BLOCK_DV)
     z, t = scores(q, k, scale, softcap, HAS_SOFTCAP, PRECISION)
     dp = tl.dot(dout, tl.trans(v), input_precision=PRECISION, out_dtype=scale.dtype)
     _, ds = score_gradient(z, t, bits[:, None], dp, delta[:, None], HAS_SOFTCAP)
     if MASKED:
-        sees = visible(q_lo_ptr, q_hi_ptr, key, end, row, BLOCK_K)
+        sees = visible(bounds, key, end, seen_by, HAS_WINDOW, BLOCK_K)
         ds = tl.where(sees, ds, 0.0)
         # A row that sees such a key has a ds that is not finite.
         k = tl.where(tl.abs(k.to(scale.dtype)) < float("inf"), k, 0.0)
     return dq + tl.dot(ds.to(k.dtype), k, input_precision=PRECISION, out_dtype=scale.dtype)
 
 
-@triton.jit(do_not_specialize=["queries"])
+@triton.jit(do_not_specialize=["queries", "window"])
 def dq_kernel(
     dq_ptr,  # [Lq, Hq, D]
     dout_ptr,  # [Lq, Hq, Dv]
@@ -96,6 +99,7 @@ def dq_kernel(
     rows_ptr,  # [Lq]
     spans_ptr,  # [S, 9]
     runs_ptr,  # [N, 2]
+    positions_ptr,  # [L] or None
     query_tiles_ptr,  # [tiles, 4]
     queries,
     heads,
@@ -108,6 +112,8 @@ def dq_kernel(
     stride_v_head: tl.int64,
     scale: tl.float64,
     softcap: tl.float64,
+    window,
+    HAS_WINDOW: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
     PRECISION: tl.constexpr,
     WIDTH: tl.constexpr,
@@ -128,7 +134,8 @@ def dq_kernel(
         return
     index = first + tl.arange(0, BLOCK_Q)
     inside = index < queries_end
-    row = tl.load(rows_ptr + index, mask=inside, other=-1)
+    bounds = (q_lo_ptr, q_hi_ptr, positions_ptr, window)
+    seen_by = load_queries(rows_ptr, bounds, index, inside, HAS_WINDOW)
     k_ptr += (head // heads_per_kv).to(tl.int64) * stride_k_head
     v_ptr += (head // heads_per_kv).to(tl.int64) * stride_v_head
     q_ptr += head.to(tl.int64) * stride_q_head
@@ -141,10 +148,10 @@ def dq_kernel(
     delta = tl.load(delta_ptr + place, mask=inside, other=0.0)
     dq = tl.zeros([BLOCK_Q, BLOCK_D], acc_dtype)
 
-    source = (k_ptr, stride_k, v_ptr, stride_v, q_lo_ptr, q_hi_ptr)
+    source = (k_ptr, stride_k, v_ptr, stride_v, bounds)
     dq = over_keys(
-        _dq_tile, dq, (q, dout, bits, delta, row), source, (rows_ptr, spans_ptr, runs_ptr), first,
-        queries_end, (span, last_span), scale, softcap,
+        _dq_tile, dq, (q, dout, bits, delta), seen_by, source, (rows_ptr, spans_ptr, runs_ptr),
+        first, queries_end, (span, last_span), scale, softcap, HAS_WINDOW,
         HAS_SOFTCAP, PRECISION, WIDTH, V_WIDTH, BLOCK_D, BLOCK_DV, BLOCK_K,
     )  # fmt: skip
 

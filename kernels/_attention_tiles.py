@@ -64,12 +64,18 @@ def scores(a, b, scale, softcap, HAS_SOFTCAP: tl.constexpr, PRECISION: tl.conste
 
 
 @triton.jit
-def visible(q_lo_ptr, q_hi_ptr, first, end, row, BLOCK_K: tl.constexpr):
+def visible(bounds, first, end, queries, HAS_WINDOW: tl.constexpr, BLOCK_K: tl.constexpr):
     """[rows, BLOCK_K]: whether each row sees the keys from `first`."""
+    q_lo_ptr, q_hi_ptr, positions_ptr, window = bounds
+    row, position = queries
     key = first + tl.arange(0, BLOCK_K)
     lo = tl.load(q_lo_ptr + key, mask=key < end, other=0)
     hi = tl.load(q_hi_ptr + key, mask=key < end, other=0)
-    return (lo[None, :] <= row[:, None]) & (row[:, None] < hi[None, :])
+    sees = (lo[None, :] <= row[:, None]) & (row[:, None] < hi[None, :])
+    if HAS_WINDOW:
+        key_position = tl.load(positions_ptr + key, mask=key < end, other=0)
+        sees &= position[:, None] - key_position[None, :] < window
+    return sees
 
 
 @triton.jit
@@ -79,6 +85,17 @@ def scheduled_queries(query_tiles_ptr, program, BLOCK_Q: tl.constexpr):
     first = tl.load(tile_ptr) + program % (TILE // BLOCK_Q) * BLOCK_Q
     end = tl.minimum(tl.load(tile_ptr + 1), first + BLOCK_Q)
     return first, end, tl.load(tile_ptr + 2), tl.load(tile_ptr + 3)
+
+
+@triton.jit
+def load_queries(rows_ptr, bounds, index, inside, HAS_WINDOW: tl.constexpr):
+    """Of each query: its row of the buffer, -1 beyond the last, and its position, if it matters."""
+    _, _, positions_ptr, _ = bounds
+    row = tl.load(rows_ptr + index, mask=inside, other=-1)
+    position = row
+    if HAS_WINDOW:
+        position = tl.load(positions_ptr + row, mask=inside, other=0)
+    return row, position
 
 
 @triton.jit
@@ -110,18 +127,41 @@ def ancestors(spans_ptr, span):
 
 
 @triton.jit
-def segment(runs_ptr, run, run_end, start, stop, together, BLOCK_K: tl.constexpr):
-    """The keys of the tile's next range: its first, where whole visible tiles end, its end.
+def segment(
+    runs_ptr, run, run_end, own, bounds, near, HAS_WINDOW: tl.constexpr, BLOCK_K: tl.constexpr
+):
+    """The keys of the tile's next range: its first and its end, and whole visible tiles between.
 
     The ranges of the ancestors come first, and after them the tile's own stretch of the buffer.
     """
+    start, stop, together = own
     begin, end, seen_by_all = start, stop, together
     if run < run_end:
         begin = tl.load(runs_ptr + 2 * run)
         end = tl.load(runs_ptr + 2 * run + 1)
         seen_by_all = tl.where(together < 0, begin, end)
-    whole = begin + tl.maximum(seen_by_all - begin, 0) // BLOCK_K * BLOCK_K
-    return begin, whole, end
+    whole = begin
+    if HAS_WINDOW:
+        _, _, positions_ptr, _ = bounds
+        some, all = near
+        # Positions count up along a range.
+        first = tl.load(positions_ptr + begin)
+        near_all = begin + tl.maximum(all - first, 0)
+        begin = tl.minimum(begin + tl.maximum(some - first, 0), end)
+        whole = begin + tl.cdiv(near_all - begin, BLOCK_K) * BLOCK_K
+    whole_end = whole + tl.maximum(seen_by_all - whole, 0) // BLOCK_K * BLOCK_K
+    return begin, end, whole, whole_end
+
+
+@triton.jit
+def first_positions(seen_by, bounds, HAS_WINDOW: tl.constexpr):
+    """The first positions within the window of some of the queries, and of all of them."""
+    row, position = seen_by
+    _, _, _, window = bounds
+    if HAS_WINDOW:
+        lowest = tl.min(tl.where(row < 0, 2147483647, position), axis=0)
+        return lowest - window + 1, tl.max(position, axis=0) - window + 1
+    return 0, 0
 
 
 @triton.jit
@@ -139,6 +179,7 @@ def over_keys(
     visit: tl.constexpr,
     state,
     queries,
+    seen_by,
     source,
     tables,
     first,
@@ -146,6 +187,7 @@ def over_keys(
     spans,
     scale,
     softcap,
+    HAS_WINDOW: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
     PRECISION: tl.constexpr,
     WIDTH: tl.constexpr,
@@ -157,29 +199,39 @@ def over_keys(
     """The state after `visit` of every tile of keys that a tile of queries sees.
 
     Args:
-        visit: (state, queries, key, end, source, scale, softcap, MASKED, ...) -> state.
+        visit: (state, queries, seen_by, key, end, source, scale, softcap, MASKED, ...) -> state.
         queries: what `visit` knows of the queries first, ..., queries_end - 1.
-        source: of the keys: k, its stride, v, its stride, q_lo, q_hi.
+        seen_by: `load_queries` of them.
+        source: of the keys: k, its stride, v, its stride, and their bounds: q_lo, q_hi, positions,
+            window.
         tables: `rows`, `spans` and `runs` of the SpanMask.
         spans: the first and the last span of the queries; -1 in padding, which sees nothing.
     """
     rows_ptr, spans_ptr, runs_ptr = tables
+    _, _, _, _, bounds = source
     span, last_span = spans
     if span >= 0:
         span, start, stop, together = own_keys(
             rows_ptr, spans_ptr, first, queries_end, span, last_span
         )
+        near = first_positions(seen_by, bounds, HAS_WINDOW)
         run_begin, run_end = ancestors(spans_ptr, span)
         for run in range(run_begin, run_end + 1):
-            begin, whole, end = segment(runs_ptr, run, run_end, start, stop, together, BLOCK_K)
-            for key in range(begin, whole, BLOCK_K):
+            begin, end, whole, whole_end = segment(
+                runs_ptr, run, run_end, (start, stop, together), bounds, near, HAS_WINDOW, BLOCK_K
+            )
+            for key in range(whole, whole_end, BLOCK_K):
                 state = visit(
-                    state, queries, key, end, source, scale, softcap, False,
+                    state, queries, seen_by, key, end, source, scale, softcap, False, HAS_WINDOW,
                     HAS_SOFTCAP, PRECISION, WIDTH, V_WIDTH, BLOCK_D, BLOCK_DV, BLOCK_K,
                 )  # fmt: skip
-            for key in range(whole, end, BLOCK_K):
+            # What is left, before those and after them.
+            for edge in range(begin, end - (whole_end - whole), BLOCK_K):
+                key = edge + (whole_end - whole)
+                if HAS_WINDOW:
+                    key = tl.where(edge < whole, edge, key)
                 state = visit(
-                    state, queries, key, end, source, scale, softcap, True,
+                    state, queries, seen_by, key, end, source, scale, softcap, True, HAS_WINDOW,
                     HAS_SOFTCAP, PRECISION, WIDTH, V_WIDTH, BLOCK_D, BLOCK_DV, BLOCK_K,
                 )  # fmt: skip
     return state

@@ -13,6 +13,7 @@ from lvrpo.kernels._attention_dkv import dkv_kernel, sum_parts_kernel
 from lvrpo.kernels._attention_dq import dq_kernel, row_terms_kernel
 from lvrpo.kernels._attention_tiles import (
     TILE,
+    load_queries,
     load_tile,
     over_keys,
     scheduled_queries,
@@ -57,13 +58,15 @@ SUM = LaunchConfig({"BLOCK_K": 32}, num_warps=4, num_stages=1)
 @triton.jit
 def _attend(
     state,
-    queries,
+    q,
+    seen_by,
     key,
     end,
     source,
     scale,
     softcap,
     MASKED: tl.constexpr,
+    HAS_WINDOW: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
     PRECISION: tl.constexpr,
     WIDTH: tl.constexpr,
@@ -74,12 +77,11 @@ def _attend(
 ):
     """The state (out, maximum, sum) of a query tile after one more key tile."""
     out, row_max, row_sum = state
-    q, row = queries
-    k_ptr, stride_k, v_ptr, stride_v, q_lo_ptr, q_hi_ptr = source
+    k_ptr, stride_k, v_ptr, stride_v, bounds = source
     k = load_tile(k_ptr, key, end, stride_k, MASKED, BLOCK_K, WIDTH, BLOCK_D)
     z, _ = scores(q, k, scale, softcap, HAS_SOFTCAP, PRECISION)
     if MASKED:
-        sees = visible(q_lo_ptr, q_hi_ptr, key, end, row, BLOCK_K)
+        sees = visible(bounds, key, end, seen_by, HAS_WINDOW, BLOCK_K)
         z = tl.where(sees, z, float("-inf"))
     new_max = tl.maximum(row_max, tl.max(z, axis=1))
     # A row may see nothing yet; any finite base keeps -inf - base from being NaN.
@@ -99,7 +101,7 @@ def _attend(
     return out, new_max, row_sum
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["window"])
 def _forward_kernel(
     q_ptr,  # [Lq, Hq, D]
     k_ptr,  # [L, Hkv, D]
@@ -109,6 +111,7 @@ def _forward_kernel(
     rows_ptr,  # [Lq]
     spans_ptr,  # [S, 9]
     runs_ptr,  # [N, 2]
+    positions_ptr,  # [L] or None
     query_tiles_ptr,  # [tiles, 4]
     out_ptr,  # [Lq, Hq, Dv]
     lse_ptr,  # [Lq, Hq], nats
@@ -122,6 +125,8 @@ def _forward_kernel(
     stride_v_head: tl.int64,
     scale: tl.float64,
     softcap: tl.float64,
+    window,
+    HAS_WINDOW: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
     PRECISION: tl.constexpr,
     WIDTH: tl.constexpr,
@@ -142,7 +147,8 @@ def _forward_kernel(
         return
     index = first + tl.arange(0, BLOCK_Q)
     inside = index < queries_end
-    row = tl.load(rows_ptr + index, mask=inside, other=-1)
+    bounds = (q_lo_ptr, q_hi_ptr, positions_ptr, window)
+    seen_by = load_queries(rows_ptr, bounds, index, inside, HAS_WINDOW)
     q_ptr += head.to(tl.int64) * stride_q_head
     k_ptr += (head // heads_per_kv).to(tl.int64) * stride_k_head
     v_ptr += (head // heads_per_kv).to(tl.int64) * stride_v_head
@@ -152,10 +158,10 @@ def _forward_kernel(
     row_sum = tl.zeros([BLOCK_Q], acc_dtype)
     state = (out, row_max, row_sum)
 
-    source = (k_ptr, stride_k, v_ptr, stride_v, q_lo_ptr, q_hi_ptr)
+    source = (k_ptr, stride_k, v_ptr, stride_v, bounds)
     state = over_keys(
-        _attend, state, (q, row), source, (rows_ptr, spans_ptr, runs_ptr), first,
-        queries_end, (span, last_span), scale, softcap,
+        _attend, state, q, seen_by, source, (rows_ptr, spans_ptr, runs_ptr), first,
+        queries_end, (span, last_span), scale, softcap, HAS_WINDOW,
         HAS_SOFTCAP, PRECISION, WIDTH, V_WIDTH, BLOCK_D, BLOCK_DV, BLOCK_K,
     )  # fmt: skip
 
@@ -173,7 +179,7 @@ def _forward_kernel(
     )
 
 
-def packed_attention_fwd(q, k, v, q_lo, q_hi, rows, spans, runs, query_tiles, numbers):
+def packed_attention_fwd(q, k, v, q_lo, q_hi, rows, spans, runs, positions, query_tiles, numbers):
     """Launcher; contract in `lvrpo.ops.packed_attention`."""
     q, k, v = (_with_unit_columns(x) for x in (q, k, v))
     queries, heads, _ = q.shape
@@ -195,14 +201,14 @@ def packed_attention_fwd(q, k, v, q_lo, q_hi, rows, spans, runs, query_tiles, nu
         query_tiles_ptr=query_tiles,
         out_ptr=out,
         lse_ptr=lse,
-        **_common(q, k, v, numbers),
+        **_common(q, k, v, positions, numbers),
     )
     return out, lse
 
 
 def packed_attention_bwd(
-    dout, dlse, q, k, v, out, lse, q_lo, q_hi, rows, spans, runs, query_tiles, key_work, key_parts,
-    numbers,
+    dout, dlse, q, k, v, out, lse, q_lo, q_hi, rows, spans, runs, positions, query_tiles, key_work,
+    key_rows, key_parts, numbers,
 ):  # fmt: skip
     """Launcher; every sum has a fixed order."""
     q, k, v = (_with_unit_columns(x) for x in (q, k, v))
@@ -210,7 +216,7 @@ def packed_attention_bwd(
     bits, delta = _row_terms(dout, dlse, out, lse)
     # Rows whose results nobody uses may hold anything: their share of dk is 0 times these.
     q = q.masked_fill((bits == float("inf")).T[:, :, None], 0.0)
-    common = _common(q, k, v, numbers)
+    common = _common(q, k, v, positions, numbers)
     common |= {"dout_ptr": dout, "q_ptr": q, "k_ptr": k, "v_ptr": v, "bits_ptr": bits}
     common |= {
         "queries": len(q),
@@ -231,7 +237,7 @@ def packed_attention_bwd(
         query_tiles_ptr=query_tiles,
         **common,
     )
-    return dq, *_dk_dv(k, v, key_work, key_parts, common)
+    return dq, *_dk_dv(k, v, (key_work, key_rows, key_parts), common)
 
 
 def _row_terms(dout, dlse, out, lse):
@@ -255,8 +261,9 @@ def _row_terms(dout, dlse, out, lse):
     return bits, delta
 
 
-def _dk_dv(k, v, key_work, key_parts, common):
+def _dk_dv(k, v, schedule, common):
     keys, kv_heads, _ = k.shape
+    key_work, key_rows, key_parts = schedule
     # Zeros where no program writes: keys that are frozen, or that nobody sees.
     results = {"dk_ptr": k.new_zeros(k.shape), "dv_ptr": v.new_zeros(v.shape)}
     part = len(key_parts) * TILE.value, kv_heads
@@ -272,6 +279,7 @@ def _dk_dv(k, v, key_work, key_parts, common):
         **results,
         **parts,
         key_work_ptr=key_work,
+        key_rows_ptr=key_rows,
         kv_heads=kv_heads,
         SELECTED=common["queries"] != keys,
         **common,
@@ -303,10 +311,11 @@ def _config(table, q, v):
     return next(config for widest, config in configs.items() if width <= widest)
 
 
-def _common(q, k, v, numbers):
+def _common(q, k, v, positions, numbers):
     """The arguments that all kernels over scores have."""
-    scale, softcap = numbers.tolist()
+    scale, softcap, window = numbers.tolist()
     return {
+        "positions_ptr": positions,
         "heads": q.shape[1],
         "heads_per_kv": q.shape[1] // k.shape[1],
         "stride_q": q.stride(0),
@@ -317,6 +326,8 @@ def _common(q, k, v, numbers):
         "stride_v_head": v.stride(1),
         "scale": scale,
         "softcap": softcap,
+        "window": int(window),
+        "HAS_WINDOW": positions is not None,
         "HAS_SOFTCAP": softcap > 0,
         # Never TF32: an fp32 input asks for fp32 products.
         "PRECISION": "ieee",

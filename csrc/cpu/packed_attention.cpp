@@ -63,8 +63,10 @@ int64_t rows_of_documents(const SpanLayout& layout) {
 }
 
 std::tuple<Tensor, Tensor> packed_attention_fwd(Tensor q, Tensor k, Tensor v, Tensor q_lo, Tensor q_hi, Tensor rows,
-                                                Tensor spans, Tensor runs, optional<Tensor>, Tensor numbers) {
-  const SpanLayout layout = span_layout(q_lo, q_hi, rows, spans, runs);
+                                                Tensor spans, Tensor runs, optional<Tensor> positions,
+                                                optional<Tensor>, Tensor numbers_tensor) {
+  const Numbers numbers(numbers_tensor);
+  const SpanLayout layout = span_layout(q_lo, q_hi, rows, spans, runs, positions, numbers.window);
   check_inputs(q, k, v, layout);
   q = with_contiguous_heads(q);
   k = with_contiguous_heads(k);
@@ -174,7 +176,7 @@ void zero_rows(HeadRows<scalar_t> x, int64_t begin, int64_t end) {
   std::fill(x.at(begin, 0), x.at(end, 0), scalar_t(0));
 }
 
-// Sums over a unit's queries for the keys from its document's first on: dk [keys, D], then dv [keys, Dv].
+// Sums over a unit's queries for its keys: dk [keys, D], then dv [keys, Dv].
 template <typename scalar_t>
 struct KeyGradients {
   using acc = acc_t<scalar_t>;
@@ -241,7 +243,7 @@ void backward(const Attention<scalar_t>& at, const Upstream<scalar_t>& up, HeadR
   const auto totals = std::make_unique<OrderedSum<acc>[]>(plan.documents.size() * kv_heads);
   for (const WorkUnit& unit : plan.units) {
     const Document& document = plan.documents[unit.document];
-    most_keys = std::max(most_keys, unit.key_end - document.key_begin);
+    most_keys = std::max(most_keys, unit.key_end - unit.key_begin);
     for (int64_t h = 0; !unit.whole && unit.nth == 0 && h < kv_heads; ++h)
       totals[unit.document * kv_heads + h].allocate((document.key_end - document.key_begin) * width);
   }
@@ -249,7 +251,7 @@ void backward(const Attention<scalar_t>& at, const Upstream<scalar_t>& up, HeadR
   for_each_job<acc>(plan, kv_heads, arena_size, [&](int64_t job, Arena<acc>& arena) {
     const WorkUnit& unit = plan.units[job / kv_heads];
     const Document& document = plan.documents[unit.document];
-    const int64_t kv_head = job % kv_heads, keys = unit.key_end - document.key_begin;
+    const int64_t kv_head = job % kv_heads, keys = unit.key_end - unit.key_begin;
     acc* dk_sums = arena.take(keys * width);
     acc* dv_sums = dk_sums + keys * gradients.padded;
     acc* mark = arena.mark();
@@ -260,7 +262,7 @@ void backward(const Attention<scalar_t>& at, const Upstream<scalar_t>& up, HeadR
         for (int64_t first = 0; first < at.groups.per_kv; first += at.groups.per_tile) {
           arena.rewind(mark);
           finite &= backward_tile<scalar_t, acc>(at, up, plan.tiles[t], kv_head, first, dq, dk_sums, dv_sums,
-                                                 document.key_begin, careful, arena);
+                                                 unit.key_begin, careful, arena);
         }
       }
       if (finite && all_finite(dk_sums, keys * width)) break;
@@ -269,10 +271,11 @@ void backward(const Attention<scalar_t>& at, const Upstream<scalar_t>& up, HeadR
       gradients.store(dk_sums, keys, document.key_begin, kv_head);
       return;
     }
-    const int64_t all_keys = document.key_end - document.key_begin;
+    const int64_t all_keys = document.key_end - document.key_begin, first = unit.key_begin - document.key_begin;
     totals[unit.document * kv_heads + kv_head].add(unit, [&](acc* total) {
-      add_values(total, dk_sums, keys * gradients.padded);
-      add_values(total + all_keys * gradients.padded, dv_sums, keys * gradients.v_padded);
+      acc *dk_total = total + first * gradients.padded, *dv_total = total + all_keys * gradients.padded;
+      add_values(dk_total, dk_sums, keys * gradients.padded);
+      add_values(dv_total + first * gradients.v_padded, dv_sums, keys * gradients.v_padded);
       if (unit.last) gradients.store(total, all_keys, document.key_begin, kv_head);
     });
   });
@@ -280,9 +283,11 @@ void backward(const Attention<scalar_t>& at, const Upstream<scalar_t>& up, HeadR
 
 std::tuple<Tensor, Tensor, Tensor> packed_attention_bwd(Tensor dout, optional<Tensor> dlse, Tensor q, Tensor k,
                                                         Tensor v, Tensor out, Tensor lse, Tensor q_lo, Tensor q_hi,
-                                                        Tensor rows, Tensor spans, Tensor runs, optional<Tensor>,
-                                                        optional<Tensor>, optional<Tensor>, Tensor numbers) {
-  const SpanLayout layout = span_layout(q_lo, q_hi, rows, spans, runs);
+                                                        Tensor rows, Tensor spans, Tensor runs,
+                                                        optional<Tensor> positions, optional<Tensor>, optional<Tensor>,
+                                                        optional<Tensor>, optional<Tensor>, Tensor numbers_tensor) {
+  const Numbers numbers(numbers_tensor);
+  const SpanLayout layout = span_layout(q_lo, q_hi, rows, spans, runs, positions, numbers.window);
   check_inputs(q, k, v, layout);
   q = with_contiguous_heads(q);
   k = with_contiguous_heads(k);

@@ -99,6 +99,21 @@ void for_each_job(const TilePlan& plan, int64_t kv_heads, int64_t arena_size, co
   });
 }
 
+struct Numbers {
+  double scale, softcap;
+  int64_t window;
+
+  explicit Numbers(const Tensor& numbers) {
+    check_dtype(numbers, ScalarType::Double, "numbers");
+    check_contiguous(numbers, "numbers");
+    check_size(numbers, 0, 3, "numbers");
+    const double* values = numbers.const_data_ptr<double>();
+    scale = values[0];
+    softcap = values[1];
+    window = static_cast<int64_t>(values[2]);
+  }
+};
+
 // What both directions need of one call.
 template <typename scalar_t>
 struct Attention {
@@ -109,18 +124,14 @@ struct Attention {
   HeadGroups groups;
   acc scale, softcap;
 
-  // numbers: scale, softcap.
-  Attention(const Tensor& q, const Tensor& k, const Tensor& v, const SpanLayout& layout, const Tensor& numbers)
+  Attention(const Tensor& q, const Tensor& k, const Tensor& v, const SpanLayout& layout, const Numbers& numbers)
       : q(head_rows<scalar_t>(q)),
         k(head_rows<scalar_t>(k)),
         v(head_rows<scalar_t>(v)),
         layout(layout),
-        groups(head_groups(q, k)) {
-    check_dtype(numbers, ScalarType::Double, "numbers");
-    check_contiguous(numbers, "numbers");
-    check_size(numbers, 0, 2, "numbers");
-    scale = static_cast<acc>(numbers.const_data_ptr<double>()[0]);
-    softcap = static_cast<acc>(numbers.const_data_ptr<double>()[1]);
+        groups(head_groups(q, k)),
+        scale(static_cast<acc>(numbers.scale)),
+        softcap(static_cast<acc>(numbers.softcap)) {
     plan = plan_tiles(layout, groups.rows_per_tile, groups.kv_heads);
   }
 

@@ -61,6 +61,17 @@ class KeyCursor {
     return std::lower_bound(rows, rows + lanes_.rows, token) - rows;
   }
 
+  // First row of the tile that a key is too far behind.
+  int32_t row_beyond(int32_t key) const {
+    if (layout_.window == 0) return lanes_.rows;
+    const int32_t *rows = layout_.rows + tile_.row_begin, *positions = layout_.positions;
+    const int64_t beyond = positions[key] + layout_.window;
+    // The rows of a tile are then on one path.
+    if (dense_) return std::clamp<int64_t>(beyond - positions[rows[0]], 0, lanes_.rows);
+    const auto is_near = [&](int32_t row, int64_t limit) { return positions[row] < limit; };
+    return std::lower_bound(rows, rows + lanes_.rows, beyond, is_near) - rows;
+  }
+
   void find_lanes(KeyBlock& block) const {
     std::fill_n(block.group_begin, BLOCK_GROUPS, 0);
     std::fill_n(block.group_end, BLOCK_GROUPS, 0);
@@ -68,7 +79,7 @@ class KeyCursor {
     const int32_t heads = lanes_.heads, count = lanes_.count;
     for (int64_t n = 0; n < block.count; ++n) {
       block.lane_begin[n] = row_at(layout_.q_lo[block.key[n]]) * heads;
-      block.lane_end[n] = row_at(layout_.q_hi[block.key[n]]) * heads;
+      block.lane_end[n] = std::min(row_at(layout_.q_hi[block.key[n]]), row_beyond(block.key[n])) * heads;
       all &= block.lane_begin[n] == 0 && block.lane_end[n] == count;
     }
     const int32_t groups = (count + GEMM_ROWS - 1) / GEMM_ROWS;

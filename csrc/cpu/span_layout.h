@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <optional>
 #include <vector>
 
 #include "common/check.h"
@@ -24,6 +25,15 @@ struct SpanLayout {
   const int32_t* rows;      // [num_queries] buffer row of each query, ascending
   const Span* spans;        // [num_spans]
   const TokenRange* runs;   // [num_runs]
+  const int32_t* positions; // [length], only with a window
+  int64_t window;           // how many positions up to its own a row sees; 0: all
+
+  // The first token of [begin, end), along which positions count up, that is within the window of a row.
+  int32_t first_within(int32_t begin, int32_t end, int32_t row) const {
+    if (window == 0) return begin;
+    const int64_t lowest = positions[row] - window + 1;
+    return std::clamp<int64_t>(begin + lowest - positions[begin], begin, end);
+  }
 };
 
 // Query rows [row_begin, row_end) of one document, and the keys they see: ranges [range_begin, range_end).
@@ -37,10 +47,10 @@ struct Document {
   int64_t key_begin, key_end, tile_begin, tile_end;
 };
 
-// Tiles of one document that one thread walks in order. They see keys from the document's first up to key_end; a unit
+// Tiles of one document that one thread walks in order, and the keys from the first to the last that they see; a unit
 // that is the whole document has all of its keys.
 struct WorkUnit {
-  int64_t document, nth, tile_begin, tile_end, key_end;
+  int64_t document, nth, tile_begin, tile_end, key_begin, key_end;
   bool whole, last;
 };
 
@@ -60,7 +70,8 @@ inline const int32_t* int32_table(const Tensor& t, int64_t columns, const char* 
 }
 
 inline SpanLayout span_layout(const Tensor& q_lo, const Tensor& q_hi, const Tensor& rows, const Tensor& spans,
-                              const Tensor& runs) {
+                              const Tensor& runs, const std::optional<Tensor>& positions, int64_t window) {
+  LVRPO_CHECK(window >= 0 && positions.has_value() == (window > 0), "a window needs positions, and they a window");
   SpanLayout layout{q_lo.size(0),
                     rows.size(0),
                     spans.size(0),
@@ -69,8 +80,11 @@ inline SpanLayout span_layout(const Tensor& q_lo, const Tensor& q_hi, const Tens
                     int32_table(q_hi, 0, "q_hi"),
                     int32_table(rows, 0, "rows"),
                     reinterpret_cast<const Span*>(int32_table(spans, COLUMNS_OF<Span>, "spans")),
-                    reinterpret_cast<const TokenRange*>(int32_table(runs, 2, "runs"))};
+                    reinterpret_cast<const TokenRange*>(int32_table(runs, 2, "runs")),
+                    positions ? int32_table(*positions, 0, "positions") : nullptr,
+                    window};
   check_size(q_hi, 0, layout.length, "q_hi");
+  if (positions) check_size(*positions, 0, layout.length, "positions");
   // What follows trusts these; a table made by SpanMask passes.
   for (int64_t i = 0; i < layout.num_queries; ++i)
     LVRPO_CHECK(layout.rows[i] >= 0 && layout.rows[i] < layout.length, "rows[", i, "] is outside the buffer");
@@ -104,21 +118,34 @@ inline void append_visible_keys(const SpanLayout& layout, int64_t first_span, Qu
                                 std::vector<TokenRange>& ranges) {
   tile.range_begin = ranges.size();
   const Span& first = layout.spans[first_span];
-  for (int32_t r = first.run_begin; r < first.run_end; ++r)
-    append_range(ranges, tile.range_begin, layout.runs[r].begin, layout.runs[r].end);
   const int32_t* rows = layout.rows + tile.row_begin;
+  const auto append_near = [&](int32_t begin, int32_t end) {
+    if (begin < end) append_range(ranges, tile.range_begin, layout.first_within(begin, end, rows[0]), end);
+  };
+  for (int32_t r = first.run_begin; r < first.run_end; ++r) append_near(layout.runs[r].begin, layout.runs[r].end);
   const int32_t* rows_end = layout.rows + tile.row_end;
   for (int64_t s = first_span; s < layout.num_spans && layout.spans[s].row_begin < tile.row_end; ++s) {
     const Span& span = layout.spans[s];
     if (span.start == span.end) continue;
     const int32_t* beyond = std::lower_bound(rows, rows_end, layout.q_hi[span.start]);
     if (beyond == rows || beyond[-1] < span.start) continue;
-    append_range(ranges, tile.range_begin, span.start, span.causal ? std::min(span.end, beyond[-1] + 1) : span.end);
+    append_near(span.start, span.causal ? std::min(span.end, beyond[-1] + 1) : span.end);
   }
   tile.range_end = ranges.size();
   int64_t keys = 0;
   for (int64_t r = tile.range_begin; r < tile.range_end; ++r) keys += ranges[r].end - ranges[r].begin;
   tile.pairs = keys * (tile.row_end - tile.row_begin);
+}
+
+// Rows from `row` on that are a tile, at most up to `limit`. Under a window they are on one path, and next to each other as
+// far as it goes: the rows that see a key, and the keys of a range that a row sees, are then consecutive.
+inline int64_t tile_end(const SpanLayout& layout, int64_t row, int64_t limit) {
+  if (layout.window == 0) return limit;
+  while (++row < limit) {
+    const int32_t before = layout.rows[row - 1], token = layout.rows[row];
+    if (token >= layout.q_hi[before] || layout.positions[token] - layout.positions[before] >= layout.window) break;
+  }
+  return row;
 }
 
 // Cuts long documents so that no unit is much more than 1/32 of the work. It depends on the layout only, never on the
@@ -130,16 +157,20 @@ inline void append_units(TilePlan& plan, int64_t kv_heads) {
   const int64_t target = std::max(MIN_PAIRS, total * kv_heads / 32);
   for (int64_t d = 0; d < static_cast<int64_t>(plan.documents.size()); ++d) {
     const Document& document = plan.documents[d];
-    int64_t pairs = 0, begin = document.tile_begin, key_end = document.key_begin, nth = 0;
+    int64_t pairs = 0, begin = document.tile_begin, nth = 0;
+    int64_t key_begin = document.key_end, key_end = document.key_begin;
     for (int64_t t = document.tile_begin; t < document.tile_end; ++t) {
       pairs += plan.tiles[t].pairs;
+      key_begin = std::min<int64_t>(key_begin, plan.ranges[plan.tiles[t].range_begin].begin);
       key_end = std::max<int64_t>(key_end, plan.ranges[plan.tiles[t].range_end - 1].end);
       const bool last = t + 1 == document.tile_end;
       if (pairs < target && !last) continue;
       const bool whole = begin == document.tile_begin && last;
-      plan.units.push_back({d, nth++, begin, t + 1, whole ? document.key_end : key_end, whole, last});
+      if (whole) key_begin = document.key_begin, key_end = document.key_end;
+      plan.units.push_back({d, nth++, begin, t + 1, key_begin, key_end, whole, last});
       begin = t + 1;
       pairs = 0;
+      key_begin = document.key_end, key_end = document.key_begin;
     }
   }
 }
@@ -173,7 +204,7 @@ inline TilePlan plan_tiles(const SpanLayout& layout, int64_t rows_per_tile, int6
     for (int64_t row = layout.spans[root].row_begin; row < row_end;) {
       while (layout.spans[first_span].row_end <= row) ++first_span;
       const int64_t limit = layout.spans[first_span].invariant ? layout.spans[first_span].row_end : row_end;
-      QueryTile tile{row, std::min(row + rows_per_tile, limit), 0, 0, 0};
+      QueryTile tile{row, tile_end(layout, row, std::min(row + rows_per_tile, limit)), 0, 0, 0};
       row = tile.row_end;
       append_visible_keys(layout, first_span, tile, plan.ranges);
       LVRPO_CHECK(tile.range_begin < tile.range_end, "rows of span ", first_span, " see no key");

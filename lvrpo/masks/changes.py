@@ -7,8 +7,10 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from lvrpo.masks.host import check_on_host, host_ints, host_spans
+from lvrpo.masks.positions import position_ids
 from lvrpo.masks.tables import SpanColumn, SpanTables, Tables, ancestor_runs
 
 
@@ -54,9 +56,22 @@ def pad_to(mask: Tables, length: int) -> Tables:
         q_lo=torch.cat([mask.q_lo, nobody]),
         q_hi=torch.cat([mask.q_hi, nobody]),
         rows=torch.arange(length, dtype=torch.int32),
+        positions=None if mask.positions is None else pad(mask.positions, (0, extra)),
         documents=(*mask.documents, length),
         document_rows=(*mask.document_rows, length),
     )
+
+
+def with_window(mask: Tables, window: int | None) -> Tables:
+    """See `SpanMask.with_window`."""
+    if window is not None:
+        (window,) = host_ints("window", [window])
+        if window < 1:
+            raise ValueError(f"SpanMask: window is {window}, expected >= 1, or None for no window")
+        positions = position_ids(mask).int()
+        if bool((positions >= window).any()):
+            return dataclasses.replace(mask, window=window, positions=positions)
+    return dataclasses.replace(mask, window=None, positions=None) if mask.window else mask
 
 
 def freeze(mask: Tables, spans: Sequence[int]) -> Tables:

@@ -25,8 +25,8 @@ def flashmask_layout(indices: Tensor, causal: bool) -> tuple[Layout, int]:
     joins = (q_lo < token)[1:]
     _refuse_first(
         joins & (q_lo[1:] != q_lo[:-1]),
-        "earlier rows see key {1}, and not the rows that see key {0}: full spans that overlap, as "
-        "of a sliding window, cannot be expressed",
+        "earlier rows see key {1}, and not the rows that see key {0}: full spans that overlap "
+        "cannot be expressed; a sliding window is `with_window` of the mask without it",
     )
     other_end = q_hi[1:] != q_hi[:-1]
     _refuse_first(
@@ -55,8 +55,8 @@ def _nesting(starts: list[int], ends: list[int]) -> list[int]:
             outer = path[-1]
             raise ValueError(
                 f"SpanMask: key {starts[outer]} is seen until row {ends[outer]}, key {start} until "
-                f"row {end}; ranges that overlap without nesting, as of a sliding window or of "
-                "interleaved completions, cannot be expressed"
+                f"row {end}; ranges that overlap without nesting, as of interleaved completions, "
+                "cannot be expressed; a sliding window is `with_window` of the mask without it"
             )
         parents.append(path[-1] if path else -1)
         path.append(span)

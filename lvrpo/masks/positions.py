@@ -21,6 +21,14 @@ from lvrpo.masks.host import host_spans, move, on_the_host
 from lvrpo.masks.tables import SpanTables
 
 
+def first_ids(mask: SpanTables, advances: Sequence[int]) -> list[int]:
+    """Per span, the sum of its ancestors' advances."""
+    after = [0]  # by span + 1, so that parent -1 finds a zero
+    for parent, advance in zip(mask.parents, advances, strict=True):
+        after.append(after[parent + 1] + advance)
+    return [after[parent + 1] for parent in mask.parents]
+
+
 @on_the_host
 def position_ids(mask: SpanTables) -> Tensor:
     """Every token advances the position by one, in texts and in images.
@@ -29,7 +37,7 @@ def position_ids(mask: SpanTables) -> Tensor:
         [L] int64; 0 in padding.
     """
     lengths = [end - start for start, end in pairwise(mask.span_offsets)]
-    ids = _ids(mask, _first_ids(mask, lengths), [True] * mask.num_spans)
+    ids = _ids(mask, first_ids(mask, lengths), [True] * mask.num_spans)
     return move(ids, mask.q_lo.device)
 
 
@@ -49,7 +57,7 @@ def bagel_position_ids(mask: SpanTables) -> Tensor:
         end - start if causal else 1
         for (start, end), causal in zip(pairwise(mask.span_offsets), text, strict=True)
     ]
-    return move(_ids(mask, _first_ids(mask, advances), text), mask.q_lo.device)
+    return move(_ids(mask, first_ids(mask, advances), text), mask.q_lo.device)
 
 
 @on_the_host
@@ -110,7 +118,7 @@ def mrope_position_ids(
             times[span] = _time_ids(frames, seconds[span], tokens_per_second, resume)
         last_time = int(times[span][-1]) + 1 if resume == "after_largest" else 0
         advances[span] = max(last_time, height, width)
-    first = _first_ids(mask, advances)
+    first = first_ids(mask, advances)
     ids = _ids(mask, first, [True] * mask.num_spans).repeat(3, 1)
     for span, (_, height, width) in grids.items():
         directions = times[span], torch.arange(height), torch.arange(width)
@@ -200,14 +208,6 @@ def target_index(
         cu_seqlens=cu_seqlens,
     )
     return TargetIndex(*(move(x, mask.q_lo.device) for x in vars(found).values()))
-
-
-def _first_ids(mask: SpanTables, advances: Sequence[int]) -> list[int]:
-    """Per span, the sum of its ancestors' advances."""
-    after = [0]  # by span + 1, so that parent -1 finds a zero
-    for parent, advance in zip(mask.parents, advances, strict=True):
-        after.append(after[parent + 1] + advance)
-    return [after[parent + 1] for parent in mask.parents]
 
 
 def _ids(mask: SpanTables, first: Sequence[int], counting: Sequence[bool]) -> Tensor:

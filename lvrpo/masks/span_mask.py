@@ -164,8 +164,8 @@ class SpanMask(SpanTables):
 
         Raises:
             ValueError: spans cannot describe it: masks per head, a key seen by two ranges of rows,
-                a sliding window, interleaved branches, a branch that splits a full span, a key
-                hidden from its own row (trailing padding may be).
+                a sliding window (`with_window`), interleaved branches, a branch that splits a full
+                span, a key hidden from its own row (trailing padding may be).
         """
         layout, length = flashmask_layout(startend_row_indices, causal)
         return cls.from_spans(*layout).pad_to(length)
@@ -224,6 +224,32 @@ class SpanMask(SpanTables):
         return changes.packing_invariant(self)
 
     @_on_the_host
+    def with_window(self, window: int | None) -> SpanMask:
+        """The same mask, in which a query sees no key that is `window` positions behind it or more.
+
+        For layers with a sliding window (Gemma 2 to 4, Mistral, gpt-oss), on top of the rule for
+        spans. Positions are those of `position_ids`: a completion continues its prompt, so that
+        each of a group has the window that it would have in a sequence of its own. Keys further on,
+        which a full span shows, stay visible however far they are, as in transformers' Gemma 3.
+
+        Args:
+            window: how many positions up to and with the query's own it sees, transformers'
+                `sliding_window`; None: all. It takes the place of an earlier one.
+
+        Returns:
+            The mask; without a window where no path is longer than it.
+
+        Raises:
+            ValueError: the window is not an integer >= 1.
+
+        Example:
+            >>> mask = SpanMask.from_groups([([(3, "causal")], [[(2, "causal")], [(1, "causal")]])])
+            >>> mask.with_window(2).to_dense()[5].int().tolist()
+            [0, 0, 1, 0, 0, 1]
+        """
+        return changes.with_window(self, window)
+
+    @_on_the_host
     def pad_to(self, length: int) -> SpanMask:
         """The mask of a longer buffer whose last rows see nothing and are seen by nobody."""
         return changes.pad_to(self, length)
@@ -234,8 +260,11 @@ class SpanMask(SpanTables):
         host = self.host or self
         if torch.device(device).type == "cpu":
             return host
-        names = ("q_lo", "q_hi", "rows", "spans", "runs")
-        moved: dict[str, Any] = {name: move(getattr(host, name), device) for name in names}
+        names = ("q_lo", "q_hi", "rows", "spans", "runs", "positions")
+        tables = {name: getattr(host, name) for name in names}
+        moved: dict[str, Any] = {
+            n: None if t is None else move(t, device) for n, t in tables.items()
+        }
         on_device = schedule(host).to(torch.device(device))
         return dataclasses.replace(self, **moved, schedule=on_device, host=host)
 
@@ -245,6 +274,9 @@ class SpanMask(SpanTables):
         Returns:
             [ceil(L / block), 4] int32 (lo_min, lo_max, hi_min, hi_max). The queries from lo_min to
             hi_max, and no others, see a key of the tile; those from lo_max to hi_min see them all.
+
+        Raises:
+            ValueError: the mask has a window, under which those that see a tile are no one range.
         """
         return exports.tile_bounds(self, block)
 
@@ -281,6 +313,11 @@ class SpanMask(SpanTables):
         return exports.row_intervals(self)
 
     def to_flashmask(self) -> Tensor:
-        """[1, 1, L, 2] int32: FlashMask's bidirectional row indices; see `from_flashmask`."""
+        """[1, 1, L, 2] int32: FlashMask's bidirectional row indices; see `from_flashmask`.
+
+        Raises:
+            ValueError: queries were selected, or a window hides a key from some rows between those
+                that see it, as from the end of a completion but not from the start of the next.
+        """
         changes.check_all_queries(self, "export the mask")
-        return torch.stack([self.q_hi, self.q_lo], dim=1)[None, None]
+        return exports.flashmask_indices(self)

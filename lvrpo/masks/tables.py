@@ -36,20 +36,23 @@ class Schedule(NamedTuple):
         query_tiles: [N, 4] int32: a tile's slice of `SpanMask.rows` (begin, end), and its first and
             last span; -1 in padding. No tile crosses documents, so what a document's rows add up,
             and in which order, does not depend on what it is packed with.
-        key_work: [M, 6] int32: a tile's keys (begin, end), the slice of `rows` (begin, end) to walk
-            for it, which part of the rows that see the tile this is, and of how many parts. Keys
-            of frozen spans, and those that nobody sees, are in no tile.
+        key_work: [M, 6] int32: a tile's keys (begin, end), the slice of `key_rows` (begin, end) to
+            walk for it, which part of the rows that see the tile this is, and of how many parts.
+            Keys of frozen spans, and those that nobody sees, are in no tile.
+        key_rows: [R, 3] int32: slices of `rows` (begin, end), and the end of those at the beginning
+            that no window keeps from any key of the tile.
         key_parts: [P, 6], the first rows of `key_work`: all that are parts, a tile's in order.
     """
 
     query_tiles: Tensor
     key_work: Tensor
+    key_rows: Tensor
     key_parts: Tensor
 
     def to(self, device: torch.device) -> Schedule:
         """The same on `device`."""
-        query_tiles, key_work = (move(x, device) for x in self[:2])
-        return Schedule(query_tiles, key_work, key_work[: len(self.key_parts)])
+        query_tiles, key_work, key_rows = (move(x, device) for x in self[:3])
+        return Schedule(query_tiles, key_work, key_rows, key_work[: len(self.key_parts)])
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -73,6 +76,9 @@ class SpanTables:
         document_rows: the same boundaries as offsets into `rows`.
         frozen: indices of the spans whose keys and values get no gradient; see `freeze`.
         invariant: whether a span's bits do not depend on its siblings; see `packing_invariant`.
+        window: of what `q_lo` and `q_hi` show, a query sees the keys whose position is less than
+            `window` behind its own; None: all of them. See `with_window`.
+        positions: [L] int32, `position_ids` of the buffer, only with a window.
         schedule: the order in which a GPU's kernels take the tiles; only after `to`.
         host: the mask as it was built on the host; only after `to` something else.
     """
@@ -90,6 +96,8 @@ class SpanTables:
     document_rows: tuple[int, ...]
     frozen: tuple[int, ...] = ()
     invariant: bool = False
+    window: int | None = None
+    positions: Tensor | None = None
     schedule: Schedule | None = None
     host: SpanTables | None = dataclasses.field(default=None, repr=False)
 
@@ -106,7 +114,10 @@ class SpanTables:
     def visible(self, queries: slice = slice(None), keys: slice = slice(None)) -> Tensor:
         """Bool [queries, keys]: a block of `to_dense()`."""
         row = self.rows[queries, None]
-        return (self.q_lo[keys] <= row) & (row < self.q_hi[keys])
+        sees = (self.q_lo[keys] <= row) & (row < self.q_hi[keys])
+        if self.window is None or self.positions is None:
+            return sees
+        return sees & (self.positions[row] - self.positions[keys] < self.window)
 
     def frozen_keys(self) -> Tensor:
         """Bool [L]: whether a key is in a frozen span."""

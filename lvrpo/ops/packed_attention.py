@@ -87,8 +87,7 @@ def packed_attention(
         softcap: scores become softcap * tanh(score / softcap) before the softmax; 0 means none.
         return_lse: also return the log-sum-exp of every row's scores.
         dropout_p: 0; a prompt that is shared would be dropped out alike for all its completions.
-        window_size: None or (-1, -1); rows of a branch are not where their positions are, so that
-            a window is no one range of rows.
+        window_size: None or (-1, -1), for a sliding window is the mask's: `mask.with_window`.
         backend: a name of `lvrpo.backends.ALL`, or None for the first but "flash" that can run.
             "triton" takes heads up to 256 wide (128 in fp64), "flash" (flash attention) 16 bits.
 
@@ -108,7 +107,10 @@ def packed_attention(
     if dropout_p != 0:
         raise ValueError(f"{OP}: dropout_p is {dropout_p}, expected 0: there is no dropout")
     if window_size not in (None, (-1, -1)):
-        raise ValueError(f"{OP}: window_size is {window_size}: a SpanMask has no sliding windows")
+        raise ValueError(
+            f"{OP}: window_size is {window_size}, expected None: a sliding window counts positions "
+            "along the mask's tree, mask.with_window(window)"
+        )
     how = {"scale": scale, "softcap": softcap, "return_lse": return_lse}
     arguments = {"q": q, "k": k, "v": v, "mask": mask, **how}
     chosen = backends.resolve(OP, (q, k, v), backend, arguments=arguments)
@@ -120,11 +122,11 @@ def packed_attention(
         with checks.without_autocast(q):
             result: Tensor | tuple[Tensor, Tensor] = functional(q, k, v, mask, **how)
         return result
-    order: Schedule | tuple[None, None, None] = (None, None, None)
+    order: Schedule | tuple[None, ...] = (None,) * len(Schedule._fields)
     if chosen.reads_schedule:
         # Only the interpreter's masks are on the host, where they have none.
         order = mask.schedule or schedule(mask)
-    options = _Options(mask, order, numbers(scale, softcap), chosen)
+    options = _Options(mask, order, numbers(scale, softcap, mask.window or 0), chosen)
     out, lse = _PackedAttention.apply(q, k, v, options)
     return (out, lse) if return_lse else out
 
@@ -134,14 +136,15 @@ class _Options:
     """What `lvrpo::packed_attention_fwd` takes besides q, k and v, from whom."""
 
     mask: SpanMask
-    schedule: Schedule | tuple[None, None, None]
+    schedule: Schedule | tuple[None, ...]
     numbers: Tensor
     backend: Backend
 
     def tables(self) -> tuple[Tensor | None, ...]:
         """Those of the mask and of its schedule, in the order of the op."""
         mask = self.mask
-        return (mask.q_lo, mask.q_hi, mask.rows, mask.spans, mask.runs, *self.schedule)
+        of_mask = mask.q_lo, mask.q_hi, mask.rows, mask.spans, mask.runs, mask.positions
+        return (*of_mask, *self.schedule)
 
 
 class _PackedAttention(torch.autograd.Function):
@@ -150,7 +153,7 @@ class _PackedAttention(torch.autograd.Function):
         ctx: Any, q: Tensor, k: Tensor, v: Tensor, options: _Options
     ) -> tuple[Tensor, Tensor]:
         tables, ctx.backend = options.tables(), options.backend
-        *of_forward, _, _ = tables  # the backward alone goes by keys
+        *of_forward, _, _, _ = tables  # the backward alone goes by keys
         run = options.backend.op("packed_attention_fwd")
         out, lse = run(q, k, v, *of_forward, options.numbers)
         ctx.save_for_backward(q, k, v, out, lse, options.numbers, *tables)
@@ -175,12 +178,12 @@ class _PackedAttention(torch.autograd.Function):
 
 def _with_constant_keys(*tables: Tensor | None) -> tuple[Tensor | None, ...]:
     """The tables of a mask all of whose spans are frozen, as far as a backward pass reads them."""
-    *head, spans, runs, query_tiles, key_work, key_parts = tables
+    *head, spans, runs, positions, query_tiles, key_work, key_rows, key_parts = tables
     assert spans is not None
     spans = spans.clone()
     spans[:, SpanColumn.FROZEN] = 1
     key_work, key_parts = (None if x is None else x[:0] for x in (key_work, key_parts))
-    return (*head, spans, runs, query_tiles, key_work, key_parts)
+    return (*head, spans, runs, positions, query_tiles, key_work, key_rows, key_parts)
 
 
 @library.register("packed_attention_fwd", kernels=OP)
@@ -193,6 +196,7 @@ def _fwd_fake(
     rows: Tensor,
     spans: Tensor,
     runs: Tensor,
+    positions: Tensor | None,
     query_tiles: Tensor | None,
     numbers: Tensor,
 ) -> tuple[Tensor, Tensor]:
@@ -215,8 +219,10 @@ def _bwd_fake(
     rows: Tensor,
     spans: Tensor,
     runs: Tensor,
+    positions: Tensor | None,
     query_tiles: Tensor | None,
     key_work: Tensor | None,
+    key_rows: Tensor | None,
     key_parts: Tensor | None,
     numbers: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from hypothesis import strategies as st
-from torch import Tensor, arange, tensor, zeros
+from torch import Tensor, arange, int64, tensor, zeros
 
 from lvrpo.masks import SpanMask
 
@@ -40,12 +40,14 @@ def bagel_packs(draw: st.DrawFn):
 
 
 @st.composite
-def masks(draw: st.DrawFn):
+def masks(draw: st.DrawFn, windows: bool = False):
     """Of every kind: forests and packs, some padded, some with selected queries."""
     if draw(st.booleans()):
         mask = SpanMask.from_spans(*draw(forests()))
     else:
         mask = SpanMask.from_bagel(*draw(bagel_packs()))
+    if windows:
+        mask = mask.with_window(draw(st.integers(1, 12)))
     if draw(st.booleans()):
         mask = mask.pad_to(mask.length + draw(st.integers(1, 9)))
     if draw(st.booleans()):
@@ -75,6 +77,23 @@ def dense_forest(lengths: list[int], parents: list[int], modes: list[str]) -> Te
             inside = modes[key_span] == "full" or k <= q
             dense[q, k] = key_span in seen_by[query_span] and (key_span != query_span or inside)
     return dense
+
+
+def path_positions(lengths: list[int], parents: list[int]) -> list[int]:
+    """Of every token, how many of its span and of the span's ancestors come before it."""
+    seen_by = paths(parents)
+    return [
+        sum(lengths[ancestor] for ancestor in seen_by[span][:-1]) + token
+        for span, length in enumerate(lengths)
+        for token in range(length)
+    ]
+
+
+def dense_window(lengths: list[int], parents: list[int], modes: list[str], window: int) -> Tensor:
+    """The definition: what the spans show, of positions less than `window` behind the query."""
+    position = tensor(path_positions(lengths, parents), dtype=int64)
+    behind = position[:, None] - position
+    return dense_forest(lengths, parents, modes) & (behind < window)
 
 
 def dense_bagel(split_lens: list[int], attn_modes: list[str], sample_lens: list[int]) -> Tensor:

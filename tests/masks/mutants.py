@@ -103,6 +103,29 @@ POSITIONS = {
 }
 
 
+def window_of_rows(mask: SpanMask, window: int) -> Tensor:
+    """As if the buffer were one sequence: completions after the first lose their prompt."""
+    row = torch.arange(mask.length)
+    return mask.to_dense() & (row[:, None] - row < window)
+
+
+def window_of(ids: Any, distance: Any = lambda behind: behind, more: int = 0) -> Any:
+    def dense(mask: SpanMask, window: int) -> Tensor:
+        position = ids(mask)
+        return mask.to_dense() & (distance(position[:, None] - position) < window + more)
+
+    return dense
+
+
+WINDOWS = {
+    "rows, not positions": window_of_rows,
+    "an image is one position": window_of(lvrpo.bagel_position_ids),
+    "both ways": window_of(lvrpo.position_ids, abs),
+    "one more": window_of(lvrpo.position_ids, more=1),
+    "one less": window_of(lvrpo.position_ids, more=-1),
+}
+
+
 def shifted_rows(mask: SpanMask, spans: list[int]) -> Tensor:
     """The row before in the buffer, whoever's it is."""
     return lvrpo.target_index(mask, spans).token_rows - 1

@@ -28,7 +28,7 @@ def tiles_of(dense: Tensor, block: tuple[int, int]) -> Tensor:
     return cut(False).any(2).to(torch.int8) + cut(True).all(2).to(torch.int8)
 
 
-@given(masks(), SHAPES)
+@given(masks() | masks(windows=True), SHAPES)
 @settings(max_examples=200, deadline=None)
 def test_tile_decisions_are_exact(mask, block):
     assert torch.equal(mask.tiles(block), tiles_of(mask.to_dense(), block))
@@ -55,7 +55,7 @@ def lists(counts: Tensor | None, indices: Tensor | None) -> list[list[int]]:
     return [row[:count] for count, row in rows]
 
 
-@given(masks().filter(lambda mask: mask.num_queries > 0), SHAPES)
+@given((masks() | masks(windows=True)).filter(lambda mask: mask.num_queries > 0), SHAPES)
 @settings(max_examples=30, deadline=None)
 def test_block_mask_is_torchs_own(mask, block):
     dense = mask.to_dense()
@@ -102,7 +102,7 @@ def keys_of(intervals: Tensor, length: int) -> Tensor:
     return ((begin[..., None] <= keys) & (keys < end[..., None])).any(1)
 
 
-@given(masks())
+@given(masks() | masks(windows=True))
 @settings(max_examples=200, deadline=None)
 def test_row_intervals_are_what_each_query_sees(mask):
     intervals = mask.to_row_intervals()
@@ -115,7 +115,8 @@ def test_row_intervals_are_what_each_query_sees(mask):
     used = intervals[:, 1:, 0] < intervals[:, 1:, 1]
     assert bool((gaps[used] > 0).all()), "ranges touch"
     most = (intervals[..., 0] < intervals[..., 1]).sum(1)
-    assert mask.num_queries < mask.length or intervals.shape[1] == max([1, *most.tolist()])
+    selected = mask.num_queries < mask.length and mask.window is None
+    assert selected or intervals.shape[1] == max([1, *most.tolist()])
 
 
 @given(masks().filter(lambda mask: mask.num_queries == mask.length))

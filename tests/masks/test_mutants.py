@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from masks.layouts import dense_bagel, dense_forest
-from masks.mutants import BUILDERS, GROUP_BUILDERS, POSITIONS, TARGETS, TILES, bagel
+from masks.layouts import dense_bagel, dense_forest, dense_window
+from masks.mutants import BUILDERS, GROUP_BUILDERS, POSITIONS, TARGETS, TILES, WINDOWS, bagel
 from masks.test_exports import tiles_of
 from masks.test_positions import bagel_pack_ids
 
@@ -64,6 +64,13 @@ def test_tile_mutant_is_rejected(mutant):
 @pytest.mark.parametrize("mutant", POSITIONS.values(), ids=POSITIONS.keys())
 def test_position_mutant_is_rejected(mutant):
     assert mutant(bagel(PACK)).tolist() != bagel_pack_ids(SAMPLES)
+
+
+@pytest.mark.parametrize("mutant", WINDOWS.values(), ids=WINDOWS.keys())
+def test_window_mutant_is_rejected(mutant):
+    mask = SpanMask.from_groups(GROUPS)
+    assert torch.equal(mask.with_window(4).to_dense(), dense_window(*LAYOUT, 4))
+    assert not torch.equal(mutant(mask, 4), dense_window(*LAYOUT, 4))
 
 
 @pytest.mark.parametrize("mutant", TARGETS.values(), ids=TARGETS.keys())

@@ -22,7 +22,7 @@ def small(tile: int, rows: int = 1 << 20, parts: int = 1 << 20):
     return patch.multiple(_mask_schedule, TILE=tile, ROWS=rows, PARTS=parts)
 
 
-@given(masks(), st.sampled_from([1, 3, 4, 128]), st.booleans())
+@given(masks() | masks(windows=True), st.sampled_from([1, 3, 4, 128]), st.booleans())
 def test_query_tiles(mask, tile, invariant):
     mask = mask.packing_invariant() if invariant else mask
     with small(tile):
@@ -47,7 +47,12 @@ def test_query_tiles(mask, tile, invariant):
         assert seen == sorted(seen, reverse=True)
 
 
-@given(masks(), st.sampled_from([1, 3, 4]), st.sampled_from([1, 2, 5, 1000]), st.data())
+@given(
+    masks() | masks(windows=True),
+    st.sampled_from([1, 3, 4]),
+    st.sampled_from([1, 2, 5, 1000]),
+    st.data(),
+)
 def test_key_work(mask, tile, rows, data):
     spans = st.sets(st.integers(0, mask.num_spans - 1)) if mask.num_spans else st.just(set())
     mask = mask.freeze(sorted(data.draw(spans)))
@@ -55,11 +60,23 @@ def test_key_work(mask, tile, rows, data):
         schedule = _mask_schedule.schedule(mask)
     work = schedule.key_work.tolist()
     covered = torch.zeros(mask.num_queries, mask.length, dtype=torch.int64)
-    for begin, end, row_begin, row_end, _, _ in work:
+    near = torch.ones(mask.num_queries, mask.length, dtype=torch.bool)
+    if mask.window:
+        near = mask.positions[mask.rows][:, None] - mask.positions < mask.window
+    slices: list[tuple[int, list[list[int]]]] = []
+    for begin, end, first, last, _, _ in work:
         assert 0 < end - begin <= tile
-        assert 0 < row_end - row_begin <= max(rows, 1)
         assert all(not begin < edge < end for edge in mask.documents)
-        covered[row_begin:row_end, begin:end] += 1
+        ranges = schedule.key_rows[first:last].tolist()
+        slices.append((begin, ranges))
+        assert 0 < sum(row_end - row_begin for row_begin, row_end, _ in ranges) <= rows
+        for row_begin, row_end, near_end in ranges:
+            assert row_begin < row_end
+            covered[row_begin:row_end, begin:end] += 1
+            assert near[row_begin : min(row_end, near_end), begin:end].all()
+            # All of a document's rows do, which no window cuts.
+            assert mask.window or near_end >= row_end
+    assert sum(len(ranges) for _, ranges in slices) == len(schedule.key_rows)
     live = mask.to_dense() & ~mask.frozen_keys()
     assert (covered[live] == 1).all()
     assert (covered <= 1).all()
@@ -70,7 +87,6 @@ def test_key_work(mask, tile, rows, data):
     for row, after in pairwise(work):
         if row[4] + 1 < row[5]:
             assert after[:2] == row[:2]
-            assert after[2] == row[3]
             assert after[4:] == [row[4] + 1, row[5]]
         else:
             assert after[4] == 0
@@ -80,8 +96,9 @@ def test_the_heaviest_come_first():
     """A prompt's keys, which all completions see; and the rows of the longest completion."""
     mask = SpanMask.from_groups([([(200, "full")], [[(300, "causal")], [(500, "causal")]])])
     schedule = _mask_schedule.schedule(mask)
-    assert schedule.key_work[0].tolist() == [0, 128, 0, 1000, 0, 1]
-    rows = schedule.key_work[:, 3] - schedule.key_work[:, 2]
+    assert schedule.key_work[0].tolist() == [0, 128, 0, 1, 0, 1]
+    assert schedule.key_rows[0].tolist() == [0, 1000, 1000]
+    rows = schedule.key_rows[:, 1] - schedule.key_rows[:, 0]
     assert (rows.diff() <= 0).all()
     assert schedule.query_tiles[0, :2].tolist() == [896, 1000]
 

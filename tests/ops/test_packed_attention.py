@@ -43,6 +43,8 @@ TREE = SpanMask.from_spans([3, 0, 5, 2, 0, 6], [-1, 0, 1, 2, 1, 0], ["full", "ca
 FOREST = SpanMask.from_spans([90, 40, 70, 30], [-1, 0, 0, 2], ["causal", "full"] * 2)
 GROUPS = SpanMask.from_groups([QUESTION, DRAWING])
 
+SOME = [0, 1, 2, 60, 80, 81, 88, 89, 95, 128, 150, 199, 205, 229]
+
 # mask, query heads, key heads, D, Dv
 SHAPES = {
     "questions and drawings": (GROUPS, 4, 2, 24, 24),
@@ -54,6 +56,9 @@ SHAPES = {
     "more heads per key head than lanes": (SpanMask.from_cu_seqlens([0, 5, 9], False), 70, 1, 8, 8),
     "some queries": (GROUPS.select_queries([3, 11, 15, 29, 30, 70]), 4, 2, 16, 16),
     "padded": (SpanMask.from_groups([QUESTION]).pad_to(30), 2, 1, 16, 16),
+    "a group with a window": (GROUPS.with_window(9), 4, 2, 16, 16),
+    "many tiles with a window": (FOREST.with_window(40), 6, 2, 16, 16),
+    "some queries with a window": (FOREST.with_window(35).select_queries(SOME), 2, 1, 16, 8),
 }
 
 
@@ -260,14 +265,16 @@ def test_gradcheck(backend, softcap):
     torch.autograd.gradcheck(function, leaves)
 
 
-def test_opcheck():
-    mask, *shape = SHAPES["questions and drawings"]
+@pytest.mark.parametrize("name", ["questions and drawings", "a group with a window"])
+def test_opcheck(name):
+    mask, *shape = SHAPES[name]
     inputs = make_inputs(mask, *shape, torch.float32)
     tensors = [inputs[name] for name in "qkv"]
-    tables = (mask.q_lo, mask.q_hi, mask.rows, mask.spans, mask.runs)
+    tables = (mask.q_lo, mask.q_hi, mask.rows, mask.spans, mask.runs, mask.positions)
     forward = torch.ops.lvrpo.packed_attention_fwd
-    torch.library.opcheck(forward.default, (*tensors, *tables, None, numbers(0.2, 0.0)))
-    out, lse = forward(*tensors, *tables, None, numbers(0.2, 0.0))
+    values = numbers(0.2, 0.0, mask.window or 0)
+    torch.library.opcheck(forward.default, (*tensors, *tables, None, values))
+    out, lse = forward(*tensors, *tables, None, values)
     arguments = (
         torch.randn_like(out),
         torch.randn_like(lse),
@@ -275,8 +282,8 @@ def test_opcheck():
         out,
         lse,
         *tables,
-        *[None] * 3,
-        numbers(0.2, 0.0),
+        *[None] * 4,
+        values,
     )
     torch.library.opcheck(torch.ops.lvrpo.packed_attention_bwd.default, arguments)
 
@@ -350,7 +357,7 @@ BAD = {
     "scale infinite": ({"scale": float("inf")}, "scale is inf"),
     "negative softcap": ({"softcap": -1.0}, "softcap is -1.0"),
     "dropout": ({"dropout_p": 0.1}, "dropout_p is 0.1, expected 0"),
-    "sliding window": ({"window_size": (128, 0)}, r"window_size is \(128, 0\)"),
+    "window_size": ({"window_size": (128, 0)}, r"is \(128, 0\), expected None.*mask.with_window"),
     "unknown backend": ({"backend": "cudnn"}, "backend is 'cudnn'"),
 }
 
@@ -379,10 +386,11 @@ def test_the_op_refuses_tables_that_do_not_fit():
     mask = SpanMask.from_groups([DRAWING])
     q = torch.zeros(mask.length, 1, 8)
     tables = [mask.q_lo, mask.q_hi, mask.rows, mask.spans, mask.runs]
+    no_window, values = (None, None), numbers(1.0, 0.0, 0)
     for broken, value in ((2, mask.rows + 1), (3, mask.spans + 1), (4, mask.runs + mask.length)):
         changed = [value if i == broken else table for i, table in enumerate(tables)]
         with pytest.raises(RuntimeError, match="lvrpo"):
-            torch.ops.lvrpo.packed_attention_fwd(q, q, q, *changed, None, numbers(1.0, 0.0))
+            torch.ops.lvrpo.packed_attention_fwd(q, q, q, *changed, *no_window, values)
 
 
 def test_the_op_refuses_runs_that_do_not_ascend():
@@ -390,8 +398,8 @@ def test_the_op_refuses_runs_that_do_not_ascend():
     assert mask.runs.tolist() == [[0, 2], [0, 2], [4, 6]]
     last = mask.select_spans([3])
     backwards = mask.runs[[0, 2, 1]]
-    q, k, values = torch.zeros(2, 1, 8), torch.zeros(8, 1, 8), numbers(1.0, 0.0)
+    q, k, values = torch.zeros(2, 1, 8), torch.zeros(8, 1, 8), numbers(1.0, 0.0, 0)
     with pytest.raises(RuntimeError, match="do not ascend"):
         torch.ops.lvrpo.packed_attention_fwd(
-            q, k, k, last.q_lo, last.q_hi, last.rows, last.spans, backwards, None, values
+            q, k, k, last.q_lo, last.q_hi, last.rows, last.spans, backwards, None, None, values
         )

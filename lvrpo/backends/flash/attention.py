@@ -65,6 +65,8 @@ def why_not(
         reasons.append(f"it takes scale > 0, got {scale}")
     if mask.invariant:
         reasons.append("it does not promise bits that are independent of the packing")
+    if mask.window is not None:
+        reasons.append(f"it has no window of positions, got {mask.window}")
     if not reasons and q.is_cuda:
         reasons += filter(None, [_choose(q, k, v, softcap)[1]])
     if not reasons and (expanded := plan_of(mask).expanded) * k[0:1].numel() > LARGEST:
