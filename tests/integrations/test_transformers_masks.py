@@ -226,6 +226,19 @@ def test_what_a_layer_cannot_have_is_refused(options, match):
         attention.attention(torch.nn.Linear(1, 1), q, q, q, **options)
 
 
+def test_a_mask_is_refused_where_a_layer_has_it():
+    """Models make masks that none of their layers has, as Qwen2-MoE of a window of 0."""
+    q = torch.randn(1, 2, 4, 8)
+    refused = masks.mask_of_layers(
+        1, 4, 9, mask_function=masking.sliding_window_bidirectional_mask_function(2)
+    )
+    with pytest.raises(ValueError, match="overlap"):
+        attention.attention(torch.nn.Linear(1, 1), q, q, q, refused)
+    mask = SpanMask.from_cu_seqlens([0, 4])
+    out, _ = attention.attention(torch.nn.Linear(1, 1), q, q, q, refused, span_mask=mask)
+    assert out.shape == (1, 4, 2, 8)
+
+
 def test_a_span_mask_of_another_length_is_refused():
     q = torch.randn(1, 2, 4, 8)
     mask = SpanMask.from_cu_seqlens([0, 3])

@@ -10,7 +10,14 @@ import torch
 from torch import Tensor, nn
 from torch.utils.weak import WeakIdKeyDictionary
 
-from lvrpo.integrations.transformers.masks import NAME, BatchMask, batch_mask, with_window
+from lvrpo.integrations.transformers.masks import (
+    NAME,
+    BatchMask,
+    Refusal,
+    batch_mask,
+    mask_of_layers,
+    with_window,
+)
 from lvrpo.integrations.transformers.release import require_transformers
 from lvrpo.masks import SpanMask
 from lvrpo.ops.packed_attention import packed_attention
@@ -42,7 +49,7 @@ def register() -> None:
 
     for name in (IMPLEMENTATION, VARLEN):
         AttentionInterface.register(name, attention)
-        AttentionMaskInterface.register(name, batch_mask)
+        AttentionMaskInterface.register(name, mask_of_layers)
 
 
 def set_attention(model: PreTrainedModel) -> None:
@@ -74,7 +81,7 @@ def attention(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    attention_mask: BatchMask | None,
+    attention_mask: BatchMask | Refusal | None,
     scaling: float | None = None,
     dropout: float = 0.0,
     softcap: float | None = None,
@@ -91,7 +98,7 @@ def attention(
         query: [B, Hq, Lq, D].
         key: [B, Hkv, L, D].
         value: [B, Hkv, L, Dv].
-        attention_mask: from `batch_mask`; None: all of a sequence, or what precedes.
+        attention_mask: from `mask_of_layers`; None: all of a sequence, or what precedes.
         scaling: multiplies the scores; None means D^-0.5.
         dropout: 0.
         softcap: of the scores; None or 0 means none.
@@ -114,7 +121,7 @@ def attention(
             raise ValueError(f"{NAME}: {type(module).__name__} has {name}; use 'eager' for it")
     if dropout:
         raise ValueError(f"{NAME}: dropout is {dropout}, expected 0: set config.attention_dropout")
-    if not isinstance(attention_mask, BatchMask | None):
+    if not isinstance(attention_mask, BatchMask | Refusal | None):
         raise ValueError(
             f"{NAME}: attention_mask is {type(attention_mask).__name__} of pairs, expected [B, L] "
             "for padding, or a SpanMask as span_mask="
@@ -123,6 +130,8 @@ def attention(
     if span_mask is not None and (causal if chosen is None else chosen.of_text):
         window = None if attention_mask is None else attention_mask.window
         chosen = BatchMask(_with_window(span_mask, window))
+    elif isinstance(chosen, Refusal):
+        raise chosen.error
     elif chosen is None and cu_seq_lens_q is not None:
         chosen = BatchMask(_from_offsets(cu_seq_lens_q, causal))
     elif chosen is None:

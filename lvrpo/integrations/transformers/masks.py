@@ -42,6 +42,38 @@ class BatchMask:
     padding: tuple[tuple[SpanMask, Tensor], ...] = ()
 
 
+@dataclasses.dataclass(frozen=True, eq=False)
+class Refusal:
+    """In the place of a `BatchMask` that cannot be: models make masks that no layer of theirs has.
+
+    Attributes:
+        error: what a layer raises that does have it.
+        window: as of a `BatchMask`.
+        of_text: as of a `BatchMask`.
+    """
+
+    error: ValueError
+    window: int | None = None
+    of_text: bool = True
+
+
+def mask_of_layers(
+    *lengths: Any, mask_function: Callable[..., Any], **options: Any
+) -> BatchMask | Refusal:
+    """What transformers calls for the masks of a forward: `batch_mask`, or why there is none.
+
+    Args:
+        lengths: see `batch_mask`, like everything.
+        mask_function: of which a refusal tells what it says.
+        options: by their names.
+    """
+    try:
+        return batch_mask(*lengths, mask_function=mask_function, **options)
+    except ValueError as error:
+        rule = read(mask_function)
+        return Refusal(error) if rule is None else Refusal(error, rule.window, rule.causal)
+
+
 def batch_mask(
     batch_size: int,
     q_length: int,
