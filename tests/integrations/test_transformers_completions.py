@@ -7,7 +7,11 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
+from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
 
 import lvrpo
 from lvrpo.integrations import versions
@@ -70,7 +74,11 @@ def our_logprobs(model: torch.nn.Module, inputs: dict[str, Tensor]) -> Tensor:
 def gradients(logprobs: Tensor, model: torch.nn.Module) -> dict[str, Tensor]:
     model.zero_grad()
     logprobs.mean().backward()
-    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    found = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    return {
+        name: (gradient.full_tensor() if isinstance(gradient, DTensor) else gradient).clone()
+        for name, gradient in found.items()
+    }
 
 
 def compare(model: torch.nn.Module, plain_model: torch.nn.Module) -> None:
@@ -116,6 +124,44 @@ def test_an_adapter_of_the_head_is_refused():
         completion_states(adapted, batch(), C)
     with adapted.disable_adapter():
         assert our_logprobs(adapted, batch()).shape == (2, C)
+
+
+@pytest.fixture
+def one_process():
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+def fsdp2(model: torch.nn.Module, *, layers: bool) -> torch.nn.Module:
+    for layer in model.model.layers if layers else ():
+        fully_shard(layer)
+    return fully_shard(model)
+
+
+#: The first version of FSDP waits for the backward where the model's output is.
+WRAPPERS = {
+    "ddp": DistributedDataParallel,
+    "ddp, unused parameters": lambda m: DistributedDataParallel(m, find_unused_parameters=True),
+    "fsdp": lambda m: FullyShardedDataParallel(
+        m, use_orig_params=True, device_id=torch.device("cpu")
+    ),
+    "fsdp2, the root": lambda m: fsdp2(m, layers=False),
+    "fsdp2, layers and root": lambda m: fsdp2(m, layers=True),
+}
+
+
+@pytest.mark.parametrize("wrapper", WRAPPERS)
+def test_wrappers_act_as_in_a_forward_of_their_own(wrapper, one_process):
+    model = tiny("Gemma2", tie_word_embeddings=False)
+    compare(WRAPPERS[wrapper](copy.deepcopy(model)), model)
+
+
+def test_a_head_that_is_sharded_before_the_loss_is_refused(one_process):
+    model = tiny("Llama", tie_word_embeddings=False)
+    fully_shard(model.lm_head)
+    with pytest.raises(ValueError, match="sharded again after the forward"):
+        completion_states(fsdp2(model, layers=True), batch(), C)
 
 
 def test_autocast_gives_what_its_head_would_read():
