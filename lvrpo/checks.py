@@ -23,7 +23,7 @@ def check_values(tensor: Tensor) -> bool:
     """
     if torch.compiler.is_compiling() or isinstance(tensor, torch._subclasses.FakeTensor):
         return False
-    return tensor.device.type == "cpu" or os.environ.get("LVRPO_CHECK") == "1"
+    return tensor.is_cpu or os.environ.get("LVRPO_CHECK") == "1"
 
 
 def as_tensor(op: str, name: str, value: Any, device: torch.device) -> Tensor:
@@ -187,28 +187,27 @@ def as_offsets(
         raise ValueError(f"{op}: {name} is empty, expected at least the offset 0")
     if offsets.numel() == 1 and total > 0:
         raise ValueError(f"{op}: {name} has 1 offset, expected one more to end at {total}")
-    if not check_values(offsets):
-        return offsets
-    first, last = int(offsets[0]), int(offsets[-1])
-    if first != 0:
-        raise ValueError(f"{op}: {name} starts at {first}, expected 0")
-    at = _first_decrease(offsets)
-    if at is not None:
-        raise ValueError(
-            f"{op}: {name} decreases from {int(offsets[at])} to {int(offsets[at + 1])} at {at}"
-        )
-    if last != total:
-        raise ValueError(f"{op}: {name} ends at {last}, expected {total}")
+    if check_values(offsets) and not _are_offsets(offsets, total):
+        _refuse_offsets(op, name, offsets, total)
     return offsets
 
 
-def _first_decrease(offsets: Tensor) -> int | None:
-    if offsets.numel() <= 100:  # a list is faster than the three calls of torch below
-        values = offsets.tolist()
-        pairs = enumerate(itertools.pairwise(values))
-        return next((at for at, (one, next_one) in pairs if next_one < one), None)
-    decreases = offsets.diff() < 0
-    return int(decreases.nonzero()[0]) if bool(decreases.any()) else None
+def _are_offsets(offsets: Tensor, total: int) -> bool:
+    if offsets.numel() > 100:
+        ends = int(offsets[0]) == 0 and int(offsets[-1]) == total
+        return ends and not bool((offsets.diff() < 0).any())
+    values = offsets.tolist()  # faster than the calls of torch above
+    return values[0] == 0 and values[-1] == total and values == sorted(values)
+
+
+def _refuse_offsets(op: str, name: str, offsets: Tensor, total: int) -> None:
+    values = offsets.tolist()
+    if values[0] != 0:
+        raise ValueError(f"{op}: {name} starts at {values[0]}, expected 0")
+    for at, (one, next_one) in enumerate(itertools.pairwise(values)):
+        if next_one < one:
+            raise ValueError(f"{op}: {name} decreases from {one} to {next_one} at {at}")
+    raise ValueError(f"{op}: {name} ends at {values[-1]}, expected {total}")
 
 
 def as_data(tensor: Tensor, dtype: torch.dtype | None = None) -> Tensor:

@@ -6,13 +6,13 @@ value compiles another one. A tensor's values are not.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import _get_current_dispatch_mode
+
+from lvrpo.kept import kept_tensor
 
 
 def widen(tensor: Tensor) -> Tensor:
@@ -30,12 +30,9 @@ def number(value: float, like: Tensor) -> Any:
     return torch.zeros((), dtype=torch.float64, device=like.device) + value
 
 
-def _new_numbers(values: tuple[float, ...]) -> Tensor:
-    with torch.inference_mode(False):  # autograd may save it in a later call
-        return torch.tensor(values, dtype=torch.float64, device="cpu")
-
-
-_kept_numbers = functools.lru_cache(maxsize=256)(_new_numbers)
+@kept_tensor
+def _kept_numbers(values: tuple[float, ...]) -> Tensor:
+    return torch.tensor(values, dtype=torch.float64, device="cpu")
 
 
 def numbers(*values: float) -> Tensor:
@@ -45,10 +42,7 @@ def numbers(*values: float) -> Tensor:
     that an op does with a few tokens.
     """
     if not torch.compiler.is_compiling():
-        floats = tuple(map(float, values))
-        # A mode may make another kind of tensor, which nobody may meet after it.
-        keeps = _get_current_dispatch_mode() is None
-        return _kept_numbers(floats) if keeps else _new_numbers(floats)
+        return _kept_numbers(tuple(map(float, values)))
     # Not torch.tensor: only arithmetic with a tensor keeps a traced float a variable of the graph.
     zero = torch.zeros((), dtype=torch.float64, device="cpu")
     return torch.stack([zero + value for value in values])

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from lvrpo import checks
+from lvrpo.kept import kept_tensor
 
 #: What the groups of samples are named by: integers as a tensor, or any equal-or-not things.
 GroupIds = Tensor | Iterable[Hashable]
@@ -71,7 +72,16 @@ def group_offsets(
         return checks.as_offsets(op, "groups", groups, batch, device)
     if groups < 1 or batch % groups != 0:
         raise ValueError(f"{op}: groups is {groups}, expected a size >= 1 that divides B = {batch}")
-    return torch.arange(0, batch + 1, groups, device=device)
+    return _equal_groups(batch, groups) if device.type == "cpu" else _arange(batch, groups, device)
+
+
+def _arange(batch: int, size: int, device: torch.device | str) -> Tensor:
+    return torch.arange(0, batch + 1, size, device=device)
+
+
+@kept_tensor
+def _equal_groups(batch: int, size: int) -> Tensor:
+    return _arange(batch, size, "cpu")
 
 
 def check_one(op: str, groups: object, group_ids: object) -> None:

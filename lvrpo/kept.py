@@ -7,6 +7,8 @@ from collections.abc import Callable
 from typing import Any, TypeVar, cast
 
 import torch
+from torch import Tensor
+from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
@@ -23,3 +25,20 @@ def kept(function: Function) -> Function:
         return function(*arguments) if torch.compiler.is_compiling() else cached(*arguments)
 
     return cast(Function, ask)
+
+
+def kept_tensor(make: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """As `kept`, for a function that makes a small tensor; nobody may write to it."""
+
+    @functools.lru_cache(maxsize=128)
+    def cached(*arguments: Any) -> Tensor:
+        with torch.inference_mode(False):  # autograd may save it in a later call
+            return make(*arguments)
+
+    @functools.wraps(make)
+    def ask(*arguments: Any) -> Tensor:
+        # A mode may make another kind of tensor, which nobody may meet after it.
+        keeps = not torch.compiler.is_compiling() and _get_current_dispatch_mode() is None
+        return cached(*arguments) if keeps else make(*arguments)
+
+    return ask

@@ -12,7 +12,10 @@ from torch._subclasses import FakeTensorMode
 
 from lvrpo import backends, flow_step, gather_logprobs, info, linear_logprobs
 from lvrpo.backends import Backend
+from lvrpo.backends.bound import bind
+from lvrpo.params.advantages import AdvantageParams
 from lvrpo.params.flow import StepCoefficients
+from lvrpo.reference.normalize_advantages import normalize_advantages as reference
 
 STEP = StepCoefficients(*(torch.full((1,), 0.5) for _ in range(5)))
 
@@ -205,3 +208,23 @@ def test_a_gpu_that_no_kernel_was_compiled_for_takes_the_reference(
 
 def test_attention_without_a_schedule_is_asked_of_the_backend():
     assert [x.name for x in backends.ALL if x.reads_schedule] == ["triton"]
+
+
+def test_what_is_bound_follows_the_environment_and_the_list(monkeypatch):
+    params, like = AdvantageParams(), torch.zeros(3, 1)
+
+    def runs_whole(dtype: torch.dtype = torch.float32, backend: str | None = None) -> bool:
+        names = ("normalize_advantages", "normalize_advantages")
+        bound = bind(names, reference, params, like.to(dtype), backend)
+        return bound.functional is reference
+
+    assert runs_whole(backend="torch")
+    first = runs_whole()
+    assert first == (not backends.named("cpp").implements("normalize_advantages"))
+    assert runs_whole(torch.float8_e5m2)
+    monkeypatch.setenv("LVRPO_BACKEND", "torch")
+    assert runs_whole()
+    monkeypatch.delenv("LVRPO_BACKEND")
+    assert runs_whole() == first
+    monkeypatch.setattr(backends, "ALL", (backends.named("torch"),))
+    assert runs_whole()

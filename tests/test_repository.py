@@ -170,8 +170,9 @@ def imports_of(path: Path) -> set[str]:
 #: Who may know whom: a room, that is `lvrpo.<room>`, and the rooms whose modules it may import,
 #: anywhere in a file. A room that is not here imports nothing of lvrpo but itself.
 MAY_IMPORT = {
+    "dtypes": "kept",
     "token_layout": "checks",
-    "groups": "checks",
+    "groups": "checks kept",
     "reference": "params masks dtypes",
     "masks": "params checks",
     "kernels": "params masks",

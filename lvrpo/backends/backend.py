@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
@@ -105,6 +106,10 @@ class Backend(ABC):
     def op(self, name: str) -> Function:
         """What runs the kernels of `torch.ops.lvrpo.<name>`; choices go by keyword, as names."""
         raise NotImplementedError(f"{self.name} runs whole ops (`functional`), asked for {name}")
+
+    def chosen(self, name: str, choices: Mapping[str, str]) -> Function:
+        """What `op` gives, with these choices made."""
+        return functools.partial(self.op(name), **choices)
 
     def functional(self, op: str, reference: Function) -> Function | None:
         """The whole op, a differentiable function of the reference's arguments; None: `op` runs it.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -49,24 +49,25 @@ class CompiledBackend(Backend):
 
     def op(self, name: str) -> Function:
         """`torch.ops.lvrpo.<name>`, which picks the kernel by the device of the tensors."""
-        return _compiled(name)
+        function = getattr(torch.ops.lvrpo, name).default
+        if not library.CHOICE_ARGUMENTS.get(name):
+            return cast(Function, function)
+
+        def run(*arguments: Any, **choices: str) -> Any:
+            return function(*arguments, *_positions(name, tuple(choices.items())))
+
+        return run
+
+    def chosen(self, name: str, choices: Mapping[str, str]) -> Function:
+        """As `Backend.chosen`; the names are looked up now."""
+        function = getattr(torch.ops.lvrpo, name).default
+        at = _positions(name, tuple(choices.items()))
+        return lambda *arguments: function(*arguments, *at)
 
     def fused(self, op: str) -> Function | None:
         """What runs the kernel that has a whole row, where this kind of device has that kernel."""
         has_rows = f"{op}_rows" in library.KERNELS[self.key]
         return functools.partial(row_loss.run, self) if has_rows else None
-
-
-@kept
-def _compiled(name: str) -> Function:
-    function: Function = getattr(torch.ops.lvrpo, name).default
-    if not library.CHOICE_ARGUMENTS.get(name):
-        return function
-
-    def run(*arguments: Any, **choices: str) -> Any:
-        return function(*arguments, *_positions(name, tuple(choices.items())))
-
-    return run
 
 
 @kept

@@ -12,10 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lvrpo import backends, checks
+from lvrpo import checks
 from lvrpo.backends import library
+from lvrpo.backends.bound import bind
 from lvrpo.dtypes import numbers, numbers_by_name
 from lvrpo.groups import GroupIds, check_one, group_offsets, group_order
+from lvrpo.kept import kept_tensor
 from lvrpo.params.advantages import (
     ADVANTAGE_NUMBERS,
     ADVANTAGE_STATS,
@@ -93,22 +95,22 @@ def normalize_advantages(
         tokens = None if tokens is None else tokens[by_group.order]
     checks.check_same_device(OP, rewards=table, groups=offsets, weights=factors, lengths=tokens)
     tensors = (table, offsets, factors, tokens)
-    chosen = backends.resolve(OP, tensors, backend, choices=params.choices())
-    functional = chosen.functional(OP, reference_advantages)
-    if functional is not None:
-        values, per_reward, *stats = functional(*tensors, params=params)
+    bound = bind((OP, OP), reference_advantages, params, table, backend)
+    if bound.functional is not None:
+        values, per_reward, *rows, all_zero = bound.functional(*tensors, params=params)
+        stats = torch.stack(rows)
     else:
-        values, per_reward, columns, all_zero = chosen.op(OP)(
-            *tensors, numbers_by_name(ADVANTAGE_NUMBERS, params.numbers()), **params.choices()
-        )
-        stats = [*columns.unbind(), all_zero]
+        values, per_reward, stats, all_zero = bound.kernels(*tensors, _numbers(params))
     if by_group is not None:
         values, per_reward = values[by_group.place], per_reward[by_group.place]
     if exact:
-        values, per_reward = values.float(), per_reward.float()
-        stats = [*(x.float() for x in stats[:-1]), stats[-1]]
-    named = dict(zip((*ADVANTAGE_STATS, "all_zero"), stats, strict=True))
-    return Advantages(values, per_reward, AdvantageStats(**named))
+        values, per_reward, stats = values.float(), per_reward.float(), stats.float()
+    return Advantages(values, per_reward, AdvantageStats(stats, all_zero))
+
+
+@kept_tensor
+def _numbers(params: AdvantageParams) -> Tensor:
+    return numbers_by_name(ADVANTAGE_NUMBERS, params.numbers())
 
 
 @library.register(OP, kernels=OP)
@@ -150,6 +152,8 @@ def _as_table(rewards: Any, *others: Any) -> tuple[Tensor, bool]:
 def _as_weights(weights: Tensor | Sequence[float] | None, rewards: Tensor) -> Tensor:
     count = rewards.shape[1]
     if weights is None:
+        if rewards.is_cpu:
+            return numbers(*(1.0,) * count)
         return rewards.new_ones(count, dtype=torch.float64)
     if not isinstance(weights, Tensor):
         weights = numbers(*weights).to(rewards.device, non_blocking=True)

@@ -135,6 +135,10 @@ ADVANTAGE_PRESETS: dict[str, dict[str, Any]] = {
 }
 
 
+#: The rows of the table of `AdvantageStats`, which kernels fill.
+ADVANTAGE_STATS = ("share", "constant_groups", "mean", "std", "applicable")
+
+
 @dataclasses.dataclass(frozen=True)
 class AdvantageStats:
     """What each of the K rewards did; [K] tensors, NaN for a reward that applied to no sample.
@@ -142,29 +146,42 @@ class AdvantageStats:
     A sample that no reward scored counts in none of them but `applicable`.
 
     Attributes:
-        share: part of the advantages' variance that comes from the reward: the covariance of its
-            contribution with the advantage over the variance of the advantage, both about zero.
-            Sums to 1, or is 0 throughout when every advantage is. Negative where a reward opposes
-            the others.
-        constant_groups: fraction of the groups it applied to in which it did not vary.
-        mean: of the raw reward over the samples it applied to.
-        std: likewise.
-        applicable: fraction of all samples it applied to; never NaN unless the batch is empty.
+        table: [5, K], the rows below.
         all_zero: bool scalar, every advantage is zero and the batch teaches nothing.
     """
 
-    share: Tensor
-    constant_groups: Tensor
-    mean: Tensor
-    std: Tensor
-    applicable: Tensor
+    table: Tensor
     all_zero: Tensor
 
+    @property
+    def share(self) -> Tensor:
+        """Part of the advantages' variance that comes from the reward.
 
-#: The rows of the table that kernels make of them; `all_zero` is a tensor of its own.
-ADVANTAGE_STATS = tuple(
-    field.name for field in dataclasses.fields(AdvantageStats) if field.name != "all_zero"
-)
+        The covariance of its contribution with the advantage over the variance of the advantage,
+        both about zero. Sums to 1, or is 0 throughout when every advantage is. Negative where a
+        reward opposes the others.
+        """
+        return self.table[0]
+
+    @property
+    def constant_groups(self) -> Tensor:
+        """Fraction of the groups it applied to in which it did not vary."""
+        return self.table[1]
+
+    @property
+    def mean(self) -> Tensor:
+        """Of the raw reward over the samples it applied to."""
+        return self.table[2]
+
+    @property
+    def std(self) -> Tensor:
+        """Of the raw reward likewise."""
+        return self.table[3]
+
+    @property
+    def applicable(self) -> Tensor:
+        """Fraction of all samples it applied to; never NaN unless the batch is empty."""
+        return self.table[4]
 
 
 @dataclasses.dataclass(frozen=True)

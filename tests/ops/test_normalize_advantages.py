@@ -19,6 +19,7 @@ from lvrpo.params.advantages import (
     ADVANTAGE_CHOICES,
     ADVANTAGE_NUMBERS,
     ADVANTAGE_PRESETS,
+    ADVANTAGE_STATS,
     AdvantageParams,
     Advantages,
 )
@@ -72,7 +73,7 @@ def make_inputs(sizes: list[int], rewards: int, dtype: torch.dtype = torch.float
 
 
 def flat(result: Advantages) -> tuple[Tensor, ...]:
-    stats = [getattr(result.stats, f.name) for f in dataclasses.fields(result.stats)]
+    stats = [getattr(result.stats, name) for name in (*ADVANTAGE_STATS, "all_zero")]
     return numbers((result.values, result.per_reward, *stats))
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Callable
 from typing import Any
@@ -15,7 +14,12 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 from lvrpo import backends
 from lvrpo.ops.normalize_advantages import normalize_advantages
-from lvrpo.params.advantages import ADVANTAGE_PRESETS, AdvantageParams, Advantages
+from lvrpo.params.advantages import (
+    ADVANTAGE_PRESETS,
+    ADVANTAGE_STATS,
+    AdvantageParams,
+    Advantages,
+)
 
 pytestmark = pytest.mark.usefixtures("poison_empty")
 
@@ -27,7 +31,7 @@ PARAMS = {name: AdvantageParams.preset(name) for name in ADVANTAGE_PRESETS} | {
 
 
 def flat(result: Advantages) -> list[Tensor]:
-    fields = [getattr(result.stats, f.name) for f in dataclasses.fields(result.stats)]
+    fields = [getattr(result.stats, name) for name in (*ADVANTAGE_STATS, "all_zero")]
     return [result.values, result.per_reward, *fields]
 
 
