@@ -96,7 +96,8 @@ def check(function: Callable[..., Any], queries: int, keys: int, *, spans: bool 
         valid = torch.nn.functional.pad(mask, (0, max(0, first + keys - mask.shape[1])))
         is_query = valid[:, first + offset : first + offset + queries]
     assert read(function) is not None
-    for ours in (function, unknown(function)):
+    # An unknown function of a window is one that spans cannot say.
+    for ours in (function,) if read(function).window else (function, unknown(function)):
         for use_vmap in (False, True):
             options = {**how, "mask_function": ours, "use_vmap": use_vmap}
             if ours is function and use_vmap:
@@ -138,6 +139,41 @@ def test_packed_with_blocks(seed):
     check(masking.and_masks(remapped, apart), length, length)
     overlay = masking.blockwise_overlay(blocks(rng, length))
     check(masking.and_masks(masking.or_masks(remapped, overlay), apart), length, length)
+
+
+@pytest.mark.parametrize("seed", range(12))
+@pytest.mark.parametrize("kind", ["none", "left", "right"])
+def test_sliding_windows(kind, seed):
+    rng = random.Random(seed)
+    length, window = rng.randint(1, 14), rng.randint(1, 8)
+    mask, overlay = padding(rng, length, kind), masking.blockwise_overlay(blocks(rng, length))
+    causal, near = masking.causal_mask_function, masking.sliding_window_overlay(window)
+    check(masking.and_masks(near, causal), length, length, attention_mask=mask)
+    # As Gemma 3 has them, and as PaliGemma 2 has them, whose blocks see themselves whole.
+    of_gemma = masking.and_masks(masking.or_masks(causal, overlay), near)
+    check(of_gemma, length, length, attention_mask=mask)
+    whole = masking.or_masks(masking.and_masks(near, causal), overlay)
+    if window >= 5:
+        check(whole, length, length, attention_mask=mask)
+    if kind == "none":
+        documents, positions = packed(rng, length)
+        remapped = masking.remap_positions_for_packed_sequence(
+            masking.sliding_window_causal_mask_function(window), positions
+        )
+        apart = masking.packed_sequence_mask_function(documents)
+        check(masking.and_masks(remapped, apart), length, length)
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_a_cache_that_keeps_a_window(seed):
+    """Its first key is the first that the first query sees."""
+    rng = random.Random(seed)
+    window, queries, seen = rng.randint(2, 6), rng.randint(1, 3), rng.randint(0, 12)
+    kv_offset = max(0, seen - window + 1)
+    how = {"q_offset": seen, "kv_offset": kv_offset}
+    how["attention_mask"] = padding(rng, seen + queries, rng.choice(["none", "left"]))
+    function = masking.sliding_window_causal_mask_function(window)
+    check(function, queries, seen + queries - kv_offset, **how)
 
 
 @pytest.mark.parametrize("seed", range(8))
@@ -198,6 +234,14 @@ def test_what_spans_cannot_say_is_refused_by_name():
         one(full, 4, 9)
     with pytest.raises(ValueError, match="cross-attention"):
         one(causal, 9, 4)
+    near = masking.sliding_window_causal_mask_function(4)
+    hole = torch.arange(9)[None] != 3
+    with pytest.raises(ValueError, match="longer than the window of 4 has padding between"):
+        one(near, attention_mask=hole)
+    assert one(near, 4, 4, attention_mask=hole[:, 1:5]).window == 4  # and no sequence is longer
+    image = masking.blockwise_overlay(torch.tensor([[-1, 0, 0, 0, 0, 0, -1, -1, -1]]))
+    with pytest.raises(ValueError, match="block of 5 tokens sees itself beyond the window of 4"):
+        one(masking.or_masks(near, image))
     apart = masking.blockwise_overlay(torch.tensor([[0, 0, -1, -1, 0, 0, -1, -1, -1]]))
     with pytest.raises(ValueError, match="block 0 of sequence 0 is interrupted"):
         one(masking.or_masks(causal, apart))
@@ -230,10 +274,13 @@ def test_a_mask_is_refused_where_a_layer_has_it():
     """Models make masks that none of their layers has, as Qwen2-MoE of a window of 0."""
     q = torch.randn(1, 2, 4, 8)
     refused = masks.mask_of_layers(
-        1, 4, 9, mask_function=masking.sliding_window_bidirectional_mask_function(2)
+        1, 4, 4, mask_function=masking.sliding_window_causal_mask_function(0)
     )
-    with pytest.raises(ValueError, match="overlap"):
+    with pytest.raises(ValueError, match="window is 0"):
         attention.attention(torch.nn.Linear(1, 1), q, q, q, refused)
+    apart = masking.blockwise_overlay(torch.tensor([[0, -1, 0, -1]]))
+    function = masking.or_masks(masking.causal_mask_function, apart)
+    refused = masks.mask_of_layers(1, 4, 4, mask_function=function)
     mask = SpanMask.from_cu_seqlens([0, 4])
     out, _ = attention.attention(torch.nn.Linear(1, 1), q, q, q, refused, span_mask=mask)
     assert out.shape == (1, 4, 2, 8)

@@ -13,6 +13,8 @@ from torch import Tensor
 transformers = pytest.importorskip("transformers", reason="pip install 'lvrpo[transformers]'")
 
 VOCABULARY, IMAGE = 64, 60
+#: Shorter than the sequences.
+WINDOW = 6
 SIZES = {
     "vocab_size": VOCABULARY,
     "hidden_size": 32,
@@ -166,16 +168,16 @@ TEXT = {
     "llama": Family(lambda: transformers.LlamaConfig(**text())),
     "qwen2": Family(lambda: transformers.Qwen2Config(**text())),
     "qwen3": Family(lambda: transformers.Qwen3Config(**text(head_dim=24))),
-    "mistral": Family(lambda: transformers.MistralConfig(**text(sliding_window=None))),
+    "mistral": Family(lambda: transformers.MistralConfig(**text(sliding_window=WINDOW))),
     "smollm3": Family(lambda: transformers.SmolLM3Config(**text())),
     "deepseek_v3": Family(deepseek),
-    "gemma2": Family(lambda: transformers.Gemma2Config(**gemma2(sliding_window=64))),
+    "gemma2": Family(lambda: transformers.Gemma2Config(**gemma2(sliding_window=WINDOW))),
     "gemma3_text": Family(
-        lambda: transformers.Gemma3TextConfig(**text(head_dim=8, sliding_window=64))
+        lambda: transformers.Gemma3TextConfig(**text(head_dim=8, sliding_window=WINDOW))
     ),
     "gpt_oss": Family(
         lambda: transformers.GptOssConfig(
-            **text(head_dim=8, sliding_window=64),
+            **text(head_dim=8, sliding_window=WINDOW),
             num_local_experts=4,
             num_experts_per_tok=2,
             rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
@@ -218,7 +220,7 @@ IMAGES = {
     "smolvlm": idefics("SmolVLM"),
     "gemma3": Family(
         lambda: transformers.Gemma3Config(
-            text_config=text(head_dim=8, sliding_window=64),
+            text_config=text(head_dim=8, sliding_window=WINDOW),
             vision_config=SIGLIP,
             mm_tokens_per_image=4,
             image_token_index=IMAGE,
@@ -230,7 +232,8 @@ IMAGES = {
     ),
     "paligemma": Family(
         lambda: transformers.PaliGemmaConfig(
-            text_config={"model_type": "gemma2", **gemma2(sliding_window=64)},
+            # No shorter than a prompt, which sees itself whole.
+            text_config={"model_type": "gemma2", **gemma2(sliding_window=24)},
             vision_config=SIGLIP,
             projection_dim=32,
             image_token_index=IMAGE,

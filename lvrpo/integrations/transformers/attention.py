@@ -16,7 +16,6 @@ from lvrpo.integrations.transformers.masks import (
     Refusal,
     batch_mask,
     mask_of_layers,
-    with_window,
 )
 from lvrpo.integrations.transformers.release import require_transformers
 from lvrpo.masks import SpanMask
@@ -181,7 +180,7 @@ def _with_window(mask: SpanMask, window: int | None) -> SpanMask:
         return mask
     made = _windowed.setdefault(mask, {})
     if window not in made:
-        made[window] = with_window(mask, window)
+        made[window] = mask.with_window(window)
     return made[window]
 
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from lvrpo.integrations.transformers.rules import Rule, read
-from lvrpo.masks import SpanMask, position_ids
+from lvrpo.masks import SpanMask
 
 NAME = "attn_implementation='lvrpo'"
 #: Pairs of a query and a key at which an unknown mask function is evaluated at a time.
@@ -153,21 +153,6 @@ def _of_padding(mask: SpanMask, valid: Tensor) -> list[tuple[SpanMask, Tensor]]:
     return found
 
 
-def with_window(mask: SpanMask, window: int) -> SpanMask:
-    """The mask of a layer with a sliding window; itself where no path is longer.
-
-    Raises:
-        ValueError: one is, and this version of lvrpo has no sliding windows.
-    """
-    longest = int(position_ids(mask.host or mask).max()) + 1 if mask.length else 0
-    if longest > window:
-        raise ValueError(
-            f"{NAME}: a sequence of {longest} tokens is longer than the window of {window}, and a "
-            "SpanMask has no sliding windows; use 'sdpa'"
-        )
-    return mask
-
-
 def _cross(q_length: int, kv_length: int) -> str:
     return (
         f"{q_length} queries of {kv_length} keys are cross-attention, expected queries that are "
@@ -214,8 +199,8 @@ def _from_rule(rule: Rule, valid: Tensor, offset: int) -> SpanMask:
     mask = SpanMask.from_spans(lengths, parents, modes)
     if rule.window is None:
         return mask
-    windowed = with_window(mask, rule.window)
-    if windowed is not mask:
+    windowed = mask.with_window(rule.window)
+    if windowed.window is not None:
         _check_window(rule, rule.window, valid, modes, lengths)
     return windowed
 
