@@ -20,7 +20,7 @@ TERM_CHOICES = {
         *("total_variation", "binary_kl", "log_clip"),
     ),
     "kl": ("k1", "k2", "k3", "abs"),
-    "kl_factor": ("none", "ratio", "detached_ratio"),
+    "kl_factor": ("none", "ratio", "detached_ratio", "sequence_ratio"),
     "kl_gradient": ("own", "k2"),
 }
 
@@ -68,14 +68,32 @@ def ratio_limits(advantage, clip_low, clip_high, SURROGATE: tl.constexpr):
 
 
 @triton.jit
+def bounds_of(numbers, dtype: tl.constexpr, SURROGATE: tl.constexpr):
+    """What holds a ratio, and the gates, in the dtype of tokens.
+
+    `numbers` is (clip_low, clip_high, ratio_cap, gate_pos, gate_neg) in fp64. 1 - clip_low and
+    1 + clip_high are formed there where they bound: of a clip_high next to -1 little would be left.
+    """
+    low, high = numbers[0], numbers[1]
+    if SURROGATE == "clip" or SURROGATE == "detached":
+        low, high = 1.0 - low, 1.0 + high
+    return (
+        tl.full([], low, dtype),
+        tl.full([], high, dtype),
+        tl.full([], numbers[2], dtype),
+        tl.full([], numbers[3], dtype),
+        tl.full([], numbers[4], dtype),
+    )
+
+
+@triton.jit
 def _never(x):
     return tl.zeros(x.shape, tl.int1)
 
 
 @triton.jit
-def clip_term(ratio, advantage, clip_low, clip_high, cap):
+def clip_term(ratio, advantage, low, high, cap):
     """max(-rho A, -clip(rho) A): the sign of A picks the one side of the clip that can bind."""
-    low, high = 1.0 - clip_low, 1.0 + clip_high
     is_low = (advantage < 0) & (ratio < low)
     is_high = (advantage > 0) & (ratio > high)
     is_cap = (advantage < 0) & (ratio > cap)
@@ -91,9 +109,8 @@ def score_term(logp, advantage):
 
 
 @triton.jit
-def detached_term(logp, ratio, advantage, clip_low, clip_high):
+def detached_term(logp, ratio, advantage, low, high):
     """-sg(clip(rho)) A log pi."""
-    low, high = 1.0 - clip_low, 1.0 + clip_high
     slope = -advantage * clamp(ratio, low, high)
     return slope * logp, slope, ratio < low, ratio > high, _never(ratio)
 
@@ -164,19 +181,20 @@ def surrogate_term(token, bounds, RATIO: tl.constexpr, SURROGATE: tl.constexpr):
 
     `token` is (logp, log_ratio, ratio at its level, weight of the sequence, advantage, whether the
     log of that ratio is past its limit, where a ratio that is differentiated, and not a constant
-    weight of the log-prob, has no slope); `bounds` (clip_low, clip_high, ratio_cap, gate_pos,
-    gate_neg), all in the dtype of the token. Both the value and the slope of an advantage of 0 are
-    0, whatever the ratio.
+    weight of the log-prob, has no slope), `bounds` what `bounds_of` returns. Both the value and the
+    slope of an advantage of 0 are 0, whatever the ratio.
     """
     logp, log_ratio, ratio, of_weight, advantage, past = token
-    clip_low, clip_high, cap, own_pos, own_neg = bounds
+    low_bound, high_bound, cap, own_pos, own_neg = bounds
     if RATIO == "none":
         value, slope, low, high, is_cap = score_term(logp, advantage)
     elif SURROGATE == "clip":
-        value, slope, low, high, is_cap = clip_term(ratio, advantage, clip_low, clip_high, cap)
+        value, slope, low, high, is_cap = clip_term(ratio, advantage, low_bound, high_bound, cap)
         slope = tl.where(past, 0.0, slope)
     elif SURROGATE == "detached":
-        value, slope, low, high, is_cap = detached_term(logp, ratio, advantage, clip_low, clip_high)
+        value, slope, low, high, is_cap = detached_term(
+            logp, ratio, advantage, low_bound, high_bound
+        )
     elif SURROGATE == "sigmoid":
         value, slope, low, high, is_cap = sigmoid_term(ratio, advantage, own_pos, own_neg)
         slope = tl.where(past, 0.0, slope)
@@ -184,13 +202,13 @@ def surrogate_term(token, bounds, RATIO: tl.constexpr, SURROGATE: tl.constexpr):
         value, slope, low, high, is_cap = gamma_term(logp, of_weight, advantage)
     elif SURROGATE == "log_clip":
         value, slope, low, high, is_cap = log_clip_term(
-            log_ratio, of_weight, advantage, clip_low, clip_high
+            log_ratio, of_weight, advantage, low_bound, high_bound
         )
         slope = tl.where(past, 0.0, slope)
     else:
         # It refuses a name that it does not know.
         value, slope, low, high, is_cap = trust_region_term(
-            logp, log_ratio, ratio, advantage, clip_low, clip_high, cap, SURROGATE
+            logp, log_ratio, ratio, advantage, low_bound, high_bound, cap, SURROGATE
         )
     return (
         tl.where(advantage != 0, value, 0.0),
@@ -213,7 +231,8 @@ def kl_term(
     KL_GRADIENT: tl.constexpr,
 ):
     """The KL estimator at d = ref - logp, times its factor: as statistics have it; as the loss sums
-    it; and the derivative of the latter by logp. `ratio_limit` is that of exponentials.
+    it; and the derivative of the latter by logp. `ratio_limit` is that of exponentials. The
+    derivative through a factor that a sequence shares, whose log is `log_ratio`, is not part of it.
     """
     x = clamp(d, -log_ratio_limit, log_ratio_limit)
     flat = tl.abs(d) > log_ratio_limit
@@ -249,5 +268,8 @@ def kl_term(
         if KL_FACTOR == "ratio":
             slope += tl.where(is_saturated(log_ratio, ratio_limit), 0.0, term)
         else:
-            tl.static_assert(KL_FACTOR == "detached_ratio", "this factor of the KL has no formula")
+            tl.static_assert(
+                KL_FACTOR == "detached_ratio" or KL_FACTOR == "sequence_ratio",
+                "this factor of the KL has no formula",
+            )
     return seen, term, slope

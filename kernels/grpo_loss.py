@@ -17,6 +17,7 @@ from lvrpo.kernels._policy_terms import (
     RATIO_FLOOR,
     RATIO_LIMIT,
     TERM_CHOICES,
+    bounds_of,
     clamp,
     exp_excess,
     gamma_weight,
@@ -51,6 +52,8 @@ AT_TOKENS, AT_SEQUENCES, AT_DROPPED, AT_RATIO_MIN, AT_RATIO_MAX = positions(
 AT_LOW_MIN, AT_HIGH_MAX, AT_KL_OLD_MAX = positions(
     STATISTICS, "clip_fraction_low_min", "clip_fraction_high_max", "kl_old_max"
 )
+# Numbers of the loss that the sums over a sequence need.
+COUNT_NUMBERS = ("clip_low", "clip_high", "log_ratio_limit", "kl_log_ratio_limit", "kl_limit")
 # What a part of a sequence leaves behind.
 PARTS = (
     *("loss", "policy", "kl", "entropy", "lows", "highs", "caps"),
@@ -124,6 +127,16 @@ def _active(
     return asked, active & has_advantage
 
 
+@triton.jit
+def _estimates(d, log_ratio_limit, kl_log_ratio_limit, kl_limit, KL: tl.constexpr):
+    """The KL estimators without their factor."""
+    limit, far, most, _ = four_scalars(
+        (log_ratio_limit, kl_log_ratio_limit, kl_limit, 0.0), d.dtype
+    )
+    _, term, _ = kl_term(d, tl.zeros_like(d), limit, far, most, KL, "none", "own")
+    return term
+
+
 @triton.jit(do_not_specialize=["tokens"], do_not_specialize_on_alignment=SLICED)
 def _count_kernel(
     logp_ptr,  # [T]
@@ -135,12 +148,18 @@ def _count_kernel(
     mask_ptr,  # [T] bool or None
     policy_weight_ptr,  # [T] or None
     counts_ptr,  # [3 + B] zeros: active, dropped tokens; sequences with active ones; theirs of each
-    sums_ptr,  # [B * SPLITS, 2] zeros: log-ratios between their limits, and weights; or None
+    sums_ptr,  # [B * SPLITS, 4] zeros: log-ratios between their limits, weights, log-ratios as they
+    # are, KL estimators; or None
     tokens,
     clip_low: tl.float64,
     clip_high: tl.float64,
+    log_ratio_limit: tl.float64,
+    kl_log_ratio_limit: tl.float64,
+    kl_limit: tl.float64,
     PER_TOKEN: tl.constexpr,
     SURROGATE: tl.constexpr,
+    KL: tl.constexpr,
+    KL_OF_SEQUENCE: tl.constexpr,
     HAS_LIMITS: tl.constexpr,
     SPLITS: tl.constexpr,
     BLOCK_T: tl.constexpr,
@@ -164,7 +183,7 @@ def _count_kernel(
         count = tl.zeros([BLOCK_T], tl.int64)
         dropped = tl.zeros([BLOCK_T], tl.int64)
         log_ratios = tl.zeros([BLOCK_T], acc_dtype)
-        weights = tl.zeros([BLOCK_T], acc_dtype)
+        weights, free_log_ratios, kl_sum = log_ratios, log_ratios, log_ratios
         for first in range(begin, end, SPLITS * BLOCK_T):
             t = first + tl.arange(0, BLOCK_T)
             inside = t < end
@@ -178,6 +197,16 @@ def _count_kernel(
             )
             count += active.to(tl.int64)
             dropped += (asked & (active == 0)).to(tl.int64)
+            if KL_OF_SEQUENCE:
+                free_log_ratios += tl.where(active, log_ratio, 0.0)
+                ref = tl.load(ref_ptr + t, mask=inside, other=0.0)
+                kl_sum += _estimates(
+                    tl.where(active, ref - logp, 0.0),
+                    log_ratio_limit,
+                    kl_log_ratio_limit,
+                    kl_limit,
+                    KL,
+                )
             if HAS_LIMITS:
                 log_ratio = clamp(log_ratio, low, high)
             log_ratios += tl.where(active, log_ratio, 0.0)
@@ -192,8 +221,10 @@ def _count_kernel(
         tl.atomic_add(counts_ptr + 1, tl.sum(dropped, axis=0))
         tl.atomic_add(counts_ptr + 2, ((before == 0) & (found > 0)).to(tl.int64))
         if sums_ptr is not None:
-            tl.store(sums_ptr + 2 * part, tl.sum(log_ratios, axis=0))
-            tl.store(sums_ptr + 2 * part + 1, tl.sum(weights, axis=0))
+            tl.store(sums_ptr + 4 * part, tl.sum(log_ratios, axis=0))
+            tl.store(sums_ptr + 4 * part + 1, tl.sum(weights, axis=0))
+            tl.store(sums_ptr + 4 * part + 2, tl.sum(free_log_ratios, axis=0))
+            tl.store(sums_ptr + 4 * part + 3, tl.sum(kl_sum, axis=0))
 
 
 @triton.jit
@@ -228,6 +259,24 @@ def _factor_of(
 
 
 @triton.jit
+def _sum_of_sequence(sums_ptr, sequence, column: tl.constexpr, COUNT_SPLITS: tl.constexpr):
+    """A column of what `_count_kernel` sums up."""
+    part = (sequence * COUNT_SPLITS + tl.arange(0, COUNT_SPLITS)) * 4
+    return tl.sum(tl.load(sums_ptr + part + column).to(tl.float64), axis=0)
+
+
+@triton.jit
+def _kl_of_sequence(zero, sums_ptr, sequence, tokens, ratio_limit, COUNT_SPLITS: tl.constexpr):
+    """The log of the factor that its KL terms share, and a token's slope through that factor."""
+    count = tl.maximum(tokens, 1.0)
+    log_ratio = _sum_of_sequence(sums_ptr, sequence, 2, COUNT_SPLITS) / count
+    term = tl.exp(saturate(log_ratio, ratio_limit))
+    term *= _sum_of_sequence(sums_ptr, sequence, 3, COUNT_SPLITS) / count
+    slope = tl.where(is_saturated(log_ratio, ratio_limit), 0.0, term)
+    return zero + log_ratio.to(zero.dtype), zero + slope.to(zero.dtype)
+
+
+@triton.jit
 def _ratio_of(
     sums_ptr,
     sequence,
@@ -242,9 +291,8 @@ def _ratio_of(
     """A sequence's ratio, what its tokens are weighed by, what shares its slope among them, and
     whether the log of the ratio is past its limit.
     """
-    part = (sequence * COUNT_SPLITS + tl.arange(0, COUNT_SPLITS)) * 2
-    log_ratio = tl.sum(tl.load(sums_ptr + part).to(tl.float64), axis=0)
-    share = tl.sum(tl.load(sums_ptr + part + 1).to(tl.float64), axis=0)
+    log_ratio = _sum_of_sequence(sums_ptr, sequence, 0, COUNT_SPLITS)
+    share = _sum_of_sequence(sums_ptr, sequence, 1, COUNT_SPLITS)
     if RATIO != "seq_sum":
         log_ratio /= tl.maximum(tokens, 1.0)
         share /= tl.maximum(tokens, 1.0)
@@ -261,10 +309,10 @@ def _ratio_of(
 
 
 @triton.jit
-def five_scalars(x, dtype: tl.constexpr):
-    """Five float arguments in the dtype that tokens are computed in."""
+def four_scalars(x, dtype: tl.constexpr):
+    """Four float arguments in the dtype that tokens are computed in."""
     a, b, c = tl.full([], x[0], dtype), tl.full([], x[1], dtype), tl.full([], x[2], dtype)
-    return a, b, c, tl.full([], x[3], dtype), tl.full([], x[4], dtype)
+    return a, b, c, tl.full([], x[3], dtype)
 
 
 @triton.jit
@@ -309,7 +357,7 @@ def _terms_kernel(
     mask_ptr,  # [T] bool or None
     policy_weight_ptr,  # [T] or None
     counts_ptr,  # [3 + B], see _count_kernel
-    sums_ptr,  # [B * COUNT_SPLITS, 2], or None without a ratio of the sequence
+    sums_ptr,  # [B * COUNT_SPLITS, 4], or None without a ratio of the sequence
     partial_ptr,  # [PARTS, B * splits]
     dlogp_ptr,  # [T]
     dentropy_ptr,  # [T]
@@ -348,7 +396,7 @@ def _terms_kernel(
         OF_SEQUENCE or RATIO == "token" or RATIO == "none", "this ratio has no formula"
     )
     OWN_RATIO: tl.constexpr = (not OF_SEQUENCE) or SURROGATE == "log_clip"
-    SHARES_SLOPE: tl.constexpr = SHARES_RATIO and SURROGATE != "gamma"
+    SHARES_SLOPE: tl.constexpr = SHARES_RATIO and SURROGATE != "gamma" and SURROGATE != "detached"
     sequence = tl.program_id(0).to(tl.int64) // splits
     begin, end = _tokens_of(cu_seqlens_ptr, sequence, tokens)
     active_tokens = tl.load(counts_ptr + 3 + sequence).to(tl.float64)
@@ -366,12 +414,19 @@ def _terms_kernel(
         )
         ratio += zero
         past = zero + is_past.to(acc_dtype) > 0
+    kl_of_sequence = zero, zero
+    if KL_FACTOR == "sequence_ratio" and ref_ptr is not None:
+        kl_of_sequence = _kl_of_sequence(
+            zero, sums_ptr, sequence, active_tokens, log_ratio_limit, COUNT_SPLITS
+        )
     policy, kl_sum, kl_terms, entropy, total, squares = zero, zero, zero, zero, zero, zero
     kl_old, smallest, largest = zero, zero + float("inf"), zero - float("inf")
     lows = tl.zeros([BLOCK_T], tl.int32)
     highs, caps = lows, lows
-    bounds = five_scalars((clip_low, clip_high, ratio_cap, shape_pos_0, shape_neg_0), acc_dtype)
-    kl_form = five_scalars((log_ratio_limit, kl_log_ratio_limit, kl_limit, beta, 0.0), acc_dtype)
+    bounds = bounds_of(
+        (clip_low, clip_high, ratio_cap, shape_pos_0, shape_neg_0), acc_dtype, SURROGATE
+    )
+    kl_form = four_scalars((log_ratio_limit, kl_log_ratio_limit, kl_limit, beta), acc_dtype)
     limit = kl_form[0]
     # Statistics have a limit whether or not the loss has one.
     limit_seen = tl.where(limit < LOG_RATIO_LIMIT, limit, LOG_RATIO_LIMIT).to(acc_dtype)
@@ -423,13 +478,13 @@ def _terms_kernel(
         if ref_ptr is not None:
             d = tl.where(active, tl.load(ref_ptr + t, mask=inside, other=0.0) - logp, 0.0)
             value, term, kl_slope = kl_term(
-                *(d, log_ratio, limit, kl_form[1], kl_form[2]),
-                *(KL, KL_FACTOR, KL_GRADIENT),
+                *(d, kl_of_sequence[0] if KL_FACTOR == "sequence_ratio" else log_ratio),
+                *(limit, kl_form[1], kl_form[2], KL, KL_FACTOR, KL_GRADIENT),
             )
             kl_sum += value
             kl_terms += term
             # Without a coefficient the reference is for the metric alone, and may overflow.
-            slope += tl.where(beta != 0, kl_form[3] * kl_slope, 0.0)
+            slope += tl.where(beta != 0, kl_form[3] * (kl_slope + kl_of_sequence[1]), 0.0)
         if entropy_ptr is not None:
             entropy += tl.where(active, tl.load(entropy_ptr + t, mask=inside, other=0.0), 0.0)
             dentropy = tl.where(active, (-entropy_coef * factor).to(acc_dtype), 0.0)
@@ -573,8 +628,9 @@ def grpo_loss_fwd(
     doubles = {"dtype": torch.float64, "device": logprobs.device}
     counts = torch.zeros(3 + sequences, dtype=torch.int64, device=logprobs.device)
     sums = None
-    if ratio not in ("none", "token"):
-        sums = torch.zeros(sequences * COUNT_SPLITS, 2, **doubles)
+    kl_of_sequence = kl_factor == "sequence_ratio" and ref_logprobs is not None
+    if ratio not in ("none", "token") or kl_of_sequence:
+        sums = torch.zeros(sequences * COUNT_SPLITS, 4, **doubles)
     config = TERMS[logprobs.dtype]
     splits = cdiv(tokens, max(1, sequences) * config.blocks["BLOCK_T"] * BLOCKS_PER_PROGRAM)
     splits = min(max(1, splits), MAX_SPLITS)
@@ -596,14 +652,15 @@ def grpo_loss_fwd(
         "tokens": tokens,
         "PER_TOKEN": advantage_per_token,
         "SURROGATE": surrogate,
+        "KL": kl,
     }
     launch(
         _count_kernel,
         (sequences * COUNT_SPLITS,),
         COUNT,
         **shared,
-        clip_low=named["clip_low"],
-        clip_high=named["clip_high"],
+        **{name: named[name] for name in COUNT_NUMBERS},
+        KL_OF_SEQUENCE=kl_of_sequence,
         HAS_LIMITS=surrogate in ("gamma", "log_clip"),
     )
     launch(
@@ -618,7 +675,6 @@ def grpo_loss_fwd(
         sequences=sequences,
         splits=splits,
         RATIO=ratio,
-        KL=kl,
         KL_FACTOR=kl_factor,
         KL_GRADIENT=kl_gradient,
         AGGREGATION=aggregation,

@@ -11,7 +11,7 @@ import triton.language as tl
 
 from lvrpo.kernels._launch import LaunchConfig, cdiv, launch
 from lvrpo.kernels._log_ratio import is_saturated, saturate
-from lvrpo.kernels._policy_terms import is_finite, kl_term, surrogate_term
+from lvrpo.kernels._policy_terms import bounds_of, is_finite, kl_term, surrogate_term
 from lvrpo.kernels._primitives import LN2, LOG2E, as_scalar, capped_logit
 from lvrpo.kernels.gather_logprobs import (
     logit_gradient,
@@ -19,7 +19,7 @@ from lvrpo.kernels.gather_logprobs import (
     row_statistics,
     token_logprob,
 )
-from lvrpo.kernels.grpo_loss import five_scalars, grpo_loss_fwd, named_numbers
+from lvrpo.kernels.grpo_loss import four_scalars, grpo_loss_fwd, named_numbers
 from lvrpo.params.policy_loss import LOSS_NUMBERS
 
 # By the dtype that is computed in. A thread of 32 warps may have 64 registers; with more than 32 no
@@ -64,13 +64,13 @@ def _slope_of(
     KL_GRADIENT: tl.constexpr,
 ):
     """The derivative of an active token's term by its log-prob, before the aggregation."""
-    limit, kl_log_ratio_limit, kl_limit, beta, _ = five_scalars(kl_form, logp.dtype)
+    limit, kl_log_ratio_limit, kl_limit, beta = four_scalars(kl_form, logp.dtype)
     log_ratio = tl.zeros_like(logp)
     if old_ptr is not None:
         log_ratio = logp - tl.load(old_ptr)
     ratio = tl.exp(saturate(log_ratio, limit))
     past = is_saturated(log_ratio, limit)
-    own_bounds = five_scalars(bounds, logp.dtype)
+    own_bounds = bounds_of(bounds, logp.dtype, SURROGATE)
     _, slope, _, _, _ = surrogate_term(
         (logp, log_ratio, ratio, ratio, advantage, past), own_bounds, RATIO, SURROGATE
     )
@@ -215,7 +215,7 @@ def _row_loss_kernel(
         None if ref_ptr is None else ref_ptr + row,
         None if policy_weight_ptr is None else policy_weight_ptr + row,
         (clip_low, clip_high, ratio_cap, shape_pos_0, shape_neg_0),
-        (log_ratio_limit, kl_log_ratio_limit, kl_limit, beta, 0.0),
+        (log_ratio_limit, kl_log_ratio_limit, kl_limit, beta),
         RATIO,
         SURROGATE,
         KL,

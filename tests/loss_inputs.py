@@ -40,7 +40,24 @@ PARAMS = {
     "cispo, both bounds": LossParams.preset(
         "cispo", clip_low=0.2, clip_high=0.28, beta=0.1, kl_factor="detached_ratio"
     ),
+    "cispo of a sequence, below 1": LossParams.preset(
+        "cispo", ratio="seq_mean", clip_high=-0.05, beta=0.1, kl_factor="sequence_ratio"
+    ),
     "sapo": LossParams.preset("sapo", gate_neg=2.0, entropy_coef=0.01),
+    "sapo of a sequence": LossParams.preset("sapo", ratio="seq_mean", gate_neg=2.0),
+    "gspo, KL times its ratio": LossParams.preset(
+        "gspo", clip_low=0.05, clip_high=0.06, beta=0.5, kl_factor="sequence_ratio"
+    ),
+    "gmpo, clamped KL times a ratio": LossParams.preset(
+        "gmpo", beta=0.5, kl="k1", kl_limit=0.4, kl_factor="sequence_ratio"
+    ),
+    "vespo, k2 times a ratio": LossParams.preset(
+        "vespo", beta=0.5, kl="k2", kl_factor="sequence_ratio", kl_gradient="k2"
+    ),
+    "ratio of the sequence in the KL alone": LossParams(
+        beta=0.5, kl_factor="sequence_ratio", entropy_coef=0.01
+    ),
+    "cap below the clip": LossParams(clip_high=0.28, ratio_cap=1.1),
     "vespo, clamped KL": LossParams.preset(
         "vespo", beta=0.1, kl_log_ratio_limit=0.5, kl_limit=0.12, kl_factor="ratio"
     ),
@@ -149,10 +166,11 @@ def scales(inputs: dict[str, Any]) -> dict[str, Tensor]:
         * ratio
         * log_ratio.exp().clamp(min=1)
     )
-    slope = slope + params.beta * (1 + d.exp())
+    kl = params.beta * (1 + d.exp())
+    slope = slope + kl
     if params.sequence_level:
         weight = size["policy_weights"].abs().amax() if len(d) else 1.0
-        slope = slope + weight * advantage.abs() * ratio
+        slope = slope + weight * advantage.abs() * ratio + kl
         # Every token carries the rounding of a sum over its sequence.
         terms = 1 + log_ratio.abs().mean().nan_to_num() * lengths.max()
         slope = slope * (terms * terms if params.ratio == "seq_sum" else terms)

@@ -83,8 +83,7 @@ def surrogate(x: Tensor, old: Tensor, a: Tensor, p: Any) -> Tensor:
     if p.surrogate == "log_clip":
         return -a * rho
     if p.surrogate == "clip":
-        held = -torch.minimum(rho * a, rho.clamp(1 - low, 1 + high) * a)
-        return torch.where(a < 0, torch.minimum(held, -cap * a), held) if cap < math.inf else held
+        return -torch.minimum(rho.clamp(max=cap) * a, rho.clamp(1 - low, 1 + high) * a)
     if p.surrogate == "detached":
         return -a * rho.detach().clamp(1 - low, 1 + high) * x
     new, before = x.detach().exp(), old.exp()
@@ -110,6 +109,9 @@ def kl(x: Tensor, old: Tensor, ref: Tensor, p: Any) -> Tensor:
     }[p.kl]()
     if p.kl_gradient == "k2":
         value = value.detach() + (d.square() - d.square().detach()) / 2
-    ratio = (x - old).clamp(-limit, limit).exp()
-    factor = {"none": 1.0, "ratio": ratio, "detached_ratio": ratio.detach()}[p.kl_factor]
-    return value * factor
+    if p.kl_factor == "none" or not len(x):
+        return value
+    gap = x - old
+    gap = gap.mean() if p.kl_factor == "sequence_ratio" else gap
+    ratio = gap.clamp(-limit, limit).exp()
+    return value * (ratio.detach() if p.kl_factor == "detached_ratio" else ratio)

@@ -34,6 +34,7 @@ KLS: dict[str, dict[str, Any]] = {
     "k3 times ratio": {"beta": 0.5, "kl_factor": "ratio"},
     "k3, gradient of k2": {"beta": 0.5, "kl_gradient": "k2"},
     "abs": {"beta": 0.5, "kl": "abs"},
+    "k3 times the sequence's ratio": {"beta": 0.5, "kl_factor": "sequence_ratio"},
 }
 FORMS = [
     *itertools.product(LOSS_PRESETS, ("no KL", "k3 times ratio")),

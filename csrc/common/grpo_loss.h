@@ -34,7 +34,15 @@ struct Loss {
   // Whether the ratio of a sequence, and what holds it, is one number.
   LVRPO_INLINE bool one_ratio() const { return whole_sequence() && surrogate != Surrogate::log_clip; }
   // Whether a sequence's ratio is differentiated as the mean or sum that it is, not through the token's own log-prob.
-  LVRPO_INLINE bool shares_slope() const { return whole_sequence() && surrogate != Surrogate::gamma; }
+  LVRPO_INLINE bool shares_slope() const {
+    return whole_sequence() && surrogate != Surrogate::gamma && surrogate != Surrogate::detached;
+  }
+  // Whether the KL terms of a sequence share their factor; and whether its derivative, which has the sum of their
+  // estimators in it, is one of the loss.
+  LVRPO_INLINE bool kl_of_sequence() const { return kl_form.factor == KLFactor::sequence_ratio; }
+  LVRPO_INLINE bool shares_kl() const { return kl_of_sequence() && beta != acc(0); }
+  // Whether anything is made of the log-ratios of a whole sequence.
+  LVRPO_INLINE bool sums_log_ratios() const { return of_sequence() || kl_of_sequence(); }
   // Whether a token has a ratio besides that of its sequence.
   LVRPO_INLINE bool own_ratio() const { return !of_sequence() || surrogate == Surrogate::log_clip; }
 };
@@ -78,7 +86,8 @@ struct KLPart {
   acc term, seen, slope;
 };
 
-// d is ref - logp. `plain` is form.plain(): limits and factors take a quarter of the time of the other.
+// d is ref - logp; `log_ratio` of the factor, whose derivative is not here where a sequence shares it. `plain` is
+// form.plain(): limits and factors take a quarter of the time of the other.
 template <KL kind, bool plain, typename acc>
 LVRPO_INLINE KLPart<acc> kl_part(const KLForm<acc>& form, acc d, acc log_ratio) {
   const acc rho_seen = static_cast<acc>(RATIO_LIMIT), most_seen = static_cast<acc>(KL_SEEN<kind>);
@@ -114,9 +123,10 @@ LVRPO_INLINE Limits limits_of(const Loss<acc>& loss, acc advantage) {
   return limits;
 }
 
-// Sums over the active tokens of one sequence.
+// Sums over the active tokens of one sequence; `log_ratio` of log-ratios between their limits, `free_log_ratio` of them
+// as they are.
 struct Sums {
-  double tokens = 0, dropped = 0, log_ratio = 0;
+  double tokens = 0, dropped = 0, log_ratio = 0, free_log_ratio = 0;
   double policy = 0, kl_term = 0, kl = 0, entropy = 0, kl_old = 0;
   double ratio = 0, ratio_squared = 0;
   double low = 0, high = 0, cap = 0;
@@ -149,6 +159,21 @@ LVRPO_INLINE OfSequence<acc> of_sequence(const Loss<acc>& loss, double tokens, d
   const acc k = up ? loss.policy.shape_pos[0] : loss.policy.shape_neg[0];
   const acc rate = up ? loss.policy.shape_pos[1] : loss.policy.shape_neg[1];
   return {ratio, static_cast<acc>(gamma_weight(saturate(log_ratio, limit), k, rate)), false};
+}
+
+// What the KL terms of a sequence share: the log of their factor, and the part of their sum that a token has as slope
+// through it, which is 0 past the limit.
+template <typename acc>
+struct KLOfSequence {
+  acc log_ratio, share;
+};
+
+template <typename acc>
+LVRPO_INLINE KLOfSequence<acc> kl_of_sequence(const Loss<acc>& loss, double tokens, double free_log_ratios) {
+  const double n = tokens < 1.0 ? 1.0 : tokens;
+  const acc log_ratio = static_cast<acc>(free_log_ratios / n);
+  const bool moves = loss.shares_kl() && !is_saturated(log_ratio, loss.log_ratio_limit);
+  return {log_ratio, moves ? static_cast<acc>(1.0 / n) : acc(0)};
 }
 
 // ---- Of a call ----

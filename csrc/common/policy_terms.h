@@ -15,7 +15,7 @@ namespace lvrpo {
 LVRPO_CHOICES(Ratio, none, token, seq_mean, seq_mean_token, seq_sum)
 LVRPO_CHOICES(Surrogate, clip, detached, sigmoid, gamma, total_variation, binary_kl, log_clip)
 LVRPO_CHOICES(KL, k1, k2, k3, abs)
-LVRPO_CHOICES(KLFactor, none, ratio, detached_ratio)
+LVRPO_CHOICES(KLFactor, none, ratio, detached_ratio, sequence_ratio)
 LVRPO_CHOICES(KLGradient, own, k2)
 LVRPO_CHOICES(Aggregation, token_mean, seq_mean_token_mean, seq_mean_token_sum, seq_mean_token_sum_norm, token_sum)
 

@@ -31,16 +31,18 @@ struct Block {
 
 // KL of a block: its slope is added to `slope`. The form that is the estimator alone has a loop of its own.
 template <KL kind, bool plain, typename acc>
-LVRPO_INLINE void kl_block(const Loss<acc>& loss, const acc* ref, Block<acc>& x, int64_t n, Sums& sums) {
+LVRPO_INLINE void kl_block(const Loss<acc>& loss, const acc* ref, acc of_sequence, Block<acc>& x, int64_t n,
+                           Sums& sums) {
   const KLForm<acc> form = loss.kl_form;
   const acc beta = loss.beta;
+  const bool shared = loss.kl_of_sequence();
   const bool weighs = beta != acc(0);  // 0 times an overflow is NaN
   double terms = 0, values = 0;
 #pragma omp simd reduction(+ : terms, values)
   for (int64_t i = 0; i < n; ++i) {
     const bool on = x.active[i];
     const acc difference = ref[i] - x.logp[i], d = on ? difference : acc(0);
-    const KLPart<acc> part = kl_part<kind, plain>(form, d, x.log_ratio[i]);
+    const KLPart<acc> part = kl_part<kind, plain>(form, d, shared ? of_sequence : x.log_ratio[i]);
     terms += on ? static_cast<double>(part.term) : 0.0;
     values += on ? static_cast<double>(part.seen) : 0.0;
     x.slope[i] += on && weighs ? beta * part.slope : acc(0);
@@ -51,9 +53,9 @@ LVRPO_INLINE void kl_block(const Loss<acc>& loss, const acc* ref, Block<acc>& x,
 
 // Calls, not a table of pointers: a function reached through a pointer is not compiled for the caller's vectors.
 template <bool plain, typename acc, int64_t... kind>
-LVRPO_INLINE void kl_any(const Loss<acc>& loss, const acc* ref, Block<acc>& x, int64_t n, Sums& sums,
+LVRPO_INLINE void kl_any(const Loss<acc>& loss, const acc* ref, acc of_sequence, Block<acc>& x, int64_t n, Sums& sums,
                          std::integer_sequence<int64_t, kind...>) {
-  ((loss.kl == KL{kind} ? kl_block<KL{kind}, plain>(loss, ref, x, n, sums) : void()), ...);
+  ((loss.kl == KL{kind} ? kl_block<KL{kind}, plain>(loss, ref, of_sequence, x, n, sums) : void()), ...);
 }
 
 // k3 of the old policy against the new one; `ratio` is the tokens' own, if they have it.
@@ -93,7 +95,7 @@ LVRPO_MULTIVERSION void count_sequence(const Tokens<acc>& in, int64_t index, int
   } else {
     for (int64_t t = begin; t < end; ++t) active[t] = true;
   }
-  double tokens = 0, asked = 0, log_ratio = 0;
+  double tokens = 0, asked = 0, log_ratio = 0, free_log_ratio = 0;
 #pragma omp simd reduction(+ : tokens, asked)
   for (int64_t t = begin; t < end; ++t) {
     const acc zero_advantage = (advantage[t] - advantage[t]) + (shared - shared);
@@ -104,15 +106,17 @@ LVRPO_MULTIVERSION void count_sequence(const Tokens<acc>& in, int64_t index, int
     tokens += on ? 1.0 : 0.0;
   }
   if (sums_log_ratios && in.old) {
-#pragma omp simd reduction(+ : log_ratio)
+#pragma omp simd reduction(+ : log_ratio, free_log_ratio)
     for (int64_t t = begin; t < end; ++t) {
-      const double d = clamp(static_cast<double>(logp[t] - old[t]), limits.low, limits.high);
-      log_ratio += active[t] ? d : 0.0;
+      const double d = static_cast<double>(logp[t] - old[t]);
+      log_ratio += active[t] ? clamp(d, limits.low, limits.high) : 0.0;
+      free_log_ratio += active[t] ? d : 0.0;
     }
   }
   sums.tokens = tokens;
   sums.dropped = asked - tokens;
   sums.log_ratio = log_ratio;
+  sums.free_log_ratio = free_log_ratio;
 }
 
 // Surrogate of a block: its value into sums, its derivative into `slope`. `past` says that the one ratio of the sequence
@@ -209,6 +213,7 @@ LVRPO_MULTIVERSION void sequence_terms(const Tokens<acc>& in, const Loss<acc>& l
   const acc limit = loss.log_ratio_limit;
   const acc first_advantage = in.advantage_per_token || begin == end ? acc(0) : in.advantage[index];
   const OfSequence<acc> whole = of_sequence(loss, sums.tokens, sums.log_ratio, first_advantage);
+  const KLOfSequence<acc> kl = kl_of_sequence(loss, sums.tokens, sums.free_log_ratio);
   double shared = 0;  // sum of the slopes by the log of the one ratio a sequence has
   for (int64_t first = begin; first < end; first += BLOCK_T) {
     const int64_t n = end - first < BLOCK_T ? end - first : BLOCK_T;
@@ -224,8 +229,8 @@ LVRPO_MULTIVERSION void sequence_terms(const Tokens<acc>& in, const Loss<acc>& l
     if (shares_slope) {
       for (int64_t i = 0; i < n; ++i) shared += static_cast<double>(x.slope[i]), x.slope[i] = acc(0);
     }
-    if (in.ref && loss.kl_form.plain()) kl_any<true>(loss, in.ref + first, x, n, sums, all_of<KL>{});
-    if (in.ref && !loss.kl_form.plain()) kl_any<false>(loss, in.ref + first, x, n, sums, all_of<KL>{});
+    if (in.ref && loss.kl_form.plain()) kl_any<true>(loss, in.ref + first, kl.log_ratio, x, n, sums, all_of<KL>{});
+    if (in.ref && !loss.kl_form.plain()) kl_any<false>(loss, in.ref + first, kl.log_ratio, x, n, sums, all_of<KL>{});
     if (in.entropy) {
       double entropy = 0;
 #pragma omp simd reduction(+ : entropy)
@@ -243,6 +248,10 @@ LVRPO_MULTIVERSION void sequence_terms(const Tokens<acc>& in, const Loss<acc>& l
     const double n = loss.ratio == Ratio::seq_mean ? sums.tokens : 1.0;
     add_shared_slope(in, active, begin, end, limits_of(loss, first_advantage), static_cast<acc>(shared / n) * factor,
                      dlogp);
+  }
+  if (kl.share != acc(0)) {
+    const acc each = kl.share * loss.beta * static_cast<acc>(sums.kl_term);
+    add_shared_slope(in, active, begin, end, Limits{}, each * factor, dlogp);
   }
   if (loss.one_ratio() && sums.tokens > 0) sums.count_once();
 }
@@ -270,7 +279,7 @@ void run(const GrpoLossCall& call, acc* loss_out, Statistics* statistics, acc* d
   torch::stable::parallel_for(0, sequences, grain, [&](int64_t begin, int64_t end) {
     for (int64_t b = begin; b < end; ++b) {
       const Limits limits = limits_of(loss, in.advantage_per_token ? acc(0) : in.advantage[b]);
-      count_sequence<acc>(in, b, start[b], start[b + 1], loss.of_sequence(), limits, active, sums[b]);
+      count_sequence<acc>(in, b, start[b], start[b + 1], loss.sums_log_ratios(), limits, active, sums[b]);
     }
   });
   double tokens = 0, active_sequences = 0;

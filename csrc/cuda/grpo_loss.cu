@@ -42,9 +42,10 @@ constexpr int64_t SLICE = 1 << LOG_SLICE;
 // Sequences that a group of lanes adds up before another block is worth its launch.
 constexpr int64_t SEQUENCES_PER_GROUP = 8;
 
-// What one slice counts.
+// What one slice counts, and the sums that the slopes of a whole sequence need: see Sums; `kl` is of estimators without
+// their factor.
 struct Counted {
-  double tokens, log_ratios, weights;
+  double tokens, log_ratios, weights, free_log_ratios, kl;
 };
 
 // What consecutive slices count: active tokens, sequences that have some, and the first and the last of those.
@@ -168,7 +169,8 @@ __device__ __forceinline__ acc advantage_of(const Work<acc>& work, const Slice& 
 
 struct AddCounted {
   __device__ __forceinline__ Counted operator()(const Counted& a, const Counted& b) const {
-    return {a.tokens + b.tokens, a.log_ratios + b.log_ratios, a.weights + b.weights};
+    return {a.tokens + b.tokens, a.log_ratios + b.log_ratios, a.weights + b.weights,
+            a.free_log_ratios + b.free_log_ratios, a.kl + b.kl};
   }
 };
 
@@ -178,10 +180,31 @@ __device__ __forceinline__ Tally joined(const Tally& a, const Tally& b) {
   return {a.tokens + b.tokens, a.sequences + b.sequences - (a.last == b.first), a.first, b.last};
 }
 
+// The sum of the estimators of the tokens of a lane.
+template <KL kind, typename acc>
+__device__ __forceinline__ double kl_values(const KLForm<acc>& form, const Loaded<acc>& x) {
+  double total = 0;
+#pragma unroll
+  for (int i = 0; i < AT_ONCE<acc>; ++i) {
+    acc value, slope;
+    formed_kl<kind>(form, x.active[i] ? x.ref[i] - x.logp[i] : acc(0), value, slope);
+    total += static_cast<double>(value);
+  }
+  return total;
+}
+
+template <typename acc, int64_t... kind>
+__device__ __forceinline__ double any_kl_values(const Loss<acc>& loss, const Loaded<acc>& x,
+                                                std::integer_sequence<int64_t, kind...>) {
+  double total = 0;
+  ((loss.kl == KL{kind} ? void(total = kl_values<KL{kind}>(loss.kl_form, x)) : void()), ...);
+  return total;
+}
+
 template <typename acc>
 __device__ __forceinline__ Tally count_slice(const Work<acc>& work, int64_t slot) {
   const Slice slice = slice_of(work, slot);
-  Counted sums{0, 0, 0};
+  Counted sums{0, 0, 0, 0, 0};
   if (slice.holds_tokens(work.sequences)) {
     const acc advantage = advantage_of(work, slice);
     const Limits limits = limits_of(work.loss, advantage);
@@ -194,8 +217,10 @@ __device__ __forceinline__ Tally count_slice(const Work<acc>& work, int64_t slot
         const double d = work.in.old ? static_cast<double>(x.logp[i] - x.old[i]) : 0.0;
         tokens += x.active[i];
         sums.log_ratios += x.active[i] ? clamp(d, limits.low, limits.high) : 0.0;
+        sums.free_log_ratios += x.active[i] ? d : 0.0;
         sums.weights += x.active[i] ? static_cast<double>(x.weight[i]) : 0.0;
       }
+      if (work.in.ref && work.loss.shares_kl()) sums.kl += any_kl_values(work.loss, x, all_of<KL>{});
     }
     sums.tokens = tokens;
     sums = over_warp(sums, AddCounted{});
@@ -267,6 +292,7 @@ struct Shared {
   acc advantage, factor;
   acc slope;       // by the log of the one ratio, a token's share of it, with the factor
   acc low, high;   // where a log-ratio has no part in that
+  acc kl_log_ratio, kl_slope;  // the same of the factor of the KL terms, if they share one
 };
 
 // The derivative of a sequence's surrogate by the mean or sum of its log-ratios, a token's share of it, where tokens
@@ -283,7 +309,7 @@ __device__ __forceinline__ acc shared_slope(const Loss<acc>& loss, const Shared<
 template <typename acc>
 __device__ __forceinline__ Shared<acc> shared_of(const Work<acc>& work, const Slice& slice, double outer) {
   const Loss<acc>& loss = work.loss;
-  Counted sequence{0, 0, 0};
+  Counted sequence{0, 0, 0, 0, 0};
   if (work.counts) {
     for (int64_t i = lane(); i < slice.slices; i += WARP)
       sequence = AddCounted{}(sequence, work.counted[slice.first_slot + i]);
@@ -294,12 +320,19 @@ __device__ __forceinline__ Shared<acc> shared_of(const Work<acc>& work, const Sl
   of.factor = static_cast<acc>(1.0 / (outer * work.aggregate.inner(sequence.tokens)));
   of.whole = of_sequence(loss, sequence.tokens, sequence.log_ratios, of.advantage);
   of.slope = acc(0);
-  if (loss.shares_slope())
-    of.slope = loss.surrogate == Surrogate::clip
-                   ? shared_slope<SurrogateTerm<Surrogate::clip>>(loss, of, sequence)
-                   : shared_slope<SurrogateTerm<Surrogate::log_clip>>(loss, of, sequence);
+  if (loss.shares_slope()) {
+    if (loss.surrogate == Surrogate::clip) of.slope = shared_slope<SurrogateTerm<Surrogate::clip>>(loss, of, sequence);
+    if (loss.surrogate == Surrogate::sigmoid)
+      of.slope = shared_slope<SurrogateTerm<Surrogate::sigmoid>>(loss, of, sequence);
+    if (loss.surrogate == Surrogate::log_clip)
+      of.slope = shared_slope<SurrogateTerm<Surrogate::log_clip>>(loss, of, sequence);
+  }
   const Limits limits = limits_of(loss, of.advantage);
   of.low = static_cast<acc>(limits.low), of.high = static_cast<acc>(limits.high);
+  const KLOfSequence<acc> kl = kl_of_sequence(loss, sequence.tokens, sequence.free_log_ratios);
+  const acc kl_term = exp_ratio(saturate(kl.log_ratio, loss.log_ratio_limit)) * static_cast<acc>(sequence.kl);
+  of.kl_log_ratio = kl.log_ratio;
+  of.kl_slope = kl.share != acc(0) ? kl.share * loss.beta * kl_term * of.factor : acc(0);
   return of;
 }
 
@@ -332,12 +365,13 @@ __device__ __forceinline__ void add_policy(const Loss<acc>& loss, const Shared<a
 }
 
 template <KL kind, bool plain, typename acc>
-__device__ __forceinline__ void add_kl(const Loss<acc>& loss, Tile<acc>& tile, LaneSums<acc>& sums) {
+__device__ __forceinline__ void add_kl(const Loss<acc>& loss, acc of_sequence, Tile<acc>& tile, LaneSums<acc>& sums) {
+  const bool shared = loss.kl_of_sequence();
 #pragma unroll
   for (int i = 0; i < AT_ONCE<acc>; ++i) {
     const bool on = tile.x.active[i];
     const acc d = on ? tile.x.ref[i] - tile.x.logp[i] : acc(0);
-    const KLPart<acc> part = kl_part<kind, plain>(loss.kl_form, d, tile.log_ratio[i]);
+    const KLPart<acc> part = kl_part<kind, plain>(loss.kl_form, d, shared ? of_sequence : tile.log_ratio[i]);
     sums.kl_term += on ? static_cast<double>(part.term) : 0.0;
     sums.kl += on ? static_cast<double>(part.seen) : 0.0;
     tile.slope[i] += on && loss.beta != acc(0) ? loss.beta * part.slope : acc(0);  // 0 times an overflow is NaN
@@ -354,9 +388,9 @@ __device__ __forceinline__ void add_any_policy(const Loss<acc>& loss, const Shar
 }
 
 template <bool plain, typename acc, int64_t... kind>
-__device__ __forceinline__ void add_any_kl(const Loss<acc>& loss, Tile<acc>& tile, LaneSums<acc>& sums,
-                                           std::integer_sequence<int64_t, kind...>) {
-  ((loss.kl == KL{kind} ? add_kl<KL{kind}, plain>(loss, tile, sums) : void()), ...);
+__device__ __forceinline__ void add_any_kl(const Loss<acc>& loss, acc of_sequence, Tile<acc>& tile,
+                                           LaneSums<acc>& sums, std::integer_sequence<int64_t, kind...>) {
+  ((loss.kl == KL{kind} ? add_kl<KL{kind}, plain>(loss, of_sequence, tile, sums) : void()), ...);
 }
 
 template <typename acc>
@@ -387,14 +421,14 @@ __device__ __forceinline__ void add_tokens(const Work<acc>& work, const Shared<a
 #pragma unroll
     for (int i = 0; i < AT_ONCE<acc>; ++i) tile.slope[i] = acc(0);
   }
-  if (work.in.ref && loss.kl_form.plain()) add_any_kl<true>(loss, tile, sums, all_of<KL>{});
-  if (work.in.ref && !loss.kl_form.plain()) add_any_kl<false>(loss, tile, sums, all_of<KL>{});
+  if (work.in.ref && loss.kl_form.plain()) add_any_kl<true>(loss, of.kl_log_ratio, tile, sums, all_of<KL>{});
+  if (work.in.ref && !loss.kl_form.plain()) add_any_kl<false>(loss, of.kl_log_ratio, tile, sums, all_of<KL>{});
 #pragma unroll
   for (int i = 0; i < AT_ONCE<acc>; ++i) {
     const int64_t t = first + i * WARP;
     if (t >= end) continue;
     const bool on = tile.x.active[i], held = tile.log_ratio[i] < of.low || tile.log_ratio[i] > of.high;
-    work.dlogp[t] = on ? of.factor * tile.slope[i] + (held ? acc(0) : of.slope) : acc(0);
+    work.dlogp[t] = on ? of.factor * tile.slope[i] + of.kl_slope + (held ? acc(0) : of.slope) : acc(0);
     if (work.in.entropy) work.dentropy[t] = on ? -loss.entropy_coef * of.factor : acc(0);
   }
 }
@@ -638,7 +672,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> grpo_loss_fwd(
     work.numbers = call.named();
     work.cu_seqlens = call.cu_seqlens.const_data_ptr<int64_t>();
     work.tokens = tokens, work.sequences = sequences, work.slots = plan.slots;
-    work.counts = work.loss.of_sequence() || work.aggregate.kind == Aggregation::seq_mean_token_mean ||
+    work.counts = work.loss.sums_log_ratios() || work.aggregate.kind == Aggregation::seq_mean_token_mean ||
                   work.aggregate.counts_active();
     work.dlogp = dlogprobs.mutable_data_ptr<acc>(), work.dentropy = dentropy.mutable_data_ptr<acc>();
     work.loss_out = loss.mutable_data_ptr<acc>();

@@ -201,7 +201,8 @@ std::tuple<Tensor, Tensor, Tensor> logits_grpo_loss_rows(
     // As the loss has no scale yet, fp16 could not hold its gradient.
     using grad_t = std::conditional_t<std::is_same_v<scalar_t, Half>, float, scalar_t>;
     const Loss<acc> loss = call.template loss<acc>();
-    LVRPO_CHECK(!loss.of_sequence(), "a ratio per sequence needs the log-probs of all its rows");
+    LVRPO_CHECK(!loss.of_sequence() && !loss.shares_kl(),
+                "a ratio per sequence needs the log-probs of all its rows");
     const LogitScale<acc> scale(given.temperature, given.softcap);
     const Logits<scalar_t> x{logits.const_data_ptr<scalar_t>(), logits.stride(0), columns};
     const Terms<acc> terms{call.template inputs<acc>(), call.logprobs.template const_data_ptr<acc>(), loss};

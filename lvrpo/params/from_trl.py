@@ -51,16 +51,11 @@ def fields_from_trl(config: Any) -> dict[str, Any]:
 
 def _kl_factor(config: Any) -> str:
     """The ratio that the KL is multiplied by, which TRL takes from importance_sampling_level."""
-    sequence = config.importance_sampling_level == "sequence"
-    if config.loss_type == "vespo":
-        off = "use_bias_correction_kl=False"
-        if sequence:
-            why = "but the loss 'vespo' with beta has no mean ratio per sequence"
-            refuse("importance_sampling_level", "sequence", why, f"'token', or {off}")
-        if config.use_vllm and config.vllm_importance_sampling_correction:
-            why = "but the loss 'vespo' with beta and vLLM's correction has one ratio only"
-            refuse("use_bias_correction_kl", True, why, "False")
-    return "sequence_ratio" if sequence else "ratio"
+    corrected = config.use_vllm and config.vllm_importance_sampling_correction
+    if config.loss_type == "vespo" and corrected:
+        why = "but the loss 'vespo' with beta and vLLM's correction has one ratio only"
+        refuse("use_bias_correction_kl", True, why, "False")
+    return "sequence_ratio" if config.importance_sampling_level == "sequence" else "ratio"
 
 
 def refuse(option: str, value: object, why: str, expected: str) -> NoReturn:

@@ -19,7 +19,7 @@ Surrogate = Literal[
     "clip", "detached", "sigmoid", "gamma", "total_variation", "binary_kl", "log_clip"
 ]
 KL = Literal["k1", "k2", "k3", "abs"]
-KLFactor = Literal["none", "ratio", "detached_ratio"]
+KLFactor = Literal["none", "ratio", "detached_ratio", "sequence_ratio"]
 KLGradient = Literal["own", "k2"]
 Aggregation = Literal[
     "token_mean",
@@ -48,8 +48,8 @@ LOSS_NUMBERS = (
 #: The ratios that each surrogate is defined for.
 SURROGATE_RATIOS: dict[str, tuple[str, ...]] = {
     "clip": get_args(Ratio),
-    "detached": ("token",),
-    "sigmoid": ("token",),
+    "detached": ("token", "seq_mean"),
+    "sigmoid": ("token", "seq_mean"),
     "gamma": ("seq_sum",),
     "total_variation": ("token",),
     "binary_kl": ("token",),
@@ -76,9 +76,11 @@ class LossParams:
         clip_low: a ratio below 1 - clip_low gets no gradient where the advantage is negative;
             infinity for no bound. For "detached" the lower bound of the weight; for a trust region
             how far a token may move down; for "log_clip" the bound of a token's log-ratio.
-        clip_high: likewise above 1 + clip_high where the advantage is positive.
+        clip_high: likewise above 1 + clip_high where the advantage is positive. For "detached",
+            whose weight is at most 1 + clip_high, it may be negative, down to -1.
         ratio_cap: a ratio above it gets no gradient where the advantage is negative (dual clip,
-            two-sided clip); for a trust region the largest weight; None for no bound.
+            two-sided clip); one below 1 + clip_high changes places with it, as in TRL; for a trust
+            region the largest weight; None for no bound.
         log_ratio_limit: log-ratios stop at plus or minus this inside every exponential, where their
             gradient is 0: the log of the ratio at its level, that of `kl_factor`, and ref - logp of
             k3 from above. e^20 is past every bound that a loss has, so that the default changes no
@@ -92,7 +94,8 @@ class LossParams:
         kl: its estimator, with d = ref - logp: k1 = -d, k2 = d^2 / 2, k3 = e^d - d - 1, abs = |d|.
         kl_factor: "ratio" multiplies the estimator by exp(logp - old) of the token, differentiated
             too, which makes it unbiased on samples of an older policy; "detached_ratio", by the
-            same as a constant.
+            same as a constant; "sequence_ratio", by the exponential of the mean of logp - old over
+            the sequence, whatever `ratio` is, differentiated (TRL's bias-corrected KL of GSPO).
         kl_gradient: "k2" keeps the estimator's value and differentiates k2 in its place, which is
             the unbiased gradient.
         kl_log_ratio_limit: d is clamped to plus or minus this; None for no bound.
@@ -128,9 +131,9 @@ class LossParams:
 
     def __post_init__(self) -> None:
         check_choices(self, LOSS_CHOICES)
-        for name in ("clip_low", "clip_high"):
-            if not getattr(self, name) >= 0:
-                raise ValueError(f"LossParams: {name} is {getattr(self, name)}, expected >= 0")
+        if not self.clip_low >= 0:
+            raise ValueError(f"LossParams: clip_low is {self.clip_low}, expected >= 0")
+        self._check_clip_high()
         if not 0 <= self.beta < math.inf:
             raise ValueError(f"LossParams: beta is {self.beta}, expected finite and >= 0")
         if not -math.inf < self.entropy_coef < math.inf:
@@ -141,6 +144,14 @@ class LossParams:
                 raise ValueError(f"LossParams: {name} is {limit}, expected > 0, or None")
         self._check_surrogate()
         self._check_max_length()
+
+    def _check_clip_high(self) -> None:
+        least = -min(1.0, self.clip_low) if self.surrogate == "detached" else 0.0
+        if not self.clip_high >= least:
+            which = ' for surrogate "detached" and this clip_low' if least else ""
+            raise ValueError(
+                f"LossParams: clip_high is {self.clip_high}, expected >= {least:g}{which}"
+            )
 
     def _check_surrogate(self) -> None:
         allowed = SURROGATE_RATIOS[self.surrogate]
@@ -165,11 +176,6 @@ class LossParams:
             raise ValueError(
                 f"LossParams: ratio_cap is {self.ratio_cap}, but surrogate is {self.surrogate!r}, "
                 "which does not use it"
-            )
-        if self.surrogate == "clip" and not self.ratio_cap >= 1 + self.clip_high:
-            raise ValueError(
-                f"LossParams: ratio_cap is {self.ratio_cap}, expected at least 1 + clip_high = "
-                f"{1 + self.clip_high}, or None"
             )
         if not self.ratio_cap > 0:
             raise ValueError(f"LossParams: ratio_cap is {self.ratio_cap}, expected > 0, or None")
@@ -196,6 +202,9 @@ class LossParams:
 
         An absent bound is infinite, and a `denominator` of None, for the op's own count, -1.
         """
+        high, cap = self.clip_high, _or_infinity(self.ratio_cap)
+        if self.surrogate == "clip" and cap < 1 + high:  # see `ratio_cap`
+            high, cap = cap - 1, 1 + high
         shape: tuple[float, ...] = (0.0, 0.0, 0.0, 0.0)
         if self.surrogate == "sigmoid":
             shape = (self.gate_pos, 0.0, self.gate_neg, 0.0)
@@ -203,8 +212,8 @@ class LossParams:
             shape = (*self.gamma_pos, *self.gamma_neg)
         return {
             "clip_low": self.clip_low,
-            "clip_high": self.clip_high,
-            "ratio_cap": _or_infinity(self.ratio_cap),
+            "clip_high": high,
+            "ratio_cap": cap,
             "log_ratio_limit": _or_infinity(self.log_ratio_limit),
             "shape_pos_0": shape[0],
             "shape_pos_1": shape[1],
@@ -221,7 +230,12 @@ class LossParams:
     @property
     def sequence_level(self) -> bool:
         """Whether the gradient of a token depends on the log-probs of its whole sequence."""
-        return self.ratio.startswith("seq_")
+        return self.ratio.startswith("seq_") or self.shares_kl
+
+    @property
+    def shares_kl(self) -> bool:
+        """Whether the KL of a token moves the log-probs of its whole sequence."""
+        return self.kl_factor == "sequence_ratio" and self.beta != 0
 
     @property
     def one_ratio_per_sequence(self) -> bool:

@@ -77,6 +77,13 @@ def level_of(
     return mean
 
 
+def kl_factor_level(log_ratio: Tensor, sequences: Sequences, params: LossParams) -> Tensor:
+    """The log of the ratio that `kl_factor` multiplies the KL estimator by, [T]."""
+    if params.kl_factor == "sequence_ratio":
+        return sequences.mean(log_ratio)[sequences.of_token]
+    return log_ratio
+
+
 def surrogate(x: Tokens, params: LossParams) -> Tensor:
     """The policy term of each token, for a weight of one."""
     if params.ratio == "none":
@@ -85,7 +92,7 @@ def surrogate(x: Tokens, params: LossParams) -> Tensor:
 
 
 def clip(x: Tokens, params: LossParams) -> Tensor:
-    """max(-rho A, -clip(rho) A): the sign of A picks the one side of the clip that can bind."""
+    """max(-min(rho, cap) A, -clip(rho) A): the sign of A picks the one bound that can bind."""
     low, high, cap = held(x, params)
     free = ~(low | high | cap) & (x.advantage != 0)
     bound = torch.ones_like(x.level)
@@ -177,11 +184,12 @@ def held(x: Tokens, params: LossParams) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def kl_terms(
-    logp: Tensor, ref: Tensor, log_ratio: Tensor, params: LossParams, limit: float | None
+    logp: Tensor, ref: Tensor, factor_level: Tensor, params: LossParams, limit: float | None
 ) -> Tensor:
     """KL(policy || reference) of one sampled token, times its factor: what the loss sums.
 
-    `limit` bounds the log-ratio inside the exponentials.
+    `factor_level` is the log of the factor before it saturates; `limit` bounds the log-ratio inside
+    the exponentials.
     """
     d = ref - logp
     value = _estimate_kl(_clamp(d, params.kl_log_ratio_limit), params.kl, limit)
@@ -195,8 +203,8 @@ def kl_terms(
         k2 = d.square() / 2
         value = k2 - k2.detach() + value.detach()
     if params.kl_factor != "none":
-        ratio = saturate(log_ratio, limit).exp()
-        value = value * (ratio if params.kl_factor == "ratio" else ratio.detach())
+        factor = saturate(factor_level, limit).exp()
+        value = value * (factor.detach() if params.kl_factor == "detached_ratio" else factor)
     return value
 
 
@@ -222,9 +230,10 @@ def _clamp(x: Tensor, limit: float | None) -> Tensor:
 
 def _bounds(x: Tokens, params: LossParams) -> tuple[Any, Any, Any]:
     """The lower bound, the upper bound and the cap of a ratio."""
-    cap = math.inf if params.ratio_cap is None else params.ratio_cap
-    bounds = 1.0 - params.clip_low, 1.0 + params.clip_high, cap
-    low, high, cap = (number(bound, x.level) for bound in bounds)
+    high, cap = 1.0 + params.clip_high, math.inf if params.ratio_cap is None else params.ratio_cap
+    if params.surrogate == "clip":  # -min(min(rho, cap) A, clip(rho) A), whichever is the lesser
+        high, cap = min(high, cap), max(high, cap)
+    low, high, cap = (number(bound, x.level) for bound in (1.0 - params.clip_low, high, cap))
     return low, high, cap
 
 

@@ -17,6 +17,7 @@ from lvrpo.reference._policy_terms import (
     Tokens,
     excess,
     held,
+    kl_factor_level,
     kl_terms,
     level_of,
     surrogate,
@@ -81,7 +82,8 @@ def grpo_loss(
     kl = torch.zeros_like(logp)
     if ref is not None:
         ref = torch.where(active, ref, 0.0)
-        kl = kl_terms(logp, ref, log_ratio, params, params.log_ratio_limit)
+        factor_level = kl_factor_level(log_ratio, sequences, params)
+        kl = kl_terms(logp, ref, factor_level, params, params.log_ratio_limit)
 
     # Every aggregation is one factor per sequence.
     outer = {"token_mean": total, "token_sum": torch.ones_like(total)}.get(
@@ -135,7 +137,8 @@ def _statistics(
     limit = min(LOG_RATIO_LIMIT, params.log_ratio_limit or LOG_RATIO_LIMIT)
     kl = torch.zeros_like(logp)
     if x.ref is not None:
-        kl = kl_terms(logp, x.ref, log_ratio, params, limit)
+        factor_level = kl_factor_level(log_ratio, sequences, params)
+        kl = kl_terms(logp, x.ref, factor_level, params, limit)
     kl_old = excess(saturate(log_ratio, limit))
     seen = Tokens(logp, log_ratio, saturate(x.level, params.log_ratio_limit), x.advantage)
     low, high, cap = (x.active & by for by in held(seen, params))

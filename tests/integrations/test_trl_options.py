@@ -61,10 +61,6 @@ def test_the_defaults_are_those_of_trl():
         ({"loss_type": "ppo"}, ("loss_type is 'ppo'", "vespo")),
         ({"importance_sampling_level": "word"}, ("importance_sampling_level is 'word'", "'token'")),
         (
-            {"loss_type": "vespo", "importance_sampling_level": "sequence", "beta": 0.1},
-            ("importance_sampling_level is 'sequence'", "use_bias_correction_kl=False"),
-        ),
-        (
             {"loss_type": "vespo", "use_vllm": True, "beta": 0.1},
             ("use_bias_correction_kl is True", "expected False"),
         ),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
 
 import torch
@@ -50,7 +51,12 @@ def every_form() -> None:
             call(5000, 64, params, torch.float64)
     for kl in ("k1", "k2", "abs"):
         call(5000, 64, LossParams(kl=kl, kl_factor="ratio", kl_gradient="k2", count_empty=False))
+    for params in (LossParams(), loss_preset("gspo"), loss_preset("gmpo", kl="k1")):
+        call(5000, 64, dataclasses.replace(params, beta=0.1, kl_factor="sequence_ratio"))
+    for name in ("cispo", "sapo"):
+        call(5000, 64, loss_preset(name, ratio="seq_mean"))
     call(5000, 64, LossParams(aggregation="token_sum"), bare=True, per_token=True)
+    call(5000, 64, LossParams(kl_factor="sequence_ratio"), bare=True)
 
 
 def one_training_run() -> Iterator[None]:

@@ -147,6 +147,13 @@ MUTANTS: dict[str, Mutant] = {
 }
 
 
+def kl_gradient_without_ratio(params: Any, **inputs: Any) -> tuple[Tensor, Tensor]:
+    """The right value, whose gradient is that of the estimator alone."""
+    loss, metrics = reference(**inputs, params=params)
+    plain, _ = reference(**inputs, params=dataclasses.replace(params, kl_factor="none"))
+    return (loss.detach() - plain.detach()) + plain, metrics
+
+
 def gates_swapped(params: Any, **inputs: Any) -> tuple[Tensor, Tensor]:
     gates = {"gate_pos": params.gate_neg, "gate_neg": params.gate_pos}
     return reference(**inputs, params=dataclasses.replace(params, **gates))
@@ -183,10 +190,46 @@ VARIANT_MUTANTS: dict[str, dict[str, Mutant]] = {
         "KL without ratio": with_params(kl_factor="none"),
         "ratio of the KL differentiated": with_params(kl_factor="ratio"),
     },
+    "cispo of a sequence, below 1": {
+        "ratio differentiated": with_params(surrogate="clip", clip_high=0.0),
+        "ratio of the token": with_params(ratio="token"),
+        "a weight of at most 1": with_params(clip_high=0.0),
+        "no upper bound": with_params(clip_high=torch.inf),
+        "ratios counted per token": with_statistic("_ratios", lambda m: m["active_tokens"]),
+    },
+    "gspo, KL times its ratio": {
+        "KL without ratio": with_params(kl_factor="none"),
+        "ratio of the token": with_params(kl_factor="ratio"),
+        "sum instead of mean of the log-ratio": with_inputs(sum_for_mean_ratio),
+        "gradient of the KL without ratio": kl_gradient_without_ratio,
+        "KL metric without factor": with_statistic("kl", lambda m: m["kl"] * 0.98),
+        "no KL": with_params(beta=0.0),
+    },
+    "ratio of the sequence in the KL alone": {
+        "KL without ratio": with_params(kl_factor="none"),
+        "ratio of the token": with_params(kl_factor="ratio"),
+        "gradient of the KL without ratio": kl_gradient_without_ratio,
+        "ratio of the sequence everywhere": with_params(ratio="seq_mean"),
+        "a policy weight of 0 leaves the ratio": with_inputs(
+            lambda inputs: {"mask": inputs["mask"] & (inputs["policy_weights"] != 0)}
+        ),
+    },
     "sapo": {
         "hard clip": with_params(surrogate="clip"),
         "gates swapped": gates_swapped,
         "one gate": with_params(gate_neg=1.0),
+    },
+    "sapo of a sequence": {
+        "ratio of the token": with_params(ratio="token"),
+        "hard clip": with_params(surrogate="clip"),
+        "gates swapped": gates_swapped,
+        "sum instead of mean of the log-ratio": with_inputs(sum_for_mean_ratio),
+        "gradient of the mean's first token alone": with_gradient("logprobs", without_first_token),
+    },
+    "cap below the clip": {
+        "no cap": with_params(ratio_cap=None),
+        "cap for negative advantages": with_params(clip_high=0.1, ratio_cap=None),
+        "the lesser bound for all": with_params(clip_high=0.1, ratio_cap=1.1),
     },
     "vespo, clamped KL": {
         "gammas swapped": gammas_swapped,

@@ -110,7 +110,16 @@ BAD_PARAMS = {
     "clip_low": ({"clip_low": -0.1}, "clip_low is -0.1"),
     "beta": ({"beta": -1.0}, "beta is -1.0"),
     "entropy_coef": ({"entropy_coef": INF}, "entropy_coef is inf"),
-    "cap below the clip": ({"ratio_cap": 1.1}, "ratio_cap is 1.1, expected at least"),
+    "clip_high": ({"clip_high": -0.1}, "clip_high is -0.1, expected >= 0$"),
+    "negative weight": (
+        {"surrogate": "detached", "clip_low": INF, "clip_high": -1.1},
+        'clip_high is -1.1, expected >= -1 for surrogate "detached"',
+    ),
+    "weight between crossed bounds": (
+        {"surrogate": "detached", "clip_low": 0.2, "clip_high": -0.3},
+        r"clip_high is -0.3, expected >= -0.2 for surrogate \"detached\" and this clip_low",
+    ),
+    "cap of nothing": ({"ratio_cap": 0.0}, "ratio_cap is 0.0, expected > 0"),
     "cap without ratio": (
         {"ratio_cap": 3.0, "ratio": "none"},
         'ratio_cap is 3.0, but ratio is "none"',
@@ -124,9 +133,9 @@ BAD_PARAMS = {
         "ratio_cap is 0.0, expected > 0",
     ),
     "surrogate": ({"surrogate": "ppo"}, "surrogate is 'ppo', expected one of clip"),
-    "cispo of a sequence": (
-        {"surrogate": "detached", "ratio": "seq_mean"},
-        "ratio is 'seq_mean', but surrogate 'detached' is defined for token",
+    "cispo of a sum": (
+        {"surrogate": "detached", "ratio": "seq_sum"},
+        "ratio is 'seq_sum', but surrogate 'detached' is defined for token, seq_mean",
     ),
     "vespo of a token": (
         {"surrogate": "gamma"},
@@ -169,7 +178,7 @@ def test_the_weights_that_were_also_a_mask_name_their_successors():
         grpo_loss(torch.zeros(1), None, [1.0], [0, 1], token_weights=torch.ones(1))
 
 
-@pytest.mark.parametrize("kl_factor", ["none", "ratio"])
+@pytest.mark.parametrize("kl_factor", ["none", "ratio", "sequence_ratio"])
 def test_a_reference_for_the_metric_alone_does_not_reach_the_loss(backend, kl_factor):
     logprobs = torch.tensor([-100.0, -1.0], requires_grad=True)
     loss, metrics = grpo_loss(

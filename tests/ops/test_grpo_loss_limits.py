@@ -105,8 +105,13 @@ def oracle(
         if value is None:
             d = min(d, mpf(limit))
             value = mp.exp(d) - d - 1
-        fixed, moving = (mp.exp(clamp(y[t] - old[t], -limit, limit)) for y in (c, x))
-        return value * {"none": 1, "ratio": moving, "detached_ratio": fixed}[p.kl_factor]
+        if p.kl_factor == "none":
+            return value
+        by = c if p.kl_factor == "detached_ratio" else x
+        gap = by[t] - old[t]
+        if p.kl_factor == "sequence_ratio":
+            gap = sum(u - v for u, v in zip(by, old, strict=True)) / n
+        return value * mp.exp(clamp(gap, -limit, limit))
 
     def loss(x: list) -> Any:
         total = mpf(0)
@@ -138,6 +143,7 @@ def cases() -> Any:
         yield logp, old, tuple(x + gap / 2 + 0.125 for x, gap in tokens), a  # off |d|'s kink
 
 
+SHARED_KL = "k3 times the sequence's ratio"
 KLS = {
     "no KL": {},
     "k3": {"beta": 0.5},
@@ -145,6 +151,8 @@ KLS = {
     "k2 times constant ratio": {"beta": 0.5, "kl": "k2", "kl_factor": "detached_ratio"},
     "k1 times ratio": {"beta": 0.5, "kl": "k1", "kl_factor": "ratio"},
     "abs": {"beta": 0.5, "kl": "abs"},
+    SHARED_KL: {"beta": 0.5, "kl_factor": "sequence_ratio"},
+    "k1 times the sequence's ratio": {"beta": 0.5, "kl": "k1", "kl_factor": "sequence_ratio"},
 }
 
 
@@ -152,6 +160,7 @@ FORMS = dict.fromkeys(
     [
         *itertools.product(LOSS_PRESETS, ("no KL",), (20.0, None)),
         *itertools.product(("grpo", "gspo_token"), KLS, (20.0,)),
+        *itertools.product(("gspo", "gmpo", "vespo"), (SHARED_KL,), (20.0, None)),
         *itertools.product(("grpo", "gspo"), ("k3 times ratio",), (5.0,)),
     ]
 )

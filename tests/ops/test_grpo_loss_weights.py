@@ -310,6 +310,8 @@ def hand_metrics(inputs: dict[str, Tensor], params: LossParams) -> dict[str, flo
     kl = (ref - logp).exp() - 1 - (ref - logp)
     if params.kl_factor == "ratio":
         kl = kl * gap.exp()
+    elif params.kl_factor == "sequence_ratio":
+        kl = kl * (gap.sum(1, keepdim=True) / mask.sum(1, keepdim=True).clamp(min=1)).exp()
     share = [(x.sum(1)[some] / on.sum(1)[some]) for x in (low.double(), high.double())]
     seen = ratio[on]
     return {
@@ -331,7 +333,7 @@ def hand_metrics(inputs: dict[str, Tensor], params: LossParams) -> dict[str, flo
     }
 
 
-@pytest.mark.parametrize("kl_factor", ["none", "ratio"])
+@pytest.mark.parametrize("kl_factor", ["none", "ratio", "sequence_ratio"])
 @pytest.mark.parametrize("ratio", ["token", "seq_mean"])
 @pytest.mark.parametrize("seed", range(3))
 def test_metrics_are_what_they_say(backend, seed, ratio, kl_factor):

@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from fused_inputs import HEADS, VOCAB, make_batch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from linear_inputs import loss_scales, make_loss_inputs, run_op, run_reference
@@ -70,6 +71,24 @@ def test_every_preset_in_chunks_of_any_size(name, shared_prompts):
     for rows in (1, 4, 13, 29):
         inputs["memory_budget"] = budget(inputs, rows)
         check(run_op, inputs)
+
+
+@pytest.mark.parametrize("on_policy", [False, True])
+@pytest.mark.parametrize("name", ["grpo", "gspo", "vespo"])
+@needs_kernels
+def test_the_kl_of_a_sequence_in_chunks_of_any_size(name, on_policy):
+    # Its slope through the factor is known with the last log-prob of the sequence, on policy too.
+    head, lengths = HEADS["linear"], [3, 0, 6, 1, 4]
+    batch = make_batch(head, lengths)
+    if on_policy:
+        batch.inputs["old_logprobs"] = None
+    params = LossParams.preset(name, beta=0.5, kl_factor="sequence_ratio")
+    loss, expected = head.plain(batch.factors, **batch.plainly, params=params)
+    for rows in (1, 4, 14):
+        by = {"params": params, "memory_budget": rows * VOCAB * 8}
+        result, gradients = head.run(batch.factors, **batch.tokens, **by)
+        torch.testing.assert_close(result.loss.detach(), loss)
+        torch.testing.assert_close(gradients, expected)
 
 
 @given(

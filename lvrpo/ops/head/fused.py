@@ -158,8 +158,9 @@ def plan_rows(call: FusedLoss, rows: int, most: int, gradient: bool) -> Plan:
         most: rows of a chunk.
         gradient: whether anything is to be differentiated.
     """
-    # On policy the ratio of a sequence is 1 before its log-probs are known.
-    whole_sequences = call.sequence_level and call.old_logprobs is not None
+    # On policy the ratio of a sequence is 1 before its log-probs are known; its KL is not.
+    on_policy = call.old_logprobs is None and call.choices["kl_factor"] != "sequence_ratio"
+    whole_sequences = call.sequence_level and not on_policy
     active, row_of = call.mask, call.row_index
     if is_captured(active):
         chunks = split(0, rows, most)
