@@ -41,8 +41,9 @@ def grpo(
 ) -> Estimate:
     """GRPO, or Dr. GRPO without `config.norm_adv_by_std_in_grpo`."""
     scores = token_level_rewards.sum(-1)
-    values = _in_groups(scores, index, **_scaled(config))
-    return _per_token(_raw_where_alone(values, scores, index), response_mask)
+    scaled = _scaled(config)
+    values = _in_groups(scores, index, **scaled)
+    return _per_token(_raw_where_alone(values, scores, index, **scaled), response_mask)
 
 
 def rloo(
@@ -122,8 +123,9 @@ def gdpo(
         scores = scores.new_tensor(columns).T
         weights = config.gdpo_reward_weights
     factors = torch.ones_like(scores[0]) if weights is None else scores.new_tensor(list(weights))
-    parts = _in_groups(scores, index, **_scaled(config), combine="decoupled", per_reward=True)
-    values = _raw_where_alone(parts, scores, index) @ factors
+    scaled = _scaled(config)
+    parts = _in_groups(scores, index, **scaled, combine="decoupled", per_reward=True)
+    values = _raw_where_alone(parts, scores, index, **scaled) @ factors
     return _whitened(values, response_mask)
 
 
@@ -240,13 +242,15 @@ def _in_groups(
     return result.per_reward if per_reward else result.values
 
 
-def _raw_where_alone(values: Tensor, scores: Tensor, index: Index) -> Tensor:
-    """The advantages, but the score itself in a group of one."""
+def _raw_where_alone(
+    values: Tensor, scores: Tensor, index: Index, eps: float = 0.0, **_: Any
+) -> Tensor:
+    """The advantages, but the score itself in a group of one, whose deviation is 1."""
     uid = _uid(index)
     names = uid.tolist() if hasattr(uid, "tolist") else list(uid)
     sizes = collections.Counter(names)
     alone = torch.tensor([sizes[name] == 1 for name in names], device=scores.device)
-    return torch.where(alone if values.dim() == 1 else alone[:, None], scores, values)
+    return torch.where(alone if values.dim() == 1 else alone[:, None], scores / (1 + eps), values)
 
 
 def _per_token(values: Tensor, response_mask: Tensor) -> Estimate:
