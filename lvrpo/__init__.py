@@ -3,6 +3,7 @@
 Importing it needs torch only. The model is in `lvrpo.models`, the training loop in `lvrpo.trainer`.
 """
 
+from lvrpo.covariance import clip_cov_weights, kl_cov_reference
 from lvrpo.masks import (
     SpanMask,
     TargetIndex,
@@ -73,11 +74,13 @@ __all__ = [
     "TargetIndex",
     "Tile",
     "bagel_position_ids",
+    "clip_cov_weights",
     "flow_policy_loss",
     "flow_step",
     "gather_logprobs",
     "grpo_loss",
     "guided_velocity",
+    "kl_cov_reference",
     "kl_penalized_rewards",
     "linear_grpo_loss",
     "linear_logprobs",

@@ -135,6 +135,20 @@ def advantage_of_token(
     return sequences.to_tokens(flat) if by_sequence else flat
 
 
+def advantage_inputs(
+    layout: TokenLayout, advantages: Numbers, like: Tensor, active: Tensor
+) -> tuple[Tensor, Tensor]:
+    """[T] advantages, and the active tokens whose advantage is finite; the first other is refused
+    where values are read.
+    """
+    advantage = advantage_of_token(layout, Sequences(layout, active), advantages, like)
+    if checks.check_values(advantage):
+        op, bad = layout.op, layout.restore(active & ~advantage.isfinite())
+        expected = "finite numbers where the mask lets the token in"
+        checks.refuse_first(op, "advantages, by token", layout.restore(advantage), bad, expected)
+    return advantage, active & advantage.isfinite()
+
+
 def entropy_inputs(op: str, entropy: Numbers, mask: Numbers | None) -> tuple[Tensor, Tensor]:
     """The values, and which tokens are active; both in the caller's shape."""
     values = as_logprobs(op, {"entropy": entropy})["entropy"]

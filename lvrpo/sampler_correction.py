@@ -15,11 +15,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from lvrpo import checks
 from lvrpo._sampler_inputs import (
     Numbers,
     Sequences,
-    advantage_of_token,
+    advantage_inputs,
     entropy_inputs,
     token_inputs,
 )
@@ -157,15 +156,11 @@ def off_policy_sequence_mask(
     given = {"logprobs": logprobs, "sampler_logprobs": sampler_logprobs}
     layout, (new, sampler), active = token_inputs(op, given, cu_seqlens, mask)
     sequences = Sequences(layout, active)
-    advantage = advantage_of_token(layout, sequences, advantages, new)
-    if checks.check_values(advantage):
-        bad = layout.restore(active & ~advantage.isfinite())
-        expected = "finite numbers where the mask lets the token in"
-        checks.refuse_first(op, "advantages, by token", layout.restore(advantage), bad, expected)
+    advantage, has_advantage = advantage_inputs(layout, advantages, new, active)
     new = widen(new)
     drift = -_gap(new, sampler, active & ~sampler.isnan())
     far = sequences.to_tokens(sequences.mean(drift) > threshold)
-    kept = active & advantage.isfinite() & ~((advantage < 0) & far)
+    kept = has_advantage & ~((advantage < 0) & far)
     return layout.restore(kept.to(new.dtype))
 
 

@@ -180,6 +180,7 @@ MAY_IMPORT = {
     "ops": "params masks reference backends checks dtypes token_layout groups kept",
     "sampler_correction": "params checks dtypes token_layout _sampler_inputs",
     "_sampler_inputs": "params checks dtypes token_layout",
+    "covariance": "params dtypes token_layout _sampler_inputs",
     "token_advantages": "params checks dtypes token_layout groups _sampler_inputs",
     "distributed": "ops params reference backends checks dtypes token_layout groups",
     "info": "lvrpo ops backends",
@@ -191,10 +192,10 @@ MAY_IMPORT = {
     "runs": "info lvrpo data random rewards models ops params backends trainer intervals digits",
     "report": "info data intervals runs trainer",
     "studies": "info data random rewards trainer runs report intervals",
-    "integrations": "info lvrpo masks ops params checks token_layout token_advantages",
+    "integrations": "info lvrpo covariance masks ops params checks token_layout token_advantages",
     "cli": "info lvrpo runs report studies trainer",
     "__main__": "info cli",
-    "lvrpo": "params masks ops sampler_correction token_advantages",
+    "lvrpo": "covariance params masks ops sampler_correction token_advantages",
 }
 #: The model families and the embedded demo: parts that one module puts together, and that nothing
 #: else knows.

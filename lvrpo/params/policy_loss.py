@@ -251,7 +251,8 @@ class LossParams:
     def preset(cls, name: str, **changes: Any) -> LossParams:
         """A published loss by name, with single fields changed by keyword.
 
-        The names are those of `LOSS_PRESETS`; "dr_grpo" needs `max_length`.
+        The names are those of `LOSS_PRESETS`; "dr_grpo" needs `max_length`, and those of
+        `PRESET_DATA` are the published losses with that data only.
         """
         return from_preset(cls, LOSS_PRESETS, name, changes)
 
@@ -334,6 +335,21 @@ LOSS_PRESETS: dict[str, dict[str, Any]] = {
         "aggregation": "token_mean",
     },
     "reinforce": {"ratio": "none", "aggregation": "token_mean"},
+    "dro": {"ratio": "none", "kl": "k2", "beta": 1.0, "aggregation": "token_mean"},
+    "clip_cov": {"aggregation": "token_mean"},
+    "kl_cov": {
+        "clip_low": math.inf,
+        "clip_high": math.inf,
+        "kl": "abs",
+        "beta": 1.0,
+        "aggregation": "token_mean",
+    },
+}
+#: Presets that are half of a published loss, and what is the other: data of its own.
+PRESET_DATA: dict[str, str] = {
+    "dro": "the old log-probs as ref_logprobs",
+    "clip_cov": "clip_cov_weights as policy_weights",
+    "kl_cov": "kl_cov_reference as ref_logprobs",
 }
 
 

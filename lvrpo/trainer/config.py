@@ -20,9 +20,12 @@ from pydantic_core import CoreSchema, core_schema
 from lvrpo.models.flow import Dynamics
 from lvrpo.params.advantages import ADVANTAGE_PRESETS
 from lvrpo.params.flow import KlForm, Variant
-from lvrpo.params.policy_loss import LOSS_PRESETS
+from lvrpo.params.policy_loss import LOSS_PRESETS, PRESET_DATA
 from lvrpo.params.sampler_correction import SAMPLER_CORRECTION_PRESETS
 from lvrpo.rewards.score import Truncated
+
+#: The losses that need no more than what a rollout has.
+TEXT_PRESETS = tuple(name for name in LOSS_PRESETS if name not in PRESET_DATA)
 
 
 class ConfigError(ValueError):
@@ -186,7 +189,7 @@ class RewardSection:
 class LossSection:
     """The objective; text and image terms have their own weight, clip and KL."""
 
-    preset: Annotated[str, OneOf(LOSS_PRESETS)] = "grpo"
+    preset: Annotated[str, OneOf(TEXT_PRESETS)] = "grpo"
     text_weight: Weight = 1.0
     image_weight: Weight = 1.0
     text_clip_low: Weight = 0.0  # 0: 0.05 of "grpo", which two updates reach; others' own

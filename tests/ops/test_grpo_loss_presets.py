@@ -149,6 +149,16 @@ def dppo_kl(x: Padded) -> Tensor:
     return dppo(x, near | (p <= q), near | (p >= q))
 
 
+def dro(x: Padded) -> Tensor:
+    """Its penalty is the KL here, whose reference is the old policy in a call that means DRO."""
+    return x.bnpo(-x.advantage * x.logp + BETA * (x.ref - x.logp).square() / 2)
+
+
+def kl_cov(x: Padded) -> Tensor:
+    """As if every token were chosen, with a reference of its own."""
+    return x.bnpo(-x.advantage * x.difference.exp() + BETA * (x.ref - x.logp).abs())
+
+
 PUBLISHED = {
     "grpo": grpo,
     "dr_grpo": dr_grpo,
@@ -166,6 +176,9 @@ PUBLISHED = {
     "reinforce": score,
     "dppo_tv": dppo_tv,
     "dppo_kl": dppo_kl,
+    "dro": dro,
+    "clip_cov": bnpo,
+    "kl_cov": kl_cov,
 }
 
 
@@ -199,7 +212,7 @@ def test_preset_is_its_published_formula(backend, name, spread):
         torch.autograd.grad(ours, logprobs), torch.autograd.grad(expected, logprobs)
     )
     held = float(metrics.clip_fraction_low + metrics.clip_fraction_high)
-    if name in ("sapo", "vespo", "gpg", "reinforce"):
+    if name in ("sapo", "vespo", "gpg", "reinforce", "dro", "kl_cov"):
         assert held == 0
     elif spread == 8.0:
         assert 0 < held <= 1

@@ -14,11 +14,10 @@ from lvrpo.backends.cuda import CudaBackend
 from lvrpo.models.flow import DYNAMICS
 from lvrpo.params.advantages import ADVANTAGE_PRESETS
 from lvrpo.params.flow import KL_FORMS, VARIANTS
-from lvrpo.params.policy_loss import LOSS_PRESETS
 from lvrpo.params.sampler_correction import SAMPLER_CORRECTION_PRESETS
 from lvrpo.runs.config_file import load_config
 from lvrpo.runs.preflight import check_config
-from lvrpo.trainer.config import ConfigError, TrainConfig
+from lvrpo.trainer.config import TEXT_PRESETS, ConfigError, TrainConfig
 
 VALUES = (
     "-1",
@@ -118,7 +117,7 @@ def test_every_word_has_its_choices():
 @pytest.mark.parametrize(
     ("key", "names"),
     {
-        "loss.preset": LOSS_PRESETS,
+        "loss.preset": TEXT_PRESETS,
         "loss.image_variant": VARIANTS,
         "loss.image_kl_form": KL_FORMS,
         "loss.sampler_correction": SAMPLER_CORRECTION_PRESETS,

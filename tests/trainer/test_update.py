@@ -23,6 +23,7 @@ from lvrpo.models.unified.policy import UnifiedPolicy
 from lvrpo.params.flow import Variant
 from lvrpo.params.policy_loss import LOSS_PRESETS, LossParams
 from lvrpo.runs.config_file import load_config
+from lvrpo.trainer.config import TEXT_PRESETS
 from lvrpo.trainer.correction import correct_sampler
 from lvrpo.trainer.experience import Experience
 from lvrpo.trainer.loop import SELF_TEST_TOLERANCE, SelfTestError, check_ratio
@@ -393,7 +394,7 @@ def test_a_better_answer_becomes_more_likely():
 @pytest.mark.parametrize(
     "key",
     [
-        *(f"preset={name}" for name in LOSS_PRESETS),
+        *(f"preset={name}" for name in TEXT_PRESETS),
         *(f"image_variant={v}" for v in get_args(Variant)),
     ],
 )
@@ -439,7 +440,7 @@ def test_the_text_clip_is_one_that_two_updates_reach_or_the_preset_s_own():
     assert _text_clip("loss.text_clip_low=0.2", "loss.text_clip_high=0.2") == (0.2, 0.2)
 
 
-@pytest.mark.parametrize("preset", sorted(set(LOSS_PRESETS) - {"grpo"}))
+@pytest.mark.parametrize("preset", sorted(set(TEXT_PRESETS) - {"grpo"}))
 def test_other_presets_have_their_own_clip(preset):
     own = LOSS_PRESETS[preset]
     default = LossParams()

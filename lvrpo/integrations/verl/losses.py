@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from lvrpo import checks
-from lvrpo.integrations.verl.covariance import clip_cov_tokens, kl_cov_tokens
+from lvrpo.covariance import clip_cov_weights, kl_cov_reference
 from lvrpo.ops.grpo_loss import grpo_loss
 from lvrpo.params.from_verl import OWN_KL, policy_fields, refuse
 from lvrpo.params.loss_metrics import LossMetrics
@@ -59,13 +59,20 @@ def policy_loss(
     if loss == "geo_mean":
         advantages, weights = _of_sequences(advantages, active, weights), None
     elif loss == "clip_cov":
-        left_out = clip_cov_tokens(
-            old_log_prob, new, advantages, active, config.policy_loss, params
+        chosen = clip_cov_weights(
+            *(new, old_log_prob, advantages),
+            fraction=config.policy_loss.clip_cov_ratio,
+            low=config.policy_loss.clip_cov_lb,
+            high=config.policy_loss.clip_cov_ub,
+            mask=response_mask,
+            params=params,
         )
-        weights = (~left_out).to(new.dtype) * (1.0 if weights is None else weights)
+        weights = chosen if weights is None else chosen * weights
     elif loss == "kl_cov":
-        held = kl_cov_tokens(new, advantages, active, config.policy_loss)
-        reference = torch.where(held, old_log_prob, new)
+        share = config.policy_loss.kl_cov_ratio
+        reference = kl_cov_reference(
+            *(new, old_log_prob, advantages), fraction=share, mask=response_mask
+        )
     elif loss == "dro":
         reference = old_log_prob
     result = grpo_loss(
