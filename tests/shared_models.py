@@ -108,13 +108,14 @@ def check_mixed_precision() -> None:
     assert torch.equal(found.metrics.sums, expected.metrics.sums)
 
 
-def check_dtensor() -> None:
+def check_dtensor(vocab: int) -> None:
     """A head over a mesh, and replicated hidden states."""
     x = batch(LENGTHS[0], 0)
+    x["token_ids"] = x["token_ids"] % vocab
     leaves = {
         "hidden": torch.randn(len(x["token_ids"]), WIDTH),
-        "weight": torch.randn(VOCAB, WIDTH),
-        "bias": torch.randn(VOCAB),
+        "weight": torch.randn(vocab, WIDTH),
+        "bias": torch.randn(vocab),
     }
     whole = {name: y.clone().requires_grad_() for name, y in leaves.items()}
     size = torch.distributed.get_world_size()

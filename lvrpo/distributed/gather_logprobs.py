@@ -92,7 +92,7 @@ def gather_logprobs(
         targets, _ = targets.without_strangers(shards.vocab_size)
         own = own_targets(OP, shards, targets, vocab_range)
         chosen = backends.resolve("gather_logprobs", (logits, *targets.indices()), backend)
-        note_rows(facts, targets, logits, temperature=temperature, softcap=softcap)
+        note_rows(facts, shards, targets, logits, temperature=temperature, softcap=softcap)
         facts |= {"return_entropy": return_entropy, "return_sum_squares": return_sum_squares}
     options = _Options(
         shards,

@@ -98,5 +98,5 @@ def project_shard(
     save = checks.as_saved
     factors = save(hidden), save(weight), save(bias)
     found = ShardProjection(*factors, shards, targets, strange, own, most)
-    note_rows(facts, targets, hidden, rows_at_once=most, **scale)
+    note_rows(facts, shards, targets, hidden, rows_at_once=most, **scale)
     return found

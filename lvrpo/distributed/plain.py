@@ -18,7 +18,7 @@ from lvrpo.dtypes import widen
 from lvrpo.ops.head.fused import FusedLoss
 from lvrpo.ops.head.loss_inputs import LossInputs
 from lvrpo.ops.head.rows import HeadRows
-from lvrpo.reference.gather_logprobs import gather_logprobs
+from lvrpo.reference.gather_logprobs import allowed_columns, gather_logprobs, scaled
 from lvrpo.reference.grpo_loss import grpo_loss
 
 
@@ -76,8 +76,9 @@ def _fwd(
             return_entropy=True,
             return_sum_squares=True,
         )
-        z = _scaled(widen(logits), temperature, softcap)
-        lse = z.masked_fill(~_allowed(z, vocab_range), -torch.inf).logsumexp(dim=1)
+        x = widen(logits)
+        z = scaled(x, allowed_columns(x, vocab_range), temperature, softcap or None)
+        lse = z.logsumexp(dim=1)
     return logprobs, lse, entropy, sum_squares
 
 
@@ -101,9 +102,10 @@ def _bwd(
     hits = torch.zeros_like(x)
     hits.index_put_((row, torch.where(asking, token_ids, 0)), sent, accumulate=True)
     total = torch.zeros_like(lse).index_add(0, row, sent)
+    allowed = allowed_columns(x, vocab_range)
     with torch.enable_grad():
         leaf = x.clone().requires_grad_()
-        z = _scaled(leaf, temperature, softcap)
+        z = scaled(leaf, allowed, temperature, softcap or None)
     log_p = z.detach() - lse[:, None]
     slope = total[:, None]
     if dentropy is not None and entropy is not None:
@@ -113,22 +115,9 @@ def _bwd(
     asked = (hits != 0).any(dim=1)
     if dentropy is not None:
         asked |= dentropy != 0
-    kept = _allowed(x, vocab_range) & asked[:, None]
+    kept = allowed & asked[:, None]
     (gradient,) = torch.autograd.grad(z, leaf, torch.where(kept, dz, 0.0))
     dlogits.copy_(torch.where(kept, gradient, 0.0))
-
-
-def _scaled(x: Tensor, temperature: float, softcap: float) -> Tensor:
-    return (softcap * (x / softcap).tanh() if softcap else x) / temperature
-
-
-def _allowed(x: Tensor, vocab_range: Tensor | None) -> Tensor:
-    allowed = torch.ones_like(x, dtype=torch.bool)
-    if vocab_range is not None:
-        low, high = vocab_range.T[:, :, None]
-        column = torch.arange(x.shape[1], device=x.device)
-        allowed &= (column >= low) & (column < high)
-    return allowed
 
 
 def loss_of(arguments: tuple[Any, ...], data: LossInputs, backend: Backend) -> FusedLoss:

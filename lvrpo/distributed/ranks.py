@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import zlib
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -85,13 +86,20 @@ def check_same(op: str, first: Mapping[str, Any], other: Mapping[str, Any], rank
 def _exchange(
     op: str, message: Mapping[str, Any], group: Group, device: torch.device
 ) -> list[dict[str, str]]:
-    short = {name: str(value)[:FACT_LENGTH] for name, value in message.items()}
+    short = {name: _shortened(str(value)) for name, value in message.items()}
     if "refused" in message:
         short = {"refused": str(message["refused"])[: MESSAGE_BYTES // 8]}
     text = json.dumps(short).encode()
     assert len(text) <= MESSAGE_BYTES, text
     own = torch.tensor(list(text.ljust(MESSAGE_BYTES)), dtype=torch.uint8, device=device)
     return [json.loads(bytes(row)) for row in gather(op, own, group).tolist()]
+
+
+def _shortened(text: str) -> str:
+    """Text that says what differs, or at least that something does."""
+    if len(text) <= FACT_LENGTH:
+        return text
+    return f"{text[:FACT_LENGTH]}... ({zlib.crc32(text.encode()):08x})"
 
 
 @contextlib.contextmanager

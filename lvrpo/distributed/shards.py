@@ -179,7 +179,7 @@ def local_shard(
     if shards is None:
         raise ValueError(
             f"{op}: shards is None and {name} is no DTensor; make shards once with "
-            f"VocabShards.of({name}, group=...)"
+            f"VocabShards.of({name}{'' if dim == 0 else f', dim={dim}'}, group=...)"
         )
     return tensor, shards
 
@@ -216,12 +216,10 @@ def replicated(op: str, name: str, tensor: Tensor) -> Tensor:
 
 
 def _shards_of_dtensor(op: str, name: str, tensor: Any, dim: int) -> VocabShards:
-    from torch.distributed.tensor import Shard
-
     mesh, placements = tensor.device_mesh, tensor.placements
     split = [i for i, placement in enumerate(placements) if not placement.is_replicate()]
     dim = dim % tensor.dim()
-    if len(split) != 1 or placements[split[0]] != Shard(dim):
+    if len(split) != 1 or not placements[split[0]].is_shard(dim):
         raise ValueError(
             f"{op}: {name} has placements {placements}, expected Shard({dim}) over one dimension "
             "of its mesh and Replicate() over the others"
@@ -234,9 +232,10 @@ def _shards_of_dtensor(op: str, name: str, tensor: Any, dim: int) -> VocabShards
         raise ValueError(
             f"{op}: {name} is split over the ranks {ranks}, expected a mesh of ascending ranks"
         )
-    size_and_first, vocab = Shard.local_shard_size_and_offset, tensor.shape[dim]
-    parts = [size_and_first(vocab, len(ranks), place) for place in range(len(ranks))]
-    return VocabShards(tuple((low, low + size) for size, low in parts), mesh.get_group(axis))
+    vocab = tensor.shape[dim]
+    size = -(-vocab // len(ranks))  # as torch.chunk cuts: the last ones may have less, or nothing
+    ends = [min(place * size, vocab) for place in range(len(ranks) + 1)]
+    return VocabShards(tuple(itertools.pairwise(ends)), mesh.get_group(axis))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -8,17 +8,25 @@ import torch
 from torch import Tensor
 
 from lvrpo import checks
+from lvrpo.distributed.shards import VocabShards
 from lvrpo.ops.head.targets import Targets
 
 
-def note_rows(facts: dict[str, Any], targets: Targets, rows: Tensor, **others: Any) -> None:
+def note_rows(
+    facts: dict[str, Any], shards: VocabShards, targets: Targets, rows: Tensor, **others: Any
+) -> None:
     """Note what ranks have to have alike of tokens and rows, where values may be read.
 
     Sums of the ids tell ranks that were given batches of their own.
     """
     if not checks.check_values(rows):
         return
-    facts |= {"rows": targets.rows, "tokens": targets.tokens, "dtype": rows.dtype} | others
+    facts |= {
+        "shards": shards.ranges,
+        "rows": targets.rows,
+        "tokens": targets.tokens,
+        "dtype": rows.dtype,
+    } | others
     facts["needs a gradient"] = torch.is_grad_enabled() and rows.requires_grad
     for name, tensor in zip(
         ("token_ids", "row_index", "vocab_range"), targets.indices(), strict=True

@@ -22,9 +22,7 @@ def gather_logprobs(
 ) -> Tensor | tuple[Tensor, ...]:
     """See `lvrpo.gather_logprobs`."""
     x = widen(logits)
-    low, high = (0, x.shape[1]) if vocab_range is None else vocab_range.T[:, :, None]
-    column = torch.arange(x.shape[1], device=x.device)
-    allowed = ((column >= low) & (column < high)).expand(x.shape)
+    allowed = allowed_columns(x, vocab_range)
 
     # A token whose row or column is not there counts as ignored.
     token = torch.arange(len(token_ids), device=x.device)
@@ -36,11 +34,11 @@ def gather_logprobs(
     # A row that no token uses may hold anything, and one that is no distribution has no gradient:
     # multiplying by 0 would not keep a NaN away.
     used = torch.zeros(len(x), device=x.device).index_add(0, row, asking.float()) > 0
-    lse = _scaled(x.detach(), allowed, temperature, softcap).logsumexp(dim=-1)
+    lse = scaled(x.detach(), allowed, temperature, softcap).logsumexp(dim=-1)
     broken = ~lse.isfinite()
     dropped = broken & ~used
     x = x.masked_fill(~allowed | broken[:, None], 0.0)
-    log_p = _scaled(x, allowed, temperature, softcap).log_softmax(dim=-1)
+    log_p = scaled(x, allowed, temperature, softcap).log_softmax(dim=-1)
     log_p = log_p.masked_fill(broken[:, None], torch.nan)
 
     logprobs = log_p[row, target].masked_fill(~asking, 0.0)
@@ -53,6 +51,14 @@ def gather_logprobs(
     return logprobs, *[entropy] * return_entropy, *[sum_squares] * return_sum_squares
 
 
-def _scaled(x: Tensor, allowed: Tensor, temperature: float, softcap: float | None) -> Tensor:
+def allowed_columns(x: Tensor, vocab_range: Tensor | None) -> Tensor:
+    """[R, V] which columns of logits the softmax of a row runs over."""
+    low, high = (0, x.shape[1]) if vocab_range is None else vocab_range.T[:, :, None]
+    column = torch.arange(x.shape[1], device=x.device)
+    return ((column >= low) & (column < high)).expand(x.shape)
+
+
+def scaled(x: Tensor, allowed: Tensor, temperature: float, softcap: float | None) -> Tensor:
+    """[R, V] what the softmax is taken of; -inf where it does not run."""
     z = x if softcap is None else softcap * torch.tanh(x / softcap)
     return (z / temperature).masked_fill(~allowed, -torch.inf)

@@ -27,9 +27,10 @@ def test_mixed_precision_of_fsdp(groups):
     groups[2].run(shared_models.check_mixed_precision)
 
 
+@pytest.mark.parametrize("vocab", [23, 5], ids="{} columns".format)
 @pytest.mark.parametrize("size", [2, 4])
-def test_dtensor(groups, size):
-    groups[size].run(shared_models.check_dtensor)
+def test_dtensor(groups, size, vocab):
+    groups[size].run(shared_models.check_dtensor, vocab)
 
 
 def test_fsdp_of_a_shared_vocabulary(groups):
