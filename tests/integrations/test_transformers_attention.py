@@ -12,7 +12,16 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from integrations.tiny_models import FAMILIES, GRID, IMAGE, IMAGES, TEXT, Family
+from integrations.tiny_models import (
+    FAMILIES,
+    GRID,
+    IMAGE,
+    IMAGES,
+    SIZES,
+    TEXT,
+    Family,
+    transformers,
+)
 from torch import Tensor
 
 import lvrpo
@@ -234,12 +243,39 @@ def test_the_head_of_groups():
     check_against_plain(ours, gold, plain, scale=10.0)
 
 
+def test_a_span_mask_is_not_lost_without_a_word():
+    """By an attention that does not look at it, or by layers that are not attention."""
+    family = FAMILIES["llama"]
+    tokens, completions = prompt(family, 5), [torch.randint(3, 50, (n,)) for n in (2, 4)]
+    inputs = grouped(family, [(tokens, completions)]).inputs
+    model = model_of("llama")
+    model.set_attn_implementation("sdpa")
+    with pytest.raises(ValueError, match="attention is 'sdpa', expected 'lvrpo': set_attention"):
+        completion_states(model, inputs)
+    hybrid = transformers.Qwen3NextConfig(
+        **SIZES,
+        head_dim=8,
+        layer_types=["linear_attention", "full_attention"],
+        num_experts=2,
+        num_experts_per_tok=1,
+        moe_intermediate_size=16,
+    )
+    chunked = transformers.Llama4TextConfig(**SIZES, head_dim=8, attention_chunk_size=4)
+    for config, match in ((hybrid, "linear_attention"), (chunked, "chunked_attention")):
+        other = transformers.AutoModelForCausalLM.from_config(config)
+        set_attention(other)
+        with pytest.raises(ValueError, match=match):
+            completion_states(other, inputs)
+    bloom = transformers.BloomConfig(vocab_size=64, hidden_size=32, n_layer=1, n_head=4)
+    with pytest.raises(ValueError, match="BloomModel keeps its own attention"):
+        set_attention(transformers.BloomModel(bloom))
+
+
 def test_a_name_without_a_mask_function_would_lose_the_padding():
     """What `register` is for: transformers drops a mask that it knows no function for."""
     model, family = model_of("llama"), FAMILIES["llama"]
     batch = sequences(family)
     forward = padded(family, batch, [True, True, True])
-    transformers = pytest.importorskip("transformers")
     transformers.AttentionInterface.register("only_attention", module.attention)
     results = []
     for name in ("eager", "lvrpo", "only_attention"):

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import copy
+import itertools
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
+from torch.distributed.fsdp import FullyShardedDataParallel, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
@@ -20,7 +24,7 @@ from lvrpo.testing import check_against_plain
 pytest.importorskip("transformers", reason="pip install 'lvrpo[transformers]'")
 import transformers
 
-from lvrpo.integrations.transformers import completion_states
+from lvrpo.integrations.transformers import completion_states, register
 
 SIZES = {
     "vocab_size": 48,
@@ -235,11 +239,45 @@ def test_a_model_without_a_head_is_refused():
         completion_states(tiny("Llama").model, batch(), C)
 
 
+def test_outputs_in_16_bits_hide_the_scale(one_process):
+    model = tiny("Cohere")
+    fully_shard(model, mp_policy=MixedPrecisionPolicy(output_dtype=torch.bfloat16))
+    with pytest.raises(ValueError, match="outputs are cast to"):
+        completion_states(model, batch(), C)
+
+
+def test_old_logprobs_need_no_graph():
+    with torch.no_grad():
+        states = completion_states(tiny("Gemma2"), batch(), C)
+    assert not states.hidden.requires_grad
+    assert states.softcap == 3
+
+
 def test_a_release_outside_the_range_is_refused(monkeypatch):
-    for found in ("5.23.9", "5.25.0", "6.0"):
+    doors = (lambda: completion_states(tiny("Llama"), batch(), C), register)
+    for found, door in itertools.product(("5.23.9", "5.25.0", "6.0"), doors):
         monkeypatch.setattr(versions.importlib.metadata, "version", lambda name, is_=found: is_)
         with pytest.raises(ImportError, match=rf"transformers is {found}.*>=5.24,<5.25"):
-            completion_states(tiny("Llama"), batch(), C)
-    for found in ("5.24", "5.24.0rc1", "5.24.3+cu130"):
+            door()
+    for found, door in itertools.product(("5.24", "5.24.0rc1", "5.24.3+cu130"), doors):
         monkeypatch.setattr(versions.importlib.metadata, "version", lambda name, is_=found: is_)
-        completion_states(tiny("Llama"), batch(), C)
+        door()
+
+
+def test_the_range_is_that_of_the_extra():
+    pyproject = Path(__file__).parents[2] / "pyproject.toml"
+    assert 'transformers = ["transformers>=5.24,<5.25"]' in pyproject.read_text()
+
+
+def test_it_is_imported_where_it_is_used():
+    code = """
+import importlib.metadata, sys
+import lvrpo.integrations.transformers as ours
+assert "transformers" not in sys.modules
+def missing(name): raise importlib.metadata.PackageNotFoundError(name)
+importlib.metadata.version = missing
+try: ours.register()
+except ModuleNotFoundError as error: print(error)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "not installed: transformers; pip install 'lvrpo[transformers]'\n"

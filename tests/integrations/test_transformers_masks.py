@@ -284,6 +284,9 @@ def test_a_mask_is_refused_where_a_layer_has_it():
     mask = SpanMask.from_cu_seqlens([0, 4])
     out, _ = attention.attention(torch.nn.Linear(1, 1), q, q, q, refused, span_mask=mask)
     assert out.shape == (1, 4, 2, 8)
+    unread = masks.mask_of_layers(1, 4, 4, mask_function=lambda b, h, q, k: k <= q)
+    with pytest.raises(ValueError, match="masks that no span_mask can take the place of"):
+        attention.attention(torch.nn.Linear(1, 1), q, q, q, unread, span_mask=mask)
 
 
 def test_a_span_mask_of_another_length_is_refused():

@@ -31,6 +31,9 @@ VARLEN = "lvrpo_flash"
 #: What some layers have besides q, k and v, and attention would be wrong without.
 UNKNOWN = ("position_bias", "sinks", "indices", "block_indices")
 
+#: Layers in which tokens meet in attention alone, by transformers' names.
+SPAN_LAYERS = {"full_attention", "sliding_attention"}
+
 #: The masks of windowed layers by the mask they are of, and those of offsets: for all layers of a
 #: forward, and gone with what they were made of.
 _windowed: weakref.WeakKeyDictionary[SpanMask, dict[int, SpanMask]] = weakref.WeakKeyDictionary()
@@ -61,9 +64,16 @@ def set_attention(model: PreTrainedModel) -> None:
 
     Raises:
         ImportError: transformers is missing, or not a release that this is tested with.
+        ValueError: the model's attention is its own, and cannot be replaced.
     """
     register()
-    model.set_attn_implementation(_implementations(model.config, model.config.get_text_config()))
+    text = model.config.get_text_config()
+    model.set_attn_implementation(_implementations(model.config, text))
+    if text._attn_implementation != IMPLEMENTATION:
+        raise ValueError(
+            f"set_attention: {type(model).__name__} keeps its own attention "
+            f"({text._attn_implementation!r}), expected a model of transformers' AttentionInterface"
+        )
 
 
 def _implementations(config: PreTrainedConfig, text: PreTrainedConfig) -> str | dict[str, Any]:
@@ -127,7 +137,8 @@ def attention(
         )
     chosen = attention_mask
     if span_mask is not None and (causal if chosen is None else chosen.of_text):
-        window = None if attention_mask is None else attention_mask.window
+        _check_layers(module, chosen)
+        window = None if chosen is None else chosen.window
         chosen = BatchMask(_with_window(span_mask, window))
     elif isinstance(chosen, Refusal):
         raise chosen.error
@@ -144,6 +155,22 @@ def attention(
     for mask, queries in chosen.padding:
         out = out + _with_sink(q, k, v, mask, queries, s_aux, how)
     return out.view(query.shape[0], query.shape[2], *out.shape[1:]), None
+
+
+def _check_layers(module: nn.Module, given: BatchMask | Refusal | None) -> None:
+    """A `span_mask` says who sees whom, as far as that is all that the model's layers go by.
+
+    Raises:
+        ValueError: some layers go by more than that.
+    """
+    types = getattr(getattr(module, "config", None), "layer_types", None) or ()
+    others = sorted({*types} - SPAN_LAYERS)
+    if others or (given is not None and not given.is_read):
+        what = ", ".join(others) or "masks that no span_mask can take the place of"
+        raise ValueError(
+            f"{NAME}: the model of {type(module).__name__} has {what}, expected "
+            f"{' or '.join(sorted(SPAN_LAYERS))} for span_mask; give it separate sequences"
+        )
 
 
 def _with_sink(

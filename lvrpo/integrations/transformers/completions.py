@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from lvrpo import checks
+from lvrpo.integrations.transformers.attention import IMPLEMENTATION
 from lvrpo.integrations.transformers.release import require_transformers
 
 NAME = "completion_states"
@@ -86,7 +87,8 @@ def completion_states(
     Raises:
         ImportError: transformers is missing, or not a release that this is tested with.
         ValueError: the model has no linear head, or one with an adapter; its logits are no scale
-            and soft-cap of that head; an input is about logits; fewer than C + 1 tokens.
+            and soft-cap of that head; an input is about logits; fewer than C + 1 tokens; a
+            `span_mask` for another attention than lvrpo's.
 
     Example:
         >>> states = completion_states(model, inputs, completion_length=16)  # doctest: +SKIP
@@ -98,8 +100,11 @@ def completion_states(
             raise ValueError(
                 f"{NAME}: inputs have {name!r}, but no logits are formed: leave it out"
             )
+    whole = _model_with_head(model)
+    if "span_mask" in inputs:
+        _check_attention(whole)
     met = _Head(completion_length)
-    with met.hooks(_layers_of_head(model)):
+    with met.hooks(_layers_of_head(whole)):
         outputs = model(**{"use_cache": False, **inputs})
     if met.hidden is None or met.weight is None:
         raise ValueError(
@@ -122,18 +127,32 @@ def completion_states(
     )
 
 
-def _layers_of_head(model: nn.Module) -> list[nn.Linear]:
-    """The linear layers of the head of the outermost model that has one."""
+def _model_with_head(model: nn.Module) -> Any:
+    """The outermost model that has a head, inside of what it is wrapped in."""
     for module in model.modules():
         find = getattr(type(module), "get_output_embeddings", None)
-        head = None if find is None else find(module)
-        if head is not None:
-            layers = [layer for layer in head.modules() if isinstance(layer, nn.Linear)]
-            plain = [layer for layer in layers if type(layer).forward is nn.Linear.forward]
-            if not layers or plain != layers:
-                raise ValueError(f"{NAME}: the head is a {type(head).__name__}, expected nn.Linear")
-            return layers
+        if find is not None and find(module) is not None:
+            return module
     raise ValueError(f"{NAME}: {type(model).__name__} has no head (get_output_embeddings)")
+
+
+def _layers_of_head(model: Any) -> list[nn.Linear]:
+    head = model.get_output_embeddings()
+    layers = [layer for layer in head.modules() if isinstance(layer, nn.Linear)]
+    plain = [layer for layer in layers if type(layer).forward is nn.Linear.forward]
+    if not layers or plain != layers:
+        raise ValueError(f"{NAME}: the head is a {type(head).__name__}, expected nn.Linear")
+    return layers
+
+
+def _check_attention(model: Any) -> None:
+    """Other attention would not look at a `span_mask`, and say nothing."""
+    found = model.config.get_text_config()._attn_implementation
+    if found != IMPLEMENTATION:
+        raise ValueError(
+            f"{NAME}: inputs have a span_mask, but the model's attention is {found!r}, expected "
+            f"{IMPLEMENTATION!r}: set_attention(model)"
+        )
 
 
 class _Head:

@@ -30,6 +30,7 @@ class BatchMask:
         queries: [Lq] where its queries are among B * q_length; None: they are those.
         window: that the layer has, even where no sequence is longer; None: none.
         of_text: whether a `span_mask` takes its place: False where all keys are seen, as in towers.
+        is_read: whether more is known of it than who sees whom in this batch.
         padding: more masks of the same keys and their queries, those of padding, where they have an
             output: a tower's, whose model goes on with all of them.
     """
@@ -39,6 +40,7 @@ class BatchMask:
     queries: Tensor | None = None
     window: int | None = None
     of_text: bool = True
+    is_read: bool = True
     padding: tuple[tuple[SpanMask, Tensor], ...] = ()
 
 
@@ -50,11 +52,13 @@ class Refusal:
         error: what a layer raises that does have it.
         window: as of a `BatchMask`.
         of_text: as of a `BatchMask`.
+        is_read: as of a `BatchMask`.
     """
 
     error: ValueError
     window: int | None = None
     of_text: bool = True
+    is_read: bool = True
 
 
 def mask_of_layers(
@@ -71,7 +75,9 @@ def mask_of_layers(
         return batch_mask(*lengths, mask_function=mask_function, **options)
     except ValueError as error:
         rule = read(mask_function)
-        return Refusal(error) if rule is None else Refusal(error, rule.window, rule.causal)
+        if rule is None:
+            return Refusal(error, is_read=False)
+        return Refusal(error, rule.window, rule.causal)
 
 
 def batch_mask(
@@ -133,6 +139,7 @@ def batch_mask(
         None if bool(is_read.all()) else is_read.flatten().nonzero()[:, 0].to(device),
         None if rule is None else rule.window,
         rule is None or rule.causal,
+        rule is not None,
         tuple((mask.to(device), queries.to(device)) for mask, queries in padding),
     )
 
