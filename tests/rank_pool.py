@@ -99,7 +99,7 @@ def _serve(pipe: Connection, store: str, rank: int, size: int, timeout: float) -
     torch.set_num_threads(1)
     backend = "gloo"
     if on_gpus(size):
-        backend = "nccl"
+        backend, os.environ["LVRPO_CHECK"] = "nccl", "1"
         torch.cuda.set_device(rank)
         torch.set_default_device("cuda")
     torch.distributed.init_process_group(

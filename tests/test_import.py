@@ -44,6 +44,16 @@ def test_import_is_pure_and_light():
     assert seen["undefined"] == []
 
 
+def test_several_processes_are_asked_for():
+    code = (
+        "import sys, torch, lvrpo; before = 'lvrpo.distributed' in sys.modules; "
+        "import lvrpo.distributed; "
+        "print(before, 'torch.distributed.tensor' in sys.modules, "
+        "torch.distributed.is_initialized())"
+    )
+    assert python(code) == "False False False\n"
+
+
 def test_our_kernels_folder_does_not_shadow_the_package_of_that_name(tmp_path):
     # `kernels` is a package on PyPI. A folder without __init__.py gives way to any regular package
     # on the path, even from the root of this repository, where Python looks first.

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -133,7 +133,7 @@ class _Samples:
         return cls(table, ids, tokens, alike)
 
 
-def _exchange(group: Group, prepare: Any) -> list[_Samples]:
+def _exchange(group: Group, prepare: Callable[[], _Samples]) -> list[_Samples]:
     """What all ranks prepared.
 
     Raises:

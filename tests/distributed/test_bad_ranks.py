@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import bad_ranks
 import pytest
-from rank_pool import Ranks, ranks
+from rank_pool import Ranks, on_gpus, ranks
 
 SIZE = 2
 
@@ -79,5 +79,8 @@ def test_a_rank_that_does_not_come_ends_the_others(call):
     with ranks(SIZE, timeout=3.0) as group:
         group.run(bad_ranks.agree)
         found = group.outcomes(call)
-    assert isinstance(found[0], RuntimeError), found
-    assert "distributed.linear_grpo_loss: a rank of the group did not answer" in str(found[0])
+    if on_gpus(SIZE):  # NCCL's watchdog ends the process
+        assert isinstance(found[0], RuntimeError | ChildProcessError), found
+    else:
+        assert isinstance(found[0], RuntimeError), found
+        assert "distributed.linear_grpo_loss: a rank of the group did not answer" in str(found[0])

@@ -50,6 +50,15 @@ def test_other_placements(groups, placement, message):
     assert all(message in found for found in groups[2].run(shared_models.refused, placement))
 
 
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_loss_head_is_the_head(bias):
+    head = torch.nn.Linear(3, 5, bias=bias)
+    ours, hidden = distributed.LossHead(head), torch.randn(2, 4, 3)
+    assert torch.equal(ours(hidden), head(hidden))
+    assert ours.state_dict().keys() == head.state_dict().keys()
+    assert ours.weight is head.weight
+
+
 def test_a_part_needs_shards():
     with pytest.raises(
         ValueError, match=r"shards is None and weight is no DTensor; make shards once"
