@@ -3,6 +3,7 @@ for padded batches in plain PyTorch."""
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable
 from typing import Any
@@ -370,3 +371,37 @@ def test_without_a_ratio_nothing_is_clipped(backend, name):
         backend=backend,
     )
     assert float(metrics.clip_fraction_low) == float(metrics.clip_fraction_high) == 0.0
+
+
+#: By what they count: the loss, and shares low, high and cap of ratios 0.5, 1.05, 1.15 and 2, where
+#: the advantage is positive and where it is negative.
+HELD = {
+    "a cap above the clip": (
+        LossParams(clip_high=0.1, ratio_cap=1.5),
+        ((0.0, 0.5, 0.0), (0.25, 0.0, 0.25)),
+    ),
+    "a cap below the clip": (
+        LossParams(clip_high=0.28, ratio_cap=1.1),
+        ((0.0, 0.5, 0.0), (0.25, 0.0, 0.25)),
+    ),
+    "a weight of at most 0.9": (
+        LossParams(surrogate="detached", clip_low=math.inf, clip_high=-0.1),
+        ((0.0, 0.75, 0.0), (0.0, 0.75, 0.0)),
+    ),
+}
+
+
+@pytest.mark.parametrize("ratio", ["token", "seq_mean"])
+@pytest.mark.parametrize("what", HELD)
+def test_what_a_bound_holds_is_counted_on_its_side(backend, what, ratio):
+    params, shares = HELD[what]
+    log_ratio = torch.tensor([0.5, 1.05, 1.15, 2.0]).log()
+    old = torch.full((4, 2), -3.0)
+    for sign, expected in zip((1.0, -1.0), shares, strict=True):
+        _, metrics = grpo_loss(
+            *(old + log_ratio[:, None], old, [sign] * 4),
+            params=dataclasses.replace(params, ratio=ratio),
+            backend=backend,
+        )
+        held = metrics.clip_fraction_low, metrics.clip_fraction_high, metrics.clip_fraction_cap
+        assert tuple(map(float, held)) == expected
