@@ -20,7 +20,7 @@ def widen(tensor: Tensor) -> Tensor:
     return tensor if tensor.dtype == torch.float64 else tensor.float()
 
 
-def number(value: float, like: Tensor) -> Any:
+def number(value: float | Tensor, like: Tensor) -> Any:
     """A parameter to compare with or to clamp to; a scalar on the device of `like` while compiling.
 
     torch.compile makes a graph for each value of a float that a clamp or a `where` takes.

@@ -31,6 +31,7 @@ from lvrpo.params.sampler_correction import (
     SamplerCorrectionParams,
     SamplerCorrectionStats,
 )
+from lvrpo.token_selection import is_near_sampler, quantile
 
 __all__ = [
     "SAMPLER_CORRECTION_PRESETS",
@@ -155,12 +156,10 @@ def off_policy_sequence_mask(
         raise ValueError(f"{op}: threshold is {threshold}, expected >= 0")
     given = {"logprobs": logprobs, "sampler_logprobs": sampler_logprobs}
     layout, (new, sampler), active = token_inputs(op, given, cu_seqlens, mask)
-    sequences = Sequences(layout, active)
     advantage, has_advantage = advantage_inputs(layout, advantages, new, active)
     new = widen(new)
-    drift = -_gap(new, sampler, active & ~sampler.isnan())
-    far = sequences.to_tokens(sequences.mean(drift) > threshold)
-    kept = has_advantage & ~((advantage < 0) & far)
+    near = is_near_sampler(new, sampler, advantage, active, layout.offsets, threshold)
+    kept = has_advantage & near
     return layout.restore(kept.to(new.dtype))
 
 
@@ -189,7 +188,7 @@ def top_entropy_threshold(
     """
     op = "top_entropy_threshold"
     values, active = entropy_inputs(op, entropy, mask)
-    return _quantile(op, values, active, fraction)
+    return _threshold(op, values, active, fraction)
 
 
 def top_entropy_mask(
@@ -232,7 +231,7 @@ def top_entropy_mask(
         threshold = threshold.detach().reshape(())
     elif threshold is None:
         assert fraction is not None
-        threshold = _quantile(op, values, active, fraction)
+        threshold = _threshold(op, values, active, fraction)
     elif threshold != threshold:
         raise ValueError(f"{op}: threshold is {threshold}, expected a number")
     return (active & (values >= threshold)).to(values.dtype)
@@ -301,18 +300,7 @@ def _stats(
     return SamplerCorrectionStats(**fields)
 
 
-def _quantile(op: str, values: Tensor, active: Tensor, fraction: float) -> Tensor:
-    """The (1 - fraction) quantile of the active values."""
+def _threshold(op: str, values: Tensor, active: Tensor, fraction: float) -> Tensor:
     if not 0 <= fraction <= 1:
         raise ValueError(f"{op}: fraction is {fraction}, expected in [0, 1]")
-    values, active = torch.where(active, values, torch.inf).reshape(-1), active.reshape(-1)
-    if values.numel() == 0:
-        return values.new_full((), torch.inf)
-    # torch.quantile has a size limit and would need the active tokens gathered, which waits for the
-    # device.
-    ascending = values.sort().values
-    last = (active.sum(dim=0, keepdim=True) - 1).clamp(min=0)
-    rank = (1.0 - fraction) * last.double()
-    below = ascending.gather(0, rank.floor().long())
-    above = ascending.gather(0, torch.minimum(rank.ceil().long(), last))
-    return torch.lerp(below, above, rank.frac().to(values.dtype)).reshape(())
+    return quantile(values, active, 1.0 - fraction)

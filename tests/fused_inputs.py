@@ -26,7 +26,7 @@ def composite_arguments(inputs: Mapping[str, Any], params: LossParams) -> tuple[
     tensors = [
         *(*(inputs.get(name) for name in indices), numbers(0.9, 0.0, OUTSIDE)),
         *(inputs.get(name) for name in loss),
-        numbers_by_name(LOSS_NUMBERS, params.numbers()),
+        *(numbers_by_name(LOSS_NUMBERS, params.numbers()), None, None, None, None, None),
     ]
     flags = [False, params.count_empty, params.sequence_level, True, True]
     return tensors, flags, " ".join(f"{kind}={name}" for kind, name in params.choices().items())

@@ -127,6 +127,8 @@ def linear_grpo_loss(
     kernels = with_kernels(chosen, "linear_grpo_loss")
     options = _Options(head, loss_of(arguments, data, kernels), head.needs(), kernels)
     *result, lse = _LinearGrpoLoss.apply(*head.factors(), options)  # type: ignore[no-untyped-call]
+    if kernels is chosen:  # the reference has divided
+        result[:2] = data.divided(*result[:2])
     if checks.check_values(lse):
         refuse_rows(OP, LOGITS, ~lse.isfinite())
     return data.finish_fused(*result)

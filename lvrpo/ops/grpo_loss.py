@@ -5,7 +5,6 @@ T packed tokens or [B, C] padded ones, B sequences. Derivation: docs/ops/grpo_lo
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
@@ -16,7 +15,8 @@ from torch.autograd.function import once_differentiable
 from lvrpo import backends, checks
 from lvrpo.backends import Backend, library
 from lvrpo.dtypes import widen
-from lvrpo.ops.head.loss_inputs import LossInputs, Numbers, loss_inputs
+from lvrpo.ops.head.loss_inputs import Numbers, loss_inputs
+from lvrpo.ops.head.loss_terms import LossTerms
 from lvrpo.params.loss_metrics import STATISTICS, LossMetrics
 from lvrpo.params.policy_loss import LOSS_NUMBERS, LOSS_PRESETS, LossParams, PolicyLoss
 from lvrpo.reference.grpo_loss import grpo_loss as reference_grpo_loss
@@ -43,6 +43,10 @@ def grpo_loss(
     ref_logprobs: Tensor | None = None,
     entropy: Tensor | None = None,
     denominator: float | Tensor | None = None,
+    top_entropy: float | None = None,
+    entropy_threshold: float | Tensor | None = None,
+    off_policy_threshold: float | None = None,
+    sampler_logprobs: Numbers | None = None,
     params: LossParams = _DEFAULT,
     backend: str | None = None,
 ) -> PolicyLoss:
@@ -70,12 +74,24 @@ def grpo_loss(
             are one size.
         ref_logprobs: log-probs under the reference policy; needed when beta > 0, and otherwise only
             for the KL metric.
-        entropy: entropy at each token, nats; needed when entropy_coef is not 0.
+        entropy: entropy at each token, nats; needed when entropy_coef is not 0, and by
+            `top_entropy` and `entropy_threshold`.
         denominator: replaces the number that the outer mean divides by: the active tokens for
             "token_mean", 1 for "token_sum", the sequences for the others. Give the count of the
             whole optimiser step when a call sees a part of it (gradient accumulation, ranks,
             modalities); a sum of such losses is then the loss of the whole. A tensor is not read on
             the host. 0 is the count of a step without active tokens, whose loss is 0.
+        top_entropy: in [0, 1]: only this fraction of the active tokens of the call, those of
+            largest entropy, keeps its policy term (`top_entropy_mask`; 80/20 training). The others
+            count, and have their KL, all the same. Needs `entropy`.
+        entropy_threshold: instead of `top_entropy`, nats: tokens with at least this entropy keep
+            their policy term. A number or a scalar tensor, such as the `top_entropy_threshold` of a
+            whole step, of which calls see parts.
+        off_policy_threshold: nats per token, >= 0: tokens with a negative advantage lose their
+            policy term where the mean of sampler_logprobs - logprobs over the active tokens of
+            their sequence is above it (`off_policy_sequence_mask`).
+        sampler_logprobs: for that, log-probs in the shape of the tokens as the sampler reported
+            them, NaN where it did not; None: `old_logprobs`.
         params: the loss.
         backend: a name of `lvrpo.backends.ALL`, or None for the first that can run.
 
@@ -106,10 +122,19 @@ def grpo_loss(
         ref_logprobs=ref_logprobs,
         entropy=entropy,
         denominator=denominator,
+        top_entropy=top_entropy,
+        entropy_threshold=entropy_threshold,
+        off_policy_threshold=off_policy_threshold,
+        sampler_logprobs=sampler_logprobs,
         params=params,
     )
-    if params.entropy_coef != 0 and entropy is None:
+    if entropy is None and params.entropy_coef != 0:
         raise ValueError(f"{OP}: entropy is None, but entropy_coef is {params.entropy_coef}")
+    if entropy is None and data.selection.by_entropy:
+        raise ValueError(
+            f"{OP}: entropy is None, but top_entropy is {top_entropy} and entropy_threshold is "
+            f"{entropy_threshold}"
+        )
     logp = logp if logp.dim() == 1 else logp.reshape(-1)
     tensors = (logprobs, *data.tensors())
     chosen = backends.resolve(OP, tensors, backend, choices=params.choices())
@@ -117,50 +142,27 @@ def grpo_loss(
     if functional is not None:
         loss, statistics = functional(logp, entropy=data.entropy, **data.for_reference())
     else:
-        options = _Options(data, data.numbers(), chosen)
-        loss, statistics = _GrpoLoss.apply(logp, data.entropy, options)  # type: ignore[no-untyped-call]
+        found = _GrpoLoss.apply(logp, data.entropy, data.terms(), chosen)  # type: ignore[no-untyped-call]
+        loss, statistics = data.divided(*found)
     return PolicyLoss(*data.finish(loss, statistics, logp))
-
-
-@dataclasses.dataclass(frozen=True)
-class _Options:
-    """What `lvrpo::grpo_loss_fwd` takes besides log-probs and entropies, from whom."""
-
-    data: LossInputs
-    numbers: Tensor
-    backend: Backend
 
 
 class _GrpoLoss(torch.autograd.Function):
     @staticmethod
     def forward(  # type: ignore[override]
-        ctx: Any, logprobs: Tensor, entropy: Tensor | None, options: _Options
+        ctx: Any, logprobs: Tensor, entropy: Tensor | None, terms: LossTerms, backend: Backend
     ) -> tuple[Tensor, Tensor]:
-        data = options.data
-        loss, statistics, dlogprobs, dentropy = options.backend.op("grpo_loss_fwd")(
-            logprobs,
-            data.old_logprobs,
-            data.advantages,
-            data.layout.offsets,
-            data.ref_logprobs,
-            entropy,
-            data.mask,
-            data.policy_weights,
-            options.numbers,
-            data.per_token,
-            data.params.count_empty,
-            **data.params.choices(),
-        )
+        loss, statistics, dlogprobs, dentropy = terms.run(backend, logprobs, entropy)
         ctx.save_for_backward(dlogprobs, dentropy)
         ctx.mark_non_differentiable(statistics)
         return loss, statistics
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dloss: Tensor, _: Tensor) -> tuple[Tensor, Tensor | None, None]:
+    def backward(ctx: Any, dloss: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         dlogprobs, dentropy = ctx.saved_tensors
         to_entropy = dloss * dentropy if ctx.needs_input_grad[1] else None
-        return dloss * dlogprobs, to_entropy, None
+        return dloss * dlogprobs, to_entropy, None, None
 
 
 @library.register("grpo_loss_fwd", kernels=OP)

@@ -45,6 +45,10 @@ def linear_grpo_loss(
     level: Level | None = None,
     ref_logprobs: Tensor | None = None,
     denominator: float | Tensor | None = None,
+    top_entropy: float | None = None,
+    entropy_threshold: float | Tensor | None = None,
+    off_policy_threshold: float | None = None,
+    sampler_logprobs: Numbers | None = None,
     params: LossParams = _DEFAULT,
     temperature: float = 1.0,
     softcap: float | None = None,
@@ -85,6 +89,12 @@ def linear_grpo_loss(
         level: what the advantages are given for.
         ref_logprobs: in the shape of the tokens.
         denominator: replaces the number that the outer mean divides by.
+        top_entropy: the fraction of tokens that keeps its policy term, by the entropies of this
+            pass. What it drops depends on all of them: rows are projected first, and all but the
+            last chunk of those with a gradient a second time for it, a fourth GEMM.
+        entropy_threshold: instead of it, nats, at three GEMMs.
+        off_policy_threshold: nats per token; a fourth GEMM as for a ratio per sequence.
+        sampler_logprobs: for that, in the shape of the tokens; None: `old_logprobs`.
         params: the loss. The entropy that `entropy_coef` needs is computed here. A ratio per
             sequence costs a fourth GEMM where a sequence does not fit the budget.
         temperature: divides the logits; finite, > 0.
@@ -120,6 +130,10 @@ def linear_grpo_loss(
         level=level,
         ref_logprobs=ref_logprobs,
         denominator=denominator,
+        top_entropy=top_entropy,
+        entropy_threshold=entropy_threshold,
+        off_policy_threshold=off_policy_threshold,
+        sampler_logprobs=sampler_logprobs,
         params=params,
     ).of_targets(targets, strange)
     tensors = (*head.factors(), *targets.indices(), *data.tensors())
@@ -145,6 +159,7 @@ def linear_grpo_loss(
         tensors_of_loss, *loss = fused.loss_arguments(head.indices(), data, temperature, softcap)
         options = (*loss, needs, *head.columns, head.most, chosen.name)
         *result, lse = _LinearGrpoLoss.apply(*head.factors(), tensors_of_loss, options)  # type: ignore[no-untyped-call]
+        result[:2] = data.divided(*result[:2])
         refuse_rows(OP, lse, "hidden @ weight.T + bias")
     return data.finish_fused(*result)
 

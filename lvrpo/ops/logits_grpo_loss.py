@@ -44,6 +44,10 @@ def logits_grpo_loss(
     level: Level | None = None,
     ref_logprobs: Tensor | None = None,
     denominator: float | Tensor | None = None,
+    top_entropy: float | None = None,
+    entropy_threshold: float | Tensor | None = None,
+    off_policy_threshold: float | None = None,
+    sampler_logprobs: Numbers | None = None,
     params: LossParams = _DEFAULT,
     temperature: float = 1.0,
     softcap: float | None = None,
@@ -77,6 +81,12 @@ def logits_grpo_loss(
         level: what the advantages are given for.
         ref_logprobs: in the shape of the tokens.
         denominator: replaces the number that the outer mean divides by.
+        top_entropy: the fraction of tokens that keeps its policy term, by the entropies of this
+            pass. With this or one of the next two all log-probs and entropies come first: the
+            logits are read twice from memory.
+        entropy_threshold: instead of it, nats.
+        off_policy_threshold: nats per token, as `grpo_loss` takes it.
+        sampler_logprobs: for that, in the shape of the tokens; None: `old_logprobs`.
         params: the loss. The entropy that `entropy_coef` needs is computed here. With a ratio per
             sequence all log-probs come first: the logits are read twice from memory.
         temperature: divides the logits; finite, > 0.
@@ -123,6 +133,10 @@ def logits_grpo_loss(
         level=level,
         ref_logprobs=ref_logprobs,
         denominator=denominator,
+        top_entropy=top_entropy,
+        entropy_threshold=entropy_threshold,
+        off_policy_threshold=off_policy_threshold,
+        sampler_logprobs=sampler_logprobs,
         params=params,
     ).of_targets(targets, strange)
     tensors = (logits, *targets.indices(), *data.tensors())
@@ -151,6 +165,7 @@ def logits_grpo_loss(
         *result, lse = _LogitsGrpoLoss.apply(  # type: ignore[no-untyped-call]
             *(logits, tensors_of_loss, options, needed, inplace and needed)
         )
+        result[:2] = data.divided(*result[:2])
         refuse_rows(OP, lse, "logits")
     return data.finish_fused(*result)
 
@@ -224,14 +239,16 @@ def _fwd(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     call, runs_on = fused.FusedLoss.from_arguments(tensors, flags, names), backends.named(backend)
     gradient, row_index = dlogits.numel() > 0, call.row_index
-    launch = runs_on.fused(OP)
-    if launch is not None and gradient and row_index is None and not call.sequence_level:
+    launch, terms = runs_on.fused(OP), call.terms
+    # A row's kernel knows of its own row alone.
+    by_row = row_index is None and not call.sequence_level and terms.is_plain
+    if launch is not None and gradient and by_row:
         results: tuple[Tensor, Tensor, Tensor, Tensor, Tensor] = launch(
             *(dlogits, logits, call.token_ids, call.vocab_range),
-            *(call.old_logprobs, call.advantages, call.cu_seqlens, call.ref_logprobs),
-            *(call.mask, call.policy_weights, call.softmax_numbers, call.loss_numbers),
-            *(has_softcap, call.advantage_per_token, call.count_empty),
-            **call.choices,
+            *(terms.old_logprobs, terms.advantages, terms.cu_seqlens, terms.ref_logprobs),
+            *(call.mask, terms.policy_weights, call.softmax_numbers, terms.loss_numbers),
+            *(has_softcap, terms.advantage_per_token, terms.count_empty),
+            **terms.choices,
         )
         return results
     rows = call.rows(GivenLogits(logits.detach(), dlogits), runs_on)

@@ -28,6 +28,7 @@ Aggregation = Literal[
     "seq_mean_token_sum_norm",
     "token_sum",
 ]
+EntropyAggregation = Literal["token_mean"]
 #: By parameter: the names that it has.
 LOSS_CHOICES: dict[str, tuple[str, ...]] = {
     "ratio": get_args(Ratio),
@@ -101,6 +102,9 @@ class LossParams:
         kl_log_ratio_limit: d is clamped to plus or minus this; None for no bound.
         kl_limit: likewise the estimator's value.
         entropy_coef: coefficient of the entropy bonus.
+        entropy_aggregation: how the bonus becomes a scalar: None, as the other terms do, by
+            `aggregation` and the call's `denominator`; "token_mean", the mean over the active
+            tokens of the call whatever the loss, or over those that `top_entropy` keeps (TRL).
         aggregation: from tokens to a scalar: "token_mean", over all tokens; "token_sum";
             "seq_mean_token_mean", per sequence, then over all B sequences; "seq_mean_token_sum",
             sum instead of the inner mean; "seq_mean_token_sum_norm", that sum over `max_length`.
@@ -125,6 +129,7 @@ class LossParams:
     kl_log_ratio_limit: float | None = None
     kl_limit: float | None = None
     entropy_coef: float = 0.0
+    entropy_aggregation: EntropyAggregation | None = None
     aggregation: Aggregation = "seq_mean_token_mean"
     max_length: int | None = None
     count_empty: bool = True
@@ -138,6 +143,11 @@ class LossParams:
             raise ValueError(f"LossParams: beta is {self.beta}, expected finite and >= 0")
         if not -math.inf < self.entropy_coef < math.inf:
             raise ValueError(f"LossParams: entropy_coef is {self.entropy_coef}, expected finite")
+        if self.entropy_aggregation not in (None, *get_args(EntropyAggregation)):
+            raise ValueError(
+                f"LossParams: entropy_aggregation is {self.entropy_aggregation!r}, expected one of "
+                f"{', '.join(get_args(EntropyAggregation))}, or None for that of the loss"
+            )
         for name in ("log_ratio_limit", "kl_log_ratio_limit", "kl_limit"):
             limit = getattr(self, name)
             if limit is not None and not limit > 0:
@@ -200,7 +210,8 @@ class LossParams:
     def numbers(self, denominator: float | None = None) -> dict[str, float]:
         """The parameters that are numbers, as kernels take them, by the names of `LOSS_NUMBERS`.
 
-        An absent bound is infinite, and a `denominator` of None, for the op's own count, -1.
+        An absent bound is infinite, and a `denominator` of None, for the op's own count, -1. A
+        bonus that is aggregated by itself is not theirs.
         """
         high, cap = self.clip_high, _or_infinity(self.ratio_cap)
         if self.surrogate == "clip" and cap < 1 + high:  # see `ratio_cap`
@@ -222,7 +233,7 @@ class LossParams:
             "beta": self.beta,
             "kl_log_ratio_limit": _or_infinity(self.kl_log_ratio_limit),
             "kl_limit": _or_infinity(self.kl_limit),
-            "entropy_coef": self.entropy_coef,
+            "entropy_coef": 0.0 if self.entropy_aggregation else self.entropy_coef,
             "max_length": self.max_length or 1,
             "denominator": -1.0 if denominator is None else denominator,
         }

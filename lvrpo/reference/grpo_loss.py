@@ -22,6 +22,7 @@ from lvrpo.reference._policy_terms import (
     level_of,
     surrogate,
 )
+from lvrpo.token_selection import EVERY_TOKEN, TokenSelection, usable_tokens
 
 if TYPE_CHECKING:
     from lvrpo.params.policy_loss import LossParams
@@ -38,7 +39,8 @@ def grpo_loss(
     level: str | None = None,
     ref_logprobs: Tensor | None = None,  # [T]
     entropy: Tensor | None = None,  # [T]
-    denominator: float | None = None,
+    denominator: float | Tensor | None = None,
+    selection: TokenSelection = EVERY_TOKEN,
     params: LossParams,
 ) -> tuple[Tensor, Tensor]:
     """See `lvrpo.grpo_loss`; the loss, and what `LossMetrics.from_statistics` takes."""
@@ -60,10 +62,7 @@ def grpo_loss(
 
     # Leaving out comes first: such a token may hold anything, and 0 * NaN is NaN.
     asked = torch.ones_like(logp, dtype=torch.bool) if mask is None else mask > 0
-    active = asked & (weight >= 0)
-    used_advantage = torch.where(weight == 0, 0.0, advantage)
-    for data in (logp, old, used_advantage, weight, ent, *([] if ref is None else [ref])):
-        active = active & data.detach().isfinite()
+    active = usable_tokens(asked, weight, advantage, logp, old, ent, ref)
     logp, old, ent = (torch.where(active, x, 0.0) for x in (logp, old, ent))
     # Without old log-probs the ratio is 1, and its gradient that of the log-prob.
     log_ratio = logp - (logp.detach() if old_logprobs is None else old)
@@ -74,7 +73,8 @@ def grpo_loss(
     count, total = sequences.count, counted.sum().to(logp)
 
     unbounded = level_of(log_ratio, advantage, sequences, params)
-    pulls = active & (weight != 0) & (advantage != 0)
+    high, kept = selection.of(logp, ent, advantage, active, cu_seqlens)
+    pulls = kept & (weight != 0) & (advantage != 0)
     bounded = saturate(torch.where(pulls, unbounded, 0.0), params.log_ratio_limit)
     x = Tokens(logp, log_ratio, bounded, torch.where(pulls, advantage, 0.0))
     policy = torch.where(pulls, weight, 0.0) * surrogate(x, params)
@@ -92,7 +92,8 @@ def grpo_loss(
     if denominator is None:
         outer = outer.clamp(min=1)
     else:  # 0 is that of a step with nothing to divide
-        outer = torch.zeros_like(total) + (denominator if denominator > 0 else torch.inf)
+        outer = torch.zeros_like(total) + denominator
+        outer = torch.where(outer > 0, outer, torch.inf)
     factor = torch.ones_like(count) / outer
     if params.aggregation == "seq_mean_token_mean":
         factor = factor / count.clamp(min=1)
@@ -103,8 +104,10 @@ def grpo_loss(
     def aggregate(x: Tensor) -> Tensor:
         return (factor * sequences.sum(torch.where(active, x, 0.0))).sum()
 
-    policy_loss = aggregate(policy)
-    loss = policy_loss - params.entropy_coef * aggregate(ent)
+    policy_loss, bonus = aggregate(policy), aggregate(ent)
+    if params.entropy_aggregation == "token_mean":
+        bonus = torch.where(high, ent, 0.0).sum() / high.sum().clamp(min=1)
+    loss = policy_loss - params.entropy_coef * bonus
     if params.beta != 0:  # a reference given for the statistics alone may overflow
         loss = loss + params.beta * aggregate(kl)
 

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from lvrpo.reference.gather_logprobs import gather_logprobs
 from lvrpo.reference.grpo_loss import grpo_loss
+from lvrpo.token_selection import EVERY_TOKEN, TokenSelection
 
 if TYPE_CHECKING:
     from lvrpo.params.policy_loss import LossParams
@@ -26,7 +27,8 @@ def logits_grpo_loss(
     mask: Tensor | None = None,  # [T]
     policy_weights: Tensor | None = None,  # [T]
     level: str | None = None,
-    denominator: float | None = None,
+    denominator: float | Tensor | None = None,
+    selection: TokenSelection = EVERY_TOKEN,
     params: LossParams,
     ignore_index: int = -100,
     **softmax: Any,
@@ -55,6 +57,7 @@ def logits_grpo_loss(
         policy_weights=policy_weights,
         level=level,
         denominator=denominator,
+        selection=selection,
         params=params,
     )
     logprobs, entropy = (torch.where(active, x.detach(), 0.0) for x in (logprobs, entropy))

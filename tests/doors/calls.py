@@ -283,6 +283,11 @@ LOSS_SETTINGS = (
         },
     ),
     Setting(
+        "selection",
+        {"top_entropy": between(0.1, 0.9), "off_policy_threshold": between(0.001, 0.3)},
+    ),
+    Setting("threshold", {"entropy_threshold": between(0.5, 2.0)}),
+    Setting(
         "sigmoid",
         {"params.gate_pos": between(0.5, 2.0), "params.gate_neg": between(0.6, 2.1)},
         {"params": LossParams.preset("sapo")},

@@ -13,6 +13,8 @@ import torch
 from loss_inputs import STATISTICS, reference
 from torch import Tensor
 
+from lvrpo.token_selection import TokenSelection
+
 Mutant = Callable[..., tuple[Tensor, Tensor]]
 
 
@@ -267,4 +269,105 @@ VARIANT_MUTANTS: dict[str, dict[str, Mutant]] = {
         "gradient of the KL estimator": with_params(kl_gradient="own"),
         "KL not clamped": with_params(kl_limit=None),
     },
+}
+
+
+def with_selection(change: Callable[[dict[str, Any]], dict[str, Any]]) -> Mutant:
+    """Fields of the selection changed."""
+
+    def mutant(selection: TokenSelection, **inputs: Any) -> tuple[Tensor, Tensor]:
+        changes = change(inputs | vars(selection))
+        return reference(**inputs, selection=dataclasses.replace(selection, **changes))
+
+    return mutant
+
+
+def keeping(rule: Callable[[dict[str, Any]], Tensor], **changes: Any) -> Mutant:
+    """Another rule [T] in the place of fields of the selection."""
+
+    def mutant(selection: TokenSelection, **inputs: Any) -> tuple[Tensor, Tensor]:
+        kept = rule(inputs | vars(selection))
+        inputs["policy_weights"] = inputs["policy_weights"] * kept
+        return reference(**inputs, selection=dataclasses.replace(selection, **changes))
+
+    return mutant
+
+
+def dropped_from_the_mask(selection: TokenSelection, **inputs: Any) -> tuple[Tensor, Tensor]:
+    high = inputs["entropy"] >= threshold_of(vars(selection) | inputs)
+    inputs["mask"] = inputs["mask"] & high
+    return reference(**inputs, selection=dataclasses.replace(selection, top_entropy=None))
+
+
+def bonus_of_all(selection: TokenSelection, params: Any, **inputs: Any) -> tuple[Tensor, Tensor]:
+    no_bonus = dataclasses.replace(params, entropy_coef=0.0)
+    loss, statistics = reference(**inputs, selection=selection, params=no_bonus)
+    return loss - params.entropy_coef * inputs["entropy"][inputs["mask"]].mean(), statistics
+
+
+def threshold_of(x: dict[str, Any], over: str = "mask") -> Tensor:
+    values = x["entropy"].detach() if over == "all" else x["entropy"].detach()[x["mask"]]
+    return values.quantile(1 - x["top_entropy"])
+
+
+def of_sequences(x: dict[str, Any], values: Tensor, how: str = "mean") -> Tensor:
+    """[T] the sum, or mean, over the active tokens of each sequence."""
+    lengths = x["cu_seqlens"].diff()
+    parts = zip(*(y.split(lengths.tolist()) for y in (values, x["mask"])), strict=True)
+    sums = [part[on].sum() / (max(int(on.sum()), 1) if how == "mean" else 1) for part, on in parts]
+    return torch.stack(sums).repeat_interleave(lengths)
+
+
+def drift(x: dict[str, Any]) -> Tensor:
+    return (x["sampler_logprobs"] - x["logprobs"].detach()).nan_to_num()
+
+
+def is_negative(x: dict[str, Any]) -> Tensor:
+    return (x["advantages"] < 0).repeat_interleave(x["cu_seqlens"].diff())
+
+
+def unreported_as_the_others(x: dict[str, Any]) -> dict[str, Any]:
+    reported = ~x["sampler_logprobs"].isnan()
+    share = of_sequences(x, reported.double()).clamp(min=1e-9)
+    others = x["logprobs"].detach() + of_sequences(x, drift(x)) / share
+    return {"sampler_logprobs": torch.where(reported, x["sampler_logprobs"], others)}
+
+
+NO_SAMPLER: dict[str, Any] = {"off_policy_threshold": None, "sampler_logprobs": None}
+#: Of what keeps and drops policy terms: with a selection by entropy and by the sampler, and a bonus
+#: with its own mean.
+SELECTION_MUTANTS: dict[str, Mutant] = {
+    "entropy ignored": with_selection(lambda x: {"top_entropy": None}),
+    "sampler ignored": with_selection(lambda x: NO_SAMPLER),
+    "the fraction as a quantile": with_selection(lambda x: {"top_entropy": 1 - x["top_entropy"]}),
+    "masked tokens in the quantile": with_selection(
+        lambda x: {"top_entropy": None, "entropy_threshold": threshold_of(x, "all")}
+    ),
+    "the threshold exclusive": with_selection(
+        lambda x: {"top_entropy": None, "entropy_threshold": threshold_of(x) + 1e-9}
+    ),
+    "the least entropies": keeping(lambda x: x["entropy"] <= threshold_of(x), top_entropy=None),
+    "a dropped token leaves the denominator": dropped_from_the_mask,
+    "whatever the advantage": keeping(
+        lambda x: of_sequences(x, drift(x)) <= x["off_policy_threshold"], **NO_SAMPLER
+    ),
+    "sum for mean": keeping(
+        lambda x: (
+            ~(is_negative(x) & (of_sequences(x, drift(x), "sum") > x["off_policy_threshold"]))
+        ),
+        **NO_SAMPLER,
+    ),
+    "token by token": keeping(
+        lambda x: ~(is_negative(x) & (drift(x) > x["off_policy_threshold"])), **NO_SAMPLER
+    ),
+    "the other direction": with_selection(
+        lambda x: {"sampler_logprobs": 2 * x["logprobs"].detach() - x["sampler_logprobs"]}
+    ),
+    "unreported tokens leave the mean": with_selection(unreported_as_the_others),
+    "the old policy for the sampler": with_selection(
+        lambda x: {"sampler_logprobs": x["old_logprobs"]}
+    ),
+    "bonus of all active tokens": bonus_of_all,
+    "bonus of the loss": with_params(entropy_aggregation=None),
+    "no bonus": with_params(entropy_coef=0.0),
 }

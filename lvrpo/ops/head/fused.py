@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import bisect
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -18,10 +18,12 @@ from lvrpo.backends import Backend
 from lvrpo.dtypes import numbers
 from lvrpo.ops.head.linear import split
 from lvrpo.ops.head.loss_inputs import LossInputs
+from lvrpo.ops.head.loss_terms import LossTerms
 from lvrpo.ops.head.rows import OUTSIDE, Chunk, Head, HeadRows
 from lvrpo.ops.head.targets import any_of
 from lvrpo.params.loss_metrics import STATISTICS
 from lvrpo.token_layout import sequences_of
+from lvrpo.token_selection import TokenSelection
 
 
 def loss_arguments(
@@ -30,21 +32,24 @@ def loss_arguments(
     temperature: float,
     softcap: float | None,
 ) -> tuple[list[Tensor | None], list[bool], str]:
-    """What `FusedLoss` is made of again inside a composite op, in the order of its fields.
+    """What `FusedLoss` is made of again inside a composite op.
 
     Returns:
         Tensors, flags, and the choices in one string, as schemas know no lists of strings.
     """
-    params = data.params
+    params, terms, selection = data.params, data.terms(), data.selection
+    given: tuple[Any, ...] = selection.top_entropy, selection.off_policy_threshold
     tensors = [
         *(*indices, numbers(temperature, softcap or 0.0, OUTSIDE)),
-        *(data.old_logprobs, data.advantages, data.layout.offsets, data.ref_logprobs),
-        *(data.mask, data.policy_weights, data.numbers()),
+        *(terms.old_logprobs, terms.advantages, terms.cu_seqlens, terms.ref_logprobs),
+        *(terms.mask, terms.policy_weights, terms.loss_numbers),
+        *(None if x is None else numbers(x)[0] for x in given),
+        *(selection.entropy_threshold, selection.sampler_logprobs, terms.bonus_scale),
     ]
     entropy_bonus = params.entropy_coef != 0
     every_active = params.beta != 0 or entropy_bonus
     of_gradient = params.sequence_level, every_active, entropy_bonus
-    choices = " ".join(f"{kind}={name}" for kind, name in params.choices().items())
+    choices = " ".join(f"{kind}={name}" for kind, name in terms.choices.items())
     return tensors, [data.per_token, params.count_empty, *of_gradient], choices
 
 
@@ -57,38 +62,33 @@ class FusedLoss:
         row_index: [T] or None.
         vocab_range: [R, 2] or None.
         softmax_numbers: of `lvrpo::gather_logprobs_fwd`.
-        old_logprobs: [T] or None; from here to `count_empty` as `lvrpo::grpo_loss_fwd` takes them.
+        terms: the loss of log-probs and entropies.
+        mask: [T].
         sequence_level: whether a token's gradient depends on its whole sequence.
         every_active: whether every active token has a gradient, whatever its advantage.
         entropy_bonus: whether the loss has a gradient by the entropy.
-        choices: by argument of `lvrpo::grpo_loss_fwd`, the names that say which arithmetic it does.
     """
 
     token_ids: Tensor
     row_index: Tensor | None
     vocab_range: Tensor | None
     softmax_numbers: Tensor
-    old_logprobs: Tensor | None
-    advantages: Tensor
-    cu_seqlens: Tensor
-    ref_logprobs: Tensor | None
+    terms: LossTerms
     mask: Tensor
-    policy_weights: Tensor | None
-    loss_numbers: Tensor
-    advantage_per_token: bool
-    count_empty: bool
     sequence_level: bool
     every_active: bool
     entropy_bonus: bool
-    choices: Mapping[str, str]
 
     @classmethod
     def from_arguments(
         cls, tensors: Sequence[Tensor | None], flags: Sequence[bool], names: str
     ) -> FusedLoss:
         """From `loss_arguments`."""
+        *of_terms, top_entropy, off_policy, threshold, sampler, bonus_scale = tensors[4:]
+        selection = TokenSelection(top_entropy, threshold, off_policy, sampler)
         choices = dict(choice.split("=") for choice in names.split())
-        return cls(*tensors, *flags, choices)  # type: ignore[arg-type, call-arg]
+        terms = LossTerms(*of_terms, *flags[:2], choices, selection, bonus_scale)  # type: ignore[arg-type, call-arg]
+        return cls(*tensors[:4], terms, terms.mask, *flags[2:])  # type: ignore[arg-type, call-arg]
 
     def rows(self, head: Head, backend: Backend, order: Tensor | None = None) -> HeadRows:
         """The rows of a head, of which nothing is known yet, in the order of the chunks."""
@@ -98,15 +98,9 @@ class FusedLoss:
     def loss(self, rows: HeadRows) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Loss, statistics and its derivatives by log-probs and entropies of the tokens.
 
-        True of the tokens whose log-probs are known.
+        True of the tokens whose log-probs are known, and of those that nothing else decides about.
         """
-        found: tuple[Tensor, Tensor, Tensor, Tensor] = rows.backend.op("grpo_loss_fwd")(
-            *(rows.logprobs, self.old_logprobs, self.advantages, self.cu_seqlens),
-            *(self.ref_logprobs, rows.entropy_of_tokens(), self.mask, self.policy_weights),
-            *(self.loss_numbers, self.advantage_per_token, self.count_empty),
-            **self.choices,
-        )
-        return found
+        return self.terms.run(rows.backend, rows.logprobs, rows.entropy_of_tokens())
 
     def reported(self, rows: HeadRows) -> tuple[Tensor, Tensor]:
         """Log-probs and entropy [T], 0 for a masked token."""
@@ -158,21 +152,22 @@ def plan_rows(call: FusedLoss, rows: int, most: int, gradient: bool) -> Plan:
         most: rows of a chunk.
         gradient: whether anything is to be differentiated.
     """
+    terms, active, row_of = call.terms, call.mask, call.row_index
     # On policy the ratio of a sequence is 1 before its log-probs are known; its KL is not.
-    on_policy = call.old_logprobs is None and call.choices["kl_factor"] != "sequence_ratio"
-    whole_sequences = call.sequence_level and not on_policy
-    active, row_of = call.mask, call.row_index
+    on_policy = terms.old_logprobs is None and terms.choices["kl_factor"] != "sequence_ratio"
+    whole_sequences = (call.sequence_level and not on_policy) or terms.by_sampler
     if is_captured(active):
         chunks = split(0, rows, most)
         if not gradient:
             return Plan(None, [], chunks)
-        return Plan(None, [chunks] if whole_sequences else [[chunk] for chunk in chunks], [])
-    sequences = len(call.cu_seqlens) - 1
-    sequence = sequences_of(call.cu_seqlens, len(active))
-    advantages = call.advantages if call.advantage_per_token else call.advantages[sequence]
+        whole = whole_sequences or terms.of_whole_batch
+        return Plan(None, [chunks] if whole else [[chunk] for chunk in chunks], [])
+    sequences = len(terms.cu_seqlens) - 1
+    sequence = sequences_of(terms.cu_seqlens, len(active))
+    advantages = terms.advantages if terms.advantage_per_token else terms.advantages[sequence]
     has_gradient = advantages != 0
-    if call.policy_weights is not None:
-        has_gradient = has_gradient & (call.policy_weights != 0)
+    if terms.policy_weights is not None:
+        has_gradient = has_gradient & (terms.policy_weights != 0)
     has_gradient = active & (has_gradient | call.every_active) & gradient
     if call.sequence_level:
         has_gradient = active & any_of(has_gradient, sequence, sequences)[sequence]
@@ -180,12 +175,14 @@ def plan_rows(call: FusedLoss, rows: int, most: int, gradient: bool) -> Plan:
     rows_with_gradient, active_rows = (any_of(x, row_of, rows) for x in (has_gradient, active))
     order = (2 - rows_with_gradient.long() - active_rows.long()).argsort(stable=True)
     facts = [rows_with_gradient.sum().reshape(1), active_rows.sum().reshape(1)]
-    if whole_sequences:
+    if whole_sequences and not terms.of_whole_batch:
         position = order.argsort() if row_of is None else order.argsort()[row_of]
         facts.append(_straddled(position, sequence, has_gradient, (rows, sequences)))
     end, end_of_active, *straddled = torch.cat(facts).tolist()
     groups = [[chunk] for chunk in split(0, end, most)]
-    if whole_sequences:
+    if terms.of_whole_batch:
+        groups = [split(0, end, most)] if end else []
+    elif whole_sequences:
         groups = group_between([at for at in range(end + 1) if not straddled[at]], most)
     return Plan(None if end == rows else order, groups, split(end, end_of_active, most))
 
