@@ -286,6 +286,19 @@ def test_a_name_without_a_mask_function_would_lose_the_padding():
     assert error[1] < 1e-5 < 1e-2 < error[2]
 
 
+def test_masks_of_a_rollout_serve_an_update():
+    """What inference mode made could not be saved for a backward pass."""
+    model, family = model_of("idefics3"), FAMILIES["idefics3"]
+    set_attention(model)
+    forward = padded(family, sequences(family), [True, False, True])
+    expected = run(model, [forward])
+    module._plain.cache_clear()
+    with torch.inference_mode():
+        logits_of(model, forward)
+    found = run(model, [forward])
+    assert all(torch.equal(found[key], expected[key]) for key in expected)
+
+
 def test_checkpointed_layers():
     model, family = model_of("gemma2"), FAMILIES["gemma2"]
     model.set_attn_implementation("lvrpo")

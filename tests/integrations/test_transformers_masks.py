@@ -224,6 +224,15 @@ def test_what_is_not_known_is_evaluated(chunk):
     assert torch.equal(dense(found, 11, 11)[mask], expected[mask])
 
 
+def test_masks_are_laid_out_on_the_host_whatever_the_default_device_is():
+    mask = torch.arange(5) >= torch.tensor([[0], [2], [3]])
+    with torch.device("meta"):
+        found = batch_mask(B, 5, 5, mask_function=masking.causal_mask_function, attention_mask=mask)
+    assert torch.equal(
+        dense(found, 5, 5)[mask], (mask[:, None] & torch.ones(5, 5).tril().bool())[mask]
+    )
+
+
 def one(function: Callable[..., Any], queries: int = 9, keys: int = 9, **how: Any) -> BatchMask:
     return batch_mask(1, queries, keys, mask_function=function, **how)
 

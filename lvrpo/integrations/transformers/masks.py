@@ -11,9 +11,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from lvrpo.integrations.transformers.rules import Rule, read
 from lvrpo.masks import SpanMask
+from lvrpo.masks.host import move, on_the_host
 
 NAME = "attn_implementation='lvrpo'"
 #: Pairs of a query and a key at which an unknown mask function is evaluated at a time.
@@ -80,6 +82,7 @@ def mask_of_layers(
         return Refusal(error, rule.window, rule.causal)
 
 
+@on_the_host
 def batch_mask(
     batch_size: int,
     q_length: int,
@@ -111,37 +114,40 @@ def batch_mask(
         ValueError: spans cannot say it; names what they cannot.
     """
     first = int(q_offset) - kv_offset
-    if first < 0 or first + q_length > kv_length:
-        raise ValueError(f"{NAME}: {_cross(q_length, kv_length)}")
-    valid = _valid(attention_mask, batch_size, kv_length, kv_offset)
     rule = read(mask_function)
-    if rule is None:
-        indices = (
-            range(int(q_offset), int(q_offset) + q_length),
-            range(kv_offset, kv_offset + kv_length),
+    is_cross = first < 0 or first + q_length > kv_length
+    if is_cross or (rule is not None and not rule.causal and q_length != kv_length):
+        raise ValueError(
+            f"{NAME}: {q_length} queries of {kv_length} keys are cross-attention, expected queries "
+            "that are keys too; give these layers 'sdpa'"
         )
-        ranges = _evaluate(mask_function, batch_size, *indices, use_vmap, device)
+    valid = _valid(attention_mask, batch_size, kv_length, kv_offset)
+    if rule is None:
+        keys = range(kv_offset, kv_offset + kv_length)
+        queries = keys[first : first + q_length]
+        ranges = _evaluate(mask_function, batch_size, queries, keys, use_vmap, device)
         mask = _from_ranges(ranges, valid, first, q_length)
     else:
-        if not rule.causal and q_length != kv_length:
-            raise ValueError(f"{NAME}: {_cross(q_length, kv_length)}")
         mask = _from_rule(rule, valid, kv_offset)
-    is_query = torch.zeros_like(valid)
-    is_query[:, first : first + q_length] = True
-    all_valid = bool(valid.all())
-    if not (all_valid and q_length == kv_length):
+    if q_length != kv_length:
+        is_query = torch.zeros_like(valid)
+        is_query[:, first : first + q_length] = True
         mask = mask.select_queries(is_query[valid].nonzero()[:, 0])
-    is_read = valid[:, first : first + q_length]
-    padding = () if all_valid or rule is None or rule.causal else _of_padding(mask, valid)
+    padding = [] if rule is None or rule.causal else _of_padding(mask, valid)
     return BatchMask(
         mask.to(device),
-        None if all_valid else valid.flatten().nonzero()[:, 0].to(device),
-        None if bool(is_read.all()) else is_read.flatten().nonzero()[:, 0].to(device),
-        None if rule is None else rule.window,
-        rule is None or rule.causal,
-        rule is not None,
-        tuple((mask.to(device), queries.to(device)) for mask, queries in padding),
+        keys=_where(valid, device),
+        queries=_where(valid[:, first : first + q_length], device),
+        window=None if rule is None else rule.window,
+        of_text=rule is None or rule.causal,
+        is_read=rule is not None,
+        padding=tuple((mask.to(device), move(queries, device)) for mask, queries in padding),
     )
+
+
+def _where(chosen: Tensor, device: torch.device | str) -> Tensor | None:
+    """Indices of what is chosen, if it is not all."""
+    return None if bool(chosen.all()) else move(chosen.flatten().nonzero()[:, 0], device)
 
 
 def _of_padding(mask: SpanMask, valid: Tensor) -> list[tuple[SpanMask, Tensor]]:
@@ -160,21 +166,12 @@ def _of_padding(mask: SpanMask, valid: Tensor) -> list[tuple[SpanMask, Tensor]]:
     return found
 
 
-def _cross(q_length: int, kv_length: int) -> str:
-    return (
-        f"{q_length} queries of {kv_length} keys are cross-attention, expected queries that are "
-        "keys too; give these layers 'sdpa'"
-    )
-
-
 def _valid(attention_mask: Tensor | None, batch: int, length: int, offset: int) -> Tensor:
     """Bool [B, kv_length], on the host: what is no padding."""
-    valid = torch.ones(batch, length, dtype=torch.bool)
-    if attention_mask is not None:
-        given = attention_mask[:, offset : offset + length].cpu().bool()
-        valid[:, : given.shape[1]] = given
-        valid[:, given.shape[1] :] = False
-    return valid
+    if attention_mask is None:
+        return torch.ones(batch, length, dtype=torch.bool)
+    given = attention_mask[:, offset : offset + length].cpu().bool()
+    return pad(given, (0, length - given.shape[1]))
 
 
 def _from_rule(rule: Rule, valid: Tensor, offset: int) -> SpanMask:
@@ -237,11 +234,11 @@ def _check_window(
 def _per_key(values: Tensor | None, valid: Tensor, offset: int, default: int) -> Tensor:
     """Of each valid key its value on the host; `default` beyond the end."""
     batch, length = valid.shape
-    found = torch.full((batch, length), default)
-    if values is not None:
-        given = values[:, offset : offset + length].cpu().long()
-        found[:, : given.shape[1]] = given
-    return found[valid]
+    if values is None:
+        return torch.full((int(valid.sum()),), default)
+    given = values[:, offset : offset + length].cpu().long()
+    whole = pad(given, (0, length - given.shape[1]), value=default)
+    return whole.expand(batch, length)[valid]
 
 
 def _evaluate(
