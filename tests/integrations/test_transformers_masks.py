@@ -254,6 +254,9 @@ def test_what_spans_cannot_say_is_refused_by_name():
     apart = masking.blockwise_overlay(torch.tensor([[0, 0, -1, -1, 0, 0, -1, -1, -1]]))
     with pytest.raises(ValueError, match="block 0 of sequence 0 is interrupted"):
         one(masking.or_masks(causal, apart))
+    documents = masking.packed_sequence_mask_function(torch.tensor([[0, 0, 1, 1, 1, 0, 0, 2, 2]]))
+    with pytest.raises(ValueError, match="document 0 of sequence 0 is interrupted"):
+        one(masking.and_masks(causal, documents))
     with pytest.raises(ValueError, match="overlap"):
         one(masking.sliding_window_bidirectional_mask_function(2))
     with pytest.raises(ValueError, match="key 0 of sequence 0 is not seen by its own row"):

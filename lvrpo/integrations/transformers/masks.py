@@ -189,17 +189,20 @@ def _from_rule(rule: Rule, valid: Tensor, offset: int) -> SpanMask:
     parents: list[int] = []
     modes: list[str] = []
     before: list[int] = []
-    blocks_seen: set[tuple[int, ...]] = set()
-    for index, key in enumerate(spans[starts].tolist()):
-        parents.append(index - 1 if key[:2] == before else -1)
-        before = key[:2]
-        modes.append("full" if key[2] >= 0 else "causal")
-        if key[2] >= 0 and tuple(key) in blocks_seen:
-            raise ValueError(
-                f"{NAME}: block {key[2]} of sequence {key[0]} is interrupted by other tokens, "
-                "expected the tokens of a block next to each other; use 'sdpa'"
-            )
-        blocks_seen.add(tuple(key))
+    seen: set[tuple[str | int, ...]] = set()
+    for index, (*document, number) in enumerate(spans[starts].tolist()):
+        parents.append(index - 1 if document == before else -1)
+        modes.append("full" if number >= 0 else "causal")
+        begun: list[tuple[str | int, ...]] = [("document", *document)] if document != before else []
+        begun += [("block", *document, number)] if number >= 0 else []
+        for what in begun:
+            if what in seen:
+                raise ValueError(
+                    f"{NAME}: {what[0]} {what[-1]} of sequence {what[1]} is interrupted by others, "
+                    "expected its tokens next to each other; use 'sdpa'"
+                )
+        seen.update(begun)
+        before = document
     mask = SpanMask.from_spans(lengths, parents, modes)
     if rule.window is None:
         return mask
