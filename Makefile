@@ -53,8 +53,13 @@ test-slow: setup  ## the rest: long fuzzing, and every case of a GPU's kernels o
 	TRITON_INTERPRET=1 $(PARALLEL) -m slow --disable-warnings -k triton $(INTERPRETED)
 	LVRPO_EMULATE=1 $(PARALLEL) -m slow -k emulated $(EMULATED)
 
-integrations: setup  ## inside transformers and TRL: the tests with the real packages
+# What verl's losses, estimators and heads need of all that verl needs, which contradicts TRL's needs.
+VERL := verl attrs certifi cloudpickle codetiming jsonschema jsonschema-specifications msgpack omegaconf orjson protobuf pyvers \
+  ray referencing requests rpds-py tensordict urllib3
+
+integrations: setup  ## inside transformers, TRL and verl: the tests with the real packages
 	@LVRPO_BUILD=off $(PIP) install -c constraints.txt --no-build-isolation -e '.[train,report,dev,transformers,trl]' peft
+	@$(PIP) install -c constraints.txt --no-deps $(VERL)
 	$(PARALLEL) -m "not slow" tests/integrations
 
 # Python has the runtime of a sanitizer loaded before it; what it keeps until it ends is no leak of ours, and libraries
