@@ -92,3 +92,19 @@ def check_loss(counts: Sequence[int], params: LossParams) -> None:
 
 def denominators(mask: Any, cu_seqlens: Any, params: Sequence[LossParams]) -> list[float]:
     return [float(distributed.global_denominator(mask, cu_seqlens, params=p)) for p in params]
+
+
+def check_threshold(counts: Sequence[int], fraction: float) -> None:
+    made = torch.Generator(device="cpu").manual_seed(5)
+    entropy = torch.rand(sum(counts), generator=made, device="cpu").to(torch.empty(0).device)
+    mask = torch.arange(len(entropy)) % 3 != 1
+    entropy[1] = math.nan
+    mine = here(counts)
+    found = distributed.top_entropy_threshold(entropy[mine], fraction=fraction, mask=mask[mine])
+    expected = lvrpo.top_entropy_threshold(entropy, fraction=fraction, mask=mask)
+    assert torch.equal(found, expected)
+
+
+def threshold(fractions: Sequence[float], entropy: float) -> Tensor:
+    fraction = fractions[torch.distributed.get_rank()]
+    return distributed.top_entropy_threshold(torch.full((2,), entropy), fraction=fraction)

@@ -183,7 +183,8 @@ MAY_IMPORT = {
     "_sampler_inputs": "params checks dtypes token_layout",
     "covariance": "params dtypes token_layout _sampler_inputs",
     "token_advantages": "params checks dtypes token_layout groups _sampler_inputs",
-    "distributed": "ops params reference backends checks dtypes token_layout groups",
+    "distributed": "ops params reference backends checks dtypes token_layout groups "
+    "sampler_correction",
     "info": "lvrpo ops backends",
     "data": "info random",
     "rewards": "info data",

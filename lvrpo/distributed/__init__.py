@@ -3,7 +3,11 @@
 Every rank of the group calls, and gets the whole's numbers. How they talk: docs/distributed.md.
 """
 
-from lvrpo.distributed.batch import global_denominator, normalize_advantages
+from lvrpo.distributed.batch import (
+    global_denominator,
+    normalize_advantages,
+    top_entropy_threshold,
+)
 from lvrpo.distributed.gather_logprobs import gather_logprobs
 from lvrpo.distributed.linear_grpo_loss import linear_grpo_loss
 from lvrpo.distributed.linear_logprobs import linear_logprobs
@@ -18,4 +22,5 @@ __all__ = [
     "linear_grpo_loss",
     "linear_logprobs",
     "normalize_advantages",
+    "top_entropy_threshold",
 ]

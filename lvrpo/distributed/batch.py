@@ -15,16 +15,18 @@ import torch.distributed
 from torch import Tensor
 
 from lvrpo import checks
-from lvrpo.distributed.ranks import Group, add_up, all_there, check_same
+from lvrpo.distributed.ranks import Group, add_up, agreement, all_there, check_same, gather
 from lvrpo.groups import GroupIds
 from lvrpo.ops.head.loss_inputs import Numbers
 from lvrpo.ops.head.targets import any_of
 from lvrpo.ops.normalize_advantages import normalize_advantages as of_all_samples
 from lvrpo.params.advantages import AdvantageParams, Advantages
 from lvrpo.params.policy_loss import LossParams
+from lvrpo.sampler_correction import top_entropy_threshold as of_all_tokens
 from lvrpo.token_layout import sequences_of, token_layout
 
 _ADVANTAGES, _DENOMINATOR = "distributed.normalize_advantages", "distributed.global_denominator"
+_THRESHOLD = "distributed.top_entropy_threshold"
 _DEFAULT = AdvantageParams()
 
 
@@ -197,3 +199,39 @@ def global_denominator(
     total = count.double()
     add_up(_DENOMINATOR, total, group)
     return total
+
+
+def top_entropy_threshold(
+    entropy: Tensor, *, fraction: float, mask: Numbers | None = None, group: Group = None
+) -> Tensor:
+    """`lvrpo.top_entropy_threshold` of the tokens of all ranks, for `entropy_threshold=` of a loss.
+
+    All entropies go to every rank, after their numbers, which the host waits for.
+
+    Args:
+        entropy: of any shape, nats, of this rank's tokens; ranks may have different numbers.
+        fraction: of the active tokens of all ranks, in [0, 1].
+        mask: in the shape of `entropy`: what counts.
+        group: the ranks that have samples of their own; None for all.
+
+    Returns:
+        As `lvrpo.top_entropy_threshold`, of the same bits on every rank.
+
+    Raises:
+        ValueError: as `lvrpo.top_entropy_threshold`, or ranks disagree about fraction or dtype; on
+            a CPU, and with LVRPO_CHECK=1 on a GPU, on all ranks.
+        RuntimeError: a rank does not answer.
+    """
+    with agreement(_THRESHOLD, group, entropy) as facts:
+        of_all_tokens(entropy, fraction=fraction, mask=mask)  # refuses what it does not take
+        values = entropy.detach().reshape(-1)
+        active = torch.ones_like(values)
+        if mask is not None:
+            given = checks.as_tensor(_THRESHOLD, "mask", mask, values.device).reshape(-1)
+            active = checks.as_mask(_THRESHOLD, "mask", given).to(values)
+        facts |= {"fraction": fraction, "dtype": values.dtype}
+    counts = gather(_THRESHOLD, torch.tensor([len(values)], device=values.device), group)
+    padded = values.new_zeros(2, int(counts.max()))
+    padded[0, : len(values)], padded[1, : len(values)] = values, active
+    every = gather(_THRESHOLD, padded, group)
+    return of_all_tokens(every[:, 0], fraction=fraction, mask=every[:, 1])

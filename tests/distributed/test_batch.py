@@ -77,3 +77,23 @@ def test_denominators(group):
     padded = [[True, False], [True, False], [False, False], [False, False]], None, params
     for given in (packed, padded):
         assert group.run(shared_batches.denominators, *given) == [[4.0, 1.0, 8.0, 4.0]] * 2
+
+
+@pytest.mark.parametrize("fraction", [0.0, 0.2, 1.0])
+def test_the_threshold_of_all_tokens(group, fraction):
+    for counts in ([7, 13], [0, 9], [5, 5]):
+        group.run(shared_batches.check_threshold, counts, fraction)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (([0.2, 0.3], 1.0), "ranks disagree: fraction is 0.2 on rank 0"),
+        (([0.2, 2.0], 1.0), "fraction is 2.0"),
+        (([0.2, 0.2], float("nan")), "entropy[0] is nan"),
+    ],
+)
+def test_all_ranks_refuse_a_threshold(group, given, message):
+    for error in group.outcomes(shared_batches.threshold, *given):
+        assert isinstance(error, ValueError), getattr(error, "trace", error)
+        assert message in str(error)
