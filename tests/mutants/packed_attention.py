@@ -26,6 +26,34 @@ def with_mask(change: Callable[[SpanMask], dict[str, Any]]) -> Callable[..., Res
     return mutant
 
 
+def with_window(longer: int | None) -> Callable[..., Result]:
+    """The reference under a window that is so much longer, or under none."""
+
+    def mutant(q: Tensor, k: Tensor, v: Tensor, mask: SpanMask, **options: Any) -> Result:
+        window = None if longer is None or mask.window is None else mask.window + longer
+        return reference(q, k, v, mask.with_window(window), **options)
+
+    return mutant
+
+
+def window_of_rows(mask: SpanMask) -> dict[str, Any]:
+    """Completions after the first lose their prompt."""
+    return {"positions": mask.rows}
+
+
+def window_both_ways(q: Tensor, k: Tensor, v: Tensor, mask: SpanMask, **options: Any) -> Result:
+    """A full span's keys further on are hidden, too."""
+
+    class BothWays(SpanMask):
+        def visible(self, queries: slice = slice(None), keys: slice = slice(None)) -> Tensor:
+            assert self.positions is not None
+            assert self.window is not None
+            behind = self.positions[self.rows[queries], None] - self.positions[keys]
+            return super().visible(queries, keys) & (-behind < self.window)
+
+    return reference(q, k, v, BothWays(**vars(mask)), **options)
+
+
 def with_options(**replaced: Any) -> Callable[..., Result]:
     return lambda q, k, v, mask, **options: reference(q, k, v, mask, **(options | replaced))
 
@@ -135,4 +163,13 @@ MUTANTS: dict[str, Callable[..., Result]] = {
     "dv scaled by 2 %": with_gradient("v", lambda g: g * 1.02),
     "lse has no gradient": lse_without_gradient,
     "lse in bits": lse_in_bits,
+}
+
+#: Of a mask with a window.
+WINDOW_MUTANTS: dict[str, Callable[..., Result]] = {
+    "window ignored": with_window(None),
+    "window longer by one": with_window(1),
+    "window shorter by one": with_window(-1),
+    "window of rows": with_mask(window_of_rows),
+    "window that looks both ways": window_both_ways,
 }

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from mutants.packed_attention import MUTANTS, reference
+from mutants.packed_attention import MUTANTS, WINDOW_MUTANTS, reference
 from runnable import RUNNABLE
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
@@ -331,6 +331,16 @@ def test_a_new_layout_does_not_recompile(backend):
 def test_rule_rejects_mutant(mutant, dtype, allowance):
     mask = SpanMask.from_groups([QUESTION, DRAWING])
     inputs = make_inputs(mask, 4, 2, 16, 16, dtype) | {"softcap": 3.0}
+    with pytest.raises(AssertionError):
+        check(mutant, inputs, allowance)
+
+
+@pytest.mark.parametrize("mutant", WINDOW_MUTANTS.values(), ids=WINDOW_MUTANTS.keys())
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("allowance", ["cpp", "triton"], ids=["vectors", "tensor cores"])
+def test_rule_rejects_mutant_of_a_window(mutant, dtype, allowance):
+    mask = SpanMask.from_groups([QUESTION, DRAWING]).with_window(5)
+    inputs = make_inputs(mask, 4, 2, 16, 16, dtype)
     with pytest.raises(AssertionError):
         check(mutant, inputs, allowance)
 

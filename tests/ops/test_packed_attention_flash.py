@@ -34,7 +34,6 @@ from lvrpo.reference.packed_attention import packed_attention as reference
 from lvrpo.testing import DEFAULT_ULPS, check_op
 
 gather_attention = _flash_attention.gather_attention
-WITHOUT_WINDOW = {name: shape for name, shape in SHAPES.items() if shape[0].window is None}
 
 
 def runnable() -> list[flash_varlen.Implementation]:
@@ -55,6 +54,7 @@ def varlen_attention(
     causal: bool,
     scale: float,
     softcap: float,
+    window: int | None,
     *,
     diagonal: Callable[[int, int], int] = lambda queries, keys: keys - queries,
 ) -> Tensor:
@@ -80,6 +80,9 @@ def varlen_attention(
         if causal:
             seen = torch.ones(q1 - q0, k1 - k0).bool().tril(diagonal(q1 - q0, k1 - k0))
             z = z.masked_fill(~seen, -torch.inf)
+        if window is not None:
+            near = torch.ones(q1 - q0, k1 - k0).bool().triu(k1 - k0 - (q1 - q0) - window + 1)
+            z = z.masked_fill(~near, -torch.inf)
         outs.append(torch.einsum("hqk,khd->qhd", z.softmax(-1), values))
     return torch.cat(outs).to(q.dtype)
 
@@ -122,9 +125,17 @@ def varlen(request: pytest.FixtureRequest) -> Iterator[flash_varlen.Varlen]:
             yield found[request.param].load()
 
 
+#: Those whose windows it takes.
+ALIGNED = {
+    name: shape
+    for name, shape in SHAPES.items()
+    if shape[0].window is None or _flash_plan.plan_of(shape[0]).aligned
+}
+
+
 @pytest.mark.usefixtures("poison_empty")
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("shape", WITHOUT_WINDOW.values(), ids=WITHOUT_WINDOW.keys())
+@pytest.mark.parametrize("shape", ALIGNED.values(), ids=ALIGNED.keys())
 def test_matches_reference(shape, dtype):
     check(emulated, make_inputs(*shape, dtype))
 
@@ -154,8 +165,10 @@ def outputs_and_gradients(function: Any, mask: SpanMask) -> list[Tensor]:
 
 
 @settings(max_examples=200, deadline=None)
-@given(mask=masks())
+@given(mask=masks() | masks(windows=True))
 def test_random_layouts(mask):
+    if mask.window and not _flash_plan.plan_of(mask).aligned:
+        mask = mask.select_queries(range(mask.length))
     ours = outputs_and_gradients(emulated, mask)
     for found, expected in zip(ours, outputs_and_gradients(reference, mask), strict=True):
         torch.testing.assert_close(found, expected)
@@ -186,6 +199,15 @@ def test_documents_are_not_copied():
     assert [block.rows for block in _flash_plan.blocks_of(mask)] == [(0, 7), (7, 12)]
     emulated(*inputs, mask, varlen=spy)
     assert [x.data_ptr() for x in seen] == [x.data_ptr() for x in inputs]
+
+
+def test_keys_beyond_the_window_are_not_copied():
+    mask = SpanMask.from_groups([([(50, "full")], [[(4, "causal")], [(3, "full")]])])
+    assert _flash_plan.blocks_of(mask.with_window(6)) == [
+        ((0, 50), [(0, 50)], False),
+        ((50, 54), [(45, 50), (50, 54)], True),
+        ((54, 57), [(45, 50), (54, 57)], False),
+    ]
 
 
 def test_selected_rows_are_sequences_that_end_with_their_keys():
@@ -309,8 +331,12 @@ MIXED = SpanMask.from_spans(LENGTHS, PARENTS, MODES)
 
 
 def with_parents(*parents: int) -> Any:
-    other = SpanMask.from_spans(LENGTHS, parents, MODES)
+    other = SpanMask.from_spans(LENGTHS, parents, MODES).with_window(4)
     return lambda mask, **inputs: emulated(mask=other, **inputs)
+
+
+def with_window(window: int | None) -> Any:
+    return lambda mask, **inputs: emulated(mask=mask.with_window(window), **inputs)
 
 
 def full_as_causal(*arguments: Any) -> Tensor:
@@ -342,6 +368,8 @@ MUTANTS: dict[str, Any] = {
     "scale ignored": lambda **inputs: emulated(**inputs | {"scale": 1.0}),
     "softcap ignored": lambda **inputs: emulated(**inputs | {"softcap": 0.0}),
     "GQA heads mixed": functools.partial(emulated, varlen=heads_mixed),
+    "window ignored": with_window(None),
+    "window longer by one": with_window(5),
     "dk misses one child": one_child_without("k"),
     "dv misses one child": one_child_without("v"),
 }
@@ -350,7 +378,7 @@ MUTANTS: dict[str, Any] = {
 @pytest.mark.parametrize("mutant", MUTANTS.values(), ids=MUTANTS.keys())
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_rule_rejects_mutant(mutant, dtype):
-    inputs = make_inputs(MIXED, 4, 2, 16, 16, dtype) | {"softcap": 3.0}
+    inputs = make_inputs(MIXED.with_window(4), 4, 2, 16, 16, dtype) | {"softcap": 3.0}
     check(emulated, inputs)
     with pytest.raises(AssertionError, match="worst element"):
         check(mutant, inputs)
@@ -370,6 +398,10 @@ REFUSED = {
     "wider values": ({"v": zeros(3, 1, 16)}, "values are as wide as its keys, got 16 and 8"),
     "odd width": ({name: zeros(3, 1, 12) for name in "qkv"}, "multiples of 8 wide, got 12"),
     "packing-invariant": ({"mask": PAIR.packing_invariant()}, "independent of the packing"),
+    "half an image under a window": (
+        {"mask": SpanMask.from_cu_seqlens([0, 3], False).with_window(2).select_queries([0, 1])},
+        "the rows of a full span from some row to its last",
+    ),
     "negative scale": ({"scale": -1.0}, "it takes scale > 0, got -1.0"),
     "too many copies": (
         {"mask": LONG} | {name: zeros(LONG.length, 8, 128) for name in "qkv"},

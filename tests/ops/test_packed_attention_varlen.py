@@ -154,34 +154,41 @@ ARGUMENTS += [torch.tensor([0, 3]).int(), 2, 3]
 
 @pytest.mark.parametrize("version", [flash_attn_2, flash_attn_3, flash_attn_4])
 @pytest.mark.parametrize("with_lse", [False, True])
-def test_arguments_of_flash_attn(version, with_lse):
+@pytest.mark.parametrize(
+    ("causal", "window", "size"),
+    [(True, None, None), (False, None, None), (True, 2, (1, 0)), (False, 1, (0, 3))],
+)
+def test_arguments_of_flash_attn(version, with_lse, causal, window, size):
     calls: list[dict[str, Any]] = []
     result = (torch.ones(1), torch.zeros(1)) if with_lse else torch.ones(1)
     function = recorded(inspect.signature(version), result, calls)
-    assert varlen.call_flash_attn(function, *ARGUMENTS, True, 0.3, 5.0) == 1
+    assert varlen.call_flash_attn(function, *ARGUMENTS, causal, 0.3, 5.0, window) == 1
     names = ("q", "k", "v", "cu_seqlens_q", "cu_seqlens_k", "max_seqlen_q", "max_seqlen_k")
-    assert calls == [
-        dict(zip(names, ARGUMENTS, strict=True))
-        | {"softmax_scale": 0.3, "causal": True, "softcap": 5.0, "deterministic": True}
-    ]
+    expected = dict(zip(names, ARGUMENTS, strict=True))
+    expected |= {"softmax_scale": 0.3, "causal": causal, "softcap": 5.0, "deterministic": True}
+    assert calls == [expected if size is None else expected | {"window_size": size}]
 
 
 @pytest.mark.parametrize("version", [torch_2_11, torch_2_12, "installed"])
-@pytest.mark.parametrize(("causal", "window"), [(True, (-1, 0)), (False, (-1, -1))])
-def test_arguments_of_torch(version, causal, window):
+@pytest.mark.parametrize(
+    ("causal", "window", "size"),
+    [(True, None, (-1, 0)), (False, None, (-1, -1)), (True, 2, (1, 0)), (False, 1, (0, 3))],
+)
+def test_arguments_of_torch(version, causal, window, size):
     if version == "installed":
         version = pytest.importorskip("torch.nn.attention.varlen").varlen_attn
     calls: list[dict[str, Any]] = []
     function = recorded(inspect.signature(version), torch.ones(1), calls)
-    assert varlen.call_torch(function, *ARGUMENTS, causal, 0.3, 0.0) == 1
+    assert varlen.call_torch(function, *ARGUMENTS, causal, 0.3, 0.0, window) == 1
     names = ("query", "key", "value", "cu_seq_q", "cu_seq_k", "max_q", "max_k")
-    expected = dict(zip(names, ARGUMENTS, strict=True)) | {"scale": 0.3, "window_size": window}
+    expected = dict(zip(names, ARGUMENTS, strict=True)) | {"scale": 0.3, "window_size": size}
     if version is not torch_2_11:
         expected["enable_gqa"] = True
     assert calls == [expected]
 
 
-def test_torch_accepts_the_calls_of_a_whole_pass():
+@pytest.mark.parametrize("window", [None, 3])
+def test_torch_accepts_the_calls_of_a_whole_pass(window):
     if TORCH.version() is None:
         pytest.skip(f"torch is {torch.__version__}, its varlen attention is used from 2.11 on")
     mask = SpanMask.from_groups([([(9, "full"), (5, "causal")], [[(3, "causal")], [(4, "full")]])])
@@ -190,6 +197,7 @@ def test_torch_accepts_the_calls_of_a_whole_pass():
         torch.empty(shape, dtype=torch.bfloat16, device="meta", requires_grad=True)
         for shape in shapes
     ]
+    mask = mask.with_window(window)
     varlen = TORCH.load()
     out = gather_attention(*leaves, mask.to("meta"), varlen=varlen, scale=0.1, softcap=0.0)
     gradients = torch.autograd.grad(out.sum(), leaves)
@@ -279,7 +287,7 @@ def test_either_module_of_flash_attn_3_is_loaded(monkeypatch):
     varlen._import.cache_clear()
     monkeypatch.setitem(sys.modules, "flash_attn_3", SimpleNamespace(__path__=[]))
     monkeypatch.setitem(sys.modules, "flash_attn_3.flash_attn_interface", module)
-    assert FA3.load()(*ARGUMENTS, True, 0.3, 0.0) == 1
+    assert FA3.load()(*ARGUMENTS, True, 0.3, 0.0, None) == 1
     assert len(calls) == 1
     varlen._import.cache_clear()
 

@@ -65,8 +65,8 @@ def why_not(
         reasons.append(f"it takes scale > 0, got {scale}")
     if mask.invariant:
         reasons.append("it does not promise bits that are independent of the packing")
-    if mask.window is not None:
-        reasons.append(f"it has no window of positions, got {mask.window}")
+    if mask.window is not None and not plan_of(mask).aligned:
+        reasons.append("under a window it takes the rows of a full span from some row to its last")
     if not reasons and q.is_cuda:
         reasons += filter(None, [_choose(q, k, v, softcap)[1]])
     if not reasons and (expanded := plan_of(mask).expanded) * k[0:1].numel() > LARGEST:
@@ -103,7 +103,17 @@ def gather_attention(
         _gather(v, tables.keys).split(keys),
     )
     outs = [
-        varlen(*part, call.cu_q, call.cu_k, call.max_q, call.max_k, call.causal, scale, softcap)
+        varlen(
+            *part,
+            call.cu_q,
+            call.cu_k,
+            call.max_q,
+            call.max_k,
+            call.causal,
+            scale,
+            softcap,
+            mask.window,
+        )
         for call, part in zip(tables.calls, zip(*parts, strict=True), strict=True)
     ]
     out = outs[0] if len(outs) == 1 else torch.cat(outs)

@@ -69,6 +69,7 @@ class Plan:
         expanded: E, how many keys they have together.
         num_queries: Lq.
         frozen: [L] bool, keys that get no gradient.
+        aligned: whether the last row of every sequence is its last key, from which a window counts.
         device: of the tables.
     """
 
@@ -76,6 +77,7 @@ class Plan:
     expanded: int
     num_queries: int
     frozen: Tensor
+    aligned: bool
     device: torch.device
 
     @functools.cached_property
@@ -126,7 +128,9 @@ def plan_of(mask: SpanMask) -> Plan:
         expanded = sum(end - begin for block in blocks for begin, end in block.keys)
         for span in mask.frozen:
             frozen[slice(*mask.span_offsets[span : span + 2])] = True
-        plan = Plan(blocks, expanded, mask.num_queries, frozen, mask.rows.device)
+        rows = (mask.host or mask).rows.tolist()
+        aligned = all(rows[block.rows[1] - 1] + 1 == block.keys[-1][1] for block in blocks)
+        plan = Plan(blocks, expanded, mask.num_queries, frozen, aligned, mask.rows.device)
         _PLANS[mask] = plan
     return plan
 
@@ -136,7 +140,7 @@ def blocks_of(mask: SpanMask) -> list[Block]:
 
     A causal span that continues the one before it is in the same sequence. The rows that are
     selected from a causal span are one sequence per consecutive run of them, whose keys end at its
-    last row: there flash attention aligns the diagonal.
+    last row: there flash attention aligns the diagonal, and with a window the full spans' too.
     """
     offsets = mask.span_offsets
     runs, slices = ancestor_runs(offsets, mask.parents)
@@ -145,7 +149,8 @@ def blocks_of(mask: SpanMask) -> list[Block]:
     span_of = torch.bucketize(rows, torch.tensor(offsets), right=True) - 1
     causal = torch.tensor([mode == "causal" for mode in mask.modes], dtype=torch.bool)
     begins = torch.ones(len(rows), dtype=torch.bool)
-    begins[1:] = (span_of.diff() != 0) | (causal[span_of[1:]] & (rows.diff() != 1))
+    runs_matter = causal if mask.window is None else torch.ones_like(causal)
+    begins[1:] = (span_of.diff() != 0) | (runs_matter[span_of[1:]] & (rows.diff() != 1))
     firsts = begins.nonzero()[:, 0]
     edges = [*firsts.tolist(), len(rows)]
 
@@ -159,7 +164,24 @@ def blocks_of(mask: SpanMask) -> list[Block]:
             continues = bool(path) and path[-1][1] == begin
             first = blocks.pop().rows[0] if continues else first
         blocks.append(Block((first, last), [*path, (offsets[span], end)], is_causal))
-    return blocks
+    if mask.window is None:
+        return blocks
+    return [_within_window(mask, int(rows[block.rows[0]]), block) for block in blocks]
+
+
+def _within_window(mask: SpanMask, row: int, block: Block) -> Block:
+    """The block without the keys that are too far behind its first row."""
+    positions = (mask.host or mask).positions
+    assert positions is not None
+    assert mask.window is not None
+    lowest = int(positions[row]) - mask.window + 1
+    firsts = positions[[begin for begin, _ in block.keys]].tolist()
+    # Positions count up along a range.
+    begins = [
+        begin + max(0, lowest - at) for (begin, _), at in zip(block.keys, firsts, strict=True)
+    ]
+    keys = [(begin, end) for begin, (_, end) in zip(begins, block.keys, strict=True) if begin < end]
+    return block._replace(keys=keys)
 
 
 def _expand(ranges: list[Range]) -> Tensor:

@@ -24,7 +24,8 @@ class Varlen(Protocol):
 
     Query head h reads key head h // (Hq / Hkv). A causal query sees the keys up to its own
     position when the last query is aligned with the last key ("bottom right"), and otherwise it
-    sees all keys of its sequence. Differentiable in q, k and v.
+    sees all keys of its sequence; with a window, of either those alone that are less than `window`
+    before that position. Differentiable in q, k and v.
     """
 
     def __call__(
@@ -39,6 +40,7 @@ class Varlen(Protocol):
         causal: bool,
         scale: float,
         softcap: float,
+        window: int | None,
     ) -> Tensor:
         """[Tq, Hq, D]: the attention of every query."""
 
@@ -123,8 +125,10 @@ def call_flash_attn(
     causal: bool,
     scale: float,
     softcap: float,
+    window: int | None,
 ) -> Tensor:
     """`flash_attn_varlen_func` of flash-attn 2, 3 and 4: by name, for their orders differ."""
+    local = {} if window is None else {"window_size": _window_size(window, causal, max_k)}
     result = function(
         q,
         k,
@@ -137,6 +141,7 @@ def call_flash_attn(
         causal=causal,
         softcap=softcap,
         deterministic=True,
+        **local,
     )
     # Version 4, and early builds of 3, return the log-sum-exp with it.
     out: Tensor = result[0] if isinstance(result, tuple) else result
@@ -155,13 +160,21 @@ def call_torch(
     causal: bool,
     scale: float,
     softcap: float,
+    window: int | None,
 ) -> Tensor:
     """`torch.nn.attention.varlen.varlen_attn`."""
     assert softcap == 0.0
     # Before it had the argument (2.12) it took fewer key heads unasked.
     grouped = {"enable_gqa": True} if "enable_gqa" in inspect.signature(function).parameters else {}
-    window = (-1, 0) if causal else (-1, -1)
-    return function(q, k, v, cu_q, cu_k, max_q, max_k, scale=scale, window_size=window, **grouped)
+    size = (-1, 0) if causal else (-1, -1)
+    if window is not None:
+        size = _window_size(window, causal, max_k)
+    return function(q, k, v, cu_q, cu_k, max_q, max_k, scale=scale, window_size=size, **grouped)
+
+
+def _window_size(window: int, causal: bool, max_k: int) -> tuple[int, int]:
+    """Keys before and after a query's own. Not -1 for all: flash-attn 4 takes that as a number."""
+    return window - 1, 0 if causal else max_k
 
 
 _FLASH_ATTN: dict[str, Any] = {
