@@ -56,6 +56,14 @@ DIFFERENT = {
         lambda x: x.update(params=LossParams(clip_high=0.3)),
         "ranks disagree: params",
     ),
+    "another share of the entropies": (
+        lambda x: x.update(top_entropy=0.3),
+        "ranks disagree: top_entropy is None on rank 0 of the group, but 0.3 on rank 1",
+    ),
+    "a sampler": (
+        lambda x: x.update(off_policy_threshold=0.1, sampler_logprobs=x["old_logprobs"]),
+        "ranks disagree: off_policy_threshold",
+    ),
     "advantages of 0": (
         lambda x: x.update(advantages=torch.zeros(2)),
         "ranks disagree: the number of advantages that are not 0 is 2 on rank 0",

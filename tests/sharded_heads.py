@@ -24,7 +24,7 @@ from linear_inputs import (
 from mutants._distributed import MUTANTS
 from torch import Tensor
 
-from lvrpo import LossParams, distributed
+from lvrpo import LossParams, distributed, linear_grpo_loss
 from lvrpo.reference.gather_logprobs import gather_logprobs
 from lvrpo.reference.linear_logprobs import linear_logprobs
 from lvrpo.testing import check_op
@@ -193,6 +193,24 @@ def check_second_backward(cuts: Cuts) -> None:
     second = torch.autograd.grad(3 * result.loss, leaves)
     for one, other in zip(first, second, strict=True):
         torch.testing.assert_close(3 * one, other)
+
+
+def check_selection(cuts: Cuts, backend: str) -> None:
+    """Every rank drops the tokens that one process drops, by the entropies of all columns."""
+    inputs = make_loss_inputs([5, 0, 9, 1, 6], torch.float64, vocab=cuts_end(cuts))
+    params = LossParams(beta=0.1, entropy_coef=0.05, entropy_aggregation="token_mean")
+    inputs |= {"params": params, "memory_budget": 4 * 8 * cuts_end(cuts), "backend": backend}
+    inputs |= {"top_entropy": 0.4, "off_policy_threshold": 0.02}
+    inputs["sampler_logprobs"] = inputs["old_logprobs"] + 0.1
+    leaves = {name: inputs[name].clone().requires_grad_() for name in ("hidden", "weight", "bias")}
+    given = inputs | leaves
+    found = loss(cuts, **given)[0]
+    expected = linear_grpo_loss(**given).loss
+    assert not torch.equal(expected, linear_grpo_loss(**given | {"top_entropy": 1.0}).loss)
+    torch.testing.assert_close(found, expected)
+    gradients = (torch.autograd.grad(x, list(leaves.values())) for x in (found, expected))
+    for one, other in zip(*gradients, strict=True):
+        torch.testing.assert_close(one, other)
 
 
 def check_frozen(cuts: Cuts, frozen: str) -> None:

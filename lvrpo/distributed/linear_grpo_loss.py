@@ -48,6 +48,10 @@ def linear_grpo_loss(
     level: Level | None = None,
     ref_logprobs: Tensor | None = None,
     denominator: float | Tensor | None = None,
+    top_entropy: float | None = None,
+    entropy_threshold: float | Tensor | None = None,
+    off_policy_threshold: float | None = None,
+    sampler_logprobs: Numbers | None = None,
     params: LossParams = _DEFAULT,
     temperature: float = 1.0,
     softcap: float | None = None,
@@ -80,6 +84,10 @@ def linear_grpo_loss(
         level: what the advantages are given for.
         ref_logprobs: in the shape of the tokens.
         denominator: replaces the number that the outer mean divides by.
+        top_entropy: the fraction of tokens that keeps its policy term.
+        entropy_threshold: instead of it, nats.
+        off_policy_threshold: nats per token.
+        sampler_logprobs: for that, in the shape of the tokens; None: `old_logprobs`.
         params: the loss.
         temperature: divides the logits; finite, > 0.
         softcap: cap of the logits, > 0.
@@ -117,6 +125,10 @@ def linear_grpo_loss(
             level=level,
             ref_logprobs=ref_logprobs,
             denominator=denominator,
+            top_entropy=top_entropy,
+            entropy_threshold=entropy_threshold,
+            off_policy_threshold=off_policy_threshold,
+            sampler_logprobs=sampler_logprobs,
             params=params,
         ).of_targets(targets, head.strange)
         tensors = (*head.factors(), *targets.indices(), *data.tensors())
@@ -139,8 +151,13 @@ def _note_loss(facts: dict[str, Any], data: LossInputs) -> None:
     if not checks.check_values(data.advantages):
         return
     facts["params"] = data.params
-    for name in ("old_logprobs", "ref_logprobs", "mask", "policy_weights", "advantages"):
-        tensor = getattr(data, name)
+    selection, threshold = data.selection, data.selection.entropy_threshold
+    facts["top_entropy"] = selection.top_entropy
+    facts["entropy_threshold"] = None if threshold is None else float(threshold)
+    facts["off_policy_threshold"] = selection.off_policy_threshold
+    names = "old_logprobs", "ref_logprobs", "mask", "policy_weights", "advantages"
+    tensors = {name: getattr(data, name) for name in names}
+    for name, tensor in {**tensors, "sampler_logprobs": selection.sampler_logprobs}.items():
         facts[f"the number of {name} that are not 0"] = (
             None if tensor is None else int(tensor.count_nonzero())
         )

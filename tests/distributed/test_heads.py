@@ -106,6 +106,7 @@ def test_a_mutant_is_rejected_by_every_rank(groups, mutant):
         # Dynamo looks at every frame.
         pytest.param(sharded_heads.check_compiled, (), marks=pytest.mark.slow),
         (sharded_heads.check_nothing, ()),
+        *((sharded_heads.check_selection, (backend,)) for backend in ON_HOST),
         *((sharded_heads.check_unused_rows, (backend,)) for backend in ON_HOST),
         *((sharded_heads.check_part_of_nothing, (backend,)) for backend in ON_HOST),
     ],
