@@ -198,7 +198,7 @@ def check_second_backward(cuts: Cuts) -> None:
 def check_selection(cuts: Cuts, backend: str) -> None:
     """Every rank drops the tokens that one process drops, by the entropies of all columns."""
     inputs = make_loss_inputs([5, 0, 9, 1, 6], torch.float64, vocab=cuts_end(cuts))
-    params = LossParams(beta=0.1, entropy_coef=0.05, entropy_aggregation="token_mean")
+    params = LossParams(entropy_coef=0.05, entropy_aggregation="token_mean")
     inputs |= {"params": params, "memory_budget": 4 * 8 * cuts_end(cuts), "backend": backend}
     inputs |= {"top_entropy": 0.4, "off_policy_threshold": 0.02}
     inputs["sampler_logprobs"] = inputs["old_logprobs"] + 0.1

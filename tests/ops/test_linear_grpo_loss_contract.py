@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
@@ -195,6 +196,25 @@ def test_rows_without_a_gradient_are_projected_once(gemms):
         gemms.update(dict.fromkeys(gemms, 0))
         gradients_of(inputs, params=params)
         assert gemms == {"project": seen, "dhidden": live, "dweight": live}
+
+
+@needs_kernels
+@pytest.mark.parametrize(
+    ("rows", "options", "again", "live"),
+    [
+        (29, {"top_entropy": 0.3}, 0, 29),
+        (4, {"top_entropy": 0.99}, 28, 29),
+        (4, {"top_entropy": 0.9}, 26, 26),
+        (4, {"top_entropy": 0.3}, 9, 9),
+        (4, {"entropy_threshold": 1.0}, 0, 29),
+    ],
+    ids=["all fit", "all but one are kept", "most are kept", "few are kept", "threshold"],
+)
+def test_what_a_selection_leaves_is_projected_again(gemms, rows, options, again, live):
+    params = LossParams(clip_low=math.inf, clip_high=math.inf)
+    inputs = make_loss_inputs(LENGTHS) | {"params": params, "memory_budget": rows * 61 * 4}
+    gradients_of(inputs | {"mask": None, "policy_weights": None}, **options)
+    assert gemms == {"project": 29 + again, "dhidden": live, "dweight": live}
 
 
 @needs_kernels

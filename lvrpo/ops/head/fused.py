@@ -116,11 +116,36 @@ class FusedLoss:
                 logits = rows.forward(chunk)
             _, _, dlogprobs, dentropy = self.loss(rows)
             of_rows = rows.sum_over_rows(dentropy) if self.entropy_bonus else None
+            left = self._left(rows, group, dlogprobs, of_rows)
             # From the back: the last chunk's logits are still there.
-            for chunk in reversed(group):
-                rows.backward(chunk, dlogprobs, of_rows, logits if chunk == group[-1] else None)
+            for chunk in reversed(group if left is None else left):
+                there = left is None and chunk == group[-1]
+                rows.backward(chunk, dlogprobs, of_rows, logits if there else None)
         loss, statistics, _, _ = self.loss(rows)
         return loss, statistics, *self.reported(rows)
+
+    def _left(
+        self, rows: HeadRows, group: list[Chunk], dlogprobs: Tensor, of_rows: Tensor | None
+    ) -> list[Chunk] | None:
+        """The chunks of a group of the rows that a selection of tokens leaves with a gradient.
+
+        None for all of them: it leaves too many, or values are not read.
+        """
+        selects = self.terms.selection.by_entropy or self.terms.by_sampler
+        if len(group) == 1 or not selects or is_captured(dlogprobs):
+            return None
+        if not checks.check_values(dlogprobs):
+            return None
+        begin, end = group[0][0], group[-1][1]
+        has_gradient = any_of(dlogprobs != 0, self.row_index, rows.head.rows)
+        if of_rows is not None:
+            has_gradient = has_gradient | (of_rows != 0)
+        count = int(rows.in_order(has_gradient)[begin:end].sum())
+        projected_again = group[-1][0] - begin
+        if count >= projected_again:
+            return None
+        rows.put_first(has_gradient, (begin, end))
+        return split(begin, begin + count, group[0][1] - begin)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -62,13 +62,29 @@ class HeadRows:
         self.head, self.backend, self.numbers = head, backend, numbers
         rows, like = head.rows, head.like
         self.token_ids, self.row_index, self.vocab_range = token_ids, row_index, vocab_range
-        self.order = order
+        self._set_order(order)
         self.logprobs = like.new_zeros(token_ids.shape)
         self.lse, self.entropy = like.new_zeros(rows), like.new_zeros(rows)
         self.sum_squares = like.new_zeros(rows)
-        if row_index is not None:
+
+    def _set_order(self, order: Tensor | None) -> None:
+        self.order = order
+        if self.row_index is not None:
             # Sorting a permutation inverts it.
-            self._position = row_index if order is None else order.argsort()[row_index]
+            index = self.row_index
+            self._position = index if order is None else order.argsort()[index]
+
+    def in_order(self, values: Tensor) -> Tensor:
+        """[R] of the rows, in the order of the chunks."""
+        return values if self.order is None else values[self.order]
+
+    def put_first(self, flags: Tensor, chunk: Chunk) -> None:
+        """Change the order inside a chunk: rows that are flagged [R] come first."""
+        begin, end = chunk
+        order = self.in_order(torch.arange(len(flags), device=flags.device))
+        part = order[begin:end]
+        sorted_part = part[(~flags[part]).long().argsort(stable=True)]
+        self._set_order(torch.cat([order[:begin], sorted_part, order[end:]]))
 
     def entropy_of_tokens(self) -> Tensor:
         """[T] the entropy of each token's row."""
