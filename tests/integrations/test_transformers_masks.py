@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import itertools
 import random
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -12,7 +14,7 @@ import torch
 from torch import Tensor
 
 from lvrpo import SpanMask
-from lvrpo.integrations.transformers import attention, masks
+from lvrpo.integrations.transformers import attention, evaluated, masks
 from lvrpo.integrations.transformers.masks import BatchMask, batch_mask
 from lvrpo.integrations.transformers.rules import read
 
@@ -112,7 +114,7 @@ def check(function: Callable[..., Any], queries: int, keys: int, *, spans: bool 
 
 @pytest.fixture(autouse=True)
 def _some_queries_at_a_time(monkeypatch):
-    monkeypatch.setattr(masks, "PAIRS", 5 * 7)
+    monkeypatch.setattr(evaluated, "PAIRS", 5 * 7)
 
 
 @pytest.mark.parametrize("seed", range(8))
@@ -299,6 +301,18 @@ def test_a_mask_is_refused_where_a_layer_has_it():
     unread = masks.mask_of_layers(1, 4, 4, mask_function=lambda b, h, q, k: k <= q)
     with pytest.raises(ValueError, match="masks that no span_mask can take the place of"):
         attention.attention(torch.nn.Linear(1, 1), q, q, q, unread, span_mask=mask)
+
+
+@pytest.mark.parametrize("window", [2, 100])
+def test_a_window_is_made_once_and_goes_with_its_mask(window):
+    mask = SpanMask.from_groups([([(4, "causal")], [[(3, "causal")], [(2, "causal")]])])
+    windowed = attention._with_window(mask, window)
+    assert torch.equal(windowed.to_dense(), mask.with_window(window).to_dense())
+    assert attention._with_window(mask, window) is windowed
+    gone = weakref.ref(mask)
+    del mask, windowed
+    gc.collect()
+    assert gone() is None
 
 
 def test_a_span_mask_of_another_length_is_refused():

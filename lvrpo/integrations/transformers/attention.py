@@ -10,14 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.weak import WeakIdKeyDictionary
 
-from lvrpo.integrations.transformers.masks import (
-    NAME,
-    BatchMask,
-    Refusal,
-    batch_mask,
-    mask_of_layers,
-)
-from lvrpo.integrations.transformers.release import require_transformers
+from lvrpo.integrations.transformers.masks import BatchMask, Refusal, batch_mask, mask_of_layers
+from lvrpo.integrations.transformers.release import NAME, require_transformers
 from lvrpo.masks import SpanMask
 from lvrpo.ops.packed_attention import packed_attention
 
@@ -36,7 +30,8 @@ SPAN_LAYERS = {"full_attention", "sliding_attention"}
 
 #: The masks of windowed layers by the mask they are of, and those of offsets: for all layers of a
 #: forward, and gone with what they were made of.
-_windowed: weakref.WeakKeyDictionary[SpanMask, dict[int, SpanMask]] = weakref.WeakKeyDictionary()
+_windowed: weakref.WeakKeyDictionary[SpanMask, dict[int, SpanMask | None]]
+_windowed = weakref.WeakKeyDictionary()
 _of_offsets: Any = WeakIdKeyDictionary()
 
 
@@ -207,8 +202,10 @@ def _with_window(mask: SpanMask, window: int | None) -> SpanMask:
         return mask
     made = _windowed.setdefault(mask, {})
     if window not in made:
-        made[window] = mask.with_window(window)
-    return made[window]
+        windowed = mask.with_window(window)
+        # A mask that were kept by itself would be kept for good.
+        made[window] = None if windowed.window is None else windowed
+    return made[window] or mask
 
 
 def _from_offsets(offsets: Tensor, causal: bool) -> SpanMask:

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from lvrpo.integrations import versions
 
+#: What errors of the attention begin with.
+NAME = "attn_implementation='lvrpo'"
+
 
 def require_transformers() -> None:
     """See that a tested release is installed.
