@@ -18,6 +18,12 @@ from lvrpo.masks.positions import position_ids
 
 #: Inputs of a model that have a number per token: [B, S].
 PER_TOKEN = ("input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids")
+#: Models of transformers, by `model_type`, that let tokens of a prompt see later ones (of an image,
+#: of a prefix), which a causal prompt of a tree does not.
+SEE_AHEAD = {
+    *("deepseek_ocr2", "diffusion_gemma", "gemma3", "gemma4", "gemma4_unified", "git", "hrm_text"),
+    *("molmo2", "paligemma", "pi0", "unlimited_ocr"),
+}
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from lvrpo.integrations import versions
-from lvrpo.integrations.prompt_groups import grouped_inputs
+from lvrpo.integrations.prompt_groups import SEE_AHEAD, grouped_inputs
 from lvrpo.integrations.transformers import CompletionStates, completion_states, set_attention
 from lvrpo.ops.linear_grpo_loss import linear_grpo_loss
 from lvrpo.ops.linear_logprobs import linear_logprobs
@@ -77,6 +77,9 @@ class GRPOTrainer(trl.GRPOTrainer):  # type: ignore[misc]
         if self.aux_loss_enabled:
             why = "but share_prompts counts the tokens of a prompt once, which changes its mean"
             refuse("router_aux_loss_coef", self.router_aux_loss_coef, why, "0")
+        kind = self.model.config.model_type
+        if kind in SEE_AHEAD:
+            refuse("share_prompts", True, f"but the prompts of {kind} are not causal", "False")
         for model in (self.model, self.ref_model):
             if model is not None:
                 set_attention(self.accelerator.unwrap_model(model))
@@ -186,20 +189,15 @@ def check_options(config: Any) -> None:
     Raises:
         ValueError: names the option and its value, and says what to do.
     """
-    inactive = {
-        "top_entropy_quantile": 1.0,
-        "off_policy_mask_threshold": None,
-        "entropy_coef": 0.0,
-        "use_adaptive_entropy": False,
-    }
-    for option, value in inactive.items():
-        if getattr(config, option) != value:
-            refuse(option, getattr(config, option), "which the fused loss has not", repr(value))
     LossParams.from_trl(config)
     threshold = config.off_policy_mask_threshold
     if threshold is not None and not threshold >= 0:
         why = "which drops sequences that the sampler's own policy made"
         refuse("off_policy_mask_threshold", threshold, why, "0 or more, or None")
+    plugin = config.deepspeed_plugin
+    if plugin is not None and plugin.zero_stage == 3:
+        why = "which shards the head again before its loss"
+        refuse("DeepSpeed's zero_stage", 3, why, "2 or less, or FSDP2")
 
 
 class _Scores(NamedTuple):

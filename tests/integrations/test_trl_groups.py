@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import random
+import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,7 +15,7 @@ import trl
 from integrations.test_trl_trainer import same_steps
 from integrations.trl_runs import SIZES, run, tiny_model, trainer
 
-from lvrpo.integrations.prompt_groups import group_prompts, grouped_inputs
+from lvrpo.integrations.prompt_groups import SEE_AHEAD, group_prompts, grouped_inputs
 from lvrpo.integrations.transformers import completion_states, set_attention
 from lvrpo.integrations.trl import GRPOTrainer
 
@@ -150,6 +152,17 @@ def test_a_model_with_positions_in_three_directions():
     assert [len(grids) for grids in encoded] == [2]
     for sequence, expected in enumerate(separate):
         assert (hidden[row_index[sequence]] - expected).abs().max() < 1e-5
+
+
+def test_models_whose_prompts_are_not_causal_are_known():
+    folders = Path(transformers.__file__).parent / "models"
+    ahead = re.compile(r"block_sequence_ids|blockwise_overlay|or_mask_function=")
+    found = {
+        path.parent.name
+        for path in folders.glob("*/modeling_*.py")
+        if ahead.search(path.read_text(encoding="utf-8"))
+    }
+    assert found == SEE_AHEAD
 
 
 def test_a_mean_over_the_tokens_of_experts_is_refused(tmp_path):

@@ -74,6 +74,18 @@ def test_what_cannot_be_honoured_is_refused_in_a_line(options, words):
     assert all(word in str(refused.value) for word in words)
 
 
+@pytest.mark.parametrize("threshold", [-0.1, float("nan")])
+def test_a_threshold_that_drops_what_the_sampler_made_is_refused(threshold, tmp_path):
+    trl = pytest.importorskip("trl", reason="pip install 'lvrpo[trl]'")
+    from lvrpo.integrations.trl import check_options
+
+    options = trl.GRPOConfig(
+        output_dir=str(tmp_path), bf16=False, off_policy_mask_threshold=threshold
+    )
+    with pytest.raises(ValueError, match="off_policy_mask_threshold is"):
+        check_options(options)
+
+
 def test_a_trainer_refuses_before_a_model_is_loaded(tmp_path):
     trl = pytest.importorskip("trl", reason="pip install 'lvrpo[trl]'")
     from lvrpo.integrations.trl import GRPOTrainer

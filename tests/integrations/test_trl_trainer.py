@@ -79,6 +79,7 @@ CONFIGURATIONS = {
         "gradient_accumulation_steps": 2,
     },
     "a cap inside of the clip": {"delta": 1.1, "num_iterations": 2},
+    "a head in fp32": {"cast_lm_head_to_fp32": True},
     "evaluations": {
         "eval_strategy": "steps",
         "eval_steps": 5,
@@ -105,6 +106,14 @@ def test_ten_steps_are_those_of_trl(name, tmp_path):
     assert len(ours.losses) == len(theirs.losses) == 10
     assert any(abs(loss) > 1e-3 for loss in theirs.losses)
     same_steps(ours, theirs)
+
+
+@pytest.mark.slow
+def test_ten_steps_of_an_adapter_are_those_of_trl(tmp_path):
+    peft = pytest.importorskip("peft")
+    adapter = peft.LoraConfig(r=2, target_modules=["q_proj", "down_proj"], task_type="CAUSAL_LM")
+    options = {"beta": 0.1, "num_iterations": 2, "given": {"peft_config": adapter}}
+    same_steps(*(run(kind, tmp_path, **options) for kind in (GRPOTrainer, trl.GRPOTrainer)))
 
 
 def same_steps(ours: Run, theirs: Run) -> None:
