@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+import types
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,6 +15,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import lvrpo
+from lvrpo import token_advantages
 
 Rows = list[list[float]]
 NAN = math.nan
@@ -107,17 +110,17 @@ def batch(seed: int, sizes: list[int], columns: int, dtype: torch.dtype) -> dict
     }
 
 
-def ours(x: dict[str, Any], kind: str, **layout: Any) -> Tensor:
+def ours(x: dict[str, Any], kind: str, module: Any = lvrpo, **layout: Any) -> Tensor:
     """One of the estimators, on padded tokens or packed ones."""
     r, options = x["rewards"], {"mask": x["mask"], **layout}
     if kind.startswith("kl"):
         log = x["logprobs"], x["ref_logprobs"]
-        return lvrpo.kl_penalized_rewards(r, *log, beta=0.3, kl=kind.split()[1], **options)
+        return module.kl_penalized_rewards(r, *log, beta=0.3, kl=kind.split()[1], **options)
     return {
-        "returns": lambda: lvrpo.token_returns(r, gamma=0.9, **options),
-        "reinforce_pp": lambda: lvrpo.reinforce_pp_advantages(r, gamma=0.7, **options),
-        "remax": lambda: lvrpo.remax_advantages(r, x["greedy"], **options),
-        "optimal_baseline": lambda: lvrpo.optimal_baseline_advantages(
+        "returns": lambda: module.token_returns(r, gamma=0.9, **options),
+        "reinforce_pp": lambda: module.reinforce_pp_advantages(r, gamma=0.7, **options),
+        "remax": lambda: module.remax_advantages(r, x["greedy"], **options),
+        "optimal_baseline": lambda: module.optimal_baseline_advantages(
             *(r, x["logprobs"], x["sum_squares"]),
             weights=x["weights"],
             group_ids=x["ids"],
@@ -215,6 +218,44 @@ def test_the_groups_of_optimal_baselines_have_places_or_names():
     by_name = lvrpo.optimal_baseline_advantages(*given, group_ids=ids, mask=x["mask"])
     assert torch.equal(by_size, by_offsets)
     torch.testing.assert_close(by_size, by_name)
+
+
+#: By what is broken: the estimator that shows it, and a change of its source.
+MUTANTS = {
+    "a sequence has no end": ("returns", "other < self._end if ahead", "other < len(x) if ahead"),
+    "a sequence has no start": ("optimal_baseline", "else other >= self._first", "else other >= 0"),
+    "no discount": ("returns", "gamma**distance * torch", "torch"),
+    "one discount for all distances": ("returns", "gamma**distance", "gamma"),
+    "one step too far": ("returns", "place + distance if", "place + distance + 1 if"),
+    "padding is a step": ("returns", "(~active).long()", "0 * active.long()"),
+    "population variance": ("reinforce_pp", "(count - 1).clamp", "count.clamp"),
+    "no mean": ("reinforce_pp", "returns - returns.sum() / count.clamp(min=1)", "returns"),
+    "the baseline of another": ("remax", "greedy.double()[steps", "greedy.flip(0).double()[steps"),
+    "weights are not squared": ("optimal_baseline", '["weights"].double().square()', '["weights"]'),
+    "one probability": ("optimal_baseline", "1 - 2 * tokens", "1 - tokens"),
+    "only the step's own energy": (
+        "optimal_baseline",
+        "steps.so_far(torch.where(active, energy, 0.0))",
+        "torch.where(active, energy, 0.0)",
+    ),
+    "one group": ("optimal_baseline", "group[steps.sequence] * layout.tokens + ", ""),
+    "one step": ("optimal_baseline", " * layout.tokens + steps.step", ""),
+    "a lone step is its own baseline": ("optimal_baseline", "> 1, baseline", "> 0, baseline"),
+    "half of k3": ("kl k3", "d.expm1() - d", "d.expm1()"),
+    "the other direction": ("kl k1", '{"k1": -d', '{"k1": d'),
+}
+
+
+@pytest.mark.parametrize(("kind", "right", "wrong"), MUTANTS.values(), ids=MUTANTS.keys())
+def test_the_formulas_reject_mutants(kind, right, wrong):
+    source = Path(token_advantages.__file__).read_text(encoding="utf-8")
+    assert source.count(right) == 1
+    mutant = types.ModuleType("mutant")
+    exec(compile(source.replace(right, wrong), "mutant", "exec"), vars(mutant))
+    x = batch(1, [3, 2, 1], 8, torch.float64)
+    expected = [value for row in formula(x, kind) for value in row]
+    assert ours(x, kind)[x["mask"]].tolist() == pytest.approx(expected, rel=1e-9, abs=1e-9)
+    assert ours(x, kind, mutant)[x["mask"]].tolist() != pytest.approx(expected, rel=1e-3, abs=1e-3)
 
 
 def test_a_limit_of_the_kl():

@@ -11,6 +11,7 @@ import lvrpo
 from lvrpo.params.from_verl import LOSSES, OWN_AGGREGATION, OWN_KL
 
 pytest.importorskip("verl", reason="pip install 'lvrpo[verl]'")
+from omegaconf import OmegaConf
 from verl.trainer.ppo import core_algos
 
 from lvrpo.integrations import verl as ours
@@ -67,6 +68,23 @@ def test_the_name_alone_is_vanilla():
     assert torch.equal(found, ours.policy_loss("vanilla", **x, config=config)[0])
     by_name = [lvrpo.LossParams.from_verl(actor(name)) for name in ("lvrpo", "lvrpo_vanilla")]
     assert by_name == [lvrpo.LossParams.from_verl(config)] * 2
+
+
+def test_a_config_of_omegaconf_says_the_same():
+    config = actor("lvrpo_gspo", "seq-mean-token-sum-norm", loss_scale_factor=11, use_kl_loss=True)
+    loaded = OmegaConf.create(
+        {name: getattr(config, name) for name in READ}
+        | {"policy_loss": {"loss_mode": config.policy_loss.loss_mode}}
+    )
+    assert lvrpo.LossParams.from_verl(loaded) == lvrpo.LossParams.from_verl(config)
+
+
+#: What `LossParams.from_verl` reads of an ActorConfig for this loss.
+READ = (
+    *("clip_ratio", "clip_ratio_low", "clip_ratio_high", "clip_ratio_c"),
+    *("loss_agg_mode", "loss_scale_factor", "entropy_coeff"),
+    *("use_kl_loss", "kl_loss_coef", "kl_loss_type"),
+)
 
 
 REFUSED = {
