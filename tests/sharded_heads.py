@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Sequence
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.distributed
@@ -182,6 +183,46 @@ def parts(inputs: dict[str, Any], cuts: Cuts) -> dict[str, Any]:
 def loss_inputs_of(cuts: Cuts) -> dict[str, Any]:
     inputs = make_loss_inputs([3, 4], torch.float64, vocab=cuts_end(cuts))
     return {**inputs, "params": LossParams(beta=0.1, entropy_coef=0.01)}
+
+
+def messages(cuts: Cuts) -> dict[str, list[int]]:
+    """By op, how many numbers a rank sends, forward and backward, and in how many messages.
+
+    The check before them, which sends bytes, is not counted.
+    """
+    sent: list[int] = []
+
+    def gather(found: Any, own_part: Tensor, group: Any) -> None:
+        if own_part.is_floating_point():
+            sent.append(own_part.numel())
+        all_gather(found, own_part, group=group)
+
+    def add_up(tensor: Tensor, group: Any = None) -> None:
+        sent.append(tensor.numel())
+        all_reduce(tensor, group=group)
+
+    given = parts(loss_inputs_of(cuts), cuts)
+    logits = torch.randn(len(given["hidden"]), len(given["weight"])).requires_grad_()
+    head = {name: given[name] for name in ("hidden", "weight", "token_ids", "shards")}
+    all_gather, all_reduce = torch.distributed.all_gather, torch.distributed.all_reduce
+    found = {}
+    with (
+        mock.patch.object(torch.distributed, "all_gather", gather),
+        mock.patch.object(torch.distributed, "all_reduce", add_up),
+    ):
+        for name, run in {
+            "gather_logprobs": lambda: distributed.gather_logprobs(
+                logits, given["token_ids"], shards=given["shards"]
+            ).sum(),
+            "linear_logprobs": lambda: distributed.linear_logprobs(**head, memory_budget=999).sum(),
+            "linear_grpo_loss": lambda: distributed.linear_grpo_loss(**given).loss,
+        }.items():
+            sent.clear()
+            result = run()
+            forward = len(sent)
+            result.backward()
+            found[name] = [sum(sent[:forward]), sum(sent[forward:]), forward, len(sent) - forward]
+    return found
 
 
 def check_second_backward(cuts: Cuts) -> None:

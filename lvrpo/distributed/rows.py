@@ -69,7 +69,7 @@ class ShardRows(HeadRows):
         logprobs = logprobs_s[at[0], token] + log_share[at]
         # Of a rank whose columns are all -inf nothing is known of each.
         logprobs = torch.where(log_share[at] == -torch.inf, -torch.inf, logprobs)
-        logprobs = torch.where(owner < 0, 0.0, logprobs)
+        logprobs = torch.where(owner < 0, 0.0, logprobs).to(self.logprobs.dtype)
         if here is None:
             self.logprobs[rows] = logprobs
         else:
@@ -99,23 +99,25 @@ def of_all(
     A part without a column has a log-sum-exp of -inf, and may have anything else.
 
     Returns:
-        log_share: [S, R] logarithm of the probability that each part has.
+        log_share: [S, R] fp64, logarithm of the probability that each part has.
         lse: NaN where it is no number, or so large that its digits do not tell probabilities.
         entropy: nats.
         sum_squares: sum of squared probabilities.
     """
-    lse = lse_s.logsumexp(dim=0)
+    # In fp64, so that shares add up to 1: the rounding of lse_s alone is enough.
+    exact = lse_s.double()
+    lse = exact.logsumexp(dim=0)
     # Kernels sum such a row again, by its own maximum: over parts that is no part's own.
-    lost = lse.abs() * torch.finfo(lse.dtype).eps > 2.0**-LEAST_BITS
+    lost = lse.abs() * torch.finfo(lse_s.dtype).eps > 2.0**-LEAST_BITS
     lse = torch.where(lse.isfinite() & lost, torch.nan, lse)
-    log_share = lse_s - lse
+    log_share = exact - lse
     share = log_share.exp()
 
     def total(x: Tensor) -> Tensor:
-        return torch.where(share == 0, 0.0, x).sum(dim=0)
+        return torch.where(share == 0, 0.0, x).sum(dim=0).to(lse_s.dtype)
 
     entropy = total(share * (entropy_s - log_share))
-    return log_share, lse, entropy, total(share.square() * sum_squares_s)
+    return log_share, lse.to(lse_s.dtype), entropy, total(share.square() * sum_squares_s)
 
 
 def with_targets_elsewhere(

@@ -94,6 +94,18 @@ def test_a_mutant_is_rejected_by_every_rank(groups, mutant):
     assert all(groups[2].run(sharded_heads.is_rejected, *given))
 
 
+def test_what_is_sent(groups):
+    rows, masked, width = 7, 2, 12
+    for found in groups[2].run(sharded_heads.messages, CUTS["2 even"]):
+        # Numbers and messages, forward and backward: statistics of rows, log-probs of tokens, and
+        # the gradient of the hidden states.
+        assert found == {
+            "gather_logprobs": [4 * rows, 0, 1, 0],
+            "linear_logprobs": [4 * rows, rows * width, 1, 1],
+            "linear_grpo_loss": [4 * (rows - masked) + rows * width, 0, 2, 0],
+        }
+
+
 @pytest.mark.parametrize(
     ("check", "given"),
     [
