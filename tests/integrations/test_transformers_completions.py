@@ -106,6 +106,28 @@ def test_equals_the_models_own_logits(family):
     compare(model, model)
 
 
+@pytest.mark.parametrize("attention", ["eager", "lvrpo"])
+@pytest.mark.parametrize("kind", ["lora", "prompts", "prefixes"])
+def test_adapters_act(kind, attention):
+    """Also those that put tokens, or keys and values, before the sequence."""
+    peft = pytest.importorskip("peft", reason="pip install peft")
+    virtual = {"num_virtual_tokens": 3, "task_type": "CAUSAL_LM"}
+    configs = {
+        "lora": lambda: peft.LoraConfig(target_modules=["q_proj"], init_lora_weights=False),
+        "prompts": lambda: peft.PromptTuningConfig(**virtual),
+        "prefixes": lambda: peft.PrefixTuningConfig(**virtual),
+    }
+    adapted = peft.get_peft_model(tiny("Llama"), configs[kind]())
+    inputs = batch()
+    inputs["attention_mask"][0, :3] = 0
+    with torch.no_grad():
+        own = own_logprobs(adapted, inputs)
+        register()
+        adapted.set_attn_implementation(attention)
+        ours = our_logprobs(adapted, inputs)
+    check_against_plain(ours, own, own.float(), scale=10.0)
+
+
 def test_a_head_that_is_trained_beside_an_adapter_is_read():
     peft = pytest.importorskip("peft", reason="pip install peft")
     model = tiny("Llama", tie_word_embeddings=False)
