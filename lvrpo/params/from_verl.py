@@ -25,14 +25,14 @@ KLS |= {"kl": KLS["k1"], "mse": KLS["k2"], "low_var_kl": KLS["k3"]}
 UNBOUNDED = {"clip_low": math.inf, "clip_high": math.inf}
 #: By loss_mode: what does not depend on the other options.
 LOSSES: dict[str, dict[str, Any]] = {
-    "vanilla": {},
+    "vanilla": {"surrogate": "clip"},
     "dppo_tv": {"surrogate": "total_variation"},
     "dppo_kl": {"surrogate": "binary_kl"},
     # verl bounds the log of its ratio at 10.
     "gspo": {"ratio": "seq_mean_token", "log_ratio_limit": 10.0},
     "sapo": {"surrogate": "sigmoid"},
     "gpg": {"ratio": "none"},
-    "clip_cov": {},
+    "clip_cov": {"surrogate": "clip"},
     "kl_cov": {"kl": "abs", **UNBOUNDED},
     "geo_mean": {"ratio": "seq_mean", "surrogate": "log_clip"},
     "dro": {"ratio": "none", "kl": "k2"},

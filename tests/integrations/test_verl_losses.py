@@ -61,6 +61,41 @@ def test_metrics_are_verls(loss):
             assert metrics[name] == pytest.approx(expected[name], abs=1e-6), name
 
 
+@pytest.mark.parametrize("loss", ["vanilla", "gspo"])
+def test_verls_actor_takes_it_by_name(loss):
+    """With a KL and an entropy bonus that verl adds, from unpadded log-probs of a model."""
+    losses = pytest.importorskip("verl.workers.utils.losses", reason="it has more needs")
+    from tensordict import TensorDict
+
+    torch.manual_seed(0)
+    lengths = torch.tensor([4, 1, 3])
+    mask = (torch.arange(4) < lengths[:, None]).long()
+    count = int(lengths.sum()) + 2 * 3
+    results = []
+    for name in (f"lvrpo_{loss}", loss):
+        torch.manual_seed(1)
+        data = {
+            "prompts": torch.ones(3, 2).long(),
+            "responses": torch.ones(3, 4).long(),
+            "attention_mask": torch.cat([torch.ones(3, 2).long(), mask], 1),
+            "response_mask": mask,
+            "old_log_probs": -torch.rand(3, 4),
+            "ref_log_prob": -torch.rand(3, 4),
+            "advantages": torch.randn(3, 4),
+        }
+        batch = TensorDict(data, batch_size=3)
+        for key, value in (("dp_size", 1), ("batch_num_tokens", 8), ("global_batch_size", 3)):
+            batch.set_non_tensor(key, value)
+        log_probs = (-torch.rand(count)).requires_grad_()
+        output = {"log_probs": log_probs, "entropy": torch.rand(count)}
+        config = actor(name, use_kl_loss=True, entropy_coeff=0.01)
+        total, metrics = losses.ppo_loss(config, output, batch)
+        total.backward()
+        results.append((total.detach(), log_probs.grad, metrics["actor/ppo_kl"].aggregate()))
+    for found, expected in zip(*results, strict=True):
+        torch.testing.assert_close(torch.as_tensor(found), torch.as_tensor(expected))
+
+
 def test_the_name_alone_is_vanilla():
     x = parity.tokens("vanilla", 0, 0.5)
     config = actor("vanilla")
