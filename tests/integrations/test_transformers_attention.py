@@ -227,9 +227,10 @@ def test_a_tower_is_one_call_a_layer(name, monkeypatch):
     check_against_plain(results[1], results[0].double(), results[0], scale=10.0)
 
 
-def test_the_head_of_groups():
+@pytest.mark.parametrize("name", FAMILIES)
+def test_the_head_of_groups(name):
     """completion_states of a buffer, whose targets row_index names."""
-    model, family = model_of("gemma2"), FAMILIES["gemma2"]
+    model, family = model_of(name), FAMILIES[name]
     tokens, completions = prompt(family, 5), [torch.randint(3, 50, (n,)) for n in (2, 4)]
     forward = grouped(family, [(tokens, completions)])
     ids = torch.cat(completions)

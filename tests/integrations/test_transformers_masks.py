@@ -214,6 +214,22 @@ def test_a_cache_may_say_where_it_is_with_a_tensor():
     assert torch.equal(found.mask.to_dense(), batch_mask(B, 2, 6, 3, **how).mask.to_dense())
 
 
+def test_what_would_have_to_be_guessed_is_not_read():
+    causal, near = masking.causal_mask_function, masking.sliding_window_overlay(2)
+    image, other = (masking.blockwise_overlay(torch.tensor([[0, 0, 1]])) for _ in range(2))
+    combined = [
+        masking.and_masks(masking.sliding_window_causal_mask_function(5), near),
+        masking.and_masks(causal, image),
+        masking.and_masks(causal, unknown(causal)),
+        masking.or_masks(causal, image, other),
+        masking.or_masks(masking.or_masks(causal, image), other),
+        masking.or_masks(causal, near),
+        masking.or_masks(image, causal),
+        masking.or_masks(causal, unknown(causal)),
+    ]
+    assert [read(function) for function in combined] == [None] * len(combined)
+
+
 @pytest.mark.parametrize("chunk", [1, 3, 5])
 def test_what_is_not_known_is_evaluated(chunk):
     """Llama 4's chunks are documents, which nobody has to know."""
