@@ -25,6 +25,12 @@ def sequences_of(offsets: Tensor, tokens: int) -> Tensor:
     return (after - 1).clamp(0, max(0, offsets.shape[0] - 2))
 
 
+def held_tokens(offsets: Tensor, tokens: int) -> Tensor:
+    """[T] whether a sequence has the token: all of them, unless nobody read the offsets."""
+    token = torch.arange(tokens, device=offsets.device)
+    return (token >= offsets[0]) & (token < offsets[-1])
+
+
 @dataclasses.dataclass(frozen=True)
 class TokenLayout:
     """How the tokens of a call are laid out.
@@ -63,9 +69,8 @@ class TokenLayout:
         return tensor.reshape(self.shape)
 
     def held(self) -> Tensor:
-        """[T] whether a sequence has the token: all of them, unless nobody read the offsets."""
-        token = torch.arange(self.tokens, device=self.offsets.device)
-        return (token >= self.offsets[0]) & (token < self.offsets[-1])
+        """[T] whether a sequence has the token; see `held_tokens`."""
+        return held_tokens(self.offsets, self.tokens)
 
     def per_token(
         self, name: str, tensor: Tensor, level: Level | None, only_sequences: str | None = None

@@ -60,8 +60,9 @@ def is_near_sampler(
     """
     compared = active & sampler_logprobs.isfinite()
     drift = torch.where(compared, sampler_logprobs - logprobs, 0.0).double()
-    # Offsets that do not fit are refused on a CPU; where nobody reads them they stay in range.
-    bounds = cu_seqlens.clamp(0, len(active))
+    # Offsets that do not fit are refused on a CPU; where nobody reads them they stay in range and
+    # in order.
+    bounds = cu_seqlens.clamp(0, len(active)).cummax(0).values
 
     def total(x: Tensor) -> Tensor:
         # Unlike index_add on a GPU, the same bits every time.

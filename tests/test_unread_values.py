@@ -72,12 +72,25 @@ def cut(inputs: dict[str, Any], kept: slice) -> dict[str, Any]:
     return {name: x if name == "advantages" else x[kept] for name, x in inputs.items()}
 
 
+#: What keeps policy terms by the entropies and log-probs of the call itself.
+SELECTIONS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "all tokens": ({}, {}),
+    "some tokens": (
+        {"top_entropy": 0.5, "off_policy_threshold": 0.1},
+        {"entropy_aggregation": "token_mean"},
+    ),
+}
+all_selections = pytest.mark.parametrize("selection", SELECTIONS.values(), ids=SELECTIONS)
+
+
 @all_offsets
+@all_selections
 @pytest.mark.parametrize("ratio", ["token", "seq_mean"])
-def test_offsets_of_a_loss(unread, name, ratio):
+def test_offsets_of_a_loss(unread, name, ratio, selection):
     needs(unread, "grpo_loss")
     offsets = torch.tensor((OFFSETS | DISORDER)[name])
-    params = LossParams(ratio=ratio, beta=0.1, entropy_coef=0.01)
+    options, changes = selection
+    params = LossParams(ratio=ratio, beta=0.1, entropy_coef=0.01, **changes)
     given = {
         **{x: -torch.rand(TOKENS) for x in ("logprobs", "entropy")},
         **of_loss(TOKENS, len(offsets) - 1),
@@ -93,6 +106,7 @@ def test_offsets_of_a_loss(unread, name, ratio):
             level="sequence",
             params=params,
             backend=backend,
+            **options,
         )
         gradients = torch.autograd.grad(result.loss, list(leaves.values()))
         return result.loss.detach(), result.metrics.as_dict(), list(gradients)
@@ -112,12 +126,14 @@ def test_offsets_of_a_loss(unread, name, ratio):
 
 
 @all_offsets
+@all_selections
 @pytest.mark.parametrize("ratio", ["token", "seq_mean"])
 @pytest.mark.parametrize("op", ["logits_grpo_loss", "linear_grpo_loss"])
-def test_offsets_of_a_fused_loss(unread, op, name, ratio):
+def test_offsets_of_a_fused_loss(unread, op, name, ratio, selection):
     needs(unread, op)
     offsets = torch.tensor((OFFSETS | DISORDER)[name])
-    params = LossParams(ratio=ratio, beta=0.1, entropy_coef=0.01)
+    options, changes = selection
+    params = LossParams(ratio=ratio, beta=0.1, entropy_coef=0.01, **changes)
     factors = {"logits": torch.randn(TOKENS, VOCAB)}
     if op == "linear_grpo_loss":
         factors = {"hidden": torch.randn(TOKENS, 5), "weight": torch.randn(VOCAB, 5)}
@@ -136,6 +152,7 @@ def test_offsets_of_a_fused_loss(unread, op, name, ratio):
             level="sequence",
             params=params,
             backend=backend,
+            **options,
         )
         return result.loss.detach(), list(torch.autograd.grad(result.loss, list(leaves.values())))
 

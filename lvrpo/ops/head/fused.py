@@ -131,8 +131,7 @@ class FusedLoss:
 
         None for all of them: it leaves too many, or values are not read.
         """
-        selects = self.terms.selection.by_entropy or self.terms.by_sampler
-        if len(group) == 1 or not selects or is_captured(dlogprobs):
+        if len(group) == 1 or not self.terms.selects or is_captured(dlogprobs):
             return None
         if not checks.check_values(dlogprobs):
             return None

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from lvrpo.backends import Backend
-from lvrpo.token_layout import sequences_of
+from lvrpo.token_layout import held_tokens, sequences_of
 from lvrpo.token_selection import TokenSelection, usable_tokens
 
 
@@ -43,8 +43,13 @@ class LossTerms:
 
     @property
     def by_sampler(self) -> bool:
-        """Whether a token's term depends on the log-probs of its whole sequence for its weight."""
+        """Whether the log-probs of a whole sequence decide about its terms."""
         return self.selection.sampler_logprobs is not None
+
+    @property
+    def selects(self) -> bool:
+        """Whether tokens may lose their policy term."""
+        return self.selection.by_entropy or self.by_sampler
 
     @property
     def of_whole_batch(self) -> bool:
@@ -55,8 +60,7 @@ class LossTerms:
     @property
     def is_plain(self) -> bool:
         """Whether kernels have all of the loss."""
-        selects = self.selection.by_entropy or self.by_sampler
-        return not selects and self.bonus_scale is None
+        return not self.selects and self.bonus_scale is None
 
     def run(
         self, backend: Backend, logprobs: Tensor, entropy: Tensor | None
@@ -78,7 +82,9 @@ class LossTerms:
 
     def _selected(self, logprobs: Tensor, entropy: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """[T] policy weights, 0 where the term is not kept; and what multiplies entropies, fp64."""
-        asked = torch.ones_like(logprobs, dtype=torch.bool) if self.mask is None else self.mask
+        asked = held_tokens(self.cu_seqlens, len(logprobs))
+        if self.mask is not None:
+            asked = asked & self.mask
         weight = torch.ones_like(logprobs) if self.policy_weights is None else self.policy_weights
         advantage = self.advantages
         if not self.advantage_per_token:
