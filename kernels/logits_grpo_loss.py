@@ -19,8 +19,7 @@ from lvrpo.kernels.gather_logprobs import (
     row_statistics,
     token_logprob,
 )
-from lvrpo.kernels.grpo_loss import four_scalars, grpo_loss_fwd, named_numbers
-from lvrpo.params.policy_loss import LOSS_NUMBERS
+from lvrpo.kernels.grpo_loss import four_scalars, named_numbers
 
 # By the dtype that is computed in. A thread of 32 warps may have 64 registers; with more than 32 no
 # second program fits an SM, and two loads of 16 bytes are on their way at a time.
@@ -314,7 +313,7 @@ def scale_gradient(gradient, factor, dtype):
 LOSS_ONLY = ("shape_pos_1", "shape_neg_1", "max_length", "denominator")
 
 
-def logits_grpo_loss_fwd(
+def logits_grpo_loss_rows(
     dlogits,
     logits,
     token_ids,
@@ -325,16 +324,16 @@ def logits_grpo_loss_fwd(
     ref_logprobs,
     mask,
     policy_weights,
+    factors,
     head_numbers,
     loss_numbers,
-    has_softcap,
-    advantage_per_token,
-    count_empty,
-    *,
-    aggregation,
-    **choices,
+    ratio,
+    surrogate,
+    kl,
+    kl_factor,
+    kl_gradient,
 ):
-    """Launcher, for the op of this name; writes `dlogits`, which may be `logits` itself."""
+    """Launcher; contract in `lvrpo.ops.logits_grpo_loss`. `dlogits` may be `logits` itself."""
     if logits.stride(1) != 1:
         logits = logits.contiguous()
     temperature, softcap, _ = head_numbers.tolist()
@@ -342,24 +341,20 @@ def logits_grpo_loss_fwd(
     rows, vocab = logits.shape
     dtype = advantages.dtype
     logprobs, lse, entropy = (logits.new_empty(rows, dtype=dtype) for _ in range(3))
-    of_tokens = _of_tokens(advantages, cu_seqlens, rows, advantage_per_token)
-    if policy_weights is not None:  # nobody asks for the advantage that a weight of 0 leaves out
-        of_tokens = torch.where(policy_weights == 0, 0.0, of_tokens)
-    asked, mask = mask, _usable(mask, (old_logprobs, of_tokens, ref_logprobs), policy_weights)
     launch(
         _row_loss_kernel,
         (rows,),
-        (CAPPED_ROW_LOSS if has_softcap else ROW_LOSS)[dtype],
+        (CAPPED_ROW_LOSS if softcap > 0 else ROW_LOSS)[dtype],
         dlogits_ptr=dlogits,
         logits_ptr=logits,
         token_ids_ptr=token_ids.contiguous(),
         vocab_range_ptr=None if vocab_range is None else vocab_range.contiguous(),
         old_ptr=None if old_logprobs is None else old_logprobs.contiguous(),
-        advantage_ptr=of_tokens,
+        advantage_ptr=advantages.contiguous(),
         ref_ptr=None if ref_logprobs is None else ref_logprobs.contiguous(),
-        mask_ptr=mask,
+        mask_ptr=_usable(mask, (old_logprobs, advantages, ref_logprobs), policy_weights),
         policy_weight_ptr=None if policy_weights is None else policy_weights.contiguous(),
-        factor_ptr=_factors(mask, dtype, cu_seqlens, loss_numbers, count_empty, aggregation),
+        factor_ptr=factors,
         logprobs_ptr=logprobs,
         lse_ptr=lse,
         entropy_ptr=entropy,
@@ -369,36 +364,15 @@ def logits_grpo_loss_fwd(
         inv_temperature=1.0 / temperature,
         softcap=softcap,
         **{name: value for name, value in named.items() if name not in LOSS_ONLY},
-        **{name.upper(): chosen for name, chosen in choices.items()},
+        RATIO=ratio,
+        SURROGATE=surrogate,
+        KL=kl,
+        KL_FACTOR=kl_factor,
+        KL_GRADIENT=kl_gradient,
         ENTROPY_BONUS=named["entropy_coef"] != 0,
-        HAS_SOFTCAP=has_softcap,
+        HAS_SOFTCAP=softcap > 0,
     )
-    loss, statistics, _, _ = grpo_loss_fwd(
-        logprobs,
-        old_logprobs,
-        advantages,
-        cu_seqlens,
-        ref_logprobs,
-        entropy,
-        asked,
-        policy_weights,
-        loss_numbers,
-        advantage_per_token,
-        count_empty,
-        **choices,
-        aggregation=aggregation,
-    )
-    return loss, statistics, logprobs, entropy, lse
-
-
-def _of_tokens(advantages, cu_seqlens, tokens, per_token):
-    """[T] from [B] or [T]."""
-    if per_token:
-        return advantages.contiguous()
-    position = torch.arange(tokens, device=cu_seqlens.device)
-    sequence = torch.searchsorted(cu_seqlens, position, right=True) - 1
-    # A token that no sequence has is masked, and may have the advantage of any.
-    return advantages[sequence.clamp(0, len(advantages) - 1)]
+    return logprobs, lse, entropy
 
 
 def _usable(mask, data, policy_weights):
@@ -407,21 +381,3 @@ def _usable(mask, data, policy_weights):
         if tensor is not None:
             mask = mask & tensor.isfinite()
     return mask if policy_weights is None else mask & (policy_weights >= 0)
-
-
-def _factors(mask, dtype, cu_seqlens, loss_numbers, count_empty, aggregation):
-    """[T] the slopes of a plain sum of log-probs, aggregated as this loss is: its own factors."""
-    zero = torch.zeros(mask.shape, dtype=dtype, device=mask.device)
-    numbers = loss_numbers.clone()
-    numbers[[LOSS_NUMBERS.index("beta"), LOSS_NUMBERS.index("entropy_coef")]] = 0.0
-    _, _, factors, _ = grpo_loss_fwd(
-        *(zero, None, zero - 1.0, cu_seqlens, None, None, mask, None, numbers),
-        *(True, count_empty),
-        ratio="none",
-        surrogate="clip",
-        kl="k1",
-        kl_factor="none",
-        kl_gradient="own",
-        aggregation=aggregation,
-    )
-    return factors

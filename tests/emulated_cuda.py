@@ -19,7 +19,6 @@ import torch
 from torch.utils import cpp_extension
 
 from lvrpo.backends import library
-from lvrpo.backends.backend import Function
 from lvrpo.backends.cpp import CompiledBackend
 
 ROOT = Path(__file__).parents[1]
@@ -86,15 +85,7 @@ class EmulatedCudaBackend(CompiledBackend):
     name = "cuda (emulated)"
     device = "cpu"
     key = NAMESPACE
-
-    def op(self, name: str) -> Function:
-        """The same kernel in the namespace of the emulation."""
-        function: Function = getattr(getattr(torch.ops, NAMESPACE), name)
-
-        def run(*arguments: object, **choices: str) -> object:
-            return function(*arguments, **library.positions(name, choices))
-
-        return run
+    namespace = NAMESPACE
 
 
 def load(sanitizer: str = "1") -> EmulatedCudaBackend:

@@ -205,7 +205,8 @@ __device__ __forceinline__ void sync_cluster() {
 #ifdef LVRPO_EMULATE
   emulate::sync_cluster();
 #elif defined(LVRPO_HAS_CLUSTERS)
-  asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
+  // Not .aligned, which promises that a warp comes here as one: after a branch of its lanes it need not.
+  asm volatile("barrier.cluster.arrive.release;\nbarrier.cluster.wait.acquire;" ::: "memory");
 #else
   __syncthreads();
 #endif

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Mapping, Sequence
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,9 +19,12 @@ class CompiledBackend(Backend):
 
     Attributes:
         key: the dispatch key that they are registered for.
+        namespace: of `torch.ops`.
     """
 
     key: str
+    namespace = "lvrpo"
+    checks_arguments = True
 
     def why_unavailable(self) -> str:
         """That the extension is missing, if it is."""
@@ -49,9 +52,9 @@ class CompiledBackend(Backend):
 
     def op(self, name: str) -> Function:
         """`torch.ops.lvrpo.<name>`, which picks the kernel by the device of the tensors."""
-        function = getattr(torch.ops.lvrpo, name).default
+        function = self._overload(name)
         if not library.CHOICE_ARGUMENTS.get(name):
-            return cast(Function, function)
+            return function
 
         def run(*arguments: Any, **choices: str) -> Any:
             return function(*arguments, *_positions(name, tuple(choices.items())))
@@ -60,9 +63,13 @@ class CompiledBackend(Backend):
 
     def chosen(self, name: str, choices: Mapping[str, str]) -> Function:
         """As `Backend.chosen`; the names are looked up now."""
-        function = getattr(torch.ops.lvrpo, name).default
+        function = self._overload(name)
         at = _positions(name, tuple(choices.items()))
         return lambda *arguments: function(*arguments, *at)
+
+    def _overload(self, name: str) -> Function:
+        function: Function = getattr(getattr(torch.ops, self.namespace), name).default
+        return function
 
     def fused(self, op: str) -> Function | None:
         """What runs the kernel that has a whole row, where this kind of device has that kernel."""

@@ -47,6 +47,9 @@ KERNELS: dict[str, set[str]] = {"CPU": set(), "CUDA": set(), "triton": set()}
 #: By op of `torch.ops.lvrpo`: those of its arguments that are choices, in its order: its last ones.
 CHOICE_ARGUMENTS: dict[str, tuple[str, ...]] = {}
 
+#: By op of `torch.ops.lvrpo`: the key of `CHOICES` that has its names.
+_CHOICES_OF: dict[str, str] = {}
+
 #: By op that is made of others, without kernels of its own: the ops whose kernels it runs.
 COMPOSITES: dict[str, tuple[str, ...]] = {}
 
@@ -55,7 +58,7 @@ _fragment = torch.library.Library("lvrpo", "FRAGMENT")
 
 
 def register(
-    name: str, *, kernels: str, mutates: Sequence[str] = ()
+    name: str, *, kernels: str, mutates: Sequence[str] = (), choices_of: str | None = None
 ) -> Callable[[Function], Function]:
     """Register the decorated shape function for `torch.ops.lvrpo.<name>` and its Triton overload.
 
@@ -65,6 +68,7 @@ def register(
         kernels: module of `lvrpo.kernels` that has a launcher called `name`; where there is no such
             module, there is no Triton overload.
         mutates: arguments that the op writes to.
+        choices_of: the op whose choices it has; None for those of its own.
 
     Raises:
         ImportError: `lvrpo._C` is loaded and does not have the op, or not with this schema.
@@ -75,6 +79,7 @@ def register(
         schema = schema.replace("SymInt", "int")
         parameters = inspect.signature(fake).parameters.values()
         CHOICE_ARGUMENTS[name] = tuple(x.name for x in parameters if x.annotation == "str")
+        _CHOICES_OF[name] = choices_of or op_of(name)
         if EXTENSION is not None:
             _check(name, schema)
             torch.library.register_fake(f"lvrpo::{name}", fake)
@@ -127,7 +132,7 @@ def op_of(name: str) -> str:
 
 def positions(name: str, choices: Mapping[str, str]) -> dict[str, int]:
     """Choices as `torch.ops.lvrpo.<name>` takes them; all have to be known."""
-    known = CHOICES[op_of(name)] if choices else {}
+    known = CHOICES[_CHOICES_OF[name]] if choices else {}
     return {argument: known[argument].index(chosen) for argument, chosen in choices.items()}
 
 

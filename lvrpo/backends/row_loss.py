@@ -10,7 +10,6 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from lvrpo.backends import library
 from lvrpo.backends.backend import Backend, Function
 from lvrpo.params.policy_loss import LOSS_NUMBERS
 from lvrpo.token_layout import sequences_of
@@ -30,7 +29,6 @@ def run(
     policy_weights: Tensor | None,
     softmax_numbers: Tensor,
     loss_numbers: Tensor,
-    has_softcap: bool,
     advantage_per_token: bool,
     count_empty: bool,
     **choices: str,
@@ -45,12 +43,10 @@ def run(
     data = old_logprobs, of_tokens, ref_logprobs, policy_weights
     tokens = mask, cu_seqlens, _zero_or_nan(data, policy_weights)
     factors = _factors(grpo_loss, tokens, loss_numbers, count_empty, choices["aggregation"])
-    of_slopes = {kind: name for kind, name in choices.items() if kind != "aggregation"}
-    at = library.positions("grpo_loss_fwd", of_slopes)
     logprobs, lse, entropy = backend.op("logits_grpo_loss_rows")(
         *(dlogits, logits, token_ids, vocab_range, old_logprobs, of_tokens, cu_seqlens),
         *(ref_logprobs, mask, policy_weights, factors, softmax_numbers, loss_numbers),
-        *(at[kind] for kind in ("ratio", "surrogate", "kl", "kl_factor", "kl_gradient")),
+        **{kind: name for kind, name in choices.items() if kind != "aggregation"},
     )
     loss, statistics, _, _ = grpo_loss(
         *(logprobs, old_logprobs, advantages, cu_seqlens, ref_logprobs, entropy, mask),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 import importlib.util
 import os
@@ -11,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lvrpo.backends import library
+from lvrpo.backends import library, row_loss
 from lvrpo.backends.backend import Backend, Function
 from lvrpo.testing import interpreter_has_bf16
 
@@ -76,6 +77,12 @@ class TritonBackend(Backend):
         function: Function = getattr(torch.ops.lvrpo, f"{name}_triton")
         return function
 
+    def chosen(self, name: str, choices: Mapping[str, str]) -> Function:
+        """As `Backend.chosen`."""
+        function = getattr(torch.ops.lvrpo, f"{name}_triton").default
+        names = tuple(choices[argument] for argument in library.CHOICE_ARGUMENTS[name])
+        return lambda *arguments: function(*arguments, *names)
+
     def scaled(self, gradient: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
         """As `Backend.scaled`, at most once over the gradient, and not at all where it is 1."""
         module = importlib.import_module("lvrpo.kernels.logits_grpo_loss")
@@ -83,11 +90,9 @@ class TritonBackend(Backend):
         return scaled
 
     def fused(self, op: str) -> Function | None:
-        """The launcher of `lvrpo.kernels.<op>`, where there is that file."""
-        if not library.has_module(op):
-            return None
-        launcher: Function = getattr(importlib.import_module(f"lvrpo.kernels.{op}"), f"{op}_fwd")
-        return launcher
+        """What runs the kernel that has a whole row, where there is one."""
+        has_rows = f"{op}_rows" in library.KERNELS["triton"]
+        return functools.partial(row_loss.run, self) if has_rows else None
 
 
 def _names_in_kernels(op: str, choice: str) -> tuple[str, ...]:

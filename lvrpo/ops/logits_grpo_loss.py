@@ -161,7 +161,7 @@ def logits_grpo_loss(
         needed = torch.is_grad_enabled() and logits.requires_grad
         inplace = inplace_backward and not torch.compiler.is_compiling()
         tensors_of_loss, *loss = fused.loss_arguments(indices, data, temperature, softcap)
-        options = (*loss, softcap is not None, chosen.name)
+        options = (*loss, chosen.name)
         *result, lse = _LogitsGrpoLoss.apply(  # type: ignore[no-untyped-call]
             *(logits, tensors_of_loss, options, needed, inplace and needed)
         )
@@ -234,7 +234,6 @@ def _fwd(
     tensors: Sequence[Tensor | None],
     flags: Sequence[bool],
     names: str,
-    has_softcap: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     call, runs_on = fused.FusedLoss.from_arguments(tensors, flags, names), backends.named(backend)
@@ -247,7 +246,7 @@ def _fwd(
             *(dlogits, logits, call.token_ids, call.vocab_range),
             *(terms.old_logprobs, terms.advantages, terms.cu_seqlens, terms.ref_logprobs),
             *(call.mask, terms.policy_weights, call.softmax_numbers, terms.loss_numbers),
-            *(has_softcap, terms.advantage_per_token, terms.count_empty),
+            *(terms.advantage_per_token, terms.count_empty),
             **terms.choices,
         )
         return results
@@ -268,7 +267,7 @@ def _fwd(
     return loss, statistics, *call.reported(rows), lse
 
 
-@library.register("logits_grpo_loss_rows", kernels="logits_grpo_loss_rows", mutates=["dlogits"])
+@library.register("logits_grpo_loss_rows", kernels=OP, mutates=["dlogits"], choices_of="grpo_loss")
 def _rows_fake(
     dlogits: Tensor,  # [R, V], may be the logits
     logits: Tensor,

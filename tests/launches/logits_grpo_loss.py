@@ -33,23 +33,22 @@ def call(
         return torch.empty(count, dtype=kind, device="meta") if wanted else None
 
     logits = torch.empty(tokens, vocab, dtype=dtype, device="meta")
-    kernels.logits_grpo_loss_fwd(
+    choices = {kind: name for kind, name in params.choices().items() if kind != "aggregation"}
+    kernels.logits_grpo_loss_rows(
         torch.empty_like(logits, dtype=sums if widened else dtype),
         logits,
         of(tokens, kind=torch.int64),
         torch.empty(tokens, 2, dtype=torch.int64, device="meta") if ranged else None,
         of(tokens, not bare),
-        of(sequences),
+        of(tokens),
         of(sequences + 1, kind=torch.int64),
         of(tokens, not bare),
         of(tokens, kind=torch.bool),
         of(tokens, not bare),
+        of(tokens),
         numbers(temperature, softcap or 0.0, OUTSIDE),
         numbers_by_name(LOSS_NUMBERS, params.numbers()),
-        softcap is not None,
-        False,
-        params.count_empty,
-        **params.choices(),
+        **choices,
     )
 
 
