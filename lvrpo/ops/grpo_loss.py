@@ -5,6 +5,7 @@ T packed tokens or [B, C] padded ones, B sequences. Derivation: docs/ops/grpo_lo
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,10 +14,11 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from lvrpo import backends, checks
-from lvrpo.backends import Backend, library
+from lvrpo.backends import library
+from lvrpo.backends.bound import bind
 from lvrpo.dtypes import widen
+from lvrpo.ops.head.as_given import GivenTerms, given_terms
 from lvrpo.ops.head.loss_inputs import Numbers, loss_inputs
-from lvrpo.ops.head.loss_terms import LossTerms
 from lvrpo.params.loss_metrics import STATISTICS, LossMetrics
 from lvrpo.params.policy_loss import LOSS_NUMBERS, LOSS_PRESETS, LossParams, PolicyLoss
 from lvrpo.reference.grpo_loss import grpo_loss as reference_grpo_loss
@@ -26,6 +28,7 @@ OP = "grpo_loss"
 __all__ = ["LOSS_PRESETS", "LossMetrics", "LossParams", "PolicyLoss", "grpo_loss"]
 
 _DEFAULT = LossParams()
+_DROPPED = STATISTICS.index("dropped_tokens")
 library.check_table(OP, "numbers", LOSS_NUMBERS)
 library.check_table(OP, "statistics", STATISTICS)
 
@@ -107,6 +110,17 @@ def grpo_loss(
             dropped, and counted in `metrics.dropped_tokens`; offsets are clamped to [0, T], and a
             token that no sequence has counts nowhere.
     """
+    selects = top_entropy, entropy_threshold, off_policy_threshold, sampler_logprobs
+    if level is None and all(x is None for x in selects):
+        quick = _as_given(
+            given_terms(
+                *(logprobs, old_logprobs, advantages, cu_seqlens, ref_logprobs, entropy, mask),
+                *(policy_weights, denominator, params),
+            ),
+            *(logprobs, entropy, params, backend),
+        )
+        if quick is not None:
+            return quick
     checks.check_floating(OP, "logprobs", logprobs)
     logp = widen(logprobs)
     data = loss_inputs(
@@ -147,10 +161,37 @@ def grpo_loss(
     return PolicyLoss(*data.finish(loss, statistics, logp))
 
 
+def _as_given(
+    terms: GivenTerms | None,
+    logprobs: Tensor,
+    entropy: Tensor | None,
+    params: LossParams,
+    backend: str | None,
+) -> PolicyLoss | None:
+    """The result, if kernels check their arguments, take these, and find nothing at fault."""
+    if terms is None:
+        return None
+    bound = bind((OP, "grpo_loss_fwd"), reference_grpo_loss, params, logprobs, backend)
+    reads = checks.check_values(logprobs)
+    looks = bound.checks_arguments or (not reads and terms.fit(logprobs, entropy))
+    if bound.functional is not None or not looks:
+        return None
+    try:
+        if torch.is_grad_enabled():
+            loss, statistics = _GrpoLoss.apply(logprobs, entropy, terms, bound)  # type: ignore[no-untyped-call]
+        else:
+            loss, statistics, _, _ = terms.run(bound, logprobs, entropy)
+    except RuntimeError:
+        return None
+    if reads and (statistics.tolist()[_DROPPED] > 0 or not math.isfinite(loss.item())):
+        return None
+    return PolicyLoss(loss, LossMetrics.from_statistics(statistics))
+
+
 class _GrpoLoss(torch.autograd.Function):
     @staticmethod
     def forward(  # type: ignore[override]
-        ctx: Any, logprobs: Tensor, entropy: Tensor | None, terms: LossTerms, backend: Backend
+        ctx: Any, logprobs: Tensor, entropy: Tensor | None, terms: Any, backend: Any
     ) -> tuple[Tensor, Tensor]:
         loss, statistics, dlogprobs, dentropy = terms.run(backend, logprobs, entropy)
         ctx.save_for_backward(dlogprobs, dentropy)

@@ -62,7 +62,7 @@ class LossMetrics(Metrics):
     @classmethod
     def from_statistics(cls, statistics: Tensor) -> LossMetrics:
         """From the vector that the op returns: sums, then extremes."""
-        return cls(*statistics.split((len(cls.SUMS), len(cls.EXTREMES))))
+        return cls(statistics)
 
     @property
     def ratio_mean(self) -> Tensor:

@@ -89,9 +89,6 @@ class Metrics:
     largest of fp32, and a NaN stays a NaN.
 
     Attributes:
-        sums: [len(SUMS)] fp64; those of `Mean` and `Total`, in the order of `SUMS`.
-        extremes: [len(EXTREMES)] fp64, in the order of `EXTREMES`: maxima, and minima with the sign
-            turned; -inf where there was no value.
         SUMS: names of the numbers that are kept as sums, in the order of the class.
         EXTREMES: names of the others.
     """
@@ -108,9 +105,22 @@ class Metrics:
         for name, kept in numbers.items():  # torch.compile knows properties
             setattr(cls, name, property(kept.reader(name)))
 
-    def __init__(self, sums: Tensor, extremes: Tensor) -> None:
-        self.sums = sums
-        self.extremes = extremes
+    def __init__(self, sums: Tensor, extremes: Tensor | None = None) -> None:
+        """From sums and extremes, or from one tensor that has both, sums first."""
+        self._sums, self._extremes = sums, extremes
+
+    @property
+    def sums(self) -> Tensor:
+        """[len(SUMS)] fp64: those of `Mean` and `Total`, in the order of `SUMS`."""
+        return self._sums[: len(self.SUMS)]
+
+    @property
+    def extremes(self) -> Tensor:
+        """[len(EXTREMES)] fp64, in the order of `EXTREMES`.
+
+        Maxima, and minima with the sign turned; -inf where there was no value.
+        """
+        return self._sums[len(self.SUMS) :] if self._extremes is None else self._extremes
 
     @classmethod
     def of(cls: type[_Own], values: Mapping[str, Tensor]) -> _Own:

@@ -178,6 +178,7 @@ class LossParams:
             value = getattr(self, name)
             if len(value) != 2 or not all(0 < x < math.inf for x in value):
                 raise ValueError(f"LossParams: {name} is {value}, expected two numbers > 0")
+            object.__setattr__(self, name, tuple(value))  # a list has no hash
         if self.ratio_cap is None:
             return
         if self.ratio == "none":

@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from loss_inputs import INF
+from loss_inputs import INF, make_inputs
 
 from lvrpo.dtypes import numbers_by_name
 from lvrpo.ops.grpo_loss import LOSS_PRESETS, LossParams, grpo_loss
@@ -231,3 +231,30 @@ def test_a_ratio_past_the_range_of_floats_is_harmless(backend, name, gap):
     loss.backward()
     assert logprobs.grad.isfinite().all()
     assert loss.isfinite()
+
+
+@pytest.mark.parametrize("preset", LOSS_PRESETS)
+def test_what_kernels_take_as_it_is_gives_what_is_converted_first(preset):
+    length = {"max_length": 4} if preset == "dr_grpo" else {}
+    params = LossParams.preset(preset, beta=0.1, entropy_coef=0.01, **length)
+    data = make_inputs((3, 0, 4), dtype=torch.float32)
+    data |= {"entropy": -data["logprobs"], "mask": torch.arange(7) != 2}
+
+    def told(**changes):
+        given = data | changes
+        leaves = [given[name].detach().requires_grad_() for name in ("logprobs", "entropy")]
+        given |= {"logprobs": leaves[0], "entropy": leaves[1], "params": params}
+        loss, metrics = grpo_loss(**given)
+        loss.backward()
+        with torch.no_grad():
+            assert torch.equal(grpo_loss(**given).loss, loss)
+        return [loss.detach(), metrics.sums, metrics.extremes, *(leaf.grad for leaf in leaves)]
+
+    for changes in (
+        {"cu_seqlens": data["cu_seqlens"].int()},
+        {"mask": data["mask"].float()},
+        {"level": "sequence"},
+        {"advantages": data["advantages"].unsqueeze(1)},
+    ):
+        for ours, theirs in zip(told(), told(**changes), strict=True):
+            assert torch.equal(ours, theirs)
