@@ -5,10 +5,12 @@ from __future__ import annotations
 import contextlib
 import contextvars
 import dataclasses
+import functools
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
+import triton
 from torch import Tensor
 
 
@@ -25,6 +27,12 @@ class LaunchConfig:
     blocks: Mapping[str, int]
     num_warps: int = 4
     num_stages: int = 3
+
+    @functools.cached_property
+    def arguments(self) -> dict[str, int]:
+        """All of it, as Triton takes it."""
+        options = {"num_warps": self.num_warps, "num_stages": self.num_stages}
+        return dict(self.blocks) | options
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,8 +90,7 @@ def launch(kernel: Any, grid: tuple[int, ...], config: LaunchConfig, **arguments
         config: tile sizes and warps.
         **arguments: every other parameter of the kernel by name, None for an absent tensor.
     """
-    arguments |= dict(config.blocks)
-    arguments |= {"num_warps": config.num_warps, "num_stages": config.num_stages}
+    arguments |= config.arguments
     recording = _record.get()
     if recording is not None:
         recording.launches.append(Launch(kernel, grid, arguments))
@@ -94,7 +101,53 @@ def launch(kernel: Any, grid: tuple[int, ...], config: LaunchConfig, **arguments
     # Triton launches on the current device, which need not be the tensors'.
     guard = torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
     with guard:
+        _run(kernel, grid, device, arguments)
+
+
+#: What Triton compiled, by device and `key_of`.
+_compiled: dict[tuple[Any, ...], Any] = {}
+
+
+def _run(
+    kernel: Any, grid: tuple[int, ...], device: torch.device, arguments: Mapping[str, Any]
+) -> None:
+    """`kernel[grid](**arguments)`, without binding and inspecting arguments and globals again."""
+    if not isinstance(kernel, triton.JITFunction):  # the interpreter compiles nothing
         kernel[grid](**arguments)
+        return
+    key = device, key_of(kernel, arguments)
+    found = _compiled.get(key)
+    if found is None:
+        _compiled[key] = kernel[grid](**arguments)
+    else:
+        found[(*grid, 1, 1)[:3]](*[arguments[name] for name in kernel.arg_names])
+
+
+def key_of(kernel: Any, arguments: Mapping[str, Any]) -> tuple[Any, ...]:
+    """The kernel and all that Triton compiles it for: launches of equal keys run the same code."""
+    constants, others = _parameters(kernel)
+    values = [arguments[name] for name in constants]
+    kinds = [
+        float if type(x) is float else x if x is None else _kind_of(x)
+        for x in map(arguments.__getitem__, others)
+    ]
+    return id(kernel), *values, *kinds
+
+
+def _kind_of(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return value.dtype, value.data_ptr() % 16 == 0
+    if type(value) is int:
+        return value == 1, value % 16 == 0, -(2**31) <= value < 2**31
+    return value
+
+
+@functools.cache
+def _parameters(kernel: Any) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Names of what a kernel is compiled with, and of its other parameters."""
+    constants = [x.name for x in kernel.params if x.is_constexpr]
+    others = [x.name for x in kernel.params if not x.is_constexpr]
+    return (*constants, "num_warps", "num_stages"), tuple(others)
 
 
 def cdiv(n: int, block: int) -> int:

@@ -142,6 +142,16 @@ def test_a_training_run_compiles_once(op):
     assert keys
 
 
+@pytest.mark.parametrize("op", OPS)
+def test_launches_of_one_key_run_one_kernel(op):
+    found: dict[tuple[object, ...], str] = {}
+    for group in ("every_form", "one_training_run"):
+        for launch in launches_of(op, group):
+            key = specialise(launch, 90)[0]
+            assert found.setdefault(_launch.key_of(launch.kernel, launch.arguments), key) == key
+    assert found
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("op", ["gather_logprobs", "logits_grpo_loss"])
 def test_a_row_of_any_vocabulary_is_summed_16_bytes_at_a_time(op):

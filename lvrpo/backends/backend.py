@@ -28,12 +28,14 @@ class Backend(ABC):
         reads_schedule: whether its attention goes through the tiles of the mask's schedule.
         checks_arguments: whether its kernels refuse tensors whose shapes, dtypes or devices do not
             fit, by a RuntimeError.
+        checks_offsets: whether they refuse offsets that do not fit likewise.
         least_capability: compute capability of the oldest GPUs that its kernels are for.
     """
 
     name: str
     reads_schedule = False
     checks_arguments = False
+    checks_offsets = False
     least_capability: tuple[int, int] = (0, 0)
 
     @property

@@ -27,12 +27,12 @@ class Bound(NamedTuple):
     Attributes:
         functional: the whole op, of the reference's arguments; None where there are kernels.
         kernels: of the op's one pass, with every choice made.
-        checks_arguments: as `Backend.checks_arguments`.
+        backend: that it is on.
     """
 
     functional: Function | None
     kernels: Function
-    checks_arguments: bool
+    backend: Backend
 
 
 def bind(
@@ -71,5 +71,4 @@ def _bind(
     like, choices = torch.empty(0, device=device, dtype=dtype), params.choices()
     backend = backends.resolve(op, (like,), name, choices=choices)
     functional = backend.functional(op, reference)
-    bound = functional or backend.chosen(kernels, choices)
-    return Bound(functional, bound, backend.checks_arguments)
+    return Bound(functional, functional or backend.chosen(kernels, choices), backend)

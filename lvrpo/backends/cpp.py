@@ -89,3 +89,4 @@ class CppBackend(CompiledBackend):
     name = "cpp"
     device = "cpu"
     key = "CPU"
+    checks_offsets = True

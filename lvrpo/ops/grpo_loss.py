@@ -172,9 +172,12 @@ def _as_given(
     if terms is None:
         return None
     bound = bind((OP, "grpo_loss_fwd"), reference_grpo_loss, params, logprobs, backend)
-    reads = checks.check_values(logprobs)
-    looks = bound.checks_arguments or (not reads and terms.fit(logprobs, entropy))
-    if bound.functional is not None or not looks:
+    reads, runs = checks.check_values(logprobs), bound.backend
+    if reads:
+        ready = runs.checks_offsets
+    else:
+        ready = runs.checks_arguments or terms.fit(logprobs, entropy)
+    if bound.functional is not None or not ready:
         return None
     try:
         if torch.is_grad_enabled():
