@@ -18,6 +18,8 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
+from lvrpo.integrations.trl import GRPOTrainer  # isort: skip  (it says what is not installed)
+
 import accelerate
 import torch
 import transformers
@@ -26,7 +28,6 @@ from torch import Tensor
 
 import lvrpo
 from lvrpo.integrations.transformers import CompletionStates
-from lvrpo.integrations.trl import GRPOTrainer
 from lvrpo.params.from_trl import LOSSES, RATIOS
 
 #: What the grid is made of; an axis has some options that go together.
@@ -126,13 +127,13 @@ def make_case(options: dict[str, Any], seed: int) -> Case:
     }
     if options["use_vllm"]:
         inputs["sampling_per_token_logps"] = inputs["old_per_token_logps"] + 0.2 * normal(B, C)
-        by_sequence = options["vllm_importance_sampling_mode"].startswith("sequence")
-        ratio = (0.5 * normal(B, 1 if by_sequence else C)).exp()
-        if options["vllm_importance_sampling_mode"].endswith("mask"):
+        level, _, outside = options["vllm_importance_sampling_mode"].partition("_")
+        ratio = (0.5 * normal(B, 1 if level == "sequence" else C)).exp()
+        if outside == "mask":
             ratio = torch.where(ratio > 1.4, 0.0, ratio)
-        inputs["importance_sampling_ratio"] = torch.where(mask[:, : ratio.shape[1]] > 0, ratio, 1.0)
-        if by_sequence:
-            inputs["importance_sampling_ratio"] = ratio
+        if level == "token":
+            ratio = torch.where(mask > 0, ratio, 1.0)
+        inputs["importance_sampling_ratio"] = ratio
     return Case(inputs, hidden, weight)
 
 
