@@ -20,6 +20,7 @@ from runnable import WITH_KERNELS
 from torch import Tensor
 
 import lvrpo
+from lvrpo import backends
 from lvrpo.params.policy_loss import LOSS_PRESETS, LossParams
 from lvrpo.token_selection import TokenSelection
 
@@ -159,7 +160,9 @@ def given_to(options: dict[str, Any], sampler: Tensor) -> dict[str, Any]:
 @every_op
 def test_every_loss_drops_what_the_rules_drop(backend, head, name, bonus):
     batch, sampler = batch_of(head)
-    for options, beta in zip(OPTIONS.values(), itertools.cycle([0.0, 0.3]), strict=False):
+    every = 4 if backends.triton_interprets() else 1  # whose launches take a second
+    asked = list(OPTIONS.values())[::every]
+    for options, beta in zip(asked, itertools.cycle([0.0, 0.3]), strict=False):
         given = given_to(options, sampler)
         params = params_of(name, beta=beta, kl_factor="ratio", **BONUSES[bonus])
         found = head.run(
