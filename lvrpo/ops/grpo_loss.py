@@ -114,8 +114,8 @@ def grpo_loss(
     if level is None and all(x is None for x in selects):
         quick = _as_given(
             given_terms(
-                *(logprobs, old_logprobs, advantages, cu_seqlens, ref_logprobs, entropy, mask),
-                *(policy_weights, denominator, params),
+                *(OP, logprobs, old_logprobs, advantages, cu_seqlens, ref_logprobs, entropy),
+                *(mask, policy_weights, denominator, params),
             ),
             *(logprobs, entropy, params, backend),
         )

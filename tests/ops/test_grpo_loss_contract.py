@@ -27,6 +27,7 @@ BAD = {
         {"advantages": torch.zeros(3)},
         r"advantages has shape \(3,\), expected \[B\] = \[1\] or \[T\] = \[2\]",
     ),
+    "no advantages": ({"advantages": None}, r"advantages has shape \(\), expected \[B\] = \[1\]"),
     "advantage NaN": ({"advantages": NAN_AT_1}, r"advantages\[1\] is nan"),
     "offsets end early": ({"cu_seqlens": torch.tensor([0, 1])}, "cu_seqlens ends at 1, expected 2"),
     "float offsets": ({"cu_seqlens": torch.tensor([0.0, 2.0])}, "cu_seqlens is torch.float32"),
@@ -252,6 +253,7 @@ def test_what_kernels_take_as_it_is_gives_what_is_converted_first(preset):
 
     for changes in (
         {"cu_seqlens": data["cu_seqlens"].int()},
+        {"cu_seqlens": data["cu_seqlens"].tolist()},
         {"mask": data["mask"].float()},
         {"level": "sequence"},
         {"advantages": data["advantages"].unsqueeze(1)},

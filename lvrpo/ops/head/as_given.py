@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from lvrpo import checks
 from lvrpo.backends.bound import Bound
 from lvrpo.dtypes import numbers_by_name
 from lvrpo.kept import kept_tensor
@@ -59,6 +60,7 @@ class GivenTerms(NamedTuple):
 
 
 def given_terms(
+    op: str,
     logprobs: Any,
     old_logprobs: Any,
     advantages: Any,
@@ -72,6 +74,7 @@ def given_terms(
 ) -> GivenTerms | None:
     """What kernels take, if it is what was given; None where something is to be made of it first.
 
+    Offsets may be a list, or int32. `op` is for the error of a list that is none of numbers.
     Shapes, devices and values are for the kernels to refuse.
     """
     if torch.compiler.is_compiling() or type(logprobs) is not Tensor or logprobs.dim() != 1:
@@ -79,14 +82,20 @@ def given_terms(
     dtype = logprobs.dtype
     if not (dtype is torch.float32 or dtype is torch.float64):
         return None
-    for tensor in (old_logprobs, advantages, ref_logprobs, entropy, policy_weights):
+    if not (isinstance(advantages, Tensor) and advantages.dtype is dtype):
+        return None
+    for tensor in (old_logprobs, ref_logprobs, entropy, policy_weights):
         if tensor is not None and not (isinstance(tensor, Tensor) and tensor.dtype is dtype):
             return None
-    if not (isinstance(cu_seqlens, Tensor) and cu_seqlens.dtype is torch.int64):
+    if isinstance(cu_seqlens, list):
+        cu_seqlens = checks.as_tensor(op, "cu_seqlens", cu_seqlens, logprobs.device)
+    if not isinstance(cu_seqlens, Tensor) or cu_seqlens.dtype not in (torch.int64, torch.int32):
         return None
     if mask is not None and not (isinstance(mask, Tensor) and mask.dtype is torch.bool):
         return None
-    if denominator is not None and not (type(denominator) is float and 0 < denominator < math.inf):
+    if denominator is not None and not (
+        type(denominator) in (float, int) and 0 < denominator < math.inf
+    ):
         return None
     if params.beta > 0 and ref_logprobs is None:
         return None
@@ -98,7 +107,7 @@ def given_terms(
     if not per_token and advantages.numel() == logprobs.numel():  # the caller has to say which
         return None
     return GivenTerms(
-        *(old_logprobs, advantages, cu_seqlens, ref_logprobs, mask, policy_weights),
+        *(old_logprobs, advantages, cu_seqlens.long(), ref_logprobs, mask, policy_weights),
         *(_numbers(params, denominator), per_token, params.count_empty),
     )
 
