@@ -119,9 +119,12 @@ class GRPOTrainer(trl.GRPOTrainer):  # type: ignore[misc]
         assert head.loss is not None
         return head.loss
 
-    def _states(self, model: Any, inputs: dict[str, Any], length: int) -> CompletionStates:
-        """What predicts the last `length` columns of prompts with completions."""
-        return completion_states(model, inputs, length)
+    def _states(self, model: Any, inputs: dict[str, Any], length: int | None) -> CompletionStates:
+        """What predicts the last `length` columns, or every row, in the dtypes of the head."""
+        if not self.args.cast_lm_head_to_fp32:
+            return completion_states(model, inputs, length)
+        states = completion_states(model, inputs, length, autocast=False)
+        return dataclasses.replace(states, hidden=states.hidden.float())
 
     def _loss_arguments(self, inputs: dict[str, Any]) -> dict[str, Any]:
         """What `linear_grpo_loss` takes besides hidden states, for one micro-batch."""
@@ -253,11 +256,10 @@ class _Head:
         else:
             rows = list(itertools.islice(self.rows, len(targets)))
             inputs, row_index = grouped_inputs(self.model, rows, self.length)
-            states = completion_states(self.model, inputs)
+            states = self.trainer._states(self.model, inputs, None)
             states = dataclasses.replace(states, hidden=states.hidden[0])
         precision: Any = contextlib.nullcontext()
         if self.trainer.args.cast_lm_head_to_fp32:
-            states = dataclasses.replace(states, hidden=states.hidden.float())
             precision = torch.autocast(states.hidden.device.type, enabled=False)
         head: dict[str, Any] = {"token_ids": targets, "row_index": row_index}
         head |= states.head(self.trainer.temperature)

@@ -80,6 +80,12 @@ CONFIGURATIONS = {
     },
     "a cap inside of the clip": {"delta": 1.1, "num_iterations": 2},
     "a head in fp32": {"cast_lm_head_to_fp32": True},
+    "experts, with their auxiliary loss": {
+        "family": "Qwen2Moe",
+        "sizes": {"num_experts": 4, "moe_intermediate_size": 16, "decoder_sparse_step": 1},
+        "router_aux_loss_coef": 0.1,
+        "gradient_accumulation_steps": 2,
+    },
     "evaluations": {
         "eval_strategy": "steps",
         "eval_steps": 5,
@@ -114,6 +120,22 @@ def test_ten_steps_of_an_adapter_are_those_of_trl(tmp_path):
     adapter = peft.LoraConfig(r=2, target_modules=["q_proj", "down_proj"], task_type="CAUSAL_LM")
     options = {"beta": 0.1, "num_iterations": 2, "given": {"peft_config": adapter}}
     same_steps(*(run(kind, tmp_path, **options) for kind in (GRPOTrainer, trl.GRPOTrainer)))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"cast_lm_head_to_fp32": True}, {"given": {"share_prompts": True}}],
+    ids=["autocast", "a head in fp32", "shared prompts"],
+)
+def test_under_autocast_losses_are_those_of_trl_to_its_rounding(options, tmp_path):
+    theirs = {name: value for name, value in options.items() if name != "given"}
+    how = {"bf16": True, "per_device_train_batch_size": 8, "max_steps": 2, "num_iterations": 2}
+    expected = run(trl.GRPOTrainer, tmp_path, **how, **theirs)
+    found = run(GRPOTrainer, tmp_path, **how, **options)
+    for x, y in zip(found.losses, expected.losses, strict=True):
+        assert abs(x - y) < 1e-3
+    for x, y in zip(found.gradients, expected.gradients, strict=True):
+        assert (x - y).norm() < 2e-2 * y.norm()
 
 
 def same_steps(ours: Run, theirs: Run) -> None:

@@ -117,9 +117,16 @@ def trainer(
     return made
 
 
-def run(kind: type, folder: Any, *, family: str = "Qwen2", **options: Any) -> Run:
-    """Train a tiny model of a family."""
-    model, gradients = tiny_model(family), Gradients()
+def run(
+    kind: type,
+    folder: Any,
+    *,
+    family: str = "Qwen2",
+    sizes: dict[str, Any] | None = None,
+    **options: Any,
+) -> Run:
+    """Train a tiny model of a family, of other sizes than `SIZES`."""
+    model, gradients = tiny_model(family, **(sizes or {})), Gradients()
     model.save_pretrained(folder / "model")  # where TRL finds a reference policy
     model = transformers.AutoModelForCausalLM.from_pretrained(folder / "model")
     made = trainer(kind, model, folder, **options)

@@ -68,7 +68,11 @@ class CompletionStates:
 
 
 def completion_states(
-    model: nn.Module, inputs: Mapping[str, Any], completion_length: int | None = None
+    model: nn.Module,
+    inputs: Mapping[str, Any],
+    completion_length: int | None = None,
+    *,
+    autocast: bool = True,
 ) -> CompletionStates:
     """Run a causal language model up to its head.
 
@@ -79,6 +83,8 @@ def completion_states(
         inputs: keyword arguments of its forward; `use_cache` is False unless given.
         completion_length: C, the last tokens of every sequence, which are the targets; None: keep
             all rows, as for a packed buffer, whose targets `row_index` names.
+        autocast: whether autocast, where it is on, narrows what the head reads; False for a head
+            that stays in fp32.
 
     Returns:
         Tensors with the model's graph, as its own head would read them: under autocast in the dtype
@@ -103,7 +109,7 @@ def completion_states(
     whole = _model_with_head(model)
     if "span_mask" in inputs:
         _check_attention(whole)
-    met = _Head(completion_length)
+    met = _Head(completion_length, autocast)
     with met.hooks(_layers_of_head(whole)):
         outputs = model(**{"use_cache": False, **inputs})
     if met.hidden is None or met.weight is None:
@@ -155,11 +161,16 @@ def _check_attention(model: Any) -> None:
         )
 
 
+def _as_it_is(tensor: Tensor) -> Tensor:
+    return tensor
+
+
 class _Head:
     """The head of one forward: takes what it is given, and answers with the known numbers."""
 
-    def __init__(self, completion_length: int | None) -> None:
+    def __init__(self, completion_length: int | None, autocast: bool) -> None:
         self.completion_length = completion_length
+        self.factor = checks.as_factor if autocast else _as_it_is
         self.hidden: Tensor | None = None
         self.weight: Tensor | None = None
         self.bias: Tensor | None = None
@@ -192,12 +203,12 @@ class _Head:
                     "one less than the tokens that the head was given"
                 )
             hidden = hidden[:, -count - 1 : -1]
-        self.hidden = checks.as_factor(hidden)
+        self.hidden = self.factor(hidden)
         return (hidden[:, :0],)
 
     def _after(self, layer: nn.Linear, arguments: object, logits: Tensor) -> Tensor:
-        self.weight = checks.as_factor(layer.weight)
-        self.bias = None if layer.bias is None else checks.as_factor(layer.bias)
+        self.weight = self.factor(layer.weight)
+        self.bias = None if layer.bias is None else self.factor(layer.bias)
         # On the host, where its numbers can be read without waiting for a device.
         with torch.device("cpu"):
             self.probe = torch.linspace(-64.0, 64.0, logits.shape[-1], dtype=torch.float64)
