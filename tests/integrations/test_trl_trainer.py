@@ -124,8 +124,12 @@ def test_ten_steps_of_an_adapter_are_those_of_trl(tmp_path):
 
 @pytest.mark.parametrize(
     "options",
-    [{}, {"cast_lm_head_to_fp32": True}, {"given": {"share_prompts": True}}],
-    ids=["autocast", "a head in fp32", "shared prompts"],
+    [
+        {"cast_lm_head_to_fp32": True},
+        pytest.param({}, marks=pytest.mark.slow),
+        pytest.param({"given": {"share_prompts": True}}, marks=pytest.mark.slow),
+    ],
+    ids=["a head in fp32", "autocast", "shared prompts"],
 )
 def test_under_autocast_losses_are_those_of_trl_to_its_rounding(options, tmp_path):
     theirs = {name: value for name, value in options.items() if name != "given"}
