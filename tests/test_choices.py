@@ -108,7 +108,8 @@ def reversed_literals(source: str) -> tuple[str, int]:
     for node in ast.parse(source).body:
         if isinstance(node, ast.Assign) and isinstance(node.value, ast.Subscript):
             called = node.value.value
-            if isinstance(called, ast.Name) and called.id == "Literal":
+            several = isinstance(node.value.slice, ast.Tuple)  # one name has no order
+            if isinstance(called, ast.Name) and called.id == "Literal" and several:
                 names = [ast.literal_eval(x) for x in node.value.slice.elts]
                 spans.append((node.value, f"Literal[{', '.join(map(repr, names[::-1]))}]"))
     return replaced(source, spans)
