@@ -33,7 +33,7 @@ def gather_logprobs(
 
     # A row that no token uses may hold anything, and one that is no distribution has no gradient:
     # multiplying by 0 would not keep a NaN away.
-    used = torch.zeros(len(x), device=x.device).index_add(0, row, asking.float()) > 0
+    used = row.new_zeros(len(x)).index_add(0, row, asking.long()) > 0
     lse = scaled(x.detach(), allowed, temperature, softcap).logsumexp(dim=-1)
     broken = ~lse.isfinite()
     dropped = broken & ~used
