@@ -225,11 +225,14 @@ def over_keys(
                     state, queries, seen_by, key, end, source, scale, softcap, False, HAS_WINDOW,
                     HAS_SOFTCAP, PRECISION, WIDTH, V_WIDTH, BLOCK_D, BLOCK_DV, BLOCK_K,
                 )  # fmt: skip
-            # What is left, before those and after them.
-            for edge in range(begin, end - (whole_end - whole), BLOCK_K):
-                key = edge + (whole_end - whole)
+            # What is left: after those, and before them where the window begins.
+            edges = whole_end
+            if HAS_WINDOW:
+                edges -= whole - begin
+            for edge in range(edges, end, BLOCK_K):
+                key = edge
                 if HAS_WINDOW:
-                    key = tl.where(edge < whole, edge, key)
+                    key = tl.where(edge < whole_end, edge - (whole_end - whole), edge)
                 state = visit(
                     state, queries, seen_by, key, end, source, scale, softcap, True, HAS_WINDOW,
                     HAS_SOFTCAP, PRECISION, WIDTH, V_WIDTH, BLOCK_D, BLOCK_DV, BLOCK_K,

@@ -143,7 +143,7 @@ inline int64_t tile_end(const SpanLayout& layout, int64_t row, int64_t limit) {
   if (layout.window == 0) return limit;
   while (++row < limit) {
     const int32_t before = layout.rows[row - 1], token = layout.rows[row];
-    if (token >= layout.q_hi[before] || layout.positions[token] - layout.positions[before] >= layout.window) break;
+    if (token >= layout.q_hi[before] || layout.positions[token] - layout.positions[before] > layout.window) break;
   }
   return row;
 }

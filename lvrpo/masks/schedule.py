@@ -64,7 +64,7 @@ def _far_apart(mask: SpanTables, rows: Tensor) -> Tensor:
     if mask.window is None or mask.positions is None:
         return rows.new_zeros(0)
     positions = mask.positions[rows]
-    far = (rows.diff() >= mask.window) | (positions.diff() <= -mask.window)
+    far = (rows.diff() > mask.window) | (positions.diff() < -mask.window)
     return far.nonzero()[:, 0] + 1
 
 

@@ -14,7 +14,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from masks.layouts import dense_forest, forests
+from masks.layouts import dense_forest, dense_window, forests
 from ops.test_packed_attention import as_on_a_gpu, check, here, make_inputs
 from ops.test_packed_attention_flash import varlen_attention
 from runnable import RUNNABLE
@@ -236,14 +236,15 @@ def test_what_a_rollout_made_serves_a_backward_pass(backend):
 
 
 @st.composite
-def unused_rows(draw: st.DrawFn) -> tuple[Any, list[bool], list[bool], int, float]:
-    """A forest, which of its rows are queries, which of those are used, padding, and a value."""
+def unused_rows(draw: st.DrawFn) -> tuple[Any, int, list[bool], list[bool], int, float]:
+    """A forest, a window, which of its rows are queries, which are used, padding, and a value."""
     layout = draw(forests(spans=7))
     padding = draw(st.integers(0, 3))
     rows = sum(layout[0]) + padding
     some = st.lists(st.sampled_from([True, True, False]), min_size=rows, max_size=rows)
     queries = draw(st.one_of(st.just([True] * rows), some)) if not padding else [True] * rows
-    return layout, queries, draw(some), padding, draw(st.sampled_from(NOTHING))
+    window = draw(st.sampled_from([2, 5, 1000]))
+    return layout, window, queries, draw(some), padding, draw(st.sampled_from(NOTHING))
 
 
 @given(unused_rows(), st.sampled_from([torch.float32, torch.float64]), st.booleans())
@@ -254,12 +255,12 @@ def unused_rows(draw: st.DrawFn) -> tuple[Any, list[bool], list[bool], int, floa
 )
 def test_rows_that_nobody_uses_are_not_looked_at(backend, drawn, dtype, capped):
     """NaN, inf and 1e38 in them, and upstream gradients of 0: all is as if they were not there."""
-    (lengths, parents, modes), queries, wanted, padding, nothing = drawn
-    packed = sum(lengths)
-    mask = SpanMask.from_spans(lengths, parents, modes).pad_to(packed + padding)
+    layout, window, queries, wanted, padding, nothing = drawn
+    packed = sum(layout[0])
+    mask = SpanMask.from_spans(*layout).with_window(window).pad_to(packed + padding)
     rows = [row for row, chosen in enumerate(queries) if chosen]
     used = [row for row in rows if wanted[row] and row < packed]
-    visible = dense_forest(lengths, parents, modes)
+    visible = dense_window(*layout, window)
     seen = visible[used].any(dim=0)
     keys = seen.nonzero()[:, 0]
     cap = 3.0 if capped else 0.0

@@ -126,13 +126,15 @@ def test_again_the_same_bits(backend):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_document_alone_equals_the_document_in_a_pack(backend, dtype):
-    pack = SpanMask.from_groups([QUESTION, DRAWING, QUESTION])
+@pytest.mark.parametrize("window", [None, 6])
+def test_a_document_alone_equals_the_document_in_a_pack(backend, window, dtype):
+    pack = SpanMask.from_groups([QUESTION, DRAWING, QUESTION]).with_window(window)
     inputs = make_inputs(pack, 2, 1, 16, 16, dtype)
     together = gradients(backend, inputs)
     rows = slice(*pack.documents[1:3])
     document = {name: inputs[name][rows] for name in "qkv"}
-    alone = gradients(backend, document | {"mask": here(SpanMask.from_groups([DRAWING]))})
+    mask = SpanMask.from_groups([DRAWING]).with_window(window)
+    alone = gradients(backend, document | {"mask": here(mask)})
     for ours, expected in zip(together, alone, strict=True):
         assert_same_bits(backend, ours[rows], expected)
 
@@ -143,7 +145,8 @@ def test_a_document_alone_equals_the_document_in_a_pack(backend, dtype):
     ids=["text", "image", "text, image, text"],
 )
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_span_has_the_same_bits_with_any_siblings(backend, dtype, completion):
+@pytest.mark.parametrize("window", [None, 50])
+def test_a_span_has_the_same_bits_with_any_siblings(backend, window, dtype, completion):
     prompt = [(40, "full"), (PROMPT - 40, "causal")]
     elder, younger = [(77, "causal")], [(130, "full"), (5, "causal")]
     length = sum(rows for rows, _ in completion)
@@ -153,7 +156,7 @@ def test_a_span_has_the_same_bits_with_any_siblings(backend, dtype, completion):
     found = []
     # What comes before it and after it.
     for before, after in (([], []), ([elder], []), ([elder, younger], [elder])):
-        mask = SpanMask.from_groups([(prompt, [*before, completion, *after])])
+        mask = SpanMask.from_groups([(prompt, [*before, completion, *after])]).with_window(window)
         start = PROMPT + sum(rows for chain in before for rows, _ in chain)
         x = [torch.randn(mask.length, 2, 16, dtype=dtype) for _ in range(3)]
         rows = slice(start, start + length)

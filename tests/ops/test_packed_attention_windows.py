@@ -25,12 +25,13 @@ INTERPRETS = "triton" in RUNNABLE and backends.triton_interprets()
 
 
 @st.composite
-def windowed(draw: st.DrawFn) -> tuple[Any, int, list[int] | None, int]:
-    """A forest, a window, which of its rows are queries if not all, and padding."""
+def windowed(draw: st.DrawFn) -> tuple[Any, int, set[int], list[int] | None, int]:
+    """A forest, a window, frozen spans, which rows are queries if not all, and padding."""
     layout, window = draw(forests(spans=8)), draw(st.integers(1, 9))
     rows = sum(layout[0])
     some = st.sets(st.integers(0, rows - 1)).map(sorted) if rows else st.just([])
-    return layout, window, draw(st.none() | some), draw(st.integers(0, 3))
+    frozen = st.sets(st.integers(0, len(layout[0]) - 1)) if layout[0] else st.just(set())
+    return layout, window, draw(frozen), draw(st.none() | some), draw(st.integers(0, 3))
 
 
 def dense_attention(q: Tensor, k: Tensor, v: Tensor, visible: Tensor) -> Tensor:
@@ -48,8 +49,9 @@ def dense_attention(q: Tensor, k: Tensor, v: Tensor, visible: Tensor) -> Tensor:
     suppress_health_check=[HealthCheck.function_scoped_fixture],
 )
 def test_any_tree_with_any_window(backend, drawn):
-    layout, window, chosen, padding = drawn
-    mask, visible = SpanMask.from_spans(*layout).with_window(window), dense_window(*layout, window)
+    layout, window, frozen, chosen, padding = drawn
+    mask = SpanMask.from_spans(*layout).with_window(window).freeze(sorted(frozen))
+    visible = dense_window(*layout, window)
     if chosen is None:
         mask = mask.pad_to(mask.length + padding)
         visible = torch.nn.functional.pad(visible, (0, padding, 0, padding))
@@ -58,7 +60,9 @@ def test_any_tree_with_any_window(backend, drawn):
     inputs = make_inputs(mask, 4, 2, 8, 8, torch.float64)
     leaves = [inputs[name].requires_grad_() for name in "qkv"]
     out = packed_attention(*leaves, inputs["mask"], backend=backend)
-    expected = dense_attention(*leaves, visible.to(out.device))
+    constant = inputs["mask"].frozen_keys()[:, None, None]
+    keys = (torch.where(constant, x.detach(), x) for x in leaves[1:])
+    expected = dense_attention(leaves[0], *keys, visible.to(out.device))
     torch.testing.assert_close(out, expected)
     upstream = torch.randn_like(out)
     gradients = (torch.autograd.grad(x, leaves, upstream) for x in (out, expected))
