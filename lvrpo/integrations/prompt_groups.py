@@ -13,8 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lvrpo.integrations.transformers.attention import SPAN_LAYERS
 from lvrpo.masks import SpanMask
 from lvrpo.masks.positions import position_ids
+from lvrpo.params.from_trl import refuse
 
 #: Inputs of a model that have a number per token: [B, S].
 PER_TOKEN = ("input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids")
@@ -24,6 +26,36 @@ SEE_AHEAD = {
     *("deepseek_ocr2", "diffusion_gemma", "gemma3", "gemma4", "gemma4_unified", "git", "hrm_text"),
     *("molmo2", "paligemma", "pi0", "unlimited_ocr"),
 }
+#: What configurations of transformers call the dropout of attention's weights.
+ATTENTION_DROPOUT = ("attention_dropout", "attn_pdrop", "attention_probs_dropout_prob")
+
+
+def check_model(model: Any) -> None:
+    """Refuse a model that would not give every completion what it has with a prompt of its own.
+
+    Args:
+        model: of transformers, or an adapter of PEFT around one.
+
+    Raises:
+        ValueError: names what the model has, and says what to do.
+    """
+    text = model.config.get_text_config()
+    kind = model.config.model_type
+    layers = sorted({*(getattr(text, "layer_types", None) or ())} - SPAN_LAYERS)
+    adapter = getattr(model, "active_peft_config", None)
+    if kind in SEE_AHEAD:
+        refuse("share_prompts", True, f"but the prompts of {kind} are not causal", "False")
+    if layers:
+        why = f"but {kind} has layers that a tree says nothing of ({', '.join(layers)})"
+        refuse("share_prompts", True, why, "False")
+    if adapter is not None and adapter.is_prompt_learning:
+        why = f"but the adapter puts tokens of its own before prompts ({adapter.peft_type.value})"
+        refuse("share_prompts", True, why, "False, or LoRA")
+    for config in (text, *(getattr(model.config, part, None) for part in model.config.sub_configs)):
+        for name in ATTENTION_DROPOUT:
+            if getattr(config, name, None):
+                why = f"which share_prompts has no attention for ({type(config).__name__})"
+                refuse(name, getattr(config, name), why, "0")
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

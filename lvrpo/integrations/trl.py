@@ -18,14 +18,16 @@ import torch
 from torch import Tensor
 
 from lvrpo.integrations import versions
-from lvrpo.integrations.prompt_groups import SEE_AHEAD, grouped_inputs
+from lvrpo.integrations.prompt_groups import check_model, grouped_inputs
 from lvrpo.integrations.transformers import CompletionStates, completion_states, set_attention
+from lvrpo.integrations.transformers.release import require_transformers
 from lvrpo.ops.linear_grpo_loss import linear_grpo_loss
 from lvrpo.ops.linear_logprobs import linear_logprobs
 from lvrpo.params.from_trl import refuse
 from lvrpo.params.policy_loss import LossParams
 
 versions.require("trl", "trl", "1.16", "1.17")
+require_transformers()
 import trl  # noqa: E402
 
 #: The losses that TRL divides by the completion tokens of the optimiser step.
@@ -51,7 +53,8 @@ class GRPOTrainer(trl.GRPOTrainer):  # type: ignore[misc]
         options: the others, by name.
 
     Raises:
-        ValueError: an option of `args` cannot be honoured; the message says what to do.
+        ValueError: an option of `args` cannot be honoured, or `share_prompts` for this model; the
+            message says what to do.
     """
 
     share_prompts = False
@@ -77,9 +80,11 @@ class GRPOTrainer(trl.GRPOTrainer):  # type: ignore[misc]
         if self.aux_loss_enabled:
             why = "but share_prompts counts the tokens of a prompt once, which changes its mean"
             refuse("router_aux_loss_coef", self.router_aux_loss_coef, why, "0")
-        kind = self.model.config.model_type
-        if kind in SEE_AHEAD:
-            refuse("share_prompts", True, f"but the prompts of {kind} are not causal", "False")
+        noise = self.args.neftune_noise_alpha
+        if noise is not None:
+            why = "but share_prompts embeds a micro-batch at once, whose length scales the noise"
+            refuse("neftune_noise_alpha", noise, why, "None")
+        check_model(self.model)
         for model in (self.model, self.ref_model):
             if model is not None:
                 set_attention(self.accelerator.unwrap_model(model))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import re
+import types
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,13 @@ import trl
 from integrations.test_trl_trainer import same_steps
 from integrations.trl_runs import SIZES, run, tiny_model, trainer
 
-from lvrpo.integrations.prompt_groups import SEE_AHEAD, group_prompts, grouped_inputs
+from lvrpo.integrations.prompt_groups import (
+    ATTENTION_DROPOUT,
+    SEE_AHEAD,
+    check_model,
+    group_prompts,
+    grouped_inputs,
+)
 from lvrpo.integrations.transformers import completion_states, set_attention
 from lvrpo.integrations.trl import GRPOTrainer
 
@@ -163,6 +170,50 @@ def test_models_whose_prompts_are_not_causal_are_known():
         if ahead.search(path.read_text(encoding="utf-8"))
     }
     assert found == SEE_AHEAD
+
+
+def model_of(config, adapter=None):
+    return types.SimpleNamespace(config=config, active_peft_config=adapter)
+
+
+@pytest.mark.parametrize("name", ATTENTION_DROPOUT)
+@pytest.mark.parametrize("part", ["text_config", "vision_config"])
+def test_dropout_of_attention_is_refused_in_every_part(name, part):
+    config = transformers.LlavaConfig()
+    check_model(model_of(config))
+    setattr(getattr(config, part), name, 0.1)
+    with pytest.raises(ValueError, match=rf"{name} is 0.1, .*expected 0$"):
+        check_model(model_of(config))
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        transformers.Lfm2Config(num_hidden_layers=2, layer_types=["conv", "full_attention"]),
+        transformers.Qwen3NextConfig(),
+        transformers.Llama4TextConfig(),
+    ],
+    ids=lambda config: config.model_type,
+)
+def test_layers_that_no_mask_is_for_are_refused(config):
+    with pytest.raises(ValueError, match=r"share_prompts is True, .* has layers that"):
+        check_model(model_of(config))
+
+
+@pytest.mark.parametrize("kind", ["PromptTuning", "PrefixTuning", "PromptEncoder"])
+def test_an_adapter_that_lengthens_prompts_is_refused(kind, tmp_path):
+    peft = pytest.importorskip("peft", reason="pip install peft")
+    config = getattr(peft, f"{kind}Config")
+    adapter = config(num_virtual_tokens=2, task_type="CAUSAL_LM")
+    given = {"share_prompts": True, "peft_config": adapter}
+    with pytest.raises(ValueError, match=r"share_prompts is True, but the adapter"):
+        trainer(GRPOTrainer, tiny_model("Qwen3"), tmp_path, given=given)
+
+
+def test_noise_that_depends_on_the_length_of_a_sequence_is_refused(tmp_path):
+    given = {"share_prompts": True}
+    with pytest.raises(ValueError, match=r"neftune_noise_alpha is 5.0, .*expected None"):
+        trainer(GRPOTrainer, tiny_model(), tmp_path, neftune_noise_alpha=5.0, given=given)
 
 
 def test_a_mean_over_the_tokens_of_experts_is_refused(tmp_path):

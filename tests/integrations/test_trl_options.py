@@ -113,6 +113,13 @@ def test_another_release_of_trl_is_refused_with_the_range(release, monkeypatch):
         fresh_import(lambda name: release, monkeypatch)
 
 
+@pytest.mark.parametrize("release", ["5.23.2", "5.25.0", "6.0"])
+def test_another_release_of_transformers_is_refused_before_a_model_is_loaded(release, monkeypatch):
+    found = {"trl": "1.16.0", "transformers": release}
+    with pytest.raises(ImportError, match=rf"^transformers is {release}, .*>=5.24,<5.25"):
+        fresh_import(found.__getitem__, monkeypatch)
+
+
 def fresh_import(version, monkeypatch):
     """Import the integration anew, where packages have other releases."""
     monkeypatch.delitem(sys.modules, "lvrpo.integrations.trl", raising=False)
