@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import collections
+import importlib
 import math
 import statistics
+import sys
 import types
 from collections.abc import Callable
 from typing import Any
@@ -95,10 +97,24 @@ def test_an_estimator_is_its_formula(name):
     assert advantages[:, 0].tolist() == pytest.approx(expected, rel=1e-5)
 
 
-def test_without_verl_there_is_one_line_to_install_it(monkeypatch):
+PARITY = "lvrpo.integrations.verl.parity"
+
+
+@pytest.mark.parametrize(
+    "use",
+    [
+        lambda: ours.register(),
+        lambda: ours.forward_with_lvrpo_backend(None),
+        lambda: importlib.import_module(PARITY),
+    ],
+    ids=["register", "head", "parity"],
+)
+def test_without_verl_there_is_one_line_to_install_it(use, monkeypatch):
+    monkeypatch.delitem(sys.modules, PARITY, raising=False)
+
     def missing(package: str) -> str:
         raise versions.importlib.metadata.PackageNotFoundError(package)
 
     monkeypatch.setattr(versions.importlib.metadata, "version", missing)
     with pytest.raises(ModuleNotFoundError, match=r"not installed: verl; pip install 'lvrpo\[verl"):
-        ours.register()
+        use()

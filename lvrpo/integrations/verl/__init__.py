@@ -11,7 +11,7 @@ from functools import partial
 from lvrpo.integrations.verl.advantages import ESTIMATORS, UNREACHED
 from lvrpo.integrations.verl.head import forward_with_lvrpo_backend, linear_cross_entropy
 from lvrpo.integrations.verl.losses import policy_loss
-from lvrpo.integrations.versions import require
+from lvrpo.integrations.verl.release import require_verl
 from lvrpo.params.from_verl import LOSSES, PREFIX
 
 __all__ = [
@@ -33,7 +33,7 @@ def register() -> None:
         ModuleNotFoundError: verl is not installed.
         ImportError: its release is none that lvrpo is tested with.
     """
-    require("verl", "verl", "0.9", "0.10")
+    require_verl()
     from verl.trainer.ppo.core_algos import register_adv_est, register_policy_loss
 
     for loss in LOSSES:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lvrpo.integrations.versions import require
+from lvrpo.integrations.verl.release import require_verl
 from lvrpo.ops.linear_logprobs import linear_logprobs
 
 #: Options of models that multiply their logits, or divide them.
@@ -84,7 +84,7 @@ def forward_with_lvrpo_backend(
             scales its logits.
         ImportError: verl is missing, or of a release that lvrpo is not tested with.
     """
-    require("verl", "verl", "0.9", "0.10")
+    require_verl()
     from verl.models.transformers.dense_common import CausalLMOutputForPPO, forward_base_model
 
     if not return_dict:

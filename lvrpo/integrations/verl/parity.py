@@ -16,16 +16,19 @@ from typing import Any, NamedTuple
 
 import numpy
 import torch
-import verl
 from torch import Tensor
-from verl.trainer.config import AlgoConfig
-from verl.trainer.ppo import core_algos
-from verl.workers.config import ActorConfig, PolicyLossConfig
 
 import lvrpo
 from lvrpo.integrations.verl.advantages import ESTIMATORS
 from lvrpo.integrations.verl.losses import policy_loss
+from lvrpo.integrations.verl.release import require_verl
 from lvrpo.params.from_verl import AGGREGATIONS, KLS, LOSSES
+
+require_verl()
+import verl  # noqa: E402
+from verl.trainer.config import AlgoConfig  # noqa: E402
+from verl.trainer.ppo import core_algos  # noqa: E402
+from verl.workers.config import ActorConfig, PolicyLossConfig  # noqa: E402
 
 #: Of leaves, by name.
 Loss = Callable[..., Tensor]
