@@ -178,7 +178,8 @@ def compare(
             memory = f"{peaks[name] / MIB:.0f} | {peaks[name] / peaks[first]:.2f}"
         yield (
             f"| {name} | {seconds:.2f} ({min(times[name]):.2f} to {max(times[name]):.2f}) "
-            f"| {medians[first] / seconds:.2f} | {memory} | {differences[name]:.0e} |"
+            f"| {medians[first] / seconds:.2f} | {memory} "
+            f"| {'-' if name == first else f'{differences[name]:.0e}'} |"
         )
 
 
