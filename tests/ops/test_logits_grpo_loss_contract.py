@@ -57,7 +57,7 @@ def test_opcheck(backend, params, shared_prompts):
     inputs = make_inputs([2, 3], width=3, vocab=7, shared_prompts=shared_prompts)
     loss = composite_arguments(inputs, params)
     op = torch.ops.lvrpo.logits_grpo_loss_fwd.default
-    torch.library.opcheck(op, (torch.empty(5, 7), inputs["logits"], *loss, False, backend))
+    torch.library.opcheck(op, (torch.empty(5, 7), inputs["logits"], *loss, backend))
 
 
 @both_ratios
