@@ -24,7 +24,7 @@ from lvrpo.testing import check_against_plain
 pytest.importorskip("transformers", reason="pip install 'lvrpo[transformers]'")
 import transformers
 
-from lvrpo.integrations.transformers import completion_states, register
+from lvrpo.integrations.transformers import completion_states, register, set_attention
 
 SIZES = {
     "vocab_size": 48,
@@ -141,6 +141,18 @@ def test_a_head_that_is_trained_beside_an_adapter_is_read():
     assert torch.allclose(ours.double(), own)
     weight = completion_states(adapted, inputs, C).weight
     assert weight is adapted.base_model.model.lm_head.modules_to_save["default"].weight
+
+
+@pytest.mark.parametrize("kind", ["PromptTuning", "PrefixTuning", "PromptEncoder"])
+def test_an_adapter_with_tokens_that_a_span_mask_has_not_is_refused(kind):
+    peft = pytest.importorskip("peft", reason="pip install peft")
+    config = getattr(peft, f"{kind}Config")(num_virtual_tokens=2, task_type="CAUSAL_LM")
+    adapted = peft.get_peft_model(tiny("Llama"), config)
+    set_attention(adapted.get_base_model())
+    inputs = {"input_ids": torch.ones(1, 4, dtype=torch.long)}
+    inputs["span_mask"] = lvrpo.SpanMask.from_cu_seqlens(torch.tensor([0, 4]))
+    with pytest.raises(ValueError, match="span_mask, but the adapter adds tokens"):
+        completion_states(adapted, inputs)
 
 
 def test_an_adapter_of_the_head_is_refused():

@@ -94,7 +94,8 @@ def completion_states(
         ImportError: transformers is missing, or not a release that this is tested with.
         ValueError: the model has no linear head, or one with an adapter; its logits are no scale
             and soft-cap of that head; an input is about logits; fewer than C + 1 tokens; a
-            `span_mask` for another attention than lvrpo's.
+            `span_mask` for another attention than lvrpo's, or for an adapter with tokens of its
+            own.
 
     Example:
         >>> states = completion_states(model, inputs, completion_length=16)  # doctest: +SKIP
@@ -108,6 +109,7 @@ def completion_states(
             )
     whole = _model_with_head(model)
     if "span_mask" in inputs:
+        _check_adapter(model)
         _check_attention(whole)
     met = _Head(completion_length, autocast)
     with met.hooks(_layers_of_head(whole)):
@@ -149,6 +151,17 @@ def _layers_of_head(model: Any) -> list[nn.Linear]:
     if not layers or plain != layers:
         raise ValueError(f"{NAME}: the head is a {type(head).__name__}, expected nn.Linear")
     return layers
+
+
+def _check_adapter(model: nn.Module) -> None:
+    """A `span_mask` has no rows for tokens that an adapter of PEFT adds: they could get lost."""
+    for module in model.modules():
+        adapter = getattr(module, "active_peft_config", None)
+        if adapter is not None and adapter.is_prompt_learning:
+            raise ValueError(
+                f"{NAME}: inputs have a span_mask, but the adapter adds tokens of its own "
+                f"({adapter.peft_type.value}), expected none, or LoRA: give it separate sequences"
+            )
 
 
 def _check_attention(model: Any) -> None:
