@@ -44,6 +44,9 @@ def packed_attention(
 
         z = scale * torch.einsum("qhd,khd->hqk", q_rows, k_rows)
         beyond = z.isnan() | z.isposinf() & (softcap == 0)
+        # Logits that are all -inf have no softmax either.
+        sunk = (z.isneginf() | ~visible).all(dim=-1, keepdim=True) & (softcap == 0)
+        beyond |= sunk & visible
         lost = (visible & (beyond | ~(k_finite & v_finite)[:, None])).any(dim=-1)
         lost |= ~q_finite & visible.any(dim=1)
         z = z.masked_fill(~visible | beyond, 0.0)

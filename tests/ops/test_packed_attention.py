@@ -311,6 +311,7 @@ def test_compiles_without_a_graph_break(backend):
 
 
 def test_a_new_layout_does_not_recompile(backend):
+    torch.compiler.reset()
     counter = CompileCounterWithBackend("aot_eager")
     function = functools.partial(packed_attention, backend=backend)
     compiled = torch.compile(function, fullgraph=True, backend=counter)

@@ -127,6 +127,7 @@ def test_tiles_beyond_the_window_are_not_visited(visits, mask):
 
 
 def test_a_new_window_does_not_recompile(backend):
+    torch.compiler.reset()
     counter = CompileCounterWithBackend("aot_eager")
     function = functools.partial(packed_attention, backend=backend)
     compiled = torch.compile(function, fullgraph=True, backend=counter)
