@@ -29,7 +29,7 @@ EMULATED := $(wildcard $(patsubst csrc/cuda/%.cu,tests/ops/test_%*.py,$(wildcard
 # Two cores do twice the work of one, where every process keeps to a thread of its own.
 PARALLEL := OMP_NUM_THREADS=1 $(BIN)/pytest -n auto --dist=worksteal --durations=10
 
-.PHONY: help setup train test test-slow sanitize integrations cuda bench lint types clean
+.PHONY: help setup train test test-slow nightly sanitize integrations cuda bench lint types clean
 
 help:  ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 20
@@ -48,10 +48,13 @@ test: setup  ## every test but the slow ones, and the benchmarks at small size
 	LVRPO_EMULATE=1 $(PARALLEL) -m "not slow" -k emulated $(EMULATED)
 	$(BIN)/pytest benchmarks --benchmark-only
 
-test-slow: setup  ## the rest: long fuzzing, and every case of a GPU's kernels on the CPU
+test-slow: setup  ## long fuzzing, and what takes minutes
 	$(PARALLEL) -m slow
+
+nightly: test-slow  ## and every case of a GPU's kernels on the CPU, under sanitizers too
 	TRITON_INTERPRET=1 $(PARALLEL) -m slow --disable-warnings -k triton $(INTERPRETED)
 	LVRPO_EMULATE=1 $(PARALLEL) -m slow -k emulated $(EMULATED)
+	$(MAKE) sanitize
 
 # What verl's losses, estimators and heads need of all that verl needs, which contradicts TRL's needs.
 VERL := verl attrs certifi cloudpickle codetiming jsonschema jsonschema-specifications msgpack omegaconf orjson protobuf pyvers \
