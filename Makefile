@@ -29,10 +29,10 @@ EMULATED := $(wildcard $(patsubst csrc/cuda/%.cu,tests/ops/test_%*.py,$(wildcard
 # Two cores do twice the work of one, where every process keeps to a thread of its own.
 PARALLEL := OMP_NUM_THREADS=1 $(BIN)/pytest -n auto --dist=worksteal --durations=10
 
-.PHONY: help setup train test test-slow nightly sanitize integrations cuda bench lint types clean
+.PHONY: help setup train test test-slow nightly sanitize sanitize-short integrations cuda bench lint types clean
 
 help:  ## this list
-	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 20
+	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 24
 	@echo "  Variables: PYTHON=$(PYTHON) TORCH=$(TORCH) RUN=$(RUN) LVRPO_BUILD=$(LVRPO_BUILD)"
 
 setup: $(EXTENSION)  ## virtual environment, packages, C++ extension
@@ -72,6 +72,9 @@ SANITIZE = LD_PRELOAD=$$($(CXX) -print-file-name=$(1)) $(PARALLEL) --disable-war
 sanitize: setup  ## the CUDA kernels on the CPU under AddressSanitizer, UBSan, ThreadSanitizer
 	LVRPO_EMULATE=address ASAN_OPTIONS=detect_leaks=0 $(call SANITIZE,libasan.so)
 	LVRPO_EMULATE=thread TSAN_OPTIONS=ignore_noninstrumented_modules=1 $(call SANITIZE,libtsan.so)
+
+sanitize-short: setup  ## the same under AddressSanitizer and UBSan, an eighth of the cases
+	LVRPO_EMULATE=address ASAN_OPTIONS=detect_leaks=0 $(call SANITIZE,libasan.so) -m "not slow"
 
 cuda: setup  ## compile the CUDA kernels with nvcc, as far as this machine can
 	$(BIN)/python tests/cuda/build.py
