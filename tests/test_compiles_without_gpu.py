@@ -55,6 +55,8 @@ SPILL_BUDGET: dict[str, int] = {
 #: The same of kernels whose products are in fp32, for which there are no tensor cores: each product
 #: takes the registers of a tile more.
 SPILL_BUDGET_IN_FP32 = SPILL_BUDGET | {"_forward_kernel": 152}
+#: The same under a sliding window, whose ends are kept through both loops: on 10.0; 48 on 9.0.
+SPILL_BUDGET_IN_A_WINDOW = SPILL_BUDGET | {"dkv_kernel": 216}
 
 #: What launchers allocate, or the fused ops: never a slice.
 OWN = {
@@ -123,13 +125,19 @@ def test_compiles_and_fits(op, architecture):
         target = GPUTarget("cuda", architecture, 32)
         compiled = triton.compile(source, target=target, options=options.__dict__)
         used = local_bytes(compiled.asm["cubin"])
-        in_fp32 = source.signature.get("q_ptr") == "*fp32"
-        if used > (SPILL_BUDGET_IN_FP32 if in_fp32 else SPILL_BUDGET).get(name, 0):
+        if used > spill_budget(source.signature).get(name, 0):
             beyond.append(f"{name}: spills {used} bytes for {json.dumps(source.signature)}")
         shared = compiled.metadata.shared / 1024
         if shared > ARCHITECTURES[architecture]:
             beyond.append(f"{name}: {shared} KiB shared for {json.dumps(source.signature)}")
     assert not beyond, "\n".join(beyond)
+
+
+def spill_budget(signature: dict[str, str]) -> dict[str, int]:
+    if signature.get("q_ptr") == "*fp32":
+        return SPILL_BUDGET_IN_FP32
+    in_a_window = signature.get("key_rows_ptr", "constexpr") != "constexpr"
+    return SPILL_BUDGET_IN_A_WINDOW if in_a_window else SPILL_BUDGET
 
 
 @pytest.mark.parametrize("op", OPS)
