@@ -11,15 +11,13 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
-from unittest import mock
 
 import torch
 from bench_dispatch import NULL, OPS
-from harness.null_launch import null_driver
+from harness.null_launch import null_driver, unread
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import lvrpo
-from lvrpo import checks
 
 CALLS, SAMPLES = 20, 500
 
@@ -71,8 +69,7 @@ def rows(name: str) -> Iterator[tuple[str, float]]:
             "C++, and backward",
             least(lambda: torch.autograd.grad(op(**inputs, backend="cpp").loss, leaves)),
         )
-    # As on a GPU, no value is read.
-    with null_driver(), mock.patch.object(checks, "check_values", return_value=False):
+    with null_driver(), unread():
         yield "Triton, without a launch", least(lambda: op(**inputs, backend=NULL.name))
 
 
