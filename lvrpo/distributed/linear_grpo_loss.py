@@ -161,7 +161,7 @@ def _note_loss(facts: dict[str, Any], data: LossInputs) -> None:
         facts[f"the number of {name} that are not 0"] = (
             None if tensor is None else int(tensor.count_nonzero())
         )
-    facts["the sum of cu_seqlens"] = data.layout.offsets.sum()
+    facts["the sum of cu_seqlens"] = data.layout.offsets.sum().item()
 
 
 @dataclasses.dataclass(frozen=True)

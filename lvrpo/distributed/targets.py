@@ -31,7 +31,7 @@ def note_rows(
     for name, tensor in zip(
         ("token_ids", "row_index", "vocab_range"), targets.indices(), strict=True
     ):
-        facts[f"the sum of {name}"] = None if tensor is None else tensor.sum()
+        facts[f"the sum of {name}"] = None if tensor is None else tensor.sum().item()
 
 
 def refuse_rows(op: str, logits: str, bad: Tensor) -> None:

@@ -40,7 +40,9 @@ class GRPOTrainer(trl.GRPOTrainer):  # type: ignore[misc]
     """TRL's GRPOTrainer with its constructor, its options and its metrics, and lvrpo's loss.
 
     The log-probs of the old and of the reference policy come from lvrpo too, so that on the same
-    weights they are equal to those of the update to the last bit.
+    weights they are equal to those of the update to the last bit. A subclass may put advantages
+    of tokens, [B, C], in the place of TRL's [B]; a loss per sequence refuses them at the first
+    update.
 
     Args:
         model: as TRL takes it, like everything but `share_prompts`.
@@ -53,6 +55,7 @@ class GRPOTrainer(trl.GRPOTrainer):  # type: ignore[misc]
         options: the others, by name.
 
     Raises:
+        TypeError: `args` is no GRPOConfig.
         ValueError: an option of `args` cannot be honoured, or `share_prompts` for this model; the
             message says what to do.
     """
@@ -195,8 +198,12 @@ def check_options(config: Any) -> None:
     """Refuse a GRPOConfig with an option that cannot be honoured.
 
     Raises:
+        TypeError: it is no GRPOConfig.
         ValueError: names the option and its value, and says what to do.
     """
+    if not isinstance(config, trl.GRPOConfig):
+        found = f"{type(config).__module__}.{type(config).__qualname__}"
+        raise TypeError(f"lvrpo for TRL: args is a {found}, expected a trl.GRPOConfig")
     LossParams.from_trl(config)
     threshold = config.off_policy_mask_threshold
     if threshold is not None and not threshold >= 0:

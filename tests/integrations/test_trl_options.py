@@ -97,6 +97,16 @@ def test_a_trainer_refuses_before_a_model_is_loaded(tmp_path):
         GRPOTrainer("a/model-that-nobody-has", args=options)
 
 
+def test_arguments_of_another_trainer_are_refused():
+    trl = pytest.importorskip("trl", reason="pip install 'lvrpo[trl]'")
+    from lvrpo.integrations.trl import GRPOTrainer
+
+    found = "args is a trl.trainer.dpo_config.DPOConfig, expected a trl.GRPOConfig"
+    options = trl.DPOConfig(output_dir="unused", bf16=False)
+    with pytest.raises(TypeError, match=found):
+        GRPOTrainer("a/model-that-nobody-has", args=options)
+
+
 def test_without_trl_one_line_says_what_to_install(monkeypatch):
     def nowhere(name):
         raise importlib.metadata.PackageNotFoundError(name)
