@@ -65,9 +65,11 @@ integrations: setup  ## inside transformers, TRL and verl: the tests with the re
 	@$(PIP) install -c constraints.txt --no-deps $(VERL)
 	$(PARALLEL) -m "not slow" tests/integrations
 
-# Python has the runtime of a sanitizer loaded before it; what it keeps until it ends is no leak of ours, and libraries
-# that are not compiled for ThreadSanitizer have no races that it could see right.
-SANITIZE = LD_PRELOAD=$$($(CXX) -print-file-name=$(1)) $(PARALLEL) --disable-warnings -k emulated $(EMULATED)
+# Python has the runtime of a sanitizer loaded before it, and the library whose exceptions that wraps, without which the
+# first one would end the process. What Python keeps until it ends is no leak of ours, and libraries that are not
+# compiled for ThreadSanitizer have no races that it could see right.
+PRELOADED = $(foreach library,$(1) libstdc++.so,$$($(CXX) -print-file-name=$(library)))
+SANITIZE = LD_PRELOAD="$(PRELOADED)" $(PARALLEL) --disable-warnings -k emulated $(EMULATED)
 
 sanitize: setup  ## the CUDA kernels on the CPU under AddressSanitizer, UBSan, ThreadSanitizer
 	LVRPO_EMULATE=address ASAN_OPTIONS=detect_leaks=0 $(call SANITIZE,libasan.so)
