@@ -201,7 +201,7 @@ MAY_IMPORT = {
 }
 #: The model families and the embedded demo: parts that one module puts together, and that nothing
 #: else knows.
-PARTS = ("lvrpo.digits", "lvrpo.models.unified")
+PARTS = ("lvrpo.digits", "lvrpo.models.unified", "lvrpo.models.bagel")
 KNOW_PARTS = ("lvrpo.runs.setup", *PARTS)
 
 

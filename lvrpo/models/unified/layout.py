@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -17,9 +18,33 @@ from torch import Tensor
 
 from lvrpo.masks import SpanMask
 from lvrpo.masks.positions import bagel_position_ids
-from lvrpo.models.unified.model import PackedBatch, UnifiedConfig
+from lvrpo.models.unified.model import PackedBatch
 
 ROOT = -1
+
+
+class Sizes(Protocol):
+    """What a layout asks of a model's configuration."""
+
+    @property
+    def image_channels(self) -> int:
+        """Of a picture to be read."""
+
+    @property
+    def image_patch(self) -> int:
+        """Pixels along a side of its patches."""
+
+    @property
+    def vision_grid(self) -> int:
+        """Most patches along a side of it."""
+
+    @property
+    def latent_grid(self) -> int:
+        """Most latent tokens along a side of a drawing."""
+
+    @property
+    def latent_dim(self) -> int:
+        """Numbers of a latent token."""
 
 
 @dataclass
@@ -30,7 +55,7 @@ class PackBuilder:
     and `span_rows` answer for.
     """
 
-    config: UnifiedConfig
+    config: Sizes
     lengths: list[int] = field(default_factory=list)
     parents: list[int] = field(default_factory=list)
     modes: list[str] = field(default_factory=list)
@@ -81,7 +106,7 @@ class PackBuilder:
                 f"that are multiples of {patch}"
             )
         rows, columns = (side // patch for side in sides)
-        self._check_grid(rows, columns)
+        _check_grid(rows, columns, self.config.vision_grid)
         patches = rearrange(pixels, "c (h p) (w q) -> (h w) (p q c)", p=patch, q=patch)
         count, row = len(patches), self.rows
         self._token_ids.extend((opening, closing))
@@ -91,24 +116,17 @@ class PackBuilder:
         self._patch_grid.append(grid(rows, columns))
         return self._add(count + 2, parent, "full")
 
-    def _check_grid(self, height: int, width: int) -> None:
-        most = self.config.max_grid
-        if min(height, width) < 1:
-            raise ValueError(f"a picture of {height} x {width} patches has none")
-        if max(height, width) > most:
-            raise ValueError(
-                f"a picture of {height} x {width} patches, the model has positions for {most} x "
-                f"{most} (model.max_grid)"
-            )
-
     def noise(self, height: int, width: int, parent: int = ROOT) -> int:
         """A full span of height * width noisy latent tokens; a leaf."""
-        self._check_grid(height, width)
-        count = height * width
-        self._latent_rows.extend(range(self.rows, self.rows + count))
-        self._latent_grid.append(grid(height, width))
         self._noise.add(len(self.lengths))
-        return self._add(count, parent, "full")
+        self._latents(height, width, self.rows)
+        return self._add(height * width, parent, "full")
+
+    def _latents(self, height: int, width: int, first: int) -> None:
+        """Latent tokens at the rows from `first` on."""
+        _check_grid(height, width, self.config.latent_grid)
+        self._latent_rows.extend(range(first, first + height * width))
+        self._latent_grid.append(grid(height, width))
 
     def append(self, other: PackBuilder) -> int:
         """Everything that another builder holds, as documents of its own.
@@ -184,6 +202,16 @@ class PackBuilder:
         self.modes.append(mode)
         self._starts.append(self._starts[-1] + count)
         return len(self.lengths) - 1
+
+
+def _check_grid(height: int, width: int, most: int) -> None:
+    if min(height, width) < 1:
+        raise ValueError(f"a picture of {height} x {width} patches has none")
+    if max(height, width) > most:
+        raise ValueError(
+            f"a picture of {height} x {width} patches, the model has positions for {most} x {most} "
+            "(model.max_grid)"
+        )
 
 
 def as_index(values: Sequence[int]) -> Tensor:

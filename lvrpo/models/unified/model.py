@@ -66,6 +66,16 @@ class UnifiedConfig:
                 f"vision_heads = {self.vision_heads}"
             )
 
+    @property
+    def vision_grid(self) -> int:
+        """Longest side of a picture to be read, in patches."""
+        return self.max_grid
+
+    @property
+    def latent_grid(self) -> int:
+        """Longest side of a drawing, in latent tokens."""
+        return self.max_grid
+
     @classmethod
     def preset(cls, name: str) -> UnifiedConfig:
         """`bagel-1.5b` or `bagel-7b`: Qwen2.5 sizes, two expert sets, 2x2 patches of a VAE."""
@@ -106,7 +116,7 @@ class PackedBatch:
 
     token_ids: Tensor  # [n_text] int64
     text_rows: Tensor  # [n_text] int64, row of each token
-    patches: Tensor  # [n_patch, image_channels * image_patch ** 2], pixels in [0, 1]
+    patches: Tensor  # [n_patch, image_channels * image_patch ** 2], pixels on the model's scale
     patch_rows: Tensor  # [n_patch] int64
     patch_grid: Tensor  # [n_patch, 2] int64, (row, column) of the patch in its image
     latents: Tensor  # [n_latent, latent_dim], x_t
@@ -312,9 +322,7 @@ class UnifiedModel(nn.Module):
         position = self._grid_index(batch.patch_grid)
         if self.vision and len(x):
             x = x + self.vision_position(position)
-            # A patch with grid position (0, 0) starts an image; images do not see each other.
-            starts = (batch.patch_grid == 0).all(dim=1).nonzero().flatten().tolist()
-            mask = SpanMask.from_cu_seqlens([*starts, len(x)], causal=False).to(x.device)
+            mask = picture_mask(batch.patch_grid)
             for expert in self.vision:
                 assert isinstance(expert, Expert)
                 query, key, value = expert.project(x, None).split(expert.heads, dim=1)
@@ -334,16 +342,29 @@ class UnifiedModel(nn.Module):
         return grid[:, 0] * self.config.max_grid + grid[:, 1]
 
 
+def picture_mask(patch_grid: Tensor) -> SpanMask:
+    """Patches of one picture see each other; one with grid position (0, 0) starts a picture.
+
+    Args:
+        patch_grid: [n_patch, 2] int64, (row, column) of each patch in its picture.
+    """
+    starts = (patch_grid == 0).all(dim=1).nonzero().flatten().tolist()
+    mask = SpanMask.from_cu_seqlens([*starts, len(patch_grid)], causal=False)
+    return mask.to(patch_grid.device)
+
+
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotary embedding of [n, heads, D] by tables [n, 1, D / 2]; the halves of D are the pairs."""
     left, right = x.chunk(2, dim=-1)
     return torch.cat([left * cos - right * sin, right * cos + left * sin], dim=-1).to(x.dtype)
 
 
-def rope_table(position_ids: Tensor, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
-    """cos and sin [n, 1, head_dim / 2] of the rotation angles, fp32."""
-    exponent = torch.arange(0, head_dim, 2, device=position_ids.device) / head_dim
-    angle = position_ids[:, None].float() * theta**-exponent
+def rope_table(
+    position_ids: Tensor, head_dim: int, theta: float, dtype: torch.dtype = torch.float32
+) -> tuple[Tensor, Tensor]:
+    """cos and sin [n, 1, head_dim / 2] of the rotation angles, which are formed in `dtype`."""
+    exponent = torch.arange(0, head_dim, 2, device=position_ids.device, dtype=dtype) / head_dim
+    angle = position_ids[:, None].to(dtype) * theta**-exponent
     return angle.cos()[:, None], angle.sin()[:, None]
 
 
