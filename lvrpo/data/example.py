@@ -34,7 +34,8 @@ class Example:
         uid: stable name, unique in a data set; random streams and reports are keyed by it.
         prompt: what the model reads.
         image: [C, H, W] fp32 in [0, 1], the picture asked about; understand only.
-        answer: the one right answer; understand only.
+        answer: the right answer, which is imitated; understand only.
+        other_answers: answers that are as right; understand only.
         rule: what a drawing must satisfy; None where no rule can check it.
         target: [C, H, W] fp32 in [0, 1], a right drawing to learn from under supervision.
         kind: what sort of question or prompt it is, to break metrics down; may be empty.
@@ -47,6 +48,7 @@ class Example:
     prompt: str
     image: Picture | None = None
     answer: str | None = None
+    other_answers: tuple[str, ...] = ()
     rule: Rule | None = None
     target: Picture | None = None
     kind: str = ""
@@ -61,6 +63,13 @@ class Example:
             self._refuse("rule", "target")
         else:
             self._refuse("image", "answer")
+            if self.other_answers:
+                raise ValueError(f"Example {self.uid!r}: task {self.task!r} takes no answers")
+
+    @property
+    def answers(self) -> tuple[str, ...]:
+        """All right answers, the one that is imitated first; none of a drawing."""
+        return () if self.answer is None else (self.answer, *self.other_answers)
 
     def _require(self, *names: str) -> None:
         for name in names:

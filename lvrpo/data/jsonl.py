@@ -38,8 +38,9 @@ class JsonlExamples(Sequence[Example]):
     """The examples of one file.
 
     Fields of a line: "task" ("understand" or "generate") and "prompt" always; "image" and "answer"
-    to understand; "rule" and "target" optional to generate; "id" and "kind" optional. Any other is
-    the user's own and becomes an entry of `Example.extra`. Paths are relative to the file.
+    to understand, the answer a string, an integer, or a list of several that are right; "rule" and
+    "target" optional to generate; "id" and "kind" optional. Any other is the user's own and becomes
+    an entry of `Example.extra`. Paths are relative to the file.
     docs/data.md has examples.
 
     Every line and every picture is checked here, before anything is trained: a picture file is
@@ -136,13 +137,18 @@ class JsonlExamples(Sequence[Example]):
             if name not in values:
                 raise self._error(line, name, "is missing")
         for name, value in values.items():
+            if name == "answer":
+                continue
             wanted = dict if name == "rule" else str
             if not isinstance(value, wanted):
                 expected = "an object" if wanted is dict else "a string"
                 raise self._error(line, name, f"is {value!r}, expected {expected}")
-        for name in ("prompt", "answer"):
-            if not values.get(name, "some").strip():
-                raise self._error(line, name, f"is {values[name]!r}, expected at least one word")
+        if not values["prompt"].strip():
+            raise self._error(
+                line, "prompt", f"is {values['prompt']!r}, expected at least one word"
+            )
+        if "answer" in values:
+            values |= self._answers(values["answer"], line)
         task = values["task"]
         if task not in SKILLS:
             raise self._error(line, "task", f"is {task!r}, expected one of {', '.join(SKILLS)}")
@@ -156,6 +162,27 @@ class JsonlExamples(Sequence[Example]):
             values["rule"] = self._rule(values["rule"], line)
         values["uid"] = values.pop("id", f"{self.path.stem}:{line}")
         return values | {"line": line, "extra": extra}
+
+    def _answers(self, given: Any, line: int) -> dict[str, Any]:
+        """The one right answer, or the first of several and the others."""
+        several = given if isinstance(given, list) else [given]
+        answers = []
+        for value in several:
+            # 3 is as good as "3"; true and 1e3 are written in more than one way.
+            if isinstance(value, int) and not isinstance(value, bool):
+                value = str(value)
+            if not isinstance(value, str):
+                raise self._error(
+                    line,
+                    "answer",
+                    f"is {given!r}, expected a string, an integer, or a list of them",
+                )
+            if not value.strip():
+                raise self._error(line, "answer", f"is {given!r}, expected at least one word")
+            answers.append(value)
+        if not answers:
+            raise self._error(line, "answer", "is [], expected at least one answer")
+        return {"answer": answers[0], "other_answers": tuple(answers[1:])}
 
     def _rule(self, data: dict[str, Any], line: int) -> Rule:
         if self._parse_rule is None:

@@ -6,7 +6,9 @@ require("numpy")
 
 from lvrpo.data.example import FinishReason
 from lvrpo.rewards.answers import RuleReward, check_answers
+from lvrpo.rewards.formats import FormatReward, answer_format
 from lvrpo.rewards.knowledge import KnowledgeReward
+from lvrpo.rewards.matching import MatchReward
 from lvrpo.rewards.parts import AnswerProbability, PhraseEncoder, RewardParts, Rules, Verdicts
 from lvrpo.rewards.registry import FoundReward, find_reward, load_reward
 from lvrpo.rewards.reward import FunctionReward, Reward, RewardError, Samples
@@ -16,9 +18,11 @@ from lvrpo.rewards.semantic import SemanticReward
 __all__ = [
     "AnswerProbability",
     "FinishReason",
+    "FormatReward",
     "FoundReward",
     "FunctionReward",
     "KnowledgeReward",
+    "MatchReward",
     "PhraseEncoder",
     "Reward",
     "RewardError",
@@ -29,6 +33,7 @@ __all__ = [
     "SemanticReward",
     "Truncated",
     "Verdicts",
+    "answer_format",
     "check_answers",
     "find_reward",
     "load_reward",

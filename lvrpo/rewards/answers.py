@@ -16,7 +16,7 @@ from lvrpo.rewards.reward import Samples
 
 
 def check_answers(samples: Samples) -> Verdicts:
-    """Every text against the answer of its example, blanks aside; NaN for drawings."""
+    """Every text against the right answers of its example, blanks aside; NaN for drawings."""
     table = torch.full((3, len(samples)), math.nan)
     for at, text in enumerate(samples.texts):
         if text is not None:
@@ -25,15 +25,16 @@ def check_answers(samples: Samples) -> Verdicts:
 
 
 def _check_answer(example: Example, text: str) -> tuple[float, float, float]:
-    answer, given = (" ".join(words.split()) for words in (example.answer or "", text))
-    right = float(given == answer)
+    given = " ".join(text.split())
+    answers = [" ".join(answer.split()) for answer in example.answers]
+    right = float(given in answers)
+    return right, right, float(any(_has_the_form_of(answer, given) for answer in answers))
+
+
+def _has_the_form_of(answer: str, given: str) -> bool:
     if answer in ("yes", "no"):
-        well_formed = given in ("yes", "no")
-    elif answer.isdecimal():
-        well_formed = given.isdecimal()
-    else:
-        well_formed = bool(given)
-    return right, right, float(well_formed)
+        return given in ("yes", "no")
+    return given.isdecimal() if answer.isdecimal() else bool(given)
 
 
 @dataclass(frozen=True)

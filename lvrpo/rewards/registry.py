@@ -10,7 +10,7 @@ import dataclasses
 import importlib
 import importlib.util
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -25,6 +25,16 @@ BUILT_IN = {
     "r_ins": "lvrpo.rewards.answers:RuleReward",
     "r_sem": "lvrpo.rewards.semantic:SemanticReward",
     "r_kn": "lvrpo.rewards.knowledge:KnowledgeReward",
+    "format": "lvrpo.rewards.formats:FormatReward",
+    "exact": "lvrpo.rewards.matching:ExactReward",
+    "normalized": "lvrpo.rewards.matching:NormalizedReward",
+    "contains": "lvrpo.rewards.matching:ContainsReward",
+    "anls": "lvrpo.rewards.matching:TextDistanceReward",
+    "number": "lvrpo.rewards.matching:NumberReward",
+    "count": "lvrpo.rewards.matching:CountReward",
+    "choice": "lvrpo.rewards.matching:ChoiceReward",
+    "color": "lvrpo.rewards.matching:ColorReward",
+    "position": "lvrpo.rewards.matching:PositionReward",
 }
 
 
@@ -65,18 +75,20 @@ class FoundReward:
         return _as_reward(self.name, _guarded(self.name, lambda: from_parts(parts)))
 
 
-def find_reward(name: str) -> FoundReward:
+def find_reward(name: str, arguments: Mapping[str, Any] | None = None) -> FoundReward:
     """Import a reward; a plain class of rewards is instantiated here, once.
 
-    The attribute is a reward, a class of rewards that takes no arguments, a class with a class
-    method `from_parts`, or a plain function from `Samples` to numbers; a function may set `name`
-    and `may_be_nan` as its own attributes.
+    The attribute is a reward, a class of rewards, a class with a class method `from_parts`, or a
+    plain function from `Samples` to numbers; a function may set `name` and `may_be_nan` as its own
+    attributes.
 
     Args:
         name: a short name of `BUILT_IN`, "package.module:attribute" or "path/to/file.py:attribute".
+        arguments: of a plain class; None for none.
 
     Raises:
-        RewardError: it cannot be imported or made, is not there, or cannot be called.
+        RewardError: it cannot be imported or made, is not there, or cannot be called; or there are
+            arguments and it is no plain class.
     """
     spec = BUILT_IN.get(name, name)
     where, separator, attribute = spec.rpartition(":")
@@ -90,7 +102,11 @@ def find_reward(name: str) -> FoundReward:
         module = _import_file(Path(where)) if _is_file(where) else importlib.import_module(where)
         found: Any = getattr(module, attribute, None)
         is_plain = isinstance(found, type) and not hasattr(found, "from_parts")
-        return found() if is_plain else found
+        if arguments and not is_plain and found is not None:
+            raise RewardError(
+                f"reward {name!r} takes no arguments: it is no class, or made of parts"
+            )
+        return found(**(arguments or {})) if is_plain else found
 
     found = _guarded(name, load)
     if found is None:
@@ -100,17 +116,20 @@ def find_reward(name: str) -> FoundReward:
     return FoundReward(name, found)
 
 
-def load_reward(name: str, parts: RewardParts | None = None) -> Reward:
+def load_reward(
+    name: str, parts: RewardParts | None = None, *, arguments: Mapping[str, Any] | None = None
+) -> Reward:
     """The reward of a name, see `find_reward`.
 
     Args:
         name: of the reward.
         parts: for a reward with `from_parts`.
+        arguments: for a plain class.
 
     Raises:
         RewardError: it cannot be imported or made, is not there, or cannot be called.
     """
-    return find_reward(name).make(parts)
+    return find_reward(name, arguments).make(parts)
 
 
 def reward_label(name: str) -> str:

@@ -175,6 +175,8 @@ def expected(key: str) -> str:
 def _expected(schema: Mapping[str, Any]) -> str:
     if "enum" in schema:
         return "one of " + ", ".join(choice or '""' for choice in schema["enum"])
+    if schema["type"] == "object" and schema["additionalProperties"] is True:
+        return "a table"
     if schema["type"] == "object":
         return f"a table of names, each with {_expected(schema['additionalProperties'])}"
     names = {"integer": "an integer", "number": "a number", "boolean": "true or false"}
@@ -256,11 +258,11 @@ def _make_absolute(table: dict[str, Any], folder: Path) -> None:
     for key in ("source", "eval_source", "validation_source"):
         if isinstance(data, dict) and data.get(key, "") not in ("", "scenes"):
             data[key] = absolute(data[key])
-    for skill in ("understand", "generate"):
-        if isinstance(rewards, dict) and isinstance(rewards.get(skill), dict):
-            rewards[skill] = {
-                absolute(name) if ".py:" in name else name: weight
-                for name, weight in rewards[skill].items()
+    for key in ("understand", "generate", "arguments"):
+        if isinstance(rewards, dict) and isinstance(rewards.get(key), dict):
+            rewards[key] = {
+                absolute(name) if ".py:" in name else name: value
+                for name, value in rewards[key].items()
             }
 
 

@@ -151,6 +151,12 @@ def _check_rewards(setup: Setup) -> None:
                 f"rewards: unknown reward {name!r}; expected one of {', '.join(BUILT_IN)} or "
                 "'module:function'"
             )
+    for name in setup.config.rewards.arguments:
+        if name not in labels.values():
+            raise ConfigError(
+                f"rewards.arguments has {name!r}, expected the name of a reward in use: "
+                f"{', '.join(labels.values())}"
+            )
     for rewards in setup.rewards.values():
         for label, reward in rewards.items():
             if "encoder" in reward.needs and setup.data.new_encoder() is None:

@@ -113,9 +113,10 @@ class JsonlData:
     @cached_property
     def words(self) -> list[str]:
         """See `Data`."""
-        texts = ("prompt", "answer")
         return common_words(
-            row[text] for row in self.training_rows for text in texts if text in row
+            text
+            for row in self.training_rows
+            for text in (row["prompt"], row.get("answer", ""), *row.get("other_answers", ()))
         )
 
     def new_encoder(self) -> None:
@@ -202,9 +203,10 @@ class Setup:
         Raises:
             RewardError: one cannot be imported.
         """
-        used = used_rewards(self.config)
+        used, arguments = used_rewards(self.config), self.config.rewards.arguments
         found = {
-            name: find_reward(name) for name in dict.fromkeys(chain.from_iterable(used.values()))
+            name: find_reward(name, arguments.get(name))
+            for name in dict.fromkeys(chain.from_iterable(used.values()))
         }
         return {
             skill: {reward_label(name): found[name] for name in names}

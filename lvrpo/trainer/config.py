@@ -53,6 +53,7 @@ Weight = Annotated[float, Field(ge=0, le=1e6)]
 Rate = Annotated[float, Field(ge=0, le=1e20)]
 Weights = dict[str, Weight]
 RewardWeights = dict[str, Annotated[float, Field(ge=-1e6, le=1e6)]]
+RewardArguments = dict[str, dict[str, Any]]
 
 #: A number is not a string and true is not 1; an int is welcome where a float is expected.
 STRICT = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
@@ -174,6 +175,7 @@ class RewardSection:
     generate: RewardWeights = field(
         default_factory=lambda: {"r_ins": 1.0, "r_sem": 0.25, "r_kn": 0.25}
     )
+    arguments: RewardArguments = field(default_factory=dict)  # of classes of rewards, by name
     advantage: Annotated[str, OneOf(ADVANTAGE_PRESETS)] = "decoupled"  # "paper": Eq 3 of the paper
     strict_weight: Share = 0.5  # of r_ins; the rest is the partial score, and 1 the paper's choice
     semantic_pool: Literal["softmax", "topk", "max"] = (

@@ -73,6 +73,11 @@ def test_pictures_get_the_channels_and_size_of_the_model(write):
         (QUESTION | {"prompt": ""}, "field 'prompt' is '', expected at least one word"),
         (DRAWING | {"prompt": " \t"}, "field 'prompt' is ' \\t', expected at least one word"),
         (QUESTION | {"answer": "\n"}, "field 'answer' is '\\n', expected at least one word"),
+        (QUESTION | {"answer": []}, "field 'answer' is [], expected at least one answer"),
+        (QUESTION | {"answer": ["3", ""]}, "'answer' is ['3', ''], expected at least one word"),
+        (QUESTION | {"answer": 0.5}, "'answer' is 0.5, expected a string, an integer, or a list"),
+        (QUESTION | {"answer": True}, "'answer' is True, expected a string, an integer, or"),
+        (QUESTION | {"answer": {"is": 3}}, "expected a string, an integer, or a list of them"),
         ({"task": "understand"}, "field 'prompt' is missing"),
         ({"prompt": "what"}, "field 'task' is missing"),
         (QUESTION | {"task": "edit"}, "field 'task' is 'edit', expected one of understand"),
@@ -145,6 +150,15 @@ def test_columns_of_the_users_own_come_along(write):
     drawing, plain = JsonlExamples(write(DRAWING | mine, DRAWING), SHAPE)
     assert drawing.extra == mine
     assert plain.extra == {}
+
+
+def test_several_answers_are_right_and_a_number_is_one(write):
+    path = write(
+        QUESTION | {"answer": ["3", "three"]}, QUESTION | {"answer": 3}, QUESTION | {"answer": [-3]}
+    )
+    examples = JsonlExamples(path, SHAPE)
+    assert [example.answers for example in examples] == [("3", "three"), ("3",), ("-3",)]
+    assert [example.answer for example in examples] == ["3", "3", "-3"]
 
 
 def test_files_that_hold_nothing(write, tmp_path):

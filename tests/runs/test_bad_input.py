@@ -54,6 +54,10 @@ def half_way(tmp_path) -> Path:
 
 
 BAD_SETTINGS = {
+    "rewards.arguments={number=3}": "rewards.arguments.number is 3, expected a table",
+    "rewards.arguments={number={relative=1}}": "rewards.arguments has 'number', expected the name "
+    "of a reward in use: r_ins",
+    "rewards.arguments={r_ins={strict_weight=1}}": "reward 'r_ins' takes no arguments",
     "run.sede=1": "unknown key run.sede; [run] has seed",
     "runs.seed=1": "unknown section [runs]",
     "run.seed=x": "run.seed is 'x', expected an integer",

@@ -146,5 +146,6 @@ def test_the_page_of_the_configuration_says_what_the_code_does():
 
 def _in_toml(value: object) -> str:
     if isinstance(value, dict):
-        return "{ " + ", ".join(f"{name} = {weight}" for name, weight in value.items()) + " }"
+        entries = ", ".join(f"{name} = {weight}" for name, weight in value.items())
+        return f"{{ {entries} }}" if entries else "{}"
     return tomli_w.dumps({"key": value}).removeprefix("key = ").strip()
