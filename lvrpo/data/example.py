@@ -11,8 +11,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 Skill: TypeAlias = Literal["understand", "generate"]
-#: Why a text ended: at its end token, or at the limit of tokens, in the middle of whatever it says.
-FinishReason: TypeAlias = Literal["end", "length"]
+#: Why a text ended: at its end token, at another token or a string that stops it, or at the limit
+#: of tokens, in the middle of whatever it says.
+FinishReason: TypeAlias = Literal["end", "stop", "length"]
+FINISH_REASONS: tuple[FinishReason, ...] = get_args(FinishReason)
 SKILLS: tuple[Skill, ...] = get_args(Skill)
 Picture: TypeAlias = NDArray[np.float32]  # [C, H, W] in [0, 1]
 

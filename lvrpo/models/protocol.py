@@ -20,6 +20,7 @@ from lvrpo import random
 from lvrpo.data.example import Example, FinishReason, Skill
 from lvrpo.models.flow import FlowSchedule
 from lvrpo.models.packs import Pack, PictureGroup, TextGroup
+from lvrpo.models.sampling import SampledFrom, Sampling
 from lvrpo.ops.linear_logprobs import linear_logprobs
 
 
@@ -42,11 +43,12 @@ class Answers:
 
     examples: list[Example]  # [P]
     group_size: int
-    token_ids: list[list[int]]  # [P * G] sampled tokens, the end token included
-    texts: list[str]  # [P * G]
+    token_ids: list[list[int]]  # [P * G] sampled tokens, with the one that ended the answer
+    texts: list[str]  # [P * G] without what ended them
     logprobs: Tensor  # [T] nats, of all tokens one after the other, on the policy's device
     finish_reasons: list[FinishReason]  # [P * G], "length" where the limit of tokens cut
     sizes: Sequence[int] = ()  # [P] samples of each prompt, where not all of a group are left
+    sampled_from: SampledFrom | None = None  # [T], where that is another distribution
 
     @property
     def group_sizes(self) -> list[int]:
@@ -66,12 +68,15 @@ class Answers:
         """The samples for which `kept`, one bool each, holds; a group keeps its place."""
         lengths = torch.tensor([len(ids) for ids in self.token_ids], dtype=torch.int64)
         tokens = kept.repeat_interleave(lengths).nonzero().flatten()
+        tokens = tokens.to(self.logprobs.device)
         chosen = kept.nonzero().flatten().tolist()
+        sampled_from = self.sampled_from and SampledFrom(*(x[tokens] for x in self.sampled_from))
         return dataclasses.replace(
             self,
             token_ids=[self.token_ids[i] for i in chosen],
             texts=[self.texts[i] for i in chosen],
-            logprobs=self.logprobs[tokens.to(self.logprobs.device)],
+            logprobs=self.logprobs[tokens],
+            sampled_from=sampled_from,
             finish_reasons=[self.finish_reasons[i] for i in chosen],
             sizes=[int(group.sum()) for group in kept.split(self.group_sizes)],
         )
@@ -154,20 +159,18 @@ class Policy(Protocol):
         examples: Sequence[Example],
         group_size: int,
         *,
-        max_tokens: int,
-        temperature: float,
+        sampling: Sampling,
         seed: int,
         step: int,
     ) -> Answers:
-        """Sample `group_size` answers to every question, each until its end or `max_tokens`.
+        """Sample `group_size` answers to every question, each until its end or a limit.
 
         Args:
             examples: questions.
             group_size: samples of each.
-            max_tokens: of an answer, the end token included.
-            temperature: that logits are divided by. 0 is greedy: the likeliest token, of equal ones
-                that with the lowest id, whatever the seed; the log-probs are then those of
-                temperature 1.
+            sampling: how. The log-probs of the answers are those of softmax(logits / temperature)
+                among the tokens that answers may hold, of temperature 1 where it is 0, whatever
+                else `sampling` does; see `Answers.sampled_from`.
             seed: of the samples.
             step: keys their streams too.
 

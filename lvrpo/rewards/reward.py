@@ -12,7 +12,7 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
-from lvrpo.data.example import Example, FinishReason
+from lvrpo.data.example import FINISH_REASONS, Example, FinishReason
 
 
 @dataclass(frozen=True, eq=False)
@@ -24,8 +24,8 @@ class Samples:
         texts: [B], the sampled text, or None for a drawing.
         images: [N, C, H, W] fp32 in [0, 1], the drawings; None for no drawing.
         image_index: [N] ints, the sample each drawing belongs to, ascending.
-        finish_reasons: [B], "end" or "length" of a text, None for a drawing; empty means that every
-            text came to its end.
+        finish_reasons: [B], "end", "stop" or "length" of a text, None for a drawing; empty means
+            that every text came to its end.
     """
 
     examples: Sequence[Example]
@@ -51,8 +51,10 @@ class Samples:
                 f"Samples: {len(self.finish_reasons)} finish_reasons of {len(self.texts)} texts"
             )
         for i, (text, reason) in enumerate(zip(self.texts, self.finish_reasons, strict=True)):
-            if reason not in ((None,) if text is None else ("end", "length")):
-                expected = "None of a drawing" if text is None else "'end' or 'length' of a text"
+            if reason not in ((None,) if text is None else FINISH_REASONS):
+                expected = "None of a drawing"
+                if text is not None:
+                    expected = f"{', '.join(map(repr, FINISH_REASONS))} of a text"
                 raise ValueError(f"Samples: finish_reasons[{i}] is {reason!r}, expected {expected}")
 
     def __len__(self) -> int:

@@ -23,7 +23,7 @@ from lvrpo.runs.setup import Setup
 from lvrpo.trainer.config import TrainConfig
 from lvrpo.trainer.evaluate import Planned, held_out, measure_all
 from lvrpo.trainer.measurement import Measurement
-from lvrpo.trainer.sampling import Sampling, as_trained, at_temperature, by_ode, headline
+from lvrpo.trainer.sampling import WayOfSampling, as_trained, at_temperature, by_ode, headline
 from lvrpo.trainer.task import Rewards, Task
 
 _ASKS: dict[Skill, str] = {"understand": "a question", "generate": "a request to draw"}
@@ -98,15 +98,15 @@ class EvalOptions:
     def _noises(self) -> list[float]:
         return list(dict.fromkeys(self.start_noises)) or [1.0] * self.ode
 
-    def samplings(self, config: TrainConfig) -> list[Sampling]:
+    def samplings(self, config: TrainConfig) -> list[WayOfSampling]:
         """The ways that are asked for by name; none where no option names one."""
         group = self.pass_at or 1  # where samples are not all equal
         return [
-            *(at_temperature(value, group if value else 1) for value in self._temperatures),
+            *(at_temperature(config, value, group if value else 1) for value in self._temperatures),
             *(by_ode(config, value, group if value else 1) for value in self._noises),
         ]
 
-    def default_samplings(self, config: TrainConfig) -> list[Sampling]:
+    def default_samplings(self, config: TrainConfig) -> list[WayOfSampling]:
         """Those of a run's own evaluation."""
         return [
             way

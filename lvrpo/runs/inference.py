@@ -18,6 +18,7 @@ from lvrpo.runs.config_file import load_config
 from lvrpo.runs.directory import RunDirectoryError, is_run, require_format
 from lvrpo.runs.gallery import save_enlarged
 from lvrpo.runs.setup import FrozenParts, Setup
+from lvrpo.trainer.sampling import answer_sampling
 from lvrpo.trainer.schedule import flow_schedule
 from lvrpo.trainer.state import load_weights
 from lvrpo.trainer.task import Task
@@ -195,8 +196,7 @@ def answer_question(
     answers = policy.sample_texts(
         [example],
         count,
-        max_tokens=config.rollout.max_answer_tokens,
-        temperature=config.rollout.temperature,
+        sampling=answer_sampling(config.rollout),
         seed=seed,
         step=0,
     ).texts

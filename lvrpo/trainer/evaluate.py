@@ -19,7 +19,7 @@ from lvrpo.rewards.score import score_samples
 from lvrpo.trainer.config import TrainConfig
 from lvrpo.trainer.journal import GalleryItem
 from lvrpo.trainer.measurement import AS_TRAINED, Measurement
-from lvrpo.trainer.sampling import Sampling, as_trained, frontier, headline
+from lvrpo.trainer.sampling import WayOfSampling, as_trained, frontier, headline
 from lvrpo.trainer.task import Rewards, Task
 
 #: Samples drawn at once; bounds the memory, changes no number.
@@ -33,7 +33,7 @@ GALLERY_ITEMS = 6
 class Planned(NamedTuple):
     """A measurement to make."""
 
-    sampling: Sampling
+    sampling: WayOfSampling
     prompts: Sequence[Example]  # of its skill
     rewards: Rewards  # to measure too; may be empty
 
@@ -173,7 +173,6 @@ def measure(
         samples = sampling.draw(
             policy,
             prompts[start : start + prompts_at_once],
-            max_tokens=config.rollout.max_answer_tokens,
             seed=seed,
             step=EVALUATION_STEP,
         )
@@ -244,13 +243,13 @@ def _gallery(
     policy: Policy,
     task: Task,
     config: TrainConfig,
-    sampling: Sampling,
+    sampling: WayOfSampling,
     prompts: Sequence[Example],
 ) -> list[GalleryItem]:
     if not prompts:
         return []
-    seed, max_tokens = config.run.seed, config.rollout.max_answer_tokens
-    samples = sampling.draw(policy, prompts, max_tokens=max_tokens, seed=seed, step=EVALUATION_STEP)
+    seed = config.run.seed
+    samples = sampling.draw(policy, prompts, seed=seed, step=EVALUATION_STEP)
     items = []
     for i, right in enumerate(task.checks.scores(samples)["right"].tolist()):
         example = samples.examples[i]

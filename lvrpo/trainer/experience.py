@@ -20,6 +20,7 @@ from lvrpo.rewards.reward import Samples
 from lvrpo.rewards.score import score_samples
 from lvrpo.trainer.config import TrainConfig
 from lvrpo.trainer.correction import correct_sampler
+from lvrpo.trainer.sampling import answer_sampling
 from lvrpo.trainer.task import Rewards, Task, mean_scores, training_examples
 
 
@@ -68,8 +69,7 @@ def gather_experience(
         answers = policy.sample_texts(
             training_examples(task.source, "understand", rollout.understand_prompts, seed, step),
             rollout.group_size,
-            max_tokens=rollout.max_answer_tokens,
-            temperature=rollout.temperature,
+            sampling=answer_sampling(rollout),
             seed=seed,
             step=step,
         )

@@ -13,8 +13,9 @@ from dataclasses import dataclass
 from lvrpo.data.example import Example, Skill
 from lvrpo.models.flow import FlowSchedule
 from lvrpo.models.protocol import Policy
+from lvrpo.models.sampling import Sampling
 from lvrpo.rewards.reward import Samples
-from lvrpo.trainer.config import TrainConfig
+from lvrpo.trainer.config import RolloutSection, TrainConfig
 from lvrpo.trainer.measurement import AS_TRAINED, GREEDY
 from lvrpo.trainer.schedule import flow_schedule
 
@@ -27,14 +28,14 @@ GROUP_SIZE = 8
 
 
 @dataclass(frozen=True)
-class Sampling:
-    """One way of sampling answers (a temperature), or drawings (a schedule and starting noise).
+class WayOfSampling:
+    """One way of sampling answers, or drawings (a schedule and starting noise).
 
     Attributes:
         skill: that it is a way of.
         name: see `lvrpo.trainer.measurement.Measurement`.
         group_size: samples of each prompt.
-        temperature: of answers; 0 is greedy.
+        texts: how answers are sampled; None for drawings.
         schedule: of drawings; None for answers.
         start_noise: standard deviation of what a drawing begins with.
     """
@@ -42,26 +43,24 @@ class Sampling:
     skill: Skill
     name: str
     group_size: int = 1
-    temperature: float = 1.0
+    texts: Sampling | None = None
     schedule: FlowSchedule | None = None
     start_noise: float = 1.0
 
     @property
     def settings(self) -> dict[str, float | str]:
         """All that sets it apart from other ways of the same run."""
-        if self.schedule is None:
-            return {"temperature": self.temperature}
+        if self.texts is not None:
+            return {"temperature": self.texts.temperature}
+        assert self.schedule is not None
         return {"dynamics": self.schedule.dynamics, "start_noise": self.start_noise}
 
-    def draw(
-        self, policy: Policy, prompts: Sequence[Example], *, max_tokens: int, seed: int, step: int
-    ) -> Samples:
+    def draw(self, policy: Policy, prompts: Sequence[Example], *, seed: int, step: int) -> Samples:
         """Sample every prompt `group_size` times, those of a prompt one after the other.
 
         Args:
             policy: that samples.
             prompts: of this skill.
-            max_tokens: of an answer.
             seed: of the samples.
             step: keys their streams too.
 
@@ -70,51 +69,54 @@ class Sampling:
         """
         examples = [example for example in prompts for _ in range(self.group_size)]
         key = {"seed": seed, "step": step}
-        if self.schedule is None:
-            answers = policy.sample_texts(
-                prompts,
-                self.group_size,
-                max_tokens=max_tokens,
-                temperature=self.temperature,
-                **key,
-            )
+        if self.texts is not None:
+            answers = policy.sample_texts(prompts, self.group_size, sampling=self.texts, **key)
             return Samples.of_texts(examples, answers.texts, answers.finish_reasons)
+        assert self.schedule is not None
         pictures = policy.sample_images(
             prompts, self.group_size, self.schedule, start_noise=self.start_noise, **key
         )
         return Samples.of_images(examples, pictures.images)
 
 
-def as_trained(config: TrainConfig, skill: Skill, group_size: int = 1) -> Sampling:
+def answer_sampling(rollout: RolloutSection) -> Sampling:
+    """How a rollout samples answers."""
+    return Sampling(max_tokens=rollout.max_answer_tokens, temperature=rollout.temperature)
+
+
+def as_trained(config: TrainConfig, skill: Skill, group_size: int = 1) -> WayOfSampling:
     """That of the rollout."""
+    rollout = config.rollout
     if skill == "understand":
-        return Sampling(skill, AS_TRAINED, group_size, temperature=config.rollout.temperature)
-    return Sampling(skill, AS_TRAINED, group_size, schedule=flow_schedule(config.rollout))
+        return WayOfSampling(skill, AS_TRAINED, group_size, texts=answer_sampling(rollout))
+    return WayOfSampling(skill, AS_TRAINED, group_size, schedule=flow_schedule(rollout))
 
 
-def at_temperature(temperature: float, group_size: int = 1) -> Sampling:
-    """Answers of one temperature; of 0, the greedy ones."""
+def at_temperature(config: TrainConfig, temperature: float, group_size: int = 1) -> WayOfSampling:
+    """The rollout's answers, but of one temperature; of 0, the greedy ones."""
+    texts = dataclasses.replace(answer_sampling(config.rollout), temperature=temperature)
     name = f"temperature {temperature:g}" if temperature else GREEDY
-    return Sampling("understand", name, group_size, temperature=temperature)
+    return WayOfSampling("understand", name, group_size, texts=texts)
 
 
-def by_ode(config: TrainConfig, start_noise: float, group_size: int = 1) -> Sampling:
+def by_ode(config: TrainConfig, start_noise: float, group_size: int = 1) -> WayOfSampling:
     """Drawings by the rollout's steps without their noise, begun with as much as is said."""
     schedule = dataclasses.replace(flow_schedule(config.rollout), dynamics="ode")
     name = "ode" if start_noise == 1 else f"ode noise {start_noise:g}"
-    return Sampling("generate", name, group_size, schedule=schedule, start_noise=start_noise)
+    return WayOfSampling("generate", name, group_size, schedule=schedule, start_noise=start_noise)
 
 
-def headline(config: TrainConfig, skill: Skill) -> Sampling:
+def headline(config: TrainConfig, skill: Skill) -> WayOfSampling:
     """The mode of the policy: greedy answers, the one drawing of no noise."""
-    return at_temperature(0.0) if skill == "understand" else by_ode(config, 0.0)
+    return at_temperature(config, 0.0) if skill == "understand" else by_ode(config, 0.0)
 
 
-def frontier(config: TrainConfig, skill: Skill) -> list[Sampling]:
+def frontier(config: TrainConfig, skill: Skill) -> list[WayOfSampling]:
     """From sharp to diverse, `GROUP_SIZE` samples of a prompt; `headline` is the end of it."""
     trained = as_trained(config, skill, GROUP_SIZE)
     if skill == "understand":
-        others = [at_temperature(t, GROUP_SIZE) for t in TEMPERATURES if t != trained.temperature]
+        as_it_is = config.rollout.temperature
+        others = [at_temperature(config, t, GROUP_SIZE) for t in TEMPERATURES if t != as_it_is]
     else:
         others = [by_ode(config, noise, GROUP_SIZE) for noise in START_NOISES]
     return [*others, trained]

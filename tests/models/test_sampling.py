@@ -19,6 +19,7 @@ from trainer.small_policy import (
 )
 
 from lvrpo.models.protocol import DivergedError
+from lvrpo.models.sampling import Sampling
 from lvrpo.models.unified.tokenizer import EOS
 from lvrpo.ops.flow_step import flow_step
 from lvrpo.testing import check_against_plain
@@ -87,7 +88,7 @@ def test_answers_end_at_the_end_token_or_at_the_limit(policy):
     for tokens, text in zip(found.token_ids, found.texts, strict=True):
         assert EOS not in tokens[:-1]
         assert tokens[-1] == EOS or len(tokens) == MAX_TOKENS
-        assert text == policy.decode_answer(tokens)
+        assert text == policy.tokenizer.decode(tokens)
     assert len(found.logprobs) == sum(map(len, found.token_ids))
 
 
@@ -102,7 +103,9 @@ def test_tokens_follow_the_models_distribution():
     policy = small_policy()
     (question,) = prompts("understand", 1)
     count = 4000
-    found = policy.sample_texts([question], count, max_tokens=1, temperature=0.7, seed=0, step=0)
+    found = policy.sample_texts(
+        [question], count, sampling=Sampling(max_tokens=1, temperature=0.7), seed=0, step=0
+    )
     low, high = policy.answer_range
     builder = policy.builder()
     policy.add_prompt(builder, question)
@@ -118,7 +121,11 @@ def test_tokens_follow_the_models_distribution():
 
 def greedy(policy, questions, group_size=1, seed=0):
     return policy.sample_texts(
-        questions, group_size, max_tokens=MAX_TOKENS, temperature=0.0, seed=seed, step=0
+        questions,
+        group_size,
+        sampling=Sampling(max_tokens=MAX_TOKENS, temperature=0.0),
+        seed=seed,
+        step=0,
     )
 
 

@@ -101,7 +101,7 @@ def test_samples_must_be_consistent():
         Samples(EXAMPLES, ["1", "2", None], None, [2])
     with pytest.raises(ValueError, match="1 finish_reasons of 3 texts"):
         Samples(EXAMPLES, ["1", "2", "x"], finish_reasons=["end"])
-    with pytest.raises(ValueError, match=r"finish_reasons\[1\] is 'stop', expected 'end'"):
-        Samples(EXAMPLES, ["1", "2", "x"], finish_reasons=["end", "stop", "length"])
+    with pytest.raises(ValueError, match=r"finish_reasons\[1\] is 'eos', expected 'end', 'stop'"):
+        Samples(EXAMPLES, ["1", "2", "x"], finish_reasons=["end", "eos", "length"])
     with pytest.raises(ValueError, match="exactly the samples without a text"):
         Samples(EXAMPLES, ["1", "2", None], torch.zeros(1, 1, 8, 8), [1])

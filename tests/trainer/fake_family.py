@@ -18,6 +18,7 @@ from lvrpo.data.example import Example, Skill
 from lvrpo.models.flow import FlowSchedule
 from lvrpo.models.packs import Pack, PictureGroup, TextGroup
 from lvrpo.models.protocol import Answers, Head, Outputs, Pictures, sample_streams
+from lvrpo.models.sampling import Sampling
 from lvrpo.ops.flow_step import flow_step
 
 WORDS = ["<end>", *map(str, range(10)), "yes", "no", "<start>"]
@@ -138,8 +139,7 @@ class LinearPolicy:
         examples: Sequence[Example],
         group_size: int,
         *,
-        max_tokens: int,
-        temperature: float,
+        sampling: Sampling,
         seed: int,
         step: int,
     ) -> Answers:
@@ -148,12 +148,12 @@ class LinearPolicy:
         for sample, stream in enumerate(streams):
             prompt = torch.tensor(number(examples[sample // group_size]))
             ids = [START]
-            while ids[-1] != END and len(ids) <= max_tokens:
+            while ids[-1] != END and len(ids) <= sampling.max_tokens:
                 hidden = self.module.prompt(prompt) + self.module.token(torch.tensor(ids[-1]))
                 logits = self.module.head(hidden)[END:START]
-                table = (logits / (temperature or 1.0)).log_softmax(-1)
+                table = (logits / (sampling.temperature or 1.0)).log_softmax(-1)
                 below = (table.exp().cumsum(0) < stream.random()).sum().clamp(max=START - 1)
-                drawn = int(below if temperature else table.argmax())
+                drawn = int(below if sampling.temperature else table.argmax())
                 ids.append(drawn)
                 logprobs.append(table[drawn])
             token_ids.append(ids[1:])

@@ -10,6 +10,7 @@ from lvrpo.digits.phrases import scene_words
 from lvrpo.digits.scenes import SceneConfig, scene_examples
 from lvrpo.models.flow import FlowSchedule
 from lvrpo.models.protocol import Answers, Pictures, Policy
+from lvrpo.models.sampling import Sampling
 from lvrpo.models.unified.latents import LinearAutoencoder
 from lvrpo.models.unified.model import UnifiedConfig, UnifiedModel
 from lvrpo.models.unified.policy import UnifiedPolicy
@@ -23,6 +24,7 @@ SCHEDULE = FlowSchedule(num_steps=5, window=(0, 2))
 GROUP = 3
 MAX_TOKENS = 4
 TEMPERATURE = 1.3
+SAMPLING = Sampling(max_tokens=MAX_TOKENS, temperature=TEMPERATURE)
 OBJECTIVE = Objective(
     text=LossParams(beta=0.1),
     image=FlowLossParams(clip_low=0.2, clip_high=0.2, log_ratio_scale=0.5, beta=0.3),
@@ -62,9 +64,7 @@ def prompts(task: Skill, count: int, seed: int = 0) -> list[Example]:
 
 
 def answers(policy: Policy, examples: list[Example], group_size: int = GROUP) -> Answers:
-    return policy.sample_texts(
-        examples, group_size, max_tokens=MAX_TOKENS, temperature=TEMPERATURE, seed=7, step=2
-    )
+    return policy.sample_texts(examples, group_size, sampling=SAMPLING, seed=7, step=2)
 
 
 def pictures(policy: Policy, examples: list[Example], group_size: int = GROUP) -> Pictures:

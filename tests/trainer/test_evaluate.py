@@ -74,7 +74,7 @@ def test_answers_are_scored_where_they_stand_whatever_is_drawn_at_once(groups, c
     texts = [text for group in groups for text in group]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(module, "CHUNK", chunk)
-        found = measured(Script(texts), at_temperature(0.7, len(groups[0])), examples)
+        found = measured(Script(texts), at_temperature(CONFIG, 0.7, len(groups[0])), examples)
     assert found.scores["right"] == [float(text == "1") for text in texts]
     assert found.scores["truncated"] == [float(text == "cut") for text in texts]
     assert found.uids == [example.uid for example in examples]
@@ -113,7 +113,9 @@ def test_the_reward_is_the_weighted_sum_of_those_that_have_a_score(table, batch)
 
     rewards = {"understand": {"first": column(0), "second": column(1)}}
     examples = [question(i) for i in range(len(table))]
-    found = measured(Script(["1"] * len(table)), at_temperature(1.0), examples, rewards, config)
+    found = measured(
+        Script(["1"] * len(table)), at_temperature(CONFIG, 1.0), examples, rewards, config
+    )
     total = [
         None if row == (None, None) else 2.0 * (row[0] or 0) - 0.5 * (row[1] or 0) for row in table
     ]
@@ -129,7 +131,7 @@ def test_the_reward_is_the_weighted_sum_of_those_that_have_a_score(table, batch)
 @pytest.mark.parametrize(
     "sampling",
     [
-        *(at_temperature(t, 3) for t in (0.0, 0.3, 2.0)),
+        *(at_temperature(CONFIG, t, 3) for t in (0.0, 0.3, 2.0)),
         *(by_ode(CONFIG, noise, 3) for noise in (0.0, 0.3, 1.0)),
         *(as_trained(CONFIG, skill, 3) for skill in ("understand", "generate")),
     ],

@@ -17,6 +17,7 @@ from lvrpo.data.example import Example, Skill
 from lvrpo.data.sources import LabelErrors
 from lvrpo.models.answering import answer_probability
 from lvrpo.models.protocol import Policy
+from lvrpo.models.sampling import Sampling
 from lvrpo.rewards.reward import FunctionReward, Samples
 from lvrpo.runs.config_file import load_config
 from lvrpo.runs.signals import Signals
@@ -36,7 +37,9 @@ def experience(policy: Policy) -> Experience:
     key = {"seed": 3, "step": 1}
     questions, drawings = prompts("understand", 3), prompts("generate", 2)
     return Experience(
-        policy.sample_texts(questions, GROUP, max_tokens=5, temperature=TEMPERATURE, **key),
+        policy.sample_texts(
+            questions, GROUP, sampling=Sampling(max_tokens=5, temperature=TEMPERATURE), **key
+        ),
         torch.randn(3 * GROUP, generator=generator),
         policy.sample_images(drawings, GROUP, SCHEDULE, **key),
         torch.randn(2 * GROUP, generator=generator),

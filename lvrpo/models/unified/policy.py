@@ -16,6 +16,7 @@ from torch import Tensor
 
 from lvrpo import random
 from lvrpo.data.example import SKILLS, Example, Skill
+from lvrpo.models.answer_sampler import AnswerSampler
 from lvrpo.models.flow import FlowSchedule
 from lvrpo.models.packs import Pack, PictureGroup, TextGroup, pack_groups
 from lvrpo.models.protocol import (
@@ -26,13 +27,13 @@ from lvrpo.models.protocol import (
     Pictures,
     sample_streams,
 )
+from lvrpo.models.sampling import Sampling
 from lvrpo.models.unified.cache import CachedPass
 from lvrpo.models.unified.latents import LinearAutoencoder
 from lvrpo.models.unified.layout import ROOT, PackBuilder
 from lvrpo.models.unified.model import PackedBatch, UnifiedModel
 from lvrpo.models.unified.tokenizer import BOS, DRAW, EOS, IMAGE, IMAGE_END, Tokenizer
 from lvrpo.ops.flow_step import flow_step
-from lvrpo.ops.gather_logprobs import gather_logprobs
 
 
 @dataclass(frozen=True)
@@ -70,10 +71,12 @@ class UnifiedPolicy:
         span = ROOT
         if example.image is not None:
             span = builder.picture(example.image, IMAGE, IMAGE_END, span)
+        return builder.text(self.prompt_ids(example), span)
+
+    def prompt_ids(self, example: Example) -> list[int]:
+        """Tokens of the words of a prompt."""
         words = [BOS, *self.tokenizer.encode(example.prompt)]
-        if example.task == "generate":
-            words.append(DRAW)
-        return builder.text(words, span)
+        return [*words, DRAW] if example.task == "generate" else words
 
     def prompt(self, example: Example) -> PackBuilder:
         """A buffer with one prompt in it."""
@@ -84,11 +87,6 @@ class UnifiedPolicy:
     def answer_ids(self, text: str) -> list[int]:
         """Tokens of a complete answer, closed by the end token."""
         return [*self.tokenizer.encode(text), EOS]
-
-    def decode_answer(self, token_ids: Sequence[int]) -> str:
-        """Words of a sampled answer, without its end token."""
-        kept = list(token_ids)
-        return self.tokenizer.decode(kept[: kept.index(EOS)] if EOS in kept else kept)
 
     def encode(self, images: Tensor) -> Tensor:
         """[N, C, H, W] in [0, 1] -> [N, n, c] latents on the policy's device."""
@@ -127,12 +125,11 @@ class UnifiedPolicy:
         examples: Sequence[Example],
         group_size: int,
         *,
-        max_tokens: int,
-        temperature: float,
+        sampling: Sampling,
         seed: int,
         step: int,
     ) -> Answers:
-        """See `lvrpo.models.protocol.Policy`; the host reads once per position who goes on."""
+        """See `lvrpo.models.protocol.Policy`."""
         device = self.device
         builder = self.builder()
         last_prompt_row: list[int] = []
@@ -144,77 +141,38 @@ class UnifiedPolicy:
             prompt_rows.extend(range(first, builder.rows))
             for _ in range(group_size):
                 last_prompt_row.append(builder.end(prompt) - 1)
-                child = builder.text([0] * max_tokens, prompt)
+                child = builder.text([0] * sampling.max_tokens, prompt)
                 child_start.append(builder.start(child))
         layout = builder.build()
         run = CachedPass(self.module, layout, torch.tensor(prompt_rows), self.backend)
 
-        streams = sample_streams("answer", examples, group_size, seed, step)
-        uniform = random.uniform(streams, (max_tokens,)).to(device)
         # The rows of the prompts' text hidden states that predict the samples' first tokens.
         prompt_text_rows = layout.text_rows[torch.isin(layout.text_rows, torch.tensor(prompt_rows))]
         source = torch.searchsorted(prompt_text_rows, torch.tensor(last_prompt_row))
         used, inverse = source.unique(return_inverse=True)
         hidden, row_index = run.prompt_text[used.to(device)], inverse.to(device)
         starts = torch.tensor(child_start)
-        active = torch.arange(len(starts))
-        lengths = torch.zeros_like(starts)
-        drawn: list[tuple[Tensor, Tensor, Tensor]] = []  # samples, their tokens, their log-probs
-        for position in range(max_tokens):
-            at = active.to(device)
-            logits = self.module.logits(hidden)
-            ids, finite = self._sample_tokens(logits, row_index, uniform[at, position], temperature)
-            *going_on, all_finite = torch.cat([ids != EOS, finite[None]]).tolist()
-            if not all_finite:
-                # Whoever looks at them next would be blamed.
-                raise DivergedError.of_samples("log-probs", step)
-            logprobs = gather_logprobs(
-                logits,
-                ids,
-                row_index,
-                temperature=temperature or 1.0,
-                vocab_range=self.answer_range,
-                backend=self.backend,
-            )
-            drawn.append((at * max_tokens + position, ids, logprobs))
-            lengths[active] += 1
-            kept = torch.tensor(going_on).nonzero().flatten()
-            active = active[kept]
-            if position + 1 == max_tokens or not len(active):
-                break
-            batch, rows = run.part(starts[active] + position)
-            batch = dataclasses.replace(batch, token_ids=ids[kept.to(device)])
-            hidden, _ = run.run(batch, rows)
-            row_index = torch.arange(len(active), device=device)
-        places, all_ids, all_logprobs = map(torch.cat, zip(*drawn, strict=True))
-        order = places.argsort()
-        pieces = all_ids[order].cpu().split(lengths.tolist())
-        token_ids = [piece.tolist() for piece in pieces]
-        return Answers(
-            examples=list(examples),
-            group_size=group_size,
-            token_ids=token_ids,
-            texts=[self.decode_answer(ids) for ids in token_ids],
-            logprobs=all_logprobs[order],
-            finish_reasons=["end" if ids[-1] == EOS else "length" for ids in token_ids],
+        sampler = AnswerSampler(
+            examples,
+            group_size,
+            sampling,
+            prompt_ids=[self.prompt_ids(example) for example in examples],
+            vocab_range=self.answer_range,
+            end_ids=[EOS],
+            decode=self.tokenizer.decode,
+            device=device,
+            seed=seed,
+            step=step,
+            backend=self.backend,
         )
-
-    def _sample_tokens(
-        self, logits: Tensor, row_index: Tensor, uniform: Tensor, temperature: float
-    ) -> tuple[Tensor, Tensor]:
-        """A token per entry of `row_index`, and whether all their distributions are finite.
-
-        Drawn by inverting the cumulative distribution; the likeliest where the temperature is 0.
-        """
-        low, high = self.answer_range
-        scaled = logits[:, low:high].double() / (temperature or 1.0)
-        cumulative = scaled.softmax(dim=-1).cumsum(dim=-1)[row_index]
-        if temperature:
-            ids = torch.searchsorted(cumulative, uniform.double()[:, None]).squeeze(1)
-            ids = ids.clamp(max=high - low - 1)
-        else:
-            ids = scaled.argmax(dim=-1)[row_index]  # of equal ones the first
-        return ids + low, cumulative[:, -1].isfinite().all()
+        while True:
+            position = sampler.position
+            ids, _ = sampler.draw(self.module.logits(hidden), row_index)
+            if not len(sampler.active):
+                return sampler.answers()
+            batch, rows = run.part(starts[sampler.active] + position)
+            hidden, _ = run.run(dataclasses.replace(batch, token_ids=ids), rows)
+            row_index = torch.arange(len(ids), device=device)
 
     @torch.no_grad()
     def sample_images(
