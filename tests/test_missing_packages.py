@@ -111,6 +111,7 @@ def test_a_package_that_a_package_needs(tmp_path):
         ("numpy", "lvrpo.data"),
         ("numpy", "lvrpo.rewards"),
         ("einops", "lvrpo.models.unified.model"),
+        ("safetensors", "lvrpo.models.bagel"),
         ("tensorboard", "lvrpo.runs.log"),
     ],
 )

@@ -1,7 +1,22 @@
 """BAGEL-MoT (arXiv 2505.14683): the model, its layout, and the folder that it is published in."""
 
+from lvrpo.info import require
+
+require("einops", "numpy", "safetensors")
+
+from lvrpo.models.bagel.autoencoder import AutoencoderConfig, FluxAutoencoder
+from lvrpo.models.bagel.checkpoint import BagelCheckpoint, load_bagel, save_bagel
 from lvrpo.models.bagel.config import BagelConfig
 from lvrpo.models.bagel.layout import BagelBuilder
 from lvrpo.models.bagel.model import Bagel
 
-__all__ = ["Bagel", "BagelBuilder", "BagelConfig"]
+__all__ = [
+    "AutoencoderConfig",
+    "Bagel",
+    "BagelBuilder",
+    "BagelCheckpoint",
+    "BagelConfig",
+    "FluxAutoencoder",
+    "load_bagel",
+    "save_bagel",
+]

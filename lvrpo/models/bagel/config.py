@@ -8,6 +8,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+Shapes = dict[str, tuple[int, ...]]  # of tensors, by name
+
 
 @dataclass(frozen=True)
 class BagelConfig:
@@ -67,7 +69,7 @@ class BagelConfig:
         cls,
         llm: Mapping[str, Any],
         vit: Mapping[str, Any],
-        shapes: Mapping[str, tuple[int, ...]],
+        shapes: Shapes,
     ) -> BagelConfig:
         """The configuration of a published folder.
 
