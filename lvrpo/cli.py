@@ -1,4 +1,4 @@
-"""The `lvrpo` command: train, eval, sample, report, study, info.
+"""The `lvrpo` command: train, eval, sample, report, study, plan, info.
 
 Wrong input ends with one line on standard error and exit code 2, any other error with one line and
 1 (`--debug` shows the traceback), and a signal with 128 plus its number: 130 after Ctrl-C, 143
@@ -312,6 +312,49 @@ def study_reward_attacks(
         path.parent.mkdir(exist_ok=True)
         write_atomically(path, found.to_json().encode() + b"\n")
         typer.echo("\n".join([*found.lines(), f"study: {path}"]))
+
+
+@app.command(
+    epilog="Examples:  lvrpo plan --config mine.toml  |  "
+    "lvrpo plan --config mine.toml --ranks 8 --bf16 --checkpointing --gpu"
+)
+def plan(
+    config: ConfigFile = None,
+    set_: Overrides = None,
+    ranks: Annotated[
+        int, typer.Option(min=1, help="That share parameters and groups, as by fully_shard.")
+    ] = 1,
+    bf16: Annotated[
+        bool, typer.Option("--bf16", help="Compute in bf16, with fp32 master weights.")
+    ] = False,
+    checkpointing: Annotated[
+        bool, typer.Option("--checkpointing", help="Compute layers again in the backward pass.")
+    ] = False,
+    gpu: Annotated[
+        bool, typer.Option("--gpu", help="Norms of one kernel and chunks of logits of a GPU.")
+    ] = False,
+    rate: Annotated[
+        float, typer.Option(min=0, help="FLOPs a second of a rank, with --bandwidth: seconds.")
+    ] = 0.0,
+    bandwidth: Annotated[
+        float, typer.Option(min=0, help="Bytes a second that a rank receives, with --rate.")
+    ] = 0.0,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    debug: Debug = False,
+) -> None:
+    """Forecast memory, FLOPs and traffic of a run before it starts; formulas, no measurement."""
+    with one_line_errors(debug):
+        from lvrpo.planning.memory import Numerics
+        from lvrpo.runs.config_file import load_config
+        from lvrpo.runs.plan import plan_run
+        from lvrpo.runs.plan_view import show, to_json
+
+        if bool(rate) != bool(bandwidth):
+            fail(f"plan: --rate is {rate:g} and --bandwidth {bandwidth:g}, expected both or none")
+        numerics = Numerics(2 if bf16 else 4, fused_norms=gpu, checkpointing=checkpointing)
+        found = plan_run(load_config(config, set_ or []), numerics, ranks=ranks, on_gpu=gpu)
+        told = found.to_dict(rate, bandwidth)
+        typer.echo(to_json(told)) if as_json else show(told)
 
 
 @app.command()

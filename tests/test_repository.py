@@ -191,11 +191,13 @@ MAY_IMPORT = {
     "digits": "info data random rewards",
     "models": "info data random ops params masks dtypes",
     "trainer": "info data random rewards models ops params sampler_correction intervals",
-    "runs": "info lvrpo data random rewards models ops params backends trainer intervals digits",
+    "runs": "info lvrpo data random rewards models ops params backends trainer intervals digits "
+    "planning",
     "report": "info data intervals runs trainer",
+    "planning": "masks models ops",
     "studies": "info data random rewards trainer runs report intervals",
     "integrations": "info lvrpo covariance masks ops params checks token_layout token_advantages",
-    "cli": "info lvrpo runs report studies trainer",
+    "cli": "info lvrpo planning runs report studies trainer",
     "__main__": "info cli",
     "lvrpo": "covariance params masks ops sampler_correction token_advantages",
 }

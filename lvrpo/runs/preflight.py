@@ -16,7 +16,10 @@ import torch
 from lvrpo import backends
 from lvrpo.data.example import SKILLS
 from lvrpo.data.sources import LabelErrors
+from lvrpo.models.transformer import Parameters
 from lvrpo.params.advantages import AdvantageParams
+from lvrpo.planning import memory
+from lvrpo.planning.memory import Numerics
 from lvrpo.rewards.registry import BUILT_IN, reward_label
 from lvrpo.runs.probe import probe_rewards
 from lvrpo.runs.setup import Data, FrozenParts, Setup, used_rewards
@@ -96,11 +99,13 @@ def _check_patches(config: TrainConfig, picture_shape: tuple[int, int, int]) -> 
 
 
 def _check_memory(setup: Setup, parts: FrozenParts) -> None:
-    """Refuse a model whose weights, average or reference, gradient and moments do not fit."""
+    """Refuse a model whose weights, reference, gradient and moments do not fit."""
     with torch.device("meta"):
-        module = setup.new_policy(parts).module
-    parameters, shape = sum(weight.numel() for weight in module.parameters()), setup.config.model
-    needed = 5 * 4 * parameters
+        counted = Parameters.of(setup.new_policy(parts).module)
+    parameters, shape = counted.total, setup.config.model
+    section = setup.config.optimizer
+    kept = section.minibatches * section.updates_per_rollout > 1
+    needed = sum(memory.state(counted, Numerics(), ranks=1, kept=kept).values())
     there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     if needed > there:
         raise ConfigError(

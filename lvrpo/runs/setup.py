@@ -25,9 +25,11 @@ from lvrpo.digits.task import SceneData
 from lvrpo.models.answering import answer_probability
 from lvrpo.models.flow import noise_floor_note
 from lvrpo.models.protocol import Policy
+from lvrpo.models.transformer import Transformer
 from lvrpo.models.unified.latents import LinearAutoencoder
 from lvrpo.models.unified.model import UnifiedConfig, UnifiedModel
 from lvrpo.models.unified.policy import UnifiedPolicy
+from lvrpo.models.unified.shape import transformer
 from lvrpo.models.unified.tokenizer import Tokenizer
 from lvrpo.rewards.checks import VerdictChecks
 from lvrpo.rewards.parts import RewardParts, Rules
@@ -307,6 +309,11 @@ class Setup:
             answer_range=parts.answer_range,
             backend=self.config.run.backend or None,
         )
+
+    def transformer(self, parts: FrozenParts) -> Transformer:
+        """What the policy's model is made of, for a plan."""
+        low, high = parts.answer_range
+        return transformer(self._model_config(parts), high - low)
 
     def _model_config(self, parts: FrozenParts) -> UnifiedConfig:
         """The model's shape: the configuration's sizes, the data's channels and vocabulary."""

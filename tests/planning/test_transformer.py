@@ -1,0 +1,45 @@
+"""Parameters as they are counted, and matrices as the formulas have them."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from planning.planned_models import CONFIGS, model_of
+from torch import nn
+
+from lvrpo.models.transformer import Parameters
+from lvrpo.models.unified.model import UnifiedConfig, UnifiedModel
+from lvrpo.models.unified.shape import transformer
+
+
+def numbers(module: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
+@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
+def test_matrices_are_those_of_the_linear_modules(config):
+    model, shape = model_of(config), transformer(config)
+
+    def linear(module: nn.Module) -> int:
+        return sum(m.weight.numel() for m in module.modules() if isinstance(m, nn.Linear))
+
+    assert shape.language.matrices == linear(model.understand[0]) == linear(model.generate[0])
+    assert shape.tower.matrices * shape.tower.layers == linear(model.vision)
+    assert shape.connector_matrices == linear(model.connector)
+    assert shape.vocab * shape.language.hidden == linear(model.head)
+
+
+def test_parameters_are_counted_on_the_meta_device():
+    with torch.device("meta"):
+        model = UnifiedModel(UnifiedConfig.preset("bagel-7b"))
+    model.vision.requires_grad_(False)
+    counted = Parameters.of(model)
+    assert counted.total == numbers(model)
+    assert counted.frozen == numbers(model.vision)
+    assert counted.unit == numbers(model.embedding) == 152064 * 3584
+    # Qwen2.5-7B has 7.62 billion, 1.09 of them in embedding and head.
+    assert 2 * 6.5e9 < sum(map(numbers, (model.understand, model.generate))) < 2 * 6.6e9
+
+
+def test_a_module_without_parts_is_one_unit():
+    assert Parameters.of(nn.Linear(3, 5)) == Parameters(20, 0, 20)
