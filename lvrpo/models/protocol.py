@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -101,11 +101,30 @@ class Pictures:
 
 
 class Head(NamedTuple):
-    """The projection on the vocabulary, as the `linear_` ops take it."""
+    """The projection on the vocabulary.
+
+    Logits are softcap * tanh(logit_scale * z / softcap), z = hidden @ weight.T + bias.
+    """
 
     weight: Tensor  # [V, H]
     bias: Tensor | None  # [V]
     vocab_range: tuple[int, int]  # [low, high) of the tokens that answers are sampled from
+    logit_scale: float = 1.0
+    softcap: float | None = None  # None: logits are as large as they are
+
+    def arguments(self, temperature: float = 1.0) -> dict[str, Any]:
+        """Keyword arguments of the `linear_` ops.
+
+        Args:
+            temperature: that the logits are divided by.
+        """
+        return {
+            "weight": self.weight,
+            "bias": self.bias,
+            "vocab_range": self.vocab_range,
+            "temperature": temperature / self.logit_scale,
+            "softcap": None if self.softcap is None else self.softcap / self.logit_scale,
+        }
 
 
 class Outputs(NamedTuple):
@@ -119,16 +138,14 @@ class Outputs(NamedTuple):
         self, pack: Pack, *, temperature: float = 1.0, backend: str | None = None
     ) -> Tensor:
         """[T] log-probs of the pack's targets among the tokens that answers may hold, nats."""
-        return linear_logprobs(
+        found: Tensor = linear_logprobs(
             self.hidden,
-            self.head.weight,
-            pack.token_ids,
-            pack.row_index,
-            bias=self.head.bias,
-            temperature=temperature,
-            vocab_range=self.head.vocab_range,
+            token_ids=pack.token_ids,
+            row_index=pack.row_index,
+            **self.head.arguments(temperature),
             backend=backend,
         )
+        return found
 
 
 class Policy(Protocol):

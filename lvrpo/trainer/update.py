@@ -136,23 +136,19 @@ def _text_loss(step: _Update, pack: Pack, outputs: Outputs, reference: Outputs |
             )
     weights = experience.token_weights
     per_token = objective.text.aggregation == "token_mean"
-    head = outputs.head
     result = linear_grpo_loss(
         outputs.hidden,
-        head.weight,
-        pack.token_ids,
-        answers.logprobs[pack.tokens],
-        advantages[pack.completions].float(),
-        pack.cu_seqlens,
+        token_ids=pack.token_ids,
+        old_logprobs=answers.logprobs[pack.tokens],
+        advantages=advantages[pack.completions].float(),
+        cu_seqlens=pack.cu_seqlens,
         row_index=pack.row_index,
-        bias=head.bias,
+        **outputs.head.arguments(objective.temperature),
         policy_weights=None if weights is None else weights[pack.tokens],
         level="sequence",
         ref_logprobs=ref_logprobs,
         denominator=float(len(answers.logprobs if per_token else answers.token_ids)),
         params=objective.text,
-        temperature=objective.temperature,
-        vocab_range=head.vocab_range,
         backend=policy.backend,
     )
     step.metrics.add("text", result.loss, result.metrics)

@@ -47,13 +47,13 @@ def supervised_gradient(
     outputs = policy.forward(pack)
     metrics, total = {}, outputs.hidden.new_zeros(())
     if questions:
-        head = outputs.head
+        # Imitation is among all tokens: which of them answers may hold is learned here.
+        head = outputs.head.arguments() | {"vocab_range": None}
         logprobs = linear_logprobs(
             outputs.hidden,
-            head.weight,
-            pack.token_ids,
-            pack.row_index,
-            bias=head.bias,
+            token_ids=pack.token_ids,
+            row_index=pack.row_index,
+            **head,
             backend=policy.backend,
         )
         loss = -logprobs.mean()
