@@ -29,13 +29,13 @@ class Rule(Protocol):
 
 @dataclass(frozen=True, eq=False)
 class Example:
-    """One prompt: a question about a picture, or a picture to draw.
+    """One prompt: a question, most often about a picture, or a picture to draw.
 
     Args:
         task: "understand" (answer in words) or "generate" (draw).
         uid: stable name, unique in a data set; random streams and reports are keyed by it.
         prompt: what the model reads.
-        image: [C, H, W] fp32 in [0, 1], the picture asked about; understand only.
+        image: [C, H, W] fp32 in [0, 1], the picture asked about, if there is one; understand only.
         answer: the right answer, which is imitated; understand only.
         other_answers: answers that are as right; understand only.
         rule: what a drawing must satisfy; None where no rule can check it.
@@ -61,7 +61,7 @@ class Example:
         if self.task not in SKILLS:
             raise ValueError(f"Example {self.uid!r}: task is {self.task!r}, expected {SKILLS}")
         if self.task == "understand":
-            self._require("image", "answer")
+            self._require("answer")
             self._refuse("rule", "target")
         else:
             self._refuse("image", "answer")
@@ -87,16 +87,17 @@ class Example:
     def identity(self) -> Identity | None:
         """What two splits may not share: it would give an answer, or a right drawing, away.
 
-        A question is known by its picture and wording; a drawing by its rule (two wordings of one
-        layout are one prompt), or by wording and target where there is no rule. A drawing prompt
-        with neither has nothing to give away: a finite set of prompts may be trained on and
-        measured with.
+        A question is known by its wording and its picture, if it has one; a drawing by its rule
+        (two wordings of one layout are one prompt), or by wording and target where there is no
+        rule. A drawing prompt with neither has nothing to give away: a finite set of prompts may be
+        trained on and measured with.
         """
         if self.image is not None:
             return Identity("question and picture", picture_hash(self.image, salt=self.prompt))
+        if self.task == "understand":
+            return Identity("question", _digest(self.prompt))
         if self.rule is not None:
-            digest = hashlib.blake2b(self.rule.key.encode(), digest_size=16)
-            return Identity("rule", digest.hexdigest())
+            return Identity("rule", _digest(self.rule.key))
         if self.target is not None:
             return Identity("wording and target", picture_hash(self.target, salt=self.prompt))
         return None
@@ -109,11 +110,15 @@ class Identity(NamedTuple):
     digest: str
 
 
+def _digest(text: str) -> str:
+    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+
+
 def cluster_of(example: Example) -> str:
     """Equal for two prompts that are not independent of each other, which errors have to know.
 
     `Example.cluster`; where it is empty, questions about one picture are a cluster, and requests of
-    one rule, or of one wording where there is no rule.
+    one rule; or what has one wording, where there is neither.
     """
     if example.cluster:
         return example.cluster
