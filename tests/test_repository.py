@@ -50,6 +50,7 @@ EXCEPTIONS: dict[str, tuple[int, str]] = {
 }
 #: Modules that users run or import themselves, and nothing inside lvrpo needs to.
 DOORS = {"lvrpo", "lvrpo.__main__", "lvrpo.info", "lvrpo.testing"}
+DOORS |= {"lvrpo.models.huggingface.loading"}
 ENVIRONMENT_VARIABLES = {"LVRPO_BACKEND", "LVRPO_BUILD", "LVRPO_CHECK"}
 ENVIRONMENT_VARIABLES |= {"TRITON_INTERPRET"}  # Triton's own
 #: Read by setup.py, defined by others.
@@ -189,7 +190,7 @@ MAY_IMPORT = {
     "data": "info random",
     "rewards": "info data",
     "digits": "info data random rewards",
-    "models": "info data random ops params masks dtypes",
+    "models": "info data random ops params masks dtypes integrations",
     "trainer": "info data random rewards models ops params sampler_correction intervals",
     "runs": "info lvrpo data random rewards models ops params backends trainer intervals digits "
     "planning",
@@ -203,7 +204,10 @@ MAY_IMPORT = {
 }
 #: The model families and the embedded demo: parts that one module puts together, and that nothing
 #: else knows.
-PARTS = ("lvrpo.digits", "lvrpo.models.unified", "lvrpo.models.bagel")
+PARTS = (
+    *("lvrpo.digits", "lvrpo.models.unified", "lvrpo.models.bagel"),
+    "lvrpo.models.huggingface",
+)
 KNOW_PARTS = ("lvrpo.runs.setup", *PARTS)
 
 

@@ -7,7 +7,7 @@ buffer.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Hashable, Sequence
+from collections.abc import Collection, Hashable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -20,6 +20,11 @@ from lvrpo.params.from_trl import refuse
 
 #: Inputs of a model that have a number per token: [B, S].
 PER_TOKEN = ("input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids")
+#: Inputs by which a model numbers the tokens of images and videos.
+OF_POSITIONS = (
+    *("input_ids", "attention_mask", "mm_token_type_ids"),
+    *("image_grid_thw", "video_grid_thw", "second_per_grid_ts"),
+)
 #: Models of transformers, by `model_type`, that let tokens of a prompt see later ones (of an image,
 #: of a prefix), which a causal prompt of a tree does not.
 SEE_AHEAD = {
@@ -39,23 +44,36 @@ def check_model(model: Any) -> None:
     Raises:
         ValueError: names what the model has, and says what to do.
     """
+    for why in unshared(model):
+        refuse("share_prompts", True, f"but {why}", "False")
     text = model.config.get_text_config()
-    kind = model.config.model_type
-    layers = sorted({*(getattr(text, "layer_types", None) or ())} - SPAN_LAYERS)
-    adapter = getattr(model, "active_peft_config", None)
-    if kind in SEE_AHEAD:
-        refuse("share_prompts", True, f"but the prompts of {kind} are not causal", "False")
-    if layers:
-        why = f"but {kind} has layers that a tree says nothing of ({', '.join(layers)})"
-        refuse("share_prompts", True, why, "False")
-    if adapter is not None and adapter.is_prompt_learning:
-        why = f"but the adapter puts tokens of its own before prompts ({adapter.peft_type.value})"
-        refuse("share_prompts", True, why, "False, or LoRA")
     for config in (text, *(getattr(model.config, part, None) for part in model.config.sub_configs)):
         for name in ATTENTION_DROPOUT:
             if getattr(config, name, None):
                 why = f"which share_prompts has no attention for ({type(config).__name__})"
                 refuse(name, getattr(config, name), why, "0")
+
+
+def unshared(model: Any, laid_out: Collection[str] = ()) -> Iterator[str]:
+    """Why completions of a model cannot share a prompt; nothing if they can.
+
+    Args:
+        model: of transformers, or an adapter of PEFT around one.
+        laid_out: models, by `model_type`, whose buffers have spans for what sees ahead.
+    """
+    kind = model.config.model_type
+    types = getattr(model.config.get_text_config(), "layer_types", None) or ()
+    layers = sorted({*types} - SPAN_LAYERS)
+    adapter = getattr(model, "active_peft_config", None)
+    if kind in SEE_AHEAD - {*laid_out}:
+        yield f"the prompts of {kind} are not causal"
+    if layers:
+        yield f"{kind} has layers that a tree says nothing of ({', '.join(layers)})"
+    if adapter is not None and adapter.is_prompt_learning:
+        yield (
+            "the adapter puts tokens of its own before prompts, as LoRA does not "
+            f"({adapter.peft_type.value})"
+        )
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -161,12 +179,25 @@ def grouped_inputs(
 
 def _positions(model: Any, rows: Sequence[dict[str, Any]], groups: PromptGroups) -> Tensor:
     """[1, L], or [3, 1, L] for a model that numbers images in three directions."""
-    find = [module for module in model.modules() if hasattr(type(module), "get_rope_index")]
-    if not find or "mm_token_type_ids" not in rows[0]:
+    every = [image_positions(model, row) for row in rows]
+    numbered = [positions for positions in every if positions is not None]
+    if not numbered:
         return position_ids(groups.mask)[None]
-    names = "input_ids", "attention_mask", "mm_token_type_ids", "image_grid_thw", "video_grid_thw"
-    every = [find[0].get_rope_index(**{n: row[n] for n in names if n in row})[0] for row in rows]
-    found: Tensor = torch.cat(every, dim=1).flatten(1)[:, None, groups.tokens]
+    found: Tensor = torch.cat(numbered, dim=1).flatten(1)[:, None, groups.tokens]
+    return found
+
+
+def image_positions(model: Any, inputs: Mapping[str, Any]) -> Tensor | None:
+    """[3, B, S] positions, where a model numbers images and videos in three directions, or None.
+
+    Args:
+        model: of transformers; the installed release says how.
+        inputs: of the model, with the types of its tokens and the grids of its images and videos.
+    """
+    find = [module for module in model.modules() if hasattr(type(module), "get_rope_index")]
+    if not find or "mm_token_type_ids" not in inputs:
+        return None
+    found: Tensor = find[0].get_rope_index(**{n: inputs[n] for n in OF_POSITIONS if n in inputs})[0]
     return found
 
 

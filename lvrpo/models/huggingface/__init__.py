@@ -1,0 +1,1 @@
+"""Language models and vision-language models of transformers as policies that answer."""

@@ -1,0 +1,215 @@
+"""From a folder as transformers saves one to a policy: what is trained of it, and what is not."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from lvrpo.info import require
+from lvrpo.integrations.prompt_groups import unshared
+from lvrpo.integrations.transformers import set_attention
+from lvrpo.integrations.transformers.release import require_transformers
+from lvrpo.models.huggingface.policy import HuggingFacePolicy
+from lvrpo.models.huggingface.prompts import LAID_OUT, PromptReader
+
+
+@dataclass(frozen=True)
+class Lora:
+    """Matrices of low rank that are trained in the place of a model's own weights.
+
+    Attributes:
+        rank: of each.
+        alpha: what they add is multiplied by alpha / rank.
+        targets: names of the layers, or their ends; empty: all linear layers of the text model but
+            the head.
+    """
+
+    rank: int
+    alpha: float = 16.0
+    targets: tuple[str, ...] = ()
+
+
+def from_pretrained(
+    path: str | Path,
+    *,
+    chat: bool = True,
+    frozen: Sequence[str] = (),
+    lora: Lora | None = None,
+    gradient_checkpointing: bool = False,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+    backend: str | None = None,
+) -> HuggingFacePolicy:
+    """A policy of the model in a folder; torch's random state decides where a LoRA begins.
+
+    Args:
+        path: of the folder, with a configuration, weights, and a tokenizer or a processor.
+        chat: see `PromptReader`.
+        frozen: what the names of parameters begin with that are not trained, as "model.visual".
+        lora: trains adapters of PEFT instead of the model's weights.
+        gradient_checkpointing: whether layers are computed again in the backward pass.
+        dtype: of the weights.
+        device: of the weights.
+        backend: of the ops.
+
+    Raises:
+        ImportError: transformers, or PEFT for a LoRA, is missing or not a tested release.
+        ValueError: the folder is not one that a policy can be made of; says why.
+    """
+    model, processor = load_folder(Path(path), dtype)
+    return make_policy(
+        model.to(device),
+        processor,
+        chat=chat,
+        frozen=frozen,
+        lora=lora,
+        gradient_checkpointing=gradient_checkpointing,
+        backend=backend,
+    )
+
+
+def make_policy(
+    model: Any,
+    processor: Any,
+    *,
+    chat: bool = True,
+    frozen: Sequence[str] = (),
+    lora: Lora | None = None,
+    gradient_checkpointing: bool = False,
+    backend: str | None = None,
+) -> HuggingFacePolicy:
+    """A policy of a model of transformers, which is changed in place.
+
+    Args:
+        model: a language model, or one that reads pictures too.
+        processor: its processor; its tokenizer for a language model.
+        chat: see `from_pretrained`, like the others.
+        frozen: likewise.
+        lora: likewise.
+        gradient_checkpointing: likewise.
+        backend: of the ops.
+
+    Raises:
+        ValueError: it cannot be a policy, or its parts disagree; says why.
+    """
+    for why in unshared(model, LAID_OUT):
+        raise ValueError(
+            f"a {type(model).__name__} cannot be a policy: {why}, expected a model whose tokens "
+            "meet in causal attention alone"
+        )
+    reader = PromptReader(model, processor, chat=chat)
+    model.eval()
+    set_attention(model)
+    freeze(model, frozen)
+    if lora is not None:
+        model = with_lora(model, lora)
+    if gradient_checkpointing:
+        checkpoint_layers(model)
+    return HuggingFacePolicy(model, reader, trained_part(model), backend)
+
+
+def load_folder(path: Path, dtype: torch.dtype) -> tuple[Any, Any]:
+    """A model, and its processor or tokenizer; nothing but the folder is read.
+
+    Raises:
+        ValueError: it is no such folder; says what is missing.
+    """
+    require_transformers()
+    import transformers
+    from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+
+    if not (path / "config.json").is_file():
+        raise ValueError(
+            f"{path}: there is no config.json, expected a folder as save_pretrained writes one"
+        )
+    try:
+        config = transformers.AutoConfig.from_pretrained(path)
+        reads_pictures = type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+        kinds = (
+            (transformers.AutoModelForImageTextToText, transformers.AutoProcessor)
+            if reads_pictures
+            else (transformers.AutoModelForCausalLM, transformers.AutoTokenizer)
+        )
+        model = kinds[0].from_pretrained(path, dtype=dtype, local_files_only=True)
+        return model, kinds[1].from_pretrained(path, local_files_only=True)
+    except (OSError, ValueError, KeyError) as error:
+        # transformers explains over many lines.
+        raise ValueError(f"{path}: {' '.join(str(error).split())}") from error
+
+
+def freeze(model: nn.Module, prefixes: Sequence[str]) -> None:
+    """Leave parameters out of training.
+
+    Raises:
+        ValueError: no parameter's name begins with one of the prefixes, or all of them do.
+    """
+    names = dict(model.named_parameters())
+    for prefix in prefixes:
+        begun = [name for name in names if name == prefix or name.startswith(f"{prefix}.")]
+        if not begun:
+            tops = sorted({name.rpartition(".layers.")[0] or name for name in names})
+            raise ValueError(
+                f"no parameter of {type(model).__name__} is in {prefix!r}, expected one of "
+                f"{', '.join(tops[:12])}"
+            )
+        for name in begun:
+            names[name].requires_grad_(False)
+    if not any(parameter.requires_grad for parameter in names.values()):
+        raise ValueError(f"{', '.join(prefixes)}: nothing is left to train, expected fewer of them")
+
+
+def with_lora(model: Any, lora: Lora) -> Any:
+    """The model with adapters, everything else frozen; as it was until they are trained."""
+    require("peft")
+    import peft
+
+    config = peft.LoraConfig(
+        r=lora.rank,
+        lora_alpha=lora.alpha,
+        lora_dropout=0.0,
+        target_modules=[*lora.targets] or text_layers(model),
+    )
+    return peft.get_peft_model(model, config).eval()
+
+
+def text_layers(model: Any) -> list[str]:
+    """Names of the linear layers of the text model."""
+    text = model.get_decoder()
+    (prefix,) = (name for name, module in model.named_modules() if module is text)
+    return [
+        f"{prefix}.{name}" for name, module in text.named_modules() if isinstance(module, nn.Linear)
+    ]
+
+
+def checkpoint_layers(model: Any) -> None:
+    """Compute layers again in the backward pass.
+
+    Layers are checkpointed in training mode alone, which theirs is then; what drops out is below
+    them, in evaluation mode.
+    """
+    from transformers.modeling_layers import GradientCheckpointingLayer
+
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    for module in model.modules():
+        if isinstance(module, GradientCheckpointingLayer):
+            module.training = True
+
+
+def trained_part(model: nn.Module) -> nn.Module:
+    """The trained parameters of a model, by their names, and nothing else that it has."""
+    root = nn.Module()
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            *path, last = name.split(".")
+            module = root
+            for part in path:
+                if part not in dict(module.named_children()):
+                    module.add_module(part, nn.Module())
+                module = module.get_submodule(part)
+            module.register_parameter(last, parameter)
+    return root

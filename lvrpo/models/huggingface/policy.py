@@ -1,0 +1,191 @@
+"""A model of transformers as a policy that answers: `HuggingFacePolicy`.
+
+Its attention is lvrpo's, in the rollout and in the update, so that a prompt and its pictures are
+computed once for all answers. Nothing drops out: modules stay in evaluation mode.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lvrpo.data.example import Example, Skill
+from lvrpo.integrations.transformers.completions import completion_states
+from lvrpo.models.answer_sampler import AnswerSampler
+from lvrpo.models.flow import FlowSchedule
+from lvrpo.models.huggingface.decoding import Decoding
+from lvrpo.models.huggingface.layout import PromptBuilder, TokenBatch
+from lvrpo.models.huggingface.prompts import PromptReader, placeholders
+from lvrpo.models.packs import Pack, PictureGroup, TextGroup, pack_groups
+from lvrpo.models.protocol import Answers, Head, Outputs, Pictures
+from lvrpo.models.sampling import Sampling
+
+
+@dataclass(frozen=True)
+class HuggingFacePolicy:
+    """A `lvrpo.models.protocol.Policy` that answers and does not draw; see `from_pretrained`.
+
+    Attributes:
+        model: of transformers, with the attention "lvrpo".
+        reader: of prompts.
+        module: the trained parameters of the model, by their names there.
+        backend: of every op but attention; None for the first that can run.
+    """
+
+    model: Any
+    reader: PromptReader
+    module: nn.Module
+    backend: str | None = None
+
+    @property
+    def skills(self) -> frozenset[Skill]:
+        """Answers."""
+        return frozenset({"understand"})
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model reads tokens."""
+        return self.model.get_input_embeddings().weight.device  # type: ignore[no-any-return]
+
+    @property
+    def latent_grid(self) -> tuple[int, int]:
+        """Of no drawings."""
+        return 0, 0
+
+    @property
+    def latent_shape(self) -> tuple[int, int]:
+        """Of no drawings."""
+        return 0, 0
+
+    def builder(self) -> PromptBuilder:
+        """An empty packed buffer."""
+        return PromptBuilder(placeholders(self.model.config), self.reader.end_ids[0])
+
+    def prompt(self, example: Example) -> PromptBuilder:
+        """A buffer with one prompt in it."""
+        builder = self.builder()
+        builder.prompt(self.reader.read(example))
+        return builder
+
+    def answer_ids(self, text: str) -> list[int]:
+        """Tokens of a complete answer, closed by the end token."""
+        ids = self.reader.tokenizer(text, add_special_tokens=False)["input_ids"]
+        return [*ids, self.reader.end_ids[0]]
+
+    def encode(self, images: Tensor) -> Tensor:
+        """Refused: there are no latents.
+
+        Raises:
+            ValueError: always.
+        """
+        raise ValueError(f"{self._name} cannot draw, expected no pictures to encode")
+
+    def packs(
+        self,
+        texts: Sequence[TextGroup],
+        pictures: Sequence[PictureGroup] = (),
+        latents: Tensor | None = None,
+        timesteps: Tensor | None = None,
+        max_rows: int = 1 << 30,
+        *,
+        share_prompts: bool = True,
+    ) -> Iterator[Pack]:
+        """See `pack_groups`; groups of pictures are refused."""
+        packs = pack_groups(
+            self, texts, pictures, latents, timesteps, max_rows, share_prompts=share_prompts
+        )
+        return (pack.to(self.device) for pack in packs)
+
+    def forward(self, pack: Pack) -> Outputs:
+        """One pass over a pack of this policy's."""
+        batch = pack.batch
+        assert isinstance(batch, TokenBatch)
+        states = completion_states(self.model, batch.inputs(self.model.dtype))
+        head = Head(
+            states.weight, states.bias, self._vocab_range, states.logit_scale, states.softcap
+        )
+        no_pictures = states.hidden.new_zeros(0, *self.latent_shape)
+        return Outputs(states.hidden[0, pack.predictors], head, no_pictures)
+
+    @torch.no_grad()
+    def sample_texts(
+        self,
+        examples: Sequence[Example],
+        group_size: int,
+        *,
+        sampling: Sampling,
+        seed: int,
+        step: int,
+    ) -> Answers:
+        """See `lvrpo.models.protocol.Policy`.
+
+        Raises:
+            DivergedError: the model's logits are not finite.
+            ValueError: the model has no positions for a prompt and its answers.
+        """
+        prompts = [self.reader.read(example) for example in examples]
+        sampler = AnswerSampler(
+            examples,
+            group_size,
+            sampling,
+            prompt_ids=[prompt.token_ids for prompt in prompts],
+            vocab_range=self._vocab_range,
+            end_ids=self.reader.end_ids,
+            decode=self.decode_answer,
+            device=self.device,
+            seed=seed,
+            step=step,
+            backend=self.backend,
+        )
+        self._check_lengths(examples, [len(p.token_ids) for p in prompts], sampling.max_tokens)
+        decoding = Decoding(self.model, self.builder, prompts, group_size)
+        while True:
+            ids, _ = sampler.draw(decoding.logits, decoding.row_index)
+            if not len(sampler.active):
+                return sampler.answers()
+            decoding.append(ids, sampler.active)
+
+    def sample_images(
+        self,
+        examples: Sequence[Example],
+        group_size: int,
+        schedule: FlowSchedule,
+        *,
+        start_noise: float = 1.0,
+        seed: int,
+        step: int,
+    ) -> Pictures:
+        """Refused: see `skills`.
+
+        Raises:
+            ValueError: always.
+        """
+        raise ValueError(f"{self._name} cannot draw, expected questions alone")
+
+    def decode_answer(self, token_ids: Sequence[int]) -> str:
+        """Words of a sampled answer."""
+        text: str = self.reader.tokenizer.decode(token_ids, skip_special_tokens=True)
+        return text
+
+    @property
+    def _name(self) -> str:
+        return f"a policy of {type(self.model).__name__}"
+
+    @property
+    def _vocab_range(self) -> tuple[int, int]:
+        return 0, self.model.get_output_embeddings().weight.shape[0]
+
+    def _check_lengths(
+        self, examples: Sequence[Example], lengths: Sequence[int], max_tokens: int
+    ) -> None:
+        most = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+        for example, length in zip(examples, lengths, strict=True):
+            if most is not None and length + max_tokens > most:
+                raise ValueError(
+                    f"{example.uid}: a prompt of {length} tokens and an answer of up to "
+                    f"{max_tokens}, the model has positions for {most} (max_position_embeddings)"
+                )
