@@ -120,6 +120,7 @@ def _requirements() -> Iterator[tuple[str, str]]:
 INSTALL = {
     "train": "the trainer and the command need: pip install 'lvrpo[train]'",
     "report": "the report needs: pip install 'lvrpo[report]'",
+    "ocr": "the reward 'ocr' needs: pip install 'lvrpo[ocr]'",
 }
 #: Packages that are imported by another name than they are installed by.
 _MODULES = {"pillow": "PIL", "scikit-learn": "sklearn"}
@@ -130,7 +131,7 @@ def require(*packages: str, extra: str = "train") -> None:
 
     Args:
         packages: by the names that pip knows.
-        extra: which has them: "train" or "report".
+        extra: which has them, one of `INSTALL`.
 
     Raises:
         ModuleNotFoundError: naming all that are missing, and what to install.

@@ -133,6 +133,8 @@ class JsonlExamples(Sequence[Example]):
                 raise self._error(line, name, f"is unknown, {meant!r} was probably meant")
         # null is the same as leaving a field out.
         values = {name: value for name, value in values.items() if value is not None}
+        if "task" not in values and "include" in extra:  # GenEval's prompts as they are published
+            values = {"task": "generate", "kind": str(extra.get("tag", ""))} | values
         for name in ("task", "prompt"):
             if name not in values:
                 raise self._error(line, name, "is missing")

@@ -6,9 +6,12 @@ require("numpy")
 
 from lvrpo.data.example import FinishReason
 from lvrpo.rewards.answers import RuleReward, check_answers
+from lvrpo.rewards.boxes import Box, BoxReward
 from lvrpo.rewards.formats import FormatReward, answer_format
+from lvrpo.rewards.geneval import Detection, GenevalReward
 from lvrpo.rewards.knowledge import KnowledgeReward
 from lvrpo.rewards.matching import MatchReward
+from lvrpo.rewards.ocr import OcrReward
 from lvrpo.rewards.parts import AnswerProbability, PhraseEncoder, RewardParts, Rules, Verdicts
 from lvrpo.rewards.registry import FoundReward, find_reward, load_reward
 from lvrpo.rewards.reward import FunctionReward, Reward, RewardError, Samples
@@ -17,12 +20,17 @@ from lvrpo.rewards.semantic import SemanticReward
 
 __all__ = [
     "AnswerProbability",
+    "Box",
+    "BoxReward",
+    "Detection",
     "FinishReason",
     "FormatReward",
     "FoundReward",
     "FunctionReward",
+    "GenevalReward",
     "KnowledgeReward",
     "MatchReward",
+    "OcrReward",
     "PhraseEncoder",
     "Reward",
     "RewardError",

@@ -35,6 +35,8 @@ BUILT_IN = {
     "choice": "lvrpo.rewards.matching:ChoiceReward",
     "color": "lvrpo.rewards.matching:ColorReward",
     "position": "lvrpo.rewards.matching:PositionReward",
+    "boxes": "lvrpo.rewards.boxes:BoxReward",
+    "ocr": "lvrpo.rewards.ocr:OcrReward",
 }
 
 
