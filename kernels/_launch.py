@@ -85,7 +85,7 @@ def launch(kernel: Any, grid: tuple[int, ...], config: LaunchConfig, **arguments
     """Run `kernel` on the device of its tensors; an empty grid has nothing to do.
 
     Args:
-        kernel: a `triton.jit` function.
+        kernel: a `triton.jit` function, whose pointers, and nothing else, are called "..._ptr".
         grid: programs along x, y, z. Put rows on x: the others end at 65,535.
         config: tile sizes and warps.
         **arguments: every other parameter of the kernel by name, None for an absent tensor.
@@ -94,60 +94,77 @@ def launch(kernel: Any, grid: tuple[int, ...], config: LaunchConfig, **arguments
     recording = _record.get()
     if recording is not None:
         recording.launches.append(Launch(kernel, grid, arguments))
+    elif 0 in grid:
         return
-    if 0 in grid:
-        return
-    device = next(a.device for a in arguments.values() if isinstance(a, Tensor))
-    # Triton launches on the current device, which need not be the tensors'.
-    guard = torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
-    with guard:
-        _run(kernel, grid, device, arguments)
-
-
-#: What Triton compiled, by device and `key_of`.
-_compiled: dict[tuple[Any, ...], Any] = {}
-
-
-def _run(
-    kernel: Any, grid: tuple[int, ...], device: torch.device, arguments: Mapping[str, Any]
-) -> None:
-    """`kernel[grid](**arguments)`, without binding and inspecting arguments and globals again."""
-    if not isinstance(kernel, triton.JITFunction):  # the interpreter compiles nothing
+    elif isinstance(kernel, triton.JITFunction):
+        compiled_of(kernel).run(grid, arguments)
+    else:  # the interpreter compiles nothing
         kernel[grid](**arguments)
-        return
-    key = device, key_of(kernel, arguments)
-    found = _compiled.get(key)
+
+
+class Compiled:
+    """What Triton compiled of a kernel, found without binding and inspecting arguments again.
+
+    Triton compiles for constants, for dtypes, and for what it sees in other values: of a pointer
+    whether it is a multiple of 16, of an integer that too, whether it is 1, and its width.
+    """
+
+    def __init__(self, kernel: Any) -> None:
+        """Nothing yet, of a `triton.jit` function."""
+        self._kernel = kernel
+        self._found: dict[tuple[Any, ...], Any] = {}
+        constants = [x.name for x in kernel.params if x.is_constexpr]
+        others = [x for x in kernel.params if not x.is_constexpr]
+        pointers = [x for x in others if x.name.endswith("_ptr")]
+        self._constants = *constants, "num_warps", "num_stages"
+        self._pointers = [x.name for x in pointers]
+        self._aligned = [x.name for x in pointers if not x.do_not_specialize_on_alignment]
+        # A float has its type in the signature, and its value is not looked at.
+        values = [x for x in others if x not in pointers and x.annotation_type[:2] != "fp"]
+        self._integers = [x.name for x in values]
+
+    def run(self, grid: tuple[int, ...], arguments: Mapping[str, Any]) -> None:
+        """`kernel[grid](**arguments)`, on the device of the first argument."""
+        device = arguments[self._pointers[0]].device
+        key = device, self.key_of(arguments)
+        with _current(device):
+            found = self._found.get(key)
+            if found is None:
+                self._found[key] = self._kernel[grid](**arguments)
+            else:
+                found[(*grid, 1, 1)[:3]](*map(arguments.__getitem__, self._kernel.arg_names))
+
+    def key_of(self, arguments: Mapping[str, Any]) -> tuple[Any, ...]:
+        """All that Triton compiles for: launches of equal keys run the same code."""
+        value_of = arguments.__getitem__
+        return (
+            *map(value_of, self._constants),
+            *[x if x is None else x.dtype for x in map(value_of, self._pointers)],
+            *[x is None or x.data_ptr() % 16 == 0 for x in map(value_of, self._aligned)],
+            *[(x == 1, x % 16 == 0, -(2**31) <= x < 2**31) for x in map(value_of, self._integers)],
+        )
+
+
+#: By the id of a kernel, which its `Compiled` keeps alive: the hash of a kernel takes a lock.
+_compiled: dict[int, Compiled] = {}
+
+
+def compiled_of(kernel: Any) -> Compiled:
+    """What is compiled of it."""
+    found = _compiled.get(id(kernel))
     if found is None:
-        _compiled[key] = kernel[grid](**arguments)
-    else:
-        found[(*grid, 1, 1)[:3]](*[arguments[name] for name in kernel.arg_names])
+        found = _compiled[id(kernel)] = Compiled(kernel)
+    return found
 
 
-def key_of(kernel: Any, arguments: Mapping[str, Any]) -> tuple[Any, ...]:
-    """The kernel and all that Triton compiles it for: launches of equal keys run the same code."""
-    constants, others = _parameters(kernel)
-    values = [arguments[name] for name in constants]
-    kinds = [
-        float if type(x) is float else x if x is None else _kind_of(x)
-        for x in map(arguments.__getitem__, others)
-    ]
-    return id(kernel), *values, *kinds
+_NOTHING = contextlib.nullcontext()
 
 
-def _kind_of(value: Any) -> Any:
-    if isinstance(value, Tensor):
-        return value.dtype, value.data_ptr() % 16 == 0
-    if type(value) is int:
-        return value == 1, value % 16 == 0, -(2**31) <= value < 2**31
-    return value
-
-
-@functools.cache
-def _parameters(kernel: Any) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """Names of what a kernel is compiled with, and of its other parameters."""
-    constants = [x.name for x in kernel.params if x.is_constexpr]
-    others = [x.name for x in kernel.params if not x.is_constexpr]
-    return (*constants, "num_warps", "num_stages"), tuple(others)
+def _current(device: torch.device) -> contextlib.AbstractContextManager[Any]:
+    """Triton launches on the current device, which need not be the tensors'."""
+    if device.type != "cuda" or device.index == torch.cuda.current_device():
+        return _NOTHING
+    return torch.cuda.device(device)
 
 
 def cdiv(n: int, block: int) -> int:

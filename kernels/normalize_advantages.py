@@ -8,6 +8,8 @@ Groups are ragged, and only the device knows the longest: a program takes BLOCK_
 over their samples, as often as it needs a statistic of the walk before.
 """
 
+import functools
+
 import torch
 import triton
 import triton.language as tl
@@ -354,10 +356,9 @@ def normalize_advantages(
     decoupled = combine == "decoupled"
     batch, count = rewards.shape
     groups = offsets.shape[0] - 1
-    block_k = triton.next_power_of_2(count)
-    block_g = max(1, TILE // block_k)
-    config = LaunchConfig({"BLOCK_G": block_g, "BLOCK_K": block_k}, num_warps=4, num_stages=1)
-    programs = min(cdiv(groups, block_g), MAX_PROGRAMS)
+    config = _config(count)
+    block_k = config.blocks["BLOCK_K"]
+    programs = min(cdiv(groups, config.blocks["BLOCK_G"]), MAX_PROGRAMS)
     inputs = {
         "rewards_ptr": rewards.contiguous(),
         "offsets_ptr": offsets.contiguous(),
@@ -408,6 +409,18 @@ def normalize_advantages(
     return values, per_reward, *_stats(partial, values, batch, count, named["ddof"])
 
 
+@functools.cache
+def _config(count):
+    block_k = triton.next_power_of_2(count)
+    blocks = {"BLOCK_G": max(1, TILE // block_k), "BLOCK_K": block_k}
+    return LaunchConfig(blocks, num_warps=4, num_stages=1)
+
+
+@functools.cache
+def _stats_config(block_k):
+    return LaunchConfig({"BLOCK_K": block_k}, num_warps=4, num_stages=1)
+
+
 def _spread(inputs, config, decoupled, scale):
     """What _batch_kernel leaves behind, where a sum over the batch divides every group."""
     if scale not in ("batch", "nonzero"):
@@ -434,7 +447,7 @@ def _stats(partial, values, batch, count, ddof):
     launch(
         _stats_kernel,
         (1,),
-        LaunchConfig({"BLOCK_K": block_k}, num_warps=4, num_stages=1),
+        _stats_config(block_k),
         stats_ptr=stats,
         all_zero_ptr=all_zero,
         partial_ptr=partial,

@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
+import itertools
 import json
 import re
 import subprocess
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -150,14 +152,48 @@ def test_a_training_run_compiles_once(op):
     assert keys
 
 
+#: Whole numbers of every width, on both sides of its bounds.
+INTEGERS = (0, 1, 2, -1, 15, 16, 48, 2**31 - 1, 2**31, 2**31 + 1, -(2**31), -(2**31) - 1, 2**40)
+DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.int64, torch.bool)
+
+
+def others_like(value: object, pool: torch.Tensor) -> Iterator[object]:
+    """What else a launch might have in the place of an argument that no kernel is written for."""
+    if isinstance(value, torch.Tensor):
+        yield None
+        for dtype, begin in itertools.product(DTYPES, (0, 1, 8)):
+            yield pool.view(dtype)[begin:]
+    elif type(value) is int:
+        yield from INTEGERS
+    elif type(value) is float:
+        yield from (0.0, 1.0, 16.0, -3.5, float("inf"))
+
+
+def varied(launch: _launch.Launch, pool: torch.Tensor) -> Iterator[_launch.Launch]:
+    """The launch with another value for one argument, every one in turn."""
+    for parameter in launch.kernel.params:
+        if not parameter.is_constexpr:
+            for value in others_like(launch.arguments[parameter.name], pool):
+                arguments = {**launch.arguments, parameter.name: value}
+                yield dataclasses.replace(launch, arguments=arguments)
+
+
 @pytest.mark.parametrize("op", OPS)
 def test_launches_of_one_key_run_one_kernel(op):
+    """That which Triton would look up itself, wherever in memory tensors are and whatever holds."""
+    pool = torch.zeros(256, dtype=torch.uint8)
+    launches = launches_of(op, "every_form") + launches_of(op, "one_training_run")
+    forms = {}
+    for launch in launches:
+        absent = [name for name, value in launch.arguments.items() if value is None]
+        forms[(launch.kernel.__name__, *absent)] = launch
+    launches += [other for launch in forms.values() for other in varied(launch, pool)]
     found: dict[tuple[object, ...], str] = {}
-    for group in ("every_form", "one_training_run"):
-        for launch in launches_of(op, group):
-            key = specialise(launch, 90)[0]
-            assert found.setdefault(_launch.key_of(launch.kernel, launch.arguments), key) == key
-    assert found
+    for launch in launches:
+        key = _launch.compiled_of(launch.kernel).key_of(launch.arguments)
+        expected = specialise(launch, 90)[0]
+        assert found.setdefault((launch.kernel.__name__, *key), expected) == expected
+    assert len(forms) < len(found) < len(launches)
 
 
 @pytest.mark.slow
