@@ -16,7 +16,7 @@ from machine_code import BYTES, kernels, wide_loads
 #: hide the latency of its memory; 128 leave two: enough for what reads little, or waits for fp64.
 HOT, OTHERS = 64, 128
 #: A gradient has as many bytes on their way out as in: three blocks do.
-REGISTERS = {("gather_logprobs", "dlogits_kernel"): 80}
+REGISTERS = {("gather_logprobs", "dlogits_kernel"): 80, ("logits_grpo_loss", "row_kernel"): 80}
 #: By kernel that reads or writes as much as the op does: the exponentials that its loop has for an
 #: element of the packs in flight. A softmax needs one. Another moves the reference of a thread's
 #: sums; in dlogits_kernel a pack at an edge has code of its own.
@@ -27,7 +27,23 @@ EXPONENTIALS = {
     ("flow_step", "gradient_kernel"): 0,
     ("flow_policy_loss", "sums_kernel"): 0,
     ("flow_policy_loss", "gradient_kernel"): 0,
+    ("guided_velocity", "sums_kernel"): 0,
+    ("guided_velocity", "sample_kernel"): 0,
+    ("guided_velocity", "row_kernel"): 0,
+    ("logits_grpo_loss", "row_kernel"): 1 + 1 / 16,
 }
+#: Where loads are of one number: exponentials in all the code, for each token that a lane has at
+#: once. That of grpo_loss holds every choice of a loss, of which a token takes one of each kind,
+#: and that of its one launch the counts, too.
+IN_ALL_CODE = {
+    ("normalize_advantages", "advantages_kernel"): 0,
+    ("grpo_loss", "count_kernel"): 1,
+    ("grpo_loss", "terms_kernel"): 14,
+    ("grpo_loss", "whole_kernel"): 1 + 14,
+    ("grpo_loss", "reduce_kernel"): 0,
+    ("grpo_loss", "finish_kernel"): 0,
+}
+TOKENS_AT_ONCE = 4
 #: Bytes of local memory that a thread has, and that it moves in all its code: numbers of a group
 #: that are kept between two phases, and in fp64, which is nobody's hot path, an address.
 LOCAL = {
@@ -85,3 +101,14 @@ def test_hot_loops_load_16_bytes_at_a_time_and_take_one_exponential(gpu):
             taken = sum("MUFU.EX2" in text for text in body) / elements
             assert taken <= EXPONENTIALS[kernel.key], (kernel.key, kernel.types, taken)
     assert seen == set(EXPONENTIALS)
+
+
+def test_kernels_of_a_few_numbers_take_few_exponentials(gpu):
+    seen = set()
+    for kernel in kernels(gpu):
+        if kernel.key not in IN_ALL_CODE or "double" in kernel.types:
+            continue
+        seen.add(kernel.key)
+        taken = sum("MUFU.EX2" in text for _, text in kernel.code) / TOKENS_AT_ONCE
+        assert taken <= IN_ALL_CODE[kernel.key], (kernel.key, kernel.types, taken)
+    assert seen == set(IN_ALL_CODE)
