@@ -1,9 +1,9 @@
 """How a token is drawn from logits: greedily, by temperature, from a truncated distribution.
 
-The order is that of transformers' `generate`: repetition penalty, tokens that may not come yet,
-logit processors, temperature, top-k, top-p, min-p. A uniform number then picks the token by the
-inverse of the cumulative distribution, so that a draw depends on its own row and number alone.
-Nothing is read on the host.
+The order is that of transformers' `generate`: repetition penalty, logit processors, tokens that may
+not come yet, temperature, top-k, top-p, min-p. A uniform number then picks the token by the inverse
+of the cumulative distribution, so that a draw depends on its own row and number alone. Nothing is
+read on the host.
 
 n rows to draw for, V tokens of the vocabulary.
 """
@@ -187,8 +187,6 @@ def process_logits(
         scores = penalize_repetition(
             scores, torch.cat([prompts, generated], dim=1), sampling.repetition_penalty
         )
-    if forbidden is not None:
-        scores = scores.index_fill(1, forbidden, -math.inf)
     for processor in sampling.logit_processors:
         assert generated is not None
         processed = processor(generated, scores)
@@ -198,7 +196,7 @@ def process_logits(
                 f"{list(scores.shape)}"
             )
         scores = processed
-    return scores
+    return scores if forbidden is None else scores.index_fill(1, forbidden, -math.inf)
 
 
 def penalize_repetition(scores: Tensor, ids: Tensor, penalty: float) -> Tensor:

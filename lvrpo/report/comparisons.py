@@ -25,7 +25,14 @@ from lvrpo.runs.results import (
     pass_scores,
 )
 from lvrpo.runs.scores import Score, eval_rewards, eval_scores
-from lvrpo.trainer.measurement import AS_TRAINED, GREEDY, HEADLINE, LOW_NOISE, Measurement
+from lvrpo.trainer.measurement import (
+    AS_CONFIGURED,
+    AS_TRAINED,
+    GREEDY,
+    HEADLINE,
+    LOW_NOISE,
+    Measurement,
+)
 
 #: How measures are written, in the order of a table.
 MEASURES = {
@@ -42,6 +49,7 @@ SAMPLINGS = {
     GREEDY: "greedy answers",
     LOW_NOISE: "low-noise drawings",
     AS_TRAINED: "samples as trained",
+    AS_CONFIGURED: "samples of [eval]",
 }
 _Pair = tuple[Measurement, Measurement]
 

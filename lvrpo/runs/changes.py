@@ -29,6 +29,11 @@ CHANGEABLE = RATE | {
     "run.eval_items",
     "run.frontier_items",
     "run.threads",
+    "eval.temperature",
+    "eval.top_k",
+    "eval.top_p",
+    "eval.min_p",
+    "eval.repetition_penalty",
     "rewards.max_failures",
     "rewards.timeout",
 }

@@ -167,7 +167,7 @@ def expected(key: str) -> str:
     """What a key may be, in words: "an integer in [1, 9]", "one of grpo, dapo".
 
     Args:
-        key: `section.key`, or `section.key.name` for the entries of a table.
+        key: `section.key`, or `section.key.name` for the entries of a table or list.
     """
     return _expected(_schema(key))
 
@@ -179,6 +179,8 @@ def _expected(schema: Mapping[str, Any]) -> str:
         return "a table"
     if schema["type"] == "object":
         return f"a table of names, each with {_expected(schema['additionalProperties'])}"
+    if schema["type"] == "array":
+        return f"a list, each {_expected(schema['items'])}"
     names = {"integer": "an integer", "number": "a number", "boolean": "true or false"}
     words = names.get(schema["type"], "a string")
     bounds = [
@@ -202,7 +204,10 @@ def _schema(key: str) -> dict[str, Any]:
     """The JSON schema of the values of a key, see `expected`."""
     section, name, *entry = key.split(".", 2)
     schema: dict[str, Any] = _properties(section)[name]
-    return schema["additionalProperties"] if entry else schema
+    if not entry:
+        return schema
+    entries: dict[str, Any] = schema.get("items") or schema["additionalProperties"]
+    return entries
 
 
 @functools.cache

@@ -23,7 +23,14 @@ from lvrpo.runs.setup import Setup
 from lvrpo.trainer.config import TrainConfig
 from lvrpo.trainer.evaluate import Planned, held_out, measure_all
 from lvrpo.trainer.measurement import Measurement
-from lvrpo.trainer.sampling import WayOfSampling, as_trained, at_temperature, by_ode, headline
+from lvrpo.trainer.sampling import (
+    WayOfSampling,
+    as_configured,
+    as_trained,
+    at_temperature,
+    by_ode,
+    headline,
+)
 from lvrpo.trainer.task import Rewards, Task
 
 _ASKS: dict[Skill, str] = {"understand": "a question", "generate": "a request to draw"}
@@ -112,7 +119,7 @@ class EvalOptions:
             way
             for skill in SKILLS
             for way in (headline(config, skill), as_trained(config, skill, self.pass_at or 1))
-        ]
+        ] + as_configured(config, self.pass_at or 1)
 
 
 @dataclass(frozen=True)

@@ -59,6 +59,7 @@ def check_config(config: TrainConfig) -> Setup:
     with _named("model"):
         parts = setup.unfitted_parts()
         _check_memory(setup, parts)
+    _check_stop_tokens(config, parts)
     with _named("rewards"):
         probe_rewards(setup, parts)
     return setup
@@ -113,6 +114,17 @@ def _check_memory(setup: Setup, parts: FrozenParts) -> None:
             f"{shape.layers} make {parameters:,} parameters, whose training needs "
             f"{math.ceil(needed / 2**30):,} GiB at least; this machine has {there / 2**30:.0f} GiB"
         )
+
+
+def _check_stop_tokens(config: TrainConfig, parts: FrozenParts) -> None:
+    """Refuse tokens that no answer can have."""
+    low, high = parts.answer_range
+    for token in config.rollout.stop_token_ids:
+        if not low <= token < high:
+            raise ConfigError(
+                f"rollout.stop_token_ids has {token}, expected tokens in [{low}, {high}), of which "
+                "answers are sampled"
+            )
 
 
 def _check_data(config: TrainConfig, data: Data) -> None:

@@ -37,6 +37,7 @@ from lvrpo.rewards.registry import FoundReward, find_reward, reward_label
 from lvrpo.runs.changes import fingerprint
 from lvrpo.runs.checkpoint import load_checkpoint, load_newest, save_checkpoint
 from lvrpo.trainer.config import ConfigError, DataSection, TrainConfig
+from lvrpo.trainer.correction import distribution_notes
 from lvrpo.trainer.objective import Objective
 from lvrpo.trainer.schedule import every_window
 from lvrpo.trainer.task import Rewards, Task
@@ -394,7 +395,13 @@ class Setup:
         schedule = every_window(self.config.rollout)
         objective = Objective.from_config(self.config)
         floor = [noise_floor_note(schedule, elements, objective.image)] if draws else []
-        return [*floor, *self.data.notes(), *self._cut_answers_note(parts), *self._no_rule_notes()]
+        return [
+            *floor,
+            *distribution_notes(self.config),
+            *self.data.notes(),
+            *self._cut_answers_note(parts),
+            *self._no_rule_notes(),
+        ]
 
     def _cut_answers_note(self, parts: FrozenParts) -> list[str]:
         answers = [row["answer"] for row in self.data.training_rows if "answer" in row]

@@ -51,6 +51,8 @@ Pixels = Annotated[int, Field(ge=1, le=4096)]
 Share = Annotated[float, Field(ge=0, le=1)]
 Weight = Annotated[float, Field(ge=0, le=1e6)]
 Rate = Annotated[float, Field(ge=0, le=1e20)]
+TopP = Annotated[float, Field(gt=0, le=1)]
+Penalty = Annotated[float, Field(ge=0.01, le=100)]
 Weights = dict[str, Weight]
 RewardWeights = dict[str, Annotated[float, Field(ge=-1e6, le=1e6)]]
 RewardArguments = dict[str, dict[str, Any]]
@@ -137,7 +139,14 @@ class RolloutSection:
     understand_prompts: Batch = 32
     generate_prompts: Batch = 32
     temperature: Annotated[float, Field(ge=1e-4, le=1e4)] = 1.0
+    top_k: Count = 0  # 0: all tokens
+    top_p: TopP = 1.0
+    min_p: Share = 0.0
+    repetition_penalty: Penalty = 1.0
     max_answer_tokens: Size = 8
+    min_answer_tokens: Count = 0
+    stop: list[str] = field(default_factory=list)
+    stop_token_ids: list[Count] = field(default_factory=list)
     denoise_steps: Annotated[int, Field(ge=1, le=4096)] = 10
     shift: Annotated[float, Field(ge=1e-3, le=1e3)] = 3.0
     dynamics: Dynamics = "flow_sde"
@@ -159,11 +168,44 @@ class RolloutSection:
                 f"rollout.noise_level is {self.noise_level}, expected at most 1 where "
                 "rollout.dynamics is 'cps'"
             )
+        if self.min_answer_tokens > self.max_answer_tokens:
+            raise ValueError(
+                f"rollout.min_answer_tokens is {self.min_answer_tokens}, expected 0 to "
+                f"rollout.max_answer_tokens = {self.max_answer_tokens}"
+            )
+        if "" in self.stop:
+            raise ValueError(f"rollout.stop is {self.stop}, expected strings that are not empty")
         if not self.understand_prompts + self.generate_prompts:
             raise ValueError(
                 "rollout.understand_prompts and rollout.generate_prompts are 0, expected at least "
                 "one prompt a step"
             )
+        return self
+
+
+@dataclass(frozen=True, config=STRICT)
+class EvalSection:
+    """Sampling of answers that a run is measured by beside its own and the greedy ones."""
+
+    temperature: Annotated[float, Field(ge=0, le=1e4)] = 0.0  # 0: no further way
+    top_k: Count = 0
+    top_p: TopP = 1.0
+    min_p: Share = 0.0
+    repetition_penalty: Penalty = 1.0
+
+    @model_validator(mode="after")
+    def _is_a_way_of_its_own(self) -> EvalSection:
+        if 0 < self.temperature < 1e-4:
+            raise ValueError(
+                f"eval.temperature is {self.temperature}, expected 0 or a number in [0.0001, 10000]"
+            )
+        off = {"top_k": 0, "top_p": 1.0, "min_p": 0.0, "repetition_penalty": 1.0}
+        for name, value in off.items():
+            if not self.temperature and getattr(self, name) != value:
+                raise ValueError(
+                    f"eval.{name} is {getattr(self, name)}, expected {value} where "
+                    "eval.temperature is 0: nothing is sampled with it"
+                )
         return self
 
 
@@ -229,6 +271,7 @@ class TrainConfig:
     model: ModelSection = field(default_factory=ModelSection)
     warm_start: WarmStartSection = field(default_factory=WarmStartSection)
     rollout: RolloutSection = field(default_factory=RolloutSection)
+    eval: EvalSection = field(default_factory=EvalSection)
     rewards: RewardSection = field(default_factory=RewardSection)
     loss: LossSection = field(default_factory=LossSection)
     optimizer: OptimizerSection = field(default_factory=OptimizerSection)

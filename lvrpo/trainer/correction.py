@@ -1,4 +1,7 @@
-"""Answers that a sampler drew which is not the trainer's own policy: how far it is off."""
+"""Answers that were drawn from another distribution than the update replays: how far it is off.
+
+Their sampler was not the trainer's own policy, or options such as top-p cut its distribution.
+"""
 
 from __future__ import annotations
 
@@ -12,6 +15,38 @@ from lvrpo.models.protocol import Answers, Policy
 from lvrpo.params.sampler_correction import SamplerCorrectionParams
 from lvrpo.sampler_correction import sampler_weights
 from lvrpo.trainer.config import TrainConfig
+from lvrpo.trainer.sampling import answer_sampling
+
+
+def distribution_notes(config: TrainConfig) -> list[str]:
+    """Say it where answers are not sampled from the distribution that the update replays."""
+    changes = answer_sampling(config.rollout).changes
+    if not (changes and config.rollout.understand_prompts):
+        return []
+    spelled = {"min_tokens": "min_answer_tokens"}
+    keys = ", ".join(f"rollout.{spelled.get(name, name)}" for name in changes)
+    correction = config.loss.sampler_correction
+    weights = f"loss.sampler_correction = {correction or 'tis'!r}"
+    return [
+        f"answers are sampled from a distribution that {keys} changed, and ratios are of the "
+        f"unchanged one: {weights} {'weighs' if correction else 'would weigh'} tokens for it, "
+        "sampler/kept_mass and sampler/differs of the log measure it"
+    ]
+
+
+def truncation_metrics(answers: Answers) -> dict[str, float]:
+    """By how much options of sampling changed the distribution of the tokens, on average.
+
+    Returns:
+        "sampler/kept_mass", the probability of the tokens that could be drawn, and
+        "sampler/differs", the share of tokens that were drawn from a changed distribution; nothing
+        where no option changes it.
+    """
+    found = answers.sampled_from
+    if found is None or not len(found.logprobs):
+        return {}
+    kept, differs = torch.stack([found.kept_mass.mean(), found.differs.double().mean()]).tolist()
+    return {"sampler/kept_mass": kept, "sampler/differs": differs}
 
 
 @torch.no_grad()
@@ -29,6 +64,9 @@ def correct_sampler(
     name = config.loss.sampler_correction
     if not name or not answers.token_ids:
         return answers, None, {}
+    sampled = answers.logprobs
+    if answers.sampled_from is not None:
+        sampled = answers.sampled_from.logprobs
     old = torch.cat(
         [
             policy.forward(pack).logprobs(
@@ -40,7 +78,7 @@ def correct_sampler(
     ends = accumulate(map(len, answers.token_ids))
     correction = sampler_weights(
         old,
-        answers.logprobs,
+        sampled,
         torch.tensor([0, *ends]).to(old.device),
         params=SamplerCorrectionParams.preset(name),
     )

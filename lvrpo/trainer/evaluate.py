@@ -19,7 +19,7 @@ from lvrpo.rewards.score import score_samples
 from lvrpo.trainer.config import TrainConfig
 from lvrpo.trainer.journal import GalleryItem
 from lvrpo.trainer.measurement import AS_TRAINED, Measurement
-from lvrpo.trainer.sampling import WayOfSampling, as_trained, frontier, headline
+from lvrpo.trainer.sampling import WayOfSampling, as_configured, as_trained, frontier, headline
 from lvrpo.trainer.task import Rewards, Task
 
 #: Samples drawn at once; bounds the memory, changes no number.
@@ -50,8 +50,9 @@ def evaluate(
 ) -> tuple[list[Measurement], list[GalleryItem]]:
     """What a run measures at both ends of its policy phase.
 
-    `run.eval_items` prompts of each skill are sampled once as trained and once by the policy's
-    mode, `run.frontier_items` of them eight times by every sampling of the frontier.
+    `run.eval_items` prompts of each skill are sampled once as trained, once by the policy's mode
+    and, where [eval] has a temperature, once so; `run.frontier_items` of them eight times by every
+    sampling of the frontier.
 
     Args:
         policy: what is measured.
@@ -76,6 +77,8 @@ def evaluate(
         prompts = held_out(task, "test", skill, max(run.eval_items, run.frontier_items))
         mode = headline(config, skill)
         ways = [(as_trained(config, skill), run.eval_items), (mode, run.eval_items)]
+        if skill == "understand":
+            ways += [(each, run.eval_items) for each in as_configured(config)]
         ways += [(each, run.frontier_items) for each in frontier(config, skill)]
         for sampling, count in ways:
             # The rewards are those of training, and some of them cost as much as the sampling.

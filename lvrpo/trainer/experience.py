@@ -19,7 +19,7 @@ from lvrpo.rewards.registry import reward_label
 from lvrpo.rewards.reward import Samples
 from lvrpo.rewards.score import score_samples
 from lvrpo.trainer.config import TrainConfig
-from lvrpo.trainer.correction import correct_sampler
+from lvrpo.trainer.correction import correct_sampler, truncation_metrics
 from lvrpo.trainer.sampling import answer_sampling
 from lvrpo.trainer.task import Rewards, Task, mean_scores, training_examples
 
@@ -114,6 +114,7 @@ def gather_experience(
     metrics["time/advantages"] = clock.lap()
     weights = None
     if answers is not None:
+        metrics |= truncation_metrics(answers)
         answers, weights, reported = correct_sampler(policy, answers, config)
         metrics |= reported
     experience = Experience(

@@ -12,9 +12,14 @@ from typing import Any
 
 from lvrpo.data.example import Skill
 
-#: Names of ways of sampling. "as trained" is that of the rollout; the headline ones are the modes,
-#: which no temperature and no noise improves.
-AS_TRAINED, GREEDY, LOW_NOISE = "as trained", "greedy", "ode noise 0"
+#: Names of ways of sampling. "as trained" is that of the rollout, "as configured" that of [eval];
+#: the headline ones are the modes, which no temperature and no noise improves.
+AS_TRAINED, AS_CONFIGURED, GREEDY, LOW_NOISE = (
+    "as trained",
+    "as configured",
+    "greedy",
+    "ode noise 0",
+)
 HEADLINE: Mapping[Skill, str] = {"understand": GREEDY, "generate": LOW_NOISE}
 
 
@@ -26,9 +31,10 @@ class Measurement:
         step: after which it was made.
         label: "warm start", "after", ... as in evals.jsonl.
         skill: of the prompts.
-        sampling: name of the way of sampling: "as trained", "greedy", "temperature 0.5", "ode",
-            "ode noise 0.5", "ode noise 0".
-        settings: of it: {"temperature": 0.5}; {"dynamics": "ode", "start_noise": 0.5}.
+        sampling: name of the way of sampling: "as trained", "as configured", "greedy",
+            "temperature 0.5", "ode", "ode noise 0.5", "ode noise 0".
+        settings: of it: {"temperature": 0.5, "top_p": 0.9}; {"dynamics": "ode", "start_noise":
+            0.5}.
         group_size: G.
         uids: [P] of the prompts, the same for every label, seed and way of sampling.
         clusters: [P], equal for prompts that are not independent of each other.

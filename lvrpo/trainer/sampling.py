@@ -15,12 +15,14 @@ from lvrpo.models.flow import FlowSchedule
 from lvrpo.models.protocol import Policy
 from lvrpo.models.sampling import Sampling
 from lvrpo.rewards.reward import Samples
-from lvrpo.trainer.config import RolloutSection, TrainConfig
-from lvrpo.trainer.measurement import AS_TRAINED, GREEDY
+from lvrpo.trainer.config import EvalSection, RolloutSection, TrainConfig
+from lvrpo.trainer.measurement import AS_CONFIGURED, AS_TRAINED, GREEDY
 from lvrpo.trainer.schedule import flow_schedule
 
 #: Of the points between greedy answers and those of a flat distribution.
 TEMPERATURES = (0.25, 0.5, 0.75, 1.0, 1.5)
+#: Options that a section has for the distribution of answers, beside their temperature.
+DISTRIBUTION = ("top_k", "top_p", "min_p", "repetition_penalty")
 #: Standard deviations of what an ODE begins with, between the one drawing of no noise and all.
 START_NOISES = (0.5, 1.0)
 #: Samples of a prompt where their diversity, or the best of them, is asked for.
@@ -51,7 +53,9 @@ class WayOfSampling:
     def settings(self) -> dict[str, float | str]:
         """All that sets it apart from other ways of the same run."""
         if self.texts is not None:
-            return {"temperature": self.texts.temperature}
+            told = {name: getattr(self.texts, name) for name in DISTRIBUTION}
+            changed = {name: told[name] for name in self.texts.changes if name in told}
+            return {"temperature": self.texts.temperature, **changed}
         assert self.schedule is not None
         return {"dynamics": self.schedule.dynamics, "start_noise": self.start_noise}
 
@@ -79,9 +83,31 @@ class WayOfSampling:
         return Samples.of_images(examples, pictures.images)
 
 
-def answer_sampling(rollout: RolloutSection) -> Sampling:
-    """How a rollout samples answers."""
-    return Sampling(max_tokens=rollout.max_answer_tokens, temperature=rollout.temperature)
+def plain_sampling(rollout: RolloutSection, temperature: float) -> Sampling:
+    """Answers of the policy's own distribution, which end as those of the rollout."""
+    return Sampling(
+        max_tokens=rollout.max_answer_tokens,
+        min_tokens=rollout.min_answer_tokens,
+        temperature=temperature,
+        stop=tuple(rollout.stop),
+        stop_token_ids=tuple(rollout.stop_token_ids),
+    )
+
+
+def answer_sampling(
+    rollout: RolloutSection, section: RolloutSection | EvalSection | None = None
+) -> Sampling:
+    """Answers from the distribution of `section`, which end as those of the rollout.
+
+    Args:
+        rollout: ends them.
+        section: None: the rollout too.
+    """
+    section = section or rollout
+    return dataclasses.replace(
+        plain_sampling(rollout, section.temperature),
+        **{name: getattr(section, name) for name in DISTRIBUTION},
+    )
 
 
 def as_trained(config: TrainConfig, skill: Skill, group_size: int = 1) -> WayOfSampling:
@@ -93,10 +119,18 @@ def as_trained(config: TrainConfig, skill: Skill, group_size: int = 1) -> WayOfS
 
 
 def at_temperature(config: TrainConfig, temperature: float, group_size: int = 1) -> WayOfSampling:
-    """The rollout's answers, but of one temperature; of 0, the greedy ones."""
-    texts = dataclasses.replace(answer_sampling(config.rollout), temperature=temperature)
+    """Answers of the policy's own distribution at a temperature; of 0, the greedy ones."""
+    texts = plain_sampling(config.rollout, temperature)
     name = f"temperature {temperature:g}" if temperature else GREEDY
     return WayOfSampling("understand", name, group_size, texts=texts)
+
+
+def as_configured(config: TrainConfig, group_size: int = 1) -> list[WayOfSampling]:
+    """That of [eval], where it has one."""
+    if not config.eval.temperature:
+        return []
+    texts = answer_sampling(config.rollout, config.eval)
+    return [WayOfSampling("understand", AS_CONFIGURED, group_size, texts=texts)]
 
 
 def by_ode(config: TrainConfig, start_noise: float, group_size: int = 1) -> WayOfSampling:
@@ -115,8 +149,12 @@ def frontier(config: TrainConfig, skill: Skill) -> list[WayOfSampling]:
     """From sharp to diverse, `GROUP_SIZE` samples of a prompt; `headline` is the end of it."""
     trained = as_trained(config, skill, GROUP_SIZE)
     if skill == "understand":
-        as_it_is = config.rollout.temperature
-        others = [at_temperature(config, t, GROUP_SIZE) for t in TEMPERATURES if t != as_it_is]
+        assert trained.texts is not None
+        others = [
+            way
+            for way in (at_temperature(config, t, GROUP_SIZE) for t in TEMPERATURES)
+            if way.texts != trained.texts
+        ]
     else:
         others = [by_ode(config, noise, GROUP_SIZE) for noise in START_NOISES]
     return [*others, trained]

@@ -74,6 +74,7 @@ BAD_SETTINGS = {
     "rollout.dynamics=foo": "rollout.dynamics is 'foo', expected one of flow_sde",
     "rollout.dynamics=ode": "rollout.dynamics is 'ode' with rollout.noise_level 0.7: no step",
     "rollout.noise_level=-1": "rollout.noise_level is -1, expected a number in ",
+    "rollout.stop_token_ids=[0]": "rollout.stop_token_ids has 0, expected tokens in [",
     "rollout.shift=0": "rollout.shift is 0, expected a number in ",
     "rollout.generate_prompts=-1": "rollout.generate_prompts is -1",
     "loss.preset=best": "loss.preset is 'best', expected one of grpo",

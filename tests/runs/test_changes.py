@@ -5,10 +5,17 @@ import json
 import pytest
 from runs.tiny import OVERRIDES
 
-from lvrpo.runs.changes import changes_between, rate_bridge
-from lvrpo.runs.config_file import load_config
+from lvrpo.runs.changes import (
+    changed_config,
+    changes_between,
+    fingerprint,
+    forked_config,
+    rate_bridge,
+)
+from lvrpo.runs.config_file import load_config, read_settings
 from lvrpo.runs.directory import RunDirectoryError
 from lvrpo.runs.inputs import INPUTS, compare_inputs, read_inputs
+from lvrpo.trainer.config import ConfigError
 from lvrpo.trainer.schedule import learning_rate
 
 
@@ -28,6 +35,19 @@ def test_a_change_after_the_step_that_a_run_went_back_to_has_not_happened():
     assert rates == [learning_rate(other, step, None) for step in range(12)]
     earlier = changes_between(config, other, start + 5, None)
     assert rate_bridge(other, [*earlier, *rows, back]) == (5, earlier[0]["lr"])
+
+
+def test_how_a_run_is_measured_may_change_and_how_it_samples_may_not(tmp_path):
+    config = config_of()
+    ways = ["eval.temperature=0.6", "eval.top_p=0.9", "eval.top_k=5", "eval.min_p=0.1"]
+    measured = read_settings(overrides=[*ways, "eval.repetition_penalty=1.1"])
+    assert fingerprint(changed_config(tmp_path, config, measured)) == fingerprint(config)
+    for key in ("top_k=5", "top_p=0.9", "min_p=0.1", "repetition_penalty=1.1", "stop=['x']"):
+        named = read_settings(overrides=[f"rollout.{key}"])
+        assert fingerprint(named.over(config)) != fingerprint(config)
+        with pytest.raises(ConfigError, match=f"rollout.{key.partition('=')[0]} is "):
+            changed_config(tmp_path, config, named)
+        assert forked_config(tmp_path, config, named).rollout != config.rollout
 
 
 def test_an_input_that_the_run_has_no_record_of_differs():

@@ -55,6 +55,13 @@ BAD = {
     "too small": (["rollout.group_size=0"], "rollout.group_size is 0"),
     "too many stochastic steps": (["rollout.stochastic_steps=11"], "stochastic_steps is 11"),
     "temperature": (["rollout.temperature=0"], "rollout.temperature is 0"),
+    "top-p": (["rollout.top_p=0"], r"rollout.top_p is 0, expected a number in \(0, 1\]"),
+    "no list": (["rollout.stop=x"], "rollout.stop is 'x', expected a list, each a string"),
+    "an entry of a list": (["rollout.stop=['x', 3]"], "rollout.stop.1 is 3, expected a string"),
+    "an empty stop string": (["rollout.stop=['']"], r"rollout.stop is \[''\], expected strings"),
+    "more tokens than the most": (["rollout.min_answer_tokens=9"], "min_answer_tokens is 9, .*8"),
+    "a sampling that is off": (["eval.top_p=0.5"], "eval.top_p is 0.5, expected 1.0 where eval.t"),
+    "an overflowing eval": (["eval.temperature=1e-9"], "eval.temperature is 1e-09, expected 0 or"),
     "advantage": (["rewards.advantage=best"], "rewards.advantage is 'best'"),
     "noise": (["warm_start.label_noise=2"], "label_noise is 2"),
 }

@@ -21,9 +21,10 @@ from lvrpo.rewards.checks import VerdictChecks
 from lvrpo.rewards.reward import FunctionReward
 from lvrpo.trainer import evaluate as module
 from lvrpo.trainer.evaluate import Planned, evaluate, measure
-from lvrpo.trainer.measurement import AS_TRAINED, GREEDY, HEADLINE, LOW_NOISE
+from lvrpo.trainer.measurement import AS_CONFIGURED, AS_TRAINED, GREEDY, HEADLINE, LOW_NOISE
 from lvrpo.trainer.sampling import (
     GROUP_SIZE,
+    as_configured,
     as_trained,
     at_temperature,
     by_ode,
@@ -144,9 +145,11 @@ def test_a_mode_is_what_has_no_diversity(sampling):
 
 @pytest.mark.parametrize("skill", ["understand", "generate"])
 @pytest.mark.parametrize("temperature", [0.25, 1.0, 1.7])
-def test_the_ways_of_a_run_have_names_and_settings_of_their_own(skill, temperature):
-    config = tiny_config(f"rollout.temperature={temperature}")
+@pytest.mark.parametrize("more", [[], ["rollout.top_p=0.9", "eval.temperature=0.6"]])
+def test_the_ways_of_a_run_have_names_and_settings_of_their_own(skill, temperature, more):
+    config = tiny_config(f"rollout.temperature={temperature}", *more)
     ways = [as_trained(config, skill), headline(config, skill), *frontier(config, skill)]
+    ways += as_configured(config)
     keys = [(way.name, way.group_size) for way in ways]
     assert len(set(keys)) == len(keys)
     assert headline(config, skill).name == HEADLINE[skill]
@@ -155,6 +158,22 @@ def test_the_ways_of_a_run_have_names_and_settings_of_their_own(skill, temperatu
     assert headline(config, skill).name not in {way.name for way in points}
     assert len({tuple(way.settings.items()) for way in points}) == len(points)
     assert sum(way.name == AS_TRAINED for way in points) == 1
+
+
+def test_ways_end_answers_alike_and_differ_in_what_they_sample_from():
+    ends = ["rollout.stop=['x']", "rollout.stop_token_ids=[300]", "rollout.min_answer_tokens=1"]
+    config = tiny_config(*ends, "rollout.top_k=9", "eval.temperature=0.6", "eval.top_p=0.9")
+    ways = [as_trained(config, "understand"), headline(config, "understand")]
+    ways += [*as_configured(config), *frontier(config, "understand")]
+    for way in ways:
+        how = way.texts
+        assert (how.stop, how.stop_token_ids, how.min_tokens) == (("x",), (300,), 1)
+    settings_of = {way.name: way.settings for way in ways}
+    assert settings_of[AS_TRAINED] == {"temperature": 1.0, "top_k": 9}
+    assert settings_of[GREEDY] == {"temperature": 0.0}
+    assert settings_of[AS_CONFIGURED] == {"temperature": 0.6, "top_p": 0.9}
+    assert settings_of["temperature 1"] == {"temperature": 1.0}
+    assert as_configured(CONFIG) == []
 
 
 @pytest.mark.parametrize(("items", "frontier_items"), list(product([0, 3], [0, 2, 5])))

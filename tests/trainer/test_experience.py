@@ -19,6 +19,7 @@ from lvrpo.rewards.reward import FunctionReward, RewardError
 from lvrpo.runs.config_file import load_config
 from lvrpo.runs.log import read_evals, read_metrics
 from lvrpo.runs.setup import Setup
+from lvrpo.trainer.correction import distribution_notes
 from lvrpo.trainer.experience import gather_experience, shuffle_within_groups
 from lvrpo.trainer.schedule import flow_schedule
 from lvrpo.trainer.task import Task
@@ -149,6 +150,34 @@ def test_the_sampler_is_corrected_before_the_first_update(task):
     torch.testing.assert_close(found.token_weights, torch.ones(len(found.answers.logprobs)))
     assert metrics["sampler/gap_max"] < 1e-4
     assert metrics["sampler/dropped"] == 0
+
+
+def test_what_sampling_cut_is_measured_and_weighed(task):
+    """A token's weight under TIS is the mass that was kept: sampled more often, it counts less."""
+    cut = ["rollout.top_k=7", "rollout.generate_prompts=0"]
+    plain, metrics = gather(task, *cut)
+    assert plain.token_weights is None
+    kept = plain.answers.sampled_from.kept_mass
+    assert 0 < kept.min() < kept.max() < 1
+    assert metrics["sampler/kept_mass"] == pytest.approx(float(kept.mean()))
+    assert metrics["sampler/differs"] == 1
+    found, metrics = gather(task, *cut, "loss.sampler_correction=tis")
+    assert found.answers.token_ids == plain.answers.token_ids
+    torch.testing.assert_close(found.token_weights, kept.to(found.token_weights.dtype))
+    assert "sampler/kept_mass" in metrics
+
+
+@pytest.mark.parametrize("correction", ["", "tis"])
+def test_what_sampling_cut_is_said(correction):
+    config = tiny_config("rollout.top_p=0.9", f"loss.sampler_correction={correction}")
+    (note,) = distribution_notes(config)
+    assert "rollout.top_p changed" in note
+    assert ("would weigh" in note) == (not correction)
+    assert distribution_notes(tiny_config("rollout.stop=['x']")) == []
+    both = tiny_config("rollout.min_answer_tokens=1", "rollout.min_p=0.1")
+    assert "rollout.min_answer_tokens, rollout.min_p" in distribution_notes(both)[0]
+    drawing = tiny_config("rollout.top_p=0.9", "rollout.understand_prompts=0")
+    assert distribution_notes(drawing) == []
 
 
 def test_groups_are_the_samples_of_one_prompt(task):
