@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 
 from lvrpo.kernels._log_ratio import is_saturated, saturate
+from lvrpo.kernels._primitives import clamp
 
 # The names that this file has arithmetic for, by the parameter of `LossParams`.
 TERM_CHOICES = {
@@ -31,18 +32,6 @@ RATIO_LIMIT = tl.constexpr(math.exp(20.0))
 RATIO_FLOOR = tl.constexpr(math.exp(-20.0))
 K3_SEEN = tl.constexpr(math.exp(20.0) - 21.0)
 LOG_GAMMA_FLOOR = tl.constexpr(math.log(1e-8))
-
-
-@triton.jit
-def is_finite(x):
-    """False for NaN and for what is infinite."""
-    return x - x == 0
-
-
-@triton.jit
-def clamp(x, low, high):
-    """x between bounds; a NaN stays a NaN."""
-    return tl.where(x < low, low, tl.where(x > high, high, x))
 
 
 @triton.jit

@@ -19,6 +19,18 @@ def as_scalar(x, dtype: tl.constexpr):
 
 
 @triton.jit
+def is_finite(x):
+    """False for NaN and for what is infinite."""
+    return x - x == 0
+
+
+@triton.jit
+def clamp(x, low, high):
+    """x between bounds; a NaN stays a NaN."""
+    return tl.where(x < low, low, tl.where(x > high, high, x))
+
+
+@triton.jit
 def tanh(x):
     """tanh with an absolute error of an ulp of 1; Triton has none of its own."""
     t = tl.exp(-2.0 * tl.abs(x))

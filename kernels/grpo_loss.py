@@ -18,15 +18,13 @@ from lvrpo.kernels._policy_terms import (
     RATIO_LIMIT,
     TERM_CHOICES,
     bounds_of,
-    clamp,
     exp_excess,
     gamma_weight,
-    is_finite,
     kl_term,
     ratio_limits,
     surrogate_term,
 )
-from lvrpo.kernels._primitives import as_scalar, positions
+from lvrpo.kernels._primitives import as_scalar, clamp, is_finite, positions
 from lvrpo.params.loss_metrics import STATISTICS
 from lvrpo.params.policy_loss import LOSS_NUMBERS
 

@@ -11,8 +11,8 @@ import triton.language as tl
 
 from lvrpo.kernels._launch import LaunchConfig, cdiv, launch
 from lvrpo.kernels._log_ratio import is_saturated, saturate
-from lvrpo.kernels._policy_terms import bounds_of, is_finite, kl_term, surrogate_term
-from lvrpo.kernels._primitives import LN2, LOG2E, as_scalar, capped_logit
+from lvrpo.kernels._policy_terms import bounds_of, kl_term, surrogate_term
+from lvrpo.kernels._primitives import LN2, LOG2E, as_scalar, capped_logit, is_finite
 from lvrpo.kernels.gather_logprobs import (
     logit_gradient,
     row_range,
