@@ -13,14 +13,14 @@
 #include <optional>
 #include <tuple>
 
-#include "common/grpo_loss.h"
 #include "common/grpo_loss_call.h"
 #include "common/tensors.h"
-#include "cuda/device.cuh"
+#include "cuda/token_terms.cuh"
 
 namespace lvrpo {
 namespace {
 
+using namespace grpo;
 using std::optional;
 
 constexpr int THREADS = 256;  // two blocks of 128 registers a thread on an SM
@@ -29,16 +29,6 @@ constexpr int WHOLE_THREADS = 512;
 constexpr int WHOLE_CLUSTER = 8;  // the most that every device with clusters can form
 // Slices that a warp of the one launch takes: with more, the launches that are saved cost less than the idle SMs.
 constexpr int WHOLE_SLICES = 2;
-// Tokens of a lane whose loads are under way at once. A sequence begins anywhere, so that loads are of one number: a
-// warp's are a line of the cache all the same, and a token is dozens of instructions. More would not fit in registers.
-template <typename acc>
-inline constexpr int AT_ONCE = sizeof(acc) == sizeof(float) ? 4 : 1;
-template <typename acc>
-inline constexpr int STEP = WARP * AT_ONCE<acc>;
-// 16 tokens of a lane, next to which the sums of a slice, 120 bytes, and their shuffles cost little; and 128 warps for
-// 65,536 tokens, which is a cluster of 8 blocks.
-constexpr int LOG_SLICE = 9;
-constexpr int64_t SLICE = 1 << LOG_SLICE;
 // Sequences that a group of lanes adds up before another block is worth its launch.
 constexpr int64_t SEQUENCES_PER_GROUP = 8;
 
@@ -78,87 +68,6 @@ struct Work {
   acc* loss_out;          // []
   Statistics* statistics;
 };
-
-// ---- Slices ----
-
-// Sequences have numbers from 1 here; 0 and B + 1 are what lies in front of them and behind. A sequence that begins at
-// `offset` has slot (offset >> LOG_SLICE) + number for its first slice and the next ones for the others: no two slices
-// share a slot, every number has one, and few stand for nothing.
-struct Slice {
-  int64_t number, first_slot, slot, slices;
-  int64_t begin, end;  // of its tokens
-
-  __device__ __forceinline__ bool holds_tokens(int64_t sequences) const {
-    return number > 0 && number <= sequences && begin < end;
-  }
-};
-
-// Bisection that bounds every offset by those it has passed: all slots see the same offsets, which do not decrease
-// whatever the memory holds, so that the slices are [0, T] once.
-template <typename acc>
-__device__ __forceinline__ Slice slice_of(const Work<acc>& work, int64_t slot) {
-  int64_t low = 0, high = work.sequences + 2, begin = 0, end = work.tokens;
-  while (high - low > 1) {
-    const int64_t middle = low + (high - low) / 2, offset = clamp(work.cu_seqlens[middle - 1], begin, end);
-    if ((offset >> LOG_SLICE) + middle <= slot) {
-      low = middle, begin = offset;
-    } else {
-      high = middle, end = offset;
-    }
-  }
-  const int64_t first = (begin >> LOG_SLICE) + low, from = begin + ((slot - first) << LOG_SLICE);
-  return {low, first, slot, (end - begin + SLICE - 1) >> LOG_SLICE, from < end ? from : end,
-          from + SLICE < end ? from + SLICE : end};
-}
-
-int64_t slots_of(int64_t tokens, int64_t sequences) { return (tokens >> LOG_SLICE) + sequences + 2; }
-
-// ---- Tokens of a lane ----
-
-template <typename acc>
-using Few = acc[AT_ONCE<acc>];
-
-template <typename acc>
-struct Loaded {
-  Few<acc> logp, old, ref, entropy, weight, advantage;
-  bool asked[AT_ONCE<acc>], active[AT_ONCE<acc>];
-};
-
-template <typename acc>
-__device__ __forceinline__ void read(const acc* from, const Few<acc>& otherwise, int64_t first, int64_t end,
-                                     Few<acc>& to) {
-#pragma unroll
-  for (int i = 0; i < AT_ONCE<acc>; ++i) {
-    const int64_t t = first + i * WARP;
-    to[i] = from && t < end ? from[t] : otherwise[i];
-  }
-}
-
-// Tokens first, first + WARP, ... of a slice; an absent input is stood in for as is_usable says.
-template <typename acc>
-__device__ __forceinline__ void load_tokens(const Tokens<acc>& in, acc advantage, int64_t first, int64_t end,
-                                            Loaded<acc>& x) {
-  Few<acc> nothing, of_sequence;
-#pragma unroll
-  for (int i = 0; i < AT_ONCE<acc>; ++i) {
-    const int64_t t = first + i * WARP;
-    nothing[i] = acc(0), of_sequence[i] = advantage;
-    x.asked[i] = t < end && (in.mask == nullptr || in.mask[t]);
-  }
-  read(in.logp, nothing, first, end, x.logp);
-  read(in.old, x.logp, first, end, x.old);
-  read(in.ref, x.logp, first, end, x.ref);
-  read(in.entropy, x.logp, first, end, x.entropy);
-  read(in.weight, x.logp, first, end, x.weight);
-  read(in.advantage_per_token ? in.advantage : nullptr, of_sequence, first, end, x.advantage);
-#pragma unroll
-  for (int i = 0; i < AT_ONCE<acc>; ++i) {
-    const acc zero_advantage = x.advantage[i] - x.advantage[i];
-    x.active[i] = x.asked[i] && is_usable(x.logp[i], x.old[i], x.ref[i], x.entropy[i], x.weight[i],
-                                          in.weight != nullptr, zero_advantage);
-    if (in.weight == nullptr) x.weight[i] = acc(1);
-  }
-}
 
 template <typename acc>
 __device__ __forceinline__ acc advantage_of(const Work<acc>& work, const Slice& slice) {
@@ -203,7 +112,7 @@ __device__ __forceinline__ double any_kl_values(const Loss<acc>& loss, const Loa
 
 template <typename acc>
 __device__ __forceinline__ Tally count_slice(const Work<acc>& work, int64_t slot) {
-  const Slice slice = slice_of(work, slot);
+  const Slice slice = slice_of(work.cu_seqlens, work.sequences, work.tokens, slot);
   Counted sums{0, 0, 0, 0, 0};
   if (slice.holds_tokens(work.sequences)) {
     const acc advantage = advantage_of(work, slice);
@@ -255,46 +164,6 @@ __device__ __forceinline__ Active active_of(const Tally* tallies, int64_t count)
 
 // ---- Second step: terms and gradients ----
 
-// Sums of a lane; counts are integers because those cost less.
-template <typename acc>
-struct LaneSums {
-  double policy = 0, kl_term = 0, kl = 0, entropy = 0, kl_old = 0, ratio = 0, ratio_squared = 0;
-  int asked = 0, tokens = 0, low = 0, high = 0, cap = 0;
-  acc ratio_min = std::numeric_limits<acc>::infinity(), ratio_max = -std::numeric_limits<acc>::infinity();
-
-  __device__ __forceinline__ Sums sums() const {
-    Sums all;
-    all.tokens = tokens, all.dropped = asked - tokens;
-    all.policy = policy, all.kl_term = kl_term, all.kl = kl, all.entropy = entropy, all.kl_old = kl_old;
-    all.ratio = ratio, all.ratio_squared = ratio_squared;
-    all.low = low, all.high = high, all.cap = cap;
-    all.ratio_min = ratio_min, all.ratio_max = ratio_max;
-    return all;
-  }
-};
-
-struct AddSums {
-  __device__ __forceinline__ Sums operator()(Sums a, const Sums& b) const {
-    a.tokens += b.tokens, a.dropped += b.dropped;
-    a.policy += b.policy, a.kl_term += b.kl_term, a.kl += b.kl, a.entropy += b.entropy, a.kl_old += b.kl_old;
-    a.ratio += b.ratio, a.ratio_squared += b.ratio_squared;
-    a.low += b.low, a.high += b.high, a.cap += b.cap;
-    a.ratio_min = b.ratio_min < a.ratio_min ? b.ratio_min : a.ratio_min;
-    raise_to(a.ratio_max, b.ratio_max);
-    return a;
-  }
-};
-
-// What the tokens of a slice share.
-template <typename acc>
-struct Shared {
-  OfSequence<acc> whole;
-  acc advantage, factor;
-  acc slope;       // by the log of the one ratio, a token's share of it, with the factor
-  acc low, high;   // where a log-ratio has no part in that
-  acc kl_log_ratio, kl_slope;  // the same of the factor of the KL terms, if they share one
-};
-
 // The derivative of a sequence's surrogate by the mean or sum of its log-ratios, a token's share of it, where tokens
 // differ in their weights alone.
 template <typename Of, typename acc>
@@ -334,63 +203,6 @@ __device__ __forceinline__ Shared<acc> shared_of(const Work<acc>& work, const Sl
   of.kl_log_ratio = kl.log_ratio;
   of.kl_slope = kl.share != acc(0) ? kl.share * loss.beta * kl_term * of.factor : acc(0);
   return of;
-}
-
-// Tokens of a lane on their way from loads to gradients.
-template <typename acc>
-struct Tile {
-  Loaded<acc> x;
-  Few<acc> log_ratio, ratio, slope;
-};
-
-template <typename Of, typename acc>
-__device__ __forceinline__ void add_policy(const Loss<acc>& loss, const Shared<acc>& of, Tile<acc>& tile,
-                                           LaneSums<acc>& sums) {
-  const bool of_sequence = loss.of_sequence();
-#pragma unroll
-  for (int i = 0; i < AT_ONCE<acc>; ++i) {
-    const Token<acc> token{tile.x.logp[i], tile.log_ratio[i], tile.ratio[i], of.whole.weight, tile.x.advantage[i]};
-    const bool on = tile.x.active[i];
-    // Of a sequence the limit is that of its own ratio.
-    const bool past = of_sequence ? of.whole.saturated : is_saturated(tile.log_ratio[i], loss.log_ratio_limit);
-    const PolicyPart<acc> part = policy_part<Of>(loss.policy, token, tile.x.weight[i], on, past);
-    const double seen = on ? static_cast<double>(part.ratio) : 0.0;
-    sums.policy += static_cast<double>(part.value);
-    tile.slope[i] = part.slope;
-    sums.low += part.low, sums.high += part.high, sums.cap += part.cap;
-    sums.ratio += seen, sums.ratio_squared += seen * seen;
-    sums.ratio_min = on && part.ratio < sums.ratio_min ? part.ratio : sums.ratio_min;
-    sums.ratio_max = on && part.ratio > sums.ratio_max ? part.ratio : sums.ratio_max;
-  }
-}
-
-template <KL kind, bool plain, typename acc>
-__device__ __forceinline__ void add_kl(const Loss<acc>& loss, acc of_sequence, Tile<acc>& tile, LaneSums<acc>& sums) {
-  const bool shared = loss.kl_of_sequence();
-#pragma unroll
-  for (int i = 0; i < AT_ONCE<acc>; ++i) {
-    const bool on = tile.x.active[i];
-    const acc d = on ? tile.x.ref[i] - tile.x.logp[i] : acc(0);
-    const KLPart<acc> part = kl_part<kind, plain>(loss.kl_form, d, shared ? of_sequence : tile.log_ratio[i]);
-    sums.kl_term += on ? static_cast<double>(part.term) : 0.0;
-    sums.kl += on ? static_cast<double>(part.seen) : 0.0;
-    tile.slope[i] += on && loss.beta != acc(0) ? loss.beta * part.slope : acc(0);  // 0 times an overflow is NaN
-  }
-}
-
-// Choices are the same for a whole launch: a branch for a few tokens at once costs less than loading a kernel for each.
-template <typename acc, int64_t... kind>
-__device__ __forceinline__ void add_any_policy(const Loss<acc>& loss, const Shared<acc>& of, Tile<acc>& tile,
-                                               LaneSums<acc>& sums, std::integer_sequence<int64_t, kind...>) {
-  if (loss.ratio == Ratio::none) return add_policy<ScoreTerm>(loss, of, tile, sums);
-  ((loss.surrogate == Surrogate{kind} ? add_policy<SurrogateTerm<Surrogate{kind}>>(loss, of, tile, sums) : void()),
-   ...);
-}
-
-template <bool plain, typename acc, int64_t... kind>
-__device__ __forceinline__ void add_any_kl(const Loss<acc>& loss, acc of_sequence, Tile<acc>& tile,
-                                           LaneSums<acc>& sums, std::integer_sequence<int64_t, kind...>) {
-  ((loss.kl == KL{kind} ? add_kl<KL{kind}, plain>(loss, of_sequence, tile, sums) : void()), ...);
 }
 
 template <typename acc>
@@ -435,7 +247,7 @@ __device__ __forceinline__ void add_tokens(const Work<acc>& work, const Shared<a
 
 template <typename acc>
 __device__ __forceinline__ void slice_terms(const Work<acc>& work, int64_t slot, double outer) {
-  const Slice slice = slice_of(work, slot);
+  const Slice slice = slice_of(work.cu_seqlens, work.sequences, work.tokens, slot);
   LaneSums<acc> sums;
   if (slice.holds_tokens(work.sequences)) {
     const Shared<acc> of = shared_of(work, slice, outer);
