@@ -169,10 +169,18 @@ def _parts(
         lengths = [len(tokens) - 1 for tokens in completions]
         for some, rows in _divide(prompt.rows, lengths, most):
             yield _Part(prompt, rows, texts=completions[some])
+    per_picture = _rows_of_a_picture(layout) if pictures else 0
     for example, count in pictures:
         prompt = layout.prompt(example)
-        for some, rows in _divide(prompt.rows, [layout.latent_shape[0]] * count, most):
+        for some, rows in _divide(prompt.rows, [per_picture] * count, most):
             yield _Part(prompt, rows, pictures=some.stop - some.start)
+
+
+def _rows_of_a_picture(layout: Layout) -> int:
+    """Those of its latents, and of the markers around them if the family has some."""
+    builder = layout.builder()
+    builder.noise(*layout.latent_grid, parent=-1)
+    return builder.rows
 
 
 def _divide(prompt: int, lengths: Sequence[int], most: int) -> Iterator[tuple[slice, int]]:

@@ -57,12 +57,6 @@ class BagelBuilder(PackBuilder):
         self._text_rows.extend((row, row + count + 1))
         return self._add(count + 2, parent, "full")
 
-    def noise_rows(self) -> list[int]:
-        """Rows of all spans of noise, markers included, ascending."""
-        return [
-            row for span in sorted(self._noise) for row in range(self.start(span), self.end(span))
-        ]
-
     def append(self, other: PackBuilder) -> int:
         """See `PackBuilder.append`."""
         assert isinstance(other, BagelBuilder)

@@ -7,7 +7,7 @@ import dataclasses
 import torch
 from torch import Tensor
 
-from lvrpo.models.unified.model import KVCache, PackedBatch, UnifiedModel
+from lvrpo.models.unified.model import KVCache, PackedBatch, PackedModel
 
 
 def take_rows(batch: PackedBatch, rows: Tensor) -> PackedBatch:
@@ -54,7 +54,7 @@ class CachedPass:
 
     def __init__(
         self,
-        model: UnifiedModel,
+        model: PackedModel,
         layout: PackedBatch,
         prompt_rows: Tensor,
         backend: str | None = None,
@@ -71,7 +71,7 @@ class CachedPass:
 
     def run(self, batch: PackedBatch, rows: Tensor) -> tuple[Tensor, Tensor]:
         """Hidden states (text, latent) of `rows`, whose keys and values enter the cache."""
-        return self.model(batch, self.cache, rows, backend=self.backend)  # type: ignore[no-any-return]
+        return self.model(batch, self.cache, rows, backend=self.backend)
 
     def run_latents(self, batch: PackedBatch, rows: Tensor, x: Tensor, time: float) -> Tensor:
         """Velocity [images, tokens, numbers] of noisy pictures at one time."""

@@ -9,7 +9,6 @@ from __future__ import annotations
 import functools
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
 
 import numpy as np
 import torch
@@ -18,33 +17,9 @@ from torch import Tensor
 
 from lvrpo.masks import SpanMask
 from lvrpo.masks.positions import bagel_position_ids
-from lvrpo.models.unified.model import PackedBatch
+from lvrpo.models.unified.model import PackedBatch, PackedSizes
 
 ROOT = -1
-
-
-class Sizes(Protocol):
-    """What a layout asks of a model's configuration."""
-
-    @property
-    def image_channels(self) -> int:
-        """Of a picture to be read."""
-
-    @property
-    def image_patch(self) -> int:
-        """Pixels along a side of its patches."""
-
-    @property
-    def vision_grid(self) -> int:
-        """Most patches along a side of it."""
-
-    @property
-    def latent_grid(self) -> int:
-        """Most latent tokens along a side of a drawing."""
-
-    @property
-    def latent_dim(self) -> int:
-        """Numbers of a latent token."""
 
 
 @dataclass
@@ -55,7 +30,7 @@ class PackBuilder:
     and `span_rows` answer for.
     """
 
-    config: Sizes
+    config: PackedSizes
     lengths: list[int] = field(default_factory=list)
     parents: list[int] = field(default_factory=list)
     modes: list[str] = field(default_factory=list)

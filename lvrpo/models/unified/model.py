@@ -15,6 +15,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
@@ -137,6 +138,69 @@ class PackedBatch:
         return dataclasses.replace(self, **moved)
 
 
+class PackedSizes(Protocol):
+    """What a layout and a cache ask of a model's configuration."""
+
+    @property
+    def layers(self) -> int:
+        """Of the language model."""
+
+    @property
+    def kv_heads(self) -> int:
+        """Of each of them."""
+
+    @property
+    def head_dim(self) -> int:
+        """Width of a head."""
+
+    @property
+    def image_channels(self) -> int:
+        """Of a picture to be read."""
+
+    @property
+    def image_patch(self) -> int:
+        """Pixels along a side of its patches."""
+
+    @property
+    def vision_grid(self) -> int:
+        """Most patches along a side of it."""
+
+    @property
+    def latent_grid(self) -> int:
+        """Most latent tokens along a side of a drawing."""
+
+    @property
+    def latent_dim(self) -> int:
+        """Numbers of a latent token."""
+
+
+class PackedModel(Protocol):
+    """A model of packed buffers: hidden states of a `PackedBatch`, and what is read from them."""
+
+    @property
+    def config(self) -> PackedSizes:
+        """Its shape."""
+
+    @property
+    def head(self) -> nn.Linear:
+        """The projection on the vocabulary."""
+
+    def __call__(
+        self,
+        batch: PackedBatch,
+        cache: KVCache | None = None,
+        cache_rows: Tensor | None = None,
+        backend: str | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """See `UnifiedModel.forward`."""
+
+    def logits(self, text: Tensor) -> Tensor:
+        """See `UnifiedModel.logits`."""
+
+    def velocity(self, latent: Tensor) -> Tensor:
+        """See `UnifiedModel.velocity`."""
+
+
 class KVCache:
     """Keys and values of every layer for one packed layout, filled as its rows are computed.
 
@@ -144,7 +208,7 @@ class KVCache:
     the rows of a noisy image are overwritten at each step.
     """
 
-    def __init__(self, config: UnifiedConfig, rows: int, like: Tensor) -> None:
+    def __init__(self, config: PackedSizes, rows: int, like: Tensor) -> None:
         shape = (config.layers, rows, config.kv_heads, config.head_dim)
         self.keys, self.values = like.new_zeros(shape), like.new_zeros(shape)
 

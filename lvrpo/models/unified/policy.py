@@ -1,4 +1,4 @@
-"""The unified model as a policy: how a prompt enters the packed buffer, and how it is sampled from.
+"""Models of packed buffers as policies: how they are sampled from, and how prompts enter them.
 
 A prompt is computed once; its keys and values serve the whole group and all denoising steps. Random
 numbers come from counter-based streams keyed by (seed, step, prompt, sample), so a sample does not
@@ -8,6 +8,7 @@ depend on what else is in the batch.
 from __future__ import annotations
 
 import dataclasses
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -31,21 +32,46 @@ from lvrpo.models.sampling import Sampling
 from lvrpo.models.unified.cache import CachedPass
 from lvrpo.models.unified.latents import LinearAutoencoder
 from lvrpo.models.unified.layout import ROOT, PackBuilder
-from lvrpo.models.unified.model import PackedBatch, UnifiedModel
+from lvrpo.models.unified.model import PackedBatch, PackedModel, UnifiedModel
 from lvrpo.models.unified.tokenizer import BOS, DRAW, EOS, IMAGE, IMAGE_END, Tokenizer
 from lvrpo.ops.flow_step import flow_step
 
 
-@dataclass(frozen=True)
-class UnifiedPolicy:
-    """A `lvrpo.models.protocol.Policy`; the autoencoder is on the module's device."""
+class PackedPolicy(ABC):
+    """A `lvrpo.models.protocol.Policy` of a model of packed buffers, but for its words and pixels.
 
-    module: UnifiedModel
-    tokenizer: Tokenizer
-    autoencoder: LinearAutoencoder
+    A subclass has the attributes.
+    """
+
+    module: PackedModel
     latent_grid: tuple[int, int]  # rows and columns of latent tokens of a picture
     answer_range: tuple[int, int]  # [low, high) of the tokens an answer may hold
-    backend: str | None = None
+    backend: str | None
+
+    @abstractmethod
+    def add_prompt(self, builder: PackBuilder, example: Example) -> int:
+        """Lay out the picture (if any) and the words of a prompt; returns its last span."""
+
+    @abstractmethod
+    def prompt_ids(self, example: Example) -> list[int]:
+        """Tokens of the words of a prompt."""
+
+    @property
+    @abstractmethod
+    def end_id(self) -> int:
+        """The token that ends an answer."""
+
+    @abstractmethod
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of tokens."""
+
+    @abstractmethod
+    def draw(self, latents: Tensor) -> Tensor:
+        """[N, n, c] latents -> [N, C, H, W] pictures in [0, 1]."""
+
+    @abstractmethod
+    def encode(self, images: Tensor) -> Tensor:
+        """[N, C, H, W] in [0, 1] -> [N, n, c] latents on the policy's device."""
 
     @property
     def skills(self) -> frozenset[Skill]:
@@ -66,31 +92,11 @@ class UnifiedPolicy:
         """An empty packed buffer for this model."""
         return PackBuilder(self.module.config)
 
-    def add_prompt(self, builder: PackBuilder, example: Example) -> int:
-        """Lay out the picture (if any) and the words of a prompt; returns its last span."""
-        span = ROOT
-        if example.image is not None:
-            span = builder.picture(example.image, IMAGE, IMAGE_END, span)
-        return builder.text(self.prompt_ids(example), span)
-
-    def prompt_ids(self, example: Example) -> list[int]:
-        """Tokens of the words of a prompt."""
-        words = [BOS, *self.tokenizer.encode(example.prompt)]
-        return [*words, DRAW] if example.task == "generate" else words
-
     def prompt(self, example: Example) -> PackBuilder:
         """A buffer with one prompt in it."""
         builder = self.builder()
         self.add_prompt(builder, example)
         return builder
-
-    def answer_ids(self, text: str) -> list[int]:
-        """Tokens of a complete answer, closed by the end token."""
-        return [*self.tokenizer.encode(text), EOS]
-
-    def encode(self, images: Tensor) -> Tensor:
-        """[N, C, H, W] in [0, 1] -> [N, n, c] latents on the policy's device."""
-        return self.autoencoder.encode(images.to(self.device))
 
     def packs(
         self,
@@ -158,8 +164,8 @@ class UnifiedPolicy:
             sampling,
             prompt_ids=[self.prompt_ids(example) for example in examples],
             vocab_range=self.answer_range,
-            end_ids=[EOS],
-            decode=self.tokenizer.decode,
+            end_ids=[self.end_id],
+            decode=self.decode,
             device=device,
             seed=seed,
             step=step,
@@ -188,15 +194,17 @@ class UnifiedPolicy:
         """See `lvrpo.models.protocol.Policy`."""
         builder = self.builder()
         prompt_rows: list[int] = []
+        noise_rows: list[int] = []
         for example in examples:
             first = builder.rows
             prompt = self.add_prompt(builder, example)
             prompt_rows.extend(range(first, builder.rows))
             for _ in range(group_size):
-                builder.noise(*self.latent_grid, parent=prompt)
+                picture = builder.noise(*self.latent_grid, parent=prompt)
+                noise_rows.extend(range(builder.start(picture), builder.end(picture)))
         layout = builder.build()
         run = CachedPass(self.module, layout, torch.tensor(prompt_rows), self.backend)
-        batch, rows = run.part(layout.latent_rows)
+        batch, rows = run.part(torch.tensor(noise_rows))
 
         # One draw holds a sample's starting noise and then the noise of each step.
         streams = sample_streams("picture", examples, group_size, seed, step)
@@ -222,10 +230,55 @@ class UnifiedPolicy:
         return Pictures(
             examples=list(examples),
             group_size=group_size,
-            images=self.autoencoder.decode(x).clamp(0, 1).to("cpu", torch.float32),
+            images=self.draw(x).clamp(0, 1).to("cpu", torch.float32),
             latents=torch.stack(latents, dim=1) if latents else none,
             velocities=torch.stack(velocities, dim=1) if latents else none,
             noise=torch.stack(noise, dim=1) if latents else none,
             steps=steps,
             fingerprint=schedule.fingerprint(),
         )
+
+
+@dataclass(frozen=True)
+class UnifiedPolicy(PackedPolicy):
+    """The unified model, its words and its autoencoder, which is on the module's device."""
+
+    module: UnifiedModel
+    tokenizer: Tokenizer
+    autoencoder: LinearAutoencoder
+    latent_grid: tuple[int, int]
+    answer_range: tuple[int, int]
+    backend: str | None = None
+
+    def add_prompt(self, builder: PackBuilder, example: Example) -> int:
+        """See `PackedPolicy`."""
+        span = ROOT
+        if example.image is not None:
+            span = builder.picture(example.image, IMAGE, IMAGE_END, span)
+        return builder.text(self.prompt_ids(example), span)
+
+    def prompt_ids(self, example: Example) -> list[int]:
+        """See `PackedPolicy`."""
+        words = [BOS, *self.tokenizer.encode(example.prompt)]
+        return [*words, DRAW] if example.task == "generate" else words
+
+    @property
+    def end_id(self) -> int:
+        """See `PackedPolicy`."""
+        return EOS
+
+    def answer_ids(self, text: str) -> list[int]:
+        """Tokens of a complete answer, closed by the end token."""
+        return [*self.tokenizer.encode(text), EOS]
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """See `PackedPolicy`."""
+        return self.tokenizer.decode(ids)
+
+    def encode(self, images: Tensor) -> Tensor:
+        """See `PackedPolicy`."""
+        return self.autoencoder.encode(images.to(self.device))
+
+    def draw(self, latents: Tensor) -> Tensor:
+        """See `PackedPolicy`."""
+        return self.autoencoder.decode(latents)
