@@ -9,6 +9,9 @@ from lvrpo.models.bagel.checkpoint import BagelCheckpoint, load_bagel, save_bage
 from lvrpo.models.bagel.config import BagelConfig
 from lvrpo.models.bagel.layout import BagelBuilder
 from lvrpo.models.bagel.model import Bagel
+from lvrpo.models.bagel.pictures import PictureSides
+from lvrpo.models.bagel.policy import BagelPolicy
+from lvrpo.models.bagel.tokenizer import QwenTokenizer
 
 __all__ = [
     "AutoencoderConfig",
@@ -16,7 +19,10 @@ __all__ = [
     "BagelBuilder",
     "BagelCheckpoint",
     "BagelConfig",
+    "BagelPolicy",
     "FluxAutoencoder",
+    "PictureSides",
+    "QwenTokenizer",
     "load_bagel",
     "save_bagel",
 ]

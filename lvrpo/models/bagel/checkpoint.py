@@ -73,6 +73,12 @@ def load_bagel(path: Path | str, *, dtype: torch.dtype | None = None) -> BagelCh
         [AUTOENCODER],
         lambda shapes: FluxAutoencoder(AutoencoderConfig.from_published(shapes)),
     )
+    drawn = autoencoder.config.latent_channels * autoencoder.config.latent_patch**2
+    if drawn != model.config.latent_dim:
+        raise ValueError(
+            f"{folder}: the autoencoder's latent tokens have {drawn} numbers, the model draws "
+            f"{model.config.latent_dim}: {AUTOENCODER} is of another model"
+        )
     kept = sorted(p for p in folder.iterdir() if p.is_file() and p.suffix in KEPT_SUFFIXES)
     return BagelCheckpoint(
         model=model if dtype is None else model.to(dtype),

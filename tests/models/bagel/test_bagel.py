@@ -9,23 +9,13 @@ import numpy as np
 import pytest
 import torch
 from models.bagel import oracle
-from models.bagel.tiny import CONFIG, MARKERS, builder, tiny_bagel
+from models.bagel.shapes import SHAPE
+from models.bagel.tiny import CONFIG, builder, tiny_bagel
 
 from lvrpo.models.unified.cache import CachedPass
 
 #: Relative to the largest number of the oracle's.
 BOUNDS = {torch.float32: 1e-5, torch.float64: 1e-10}
-SHAPE = oracle.Shape(
-    heads=CONFIG.heads,
-    kv_heads=CONFIG.kv_heads,
-    vision_heads=CONFIG.vision_heads,
-    patch=CONFIG.image_patch,
-    vision_side=CONFIG.vision_grid,
-    latent_side=CONFIG.latent_grid,
-    markers=MARKERS,
-    theta=CONFIG.rope_theta,
-    eps=CONFIG.norm_eps,
-)
 
 
 def assert_near(ours, theirs, name=""):

@@ -1,0 +1,52 @@
+"""Pictures of any size to sides that patches tile, as BAGEL resizes them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+
+
+@dataclass(frozen=True)
+class PictureSides:
+    """What sides a picture may have; the defaults are BAGEL's for pictures to be read."""
+
+    stride: int = 14  # pixels; both sides are multiples of it
+    shortest: int = 224
+    longest: int = 980
+    most_pixels: int = 14 * 14 * 9 * 1024
+
+    def fit(self, height: int, width: int) -> tuple[int, int]:
+        """(height, width) that a picture is resized to; its proportions are kept to a stride.
+
+        A picture within the bounds whose sides are multiples of the stride stays as it is.
+        """
+        scale = min(self.longest / max(height, width), 1.0)
+        scale = max(scale, self.shortest / min(height, width))
+        sides = self._scaled(height, width, scale)
+        if sides[0] * sides[1] > self.most_pixels:
+            # As published: the sides, not the area, are scaled by the share of pixels.
+            sides = self._scaled(*sides, self.most_pixels / (sides[0] * sides[1]))
+        if max(sides) > self.longest:
+            sides = self._scaled(*sides, self.longest / max(sides))
+        return sides
+
+    def _scaled(self, height: int, width: int, scale: float) -> tuple[int, int]:
+        return self._multiple(round(height * scale)), self._multiple(round(width * scale))
+
+    def _multiple(self, side: int) -> int:
+        return max(self.stride, round(side / self.stride) * self.stride)
+
+
+def resize(picture: NDArray[np.float32], sides: PictureSides) -> NDArray[np.float32]:
+    """[C, H, W] in [0, 1] -> [C, h, w] in [0, 1], bicubic with antialiasing; itself if it fits."""
+    size = sides.fit(*picture.shape[1:])
+    if size == picture.shape[1:]:
+        return picture
+    pixels = torch.from_numpy(np.ascontiguousarray(picture))[None]
+    resized = F.interpolate(pixels, size, mode="bicubic", antialias=True, align_corners=False)
+    found: NDArray[np.float32] = resized[0].clamp(0, 1).numpy()
+    return found

@@ -1,0 +1,144 @@
+"""BAGEL as a policy that answers and draws: its chat, its pictures, its autoencoder.
+
+A text is `<|im_start|> ... <|im_end|>`. A question is the picture, in its own size, and the words,
+after which the answer's own `<|im_start|>` stands: what is sampled begins behind it and ends with
+`<|im_end|>`. A request to draw is the words, then the noisy latents between their markers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from lvrpo.data.example import Example
+from lvrpo.models.bagel.autoencoder import FluxAutoencoder
+from lvrpo.models.bagel.checkpoint import BagelCheckpoint, load_bagel
+from lvrpo.models.bagel.layout import BagelBuilder
+from lvrpo.models.bagel.model import Bagel
+from lvrpo.models.bagel.pictures import PictureSides, resize
+from lvrpo.models.bagel.tokenizer import ChatTokenizer, QwenTokenizer
+from lvrpo.models.unified.layout import ROOT, PackBuilder
+from lvrpo.models.unified.policy import PackedPolicy
+
+
+@dataclass(frozen=True)
+class BagelPolicy(PackedPolicy):
+    """A `lvrpo.models.protocol.Policy`; the autoencoder is frozen, and on the module's device.
+
+    Answers may hold all tokens up to `<|im_end|>`, so that none has a marker of a picture in it.
+    """
+
+    module: Bagel
+    tokenizer: ChatTokenizer
+    autoencoder: FluxAutoencoder
+    latent_grid: tuple[int, int]
+    answer_range: tuple[int, int]
+    sides: PictureSides  # of pictures to be read
+    backend: str | None = None
+
+    @classmethod
+    def from_checkpoint(
+        cls,
+        checkpoint: BagelCheckpoint,
+        drawing: tuple[int, int],
+        *,
+        tokenizer: ChatTokenizer | None = None,
+        sides: PictureSides | None = None,
+        backend: str | None = None,
+    ) -> BagelPolicy:
+        """The policy of a published folder.
+
+        Args:
+            checkpoint: of the folder.
+            drawing: (height, width) in pixels of what it draws, multiples of 16.
+            tokenizer: None reads that of the folder, for which transformers is needed.
+            sides: of pictures to be read; None for BAGEL's own.
+            backend: of every op; None for the first that can run.
+
+        Raises:
+            ValueError: the drawing is no multiple of a latent token, or larger than the model's
+                grid; the tokenizer is not the model's.
+        """
+        config, token = checkpoint.model.config, checkpoint.autoencoder.config.token
+        grid = drawing[0] // token, drawing[1] // token
+        if any(side < token or side % token for side in drawing):
+            raise ValueError(f"a drawing is {drawing} pixels, expected multiples of {token}")
+        if max(grid) > config.latent_grid:
+            raise ValueError(
+                f"a drawing is {drawing} pixels, expected at most {token * config.latent_grid} "
+                "along a side: the model has no positions for more"
+            )
+        if tokenizer is None:
+            tokenizer = QwenTokenizer(checkpoint.other_files, config.vocab_size)
+        return cls(
+            module=checkpoint.model,
+            tokenizer=tokenizer,
+            autoencoder=checkpoint.autoencoder,
+            latent_grid=grid,
+            answer_range=(0, tokenizer.end + 1),
+            sides=PictureSides(stride=config.image_patch) if sides is None else sides,
+            backend=backend,
+        )
+
+    @classmethod
+    def from_folder(
+        cls,
+        path: Path | str,
+        drawing: tuple[int, int],
+        *,
+        dtype: torch.dtype | None = None,
+        backend: str | None = None,
+    ) -> BagelPolicy:
+        """See `load_bagel` and `from_checkpoint`."""
+        return cls.from_checkpoint(load_bagel(path, dtype=dtype), drawing, backend=backend)
+
+    def builder(self) -> BagelBuilder:
+        """An empty packed buffer for this model."""
+        return BagelBuilder(self.module.config, markers=self.tokenizer.markers)
+
+    def add_prompt(self, builder: PackBuilder, example: Example) -> int:
+        """See `PackedPolicy`."""
+        assert isinstance(builder, BagelBuilder)
+        span = ROOT
+        if example.image is not None:
+            span = builder.read(resize(example.image, self.sides), span)
+        return builder.text(self.prompt_ids(example), span)
+
+    def prompt_ids(self, example: Example) -> list[int]:
+        """See `PackedPolicy`."""
+        tokens = self.tokenizer
+        words = [tokens.start, *tokens.encode(example.prompt), tokens.end]
+        return words if example.task == "generate" else [*words, tokens.start]
+
+    @property
+    def end_id(self) -> int:
+        """See `PackedPolicy`."""
+        return self.tokenizer.end
+
+    def answer_ids(self, text: str) -> list[int]:
+        """Tokens of a complete answer, closed by the end token."""
+        return [*self.tokenizer.encode(text), self.end_id]
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """See `PackedPolicy`."""
+        return self.tokenizer.decode(ids)
+
+    def encode(self, images: Tensor) -> Tensor:
+        """See `PackedPolicy`."""
+        token = self.autoencoder.config.token
+        expected = tuple(side * token for side in self.latent_grid)
+        if tuple(images.shape[2:]) != expected:
+            raise ValueError(
+                f"pictures to learn from have shape {tuple(images.shape)}, expected {expected} "
+                "pixels, as drawings have"
+            )
+        with torch.no_grad():
+            return self.autoencoder.encode(images.to(self.device))
+
+    def draw(self, latents: Tensor) -> Tensor:
+        """See `PackedPolicy`."""
+        return self.autoencoder.decode(latents, self.latent_grid)
