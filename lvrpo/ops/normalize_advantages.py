@@ -134,8 +134,9 @@ def _fake(
 
 def _as_table(rewards: Any, *others: Any) -> tuple[Tensor, bool]:
     """[B, K], and whether it holds integers: as fp64, which keeps them apart, for fp32 results."""
-    devices = [x.device for x in others if isinstance(x, Tensor)]
-    rewards = checks.as_tensor(OP, "rewards", rewards, devices[0] if devices else _CPU)
+    if not isinstance(rewards, Tensor):
+        devices = [x.device for x in others if isinstance(x, Tensor)]
+        rewards = checks.as_tensor(OP, "rewards", rewards, devices[0] if devices else _CPU)
     if rewards.is_complex():
         raise ValueError(f"{OP}: rewards is {rewards.dtype}, expected a real dtype")
     if rewards.dim() not in (1, 2):
@@ -153,7 +154,7 @@ def _as_weights(weights: Tensor | Sequence[float] | None, rewards: Tensor) -> Te
     count = rewards.shape[1]
     if weights is None:
         if rewards.is_cpu:
-            return numbers(*(1.0,) * count)
+            return _ones(count)
         return rewards.new_ones(count, dtype=torch.float64)
     if not isinstance(weights, Tensor):
         weights = numbers(*weights).to(rewards.device, non_blocking=True)
@@ -164,6 +165,11 @@ def _as_weights(weights: Tensor | Sequence[float] | None, rewards: Tensor) -> Te
     if not bool(factors.isfinite().all()):
         raise ValueError(f"{OP}: weights is {factors.tolist()}, expected finite numbers")
     return factors
+
+
+@kept_tensor
+def _ones(count: int) -> Tensor:
+    return numbers(*(1.0,) * count)
 
 
 def _as_lengths(
