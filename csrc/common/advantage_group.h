@@ -15,6 +15,14 @@
 #include "common/math.h"
 #include "common/names.h"
 
+// Before a loop over samples or rewards, of which a thread of a GPU has few: nvcc unrolls every one by four, and a kernel
+// that has them all would not fit in its registers.
+#ifdef __CUDA_ARCH__
+#define LVRPO_ROLLED _Pragma("unroll 1")
+#else
+#define LVRPO_ROLLED
+#endif
+
 namespace lvrpo {
 
 // What is left of a group after subtracting its mean is rounding below this share of its largest reward.
@@ -141,7 +149,7 @@ struct Join {
 template <typename Samples>
 LVRPO_INLINE CountAndSum count_and_sum(const Samples& g, int64_t k) {
   CountAndSum all;
-  for (int64_t b = g.first(); b < g.size; b += g.step()) all.add(g.counted(b, k), g.value(b, k));
+  LVRPO_ROLLED for (int64_t b = g.first(); b < g.size; b += g.step()) all.add(g.counted(b, k), g.value(b, k));
   return g.over_group(all, Join{});
 }
 
@@ -151,7 +159,7 @@ LVRPO_INLINE Column centre(const Samples& g, int64_t k) {
   const CountAndSum all = count_and_sum(g, k);
   const double mean = all.sum / std::max(all.count, 1.0);
   Spread spread;
-  for (int64_t b = g.first(); b < g.size; b += g.step()) {
+  LVRPO_ROLLED for (int64_t b = g.first(); b < g.size; b += g.step()) {
     const double deviation = g.counted(b, k) * (g.value(b, k) - mean);
     g.part(b, k) = deviation;
     spread.add(deviation, std::abs(g.value(b, k)));
@@ -159,17 +167,17 @@ LVRPO_INLINE Column centre(const Samples& g, int64_t k) {
   spread = g.over_group(spread, Join{});
   spread.count = all.count;
   if (!spread.varies())
-    for (int64_t b = g.first(); b < g.size; b += g.step()) g.part(b, k) = 0;
+    LVRPO_ROLLED for (int64_t b = g.first(); b < g.size; b += g.step()) g.part(b, k) = 0;
   return {spread, mean};
 }
 
 template <typename Samples>
 LVRPO_INLINE Column centre_sum(const Samples& g, const double* weights) {
   Spread spread;
-  for (int64_t b = g.first(); b < g.size; b += g.step()) {
+  LVRPO_ROLLED for (int64_t b = g.first(); b < g.size; b += g.step()) {
     double total = 0, magnitude = 0;
     spread.count += g.scored(b);
-    for (int64_t k = 0; k < g.rewards; ++k) {
+    LVRPO_ROLLED for (int64_t k = 0; k < g.rewards; ++k) {
       total += weights[k] * g.part(b, k);
       magnitude += std::abs(weights[k]) * std::abs(g.value(b, k));
     }
@@ -184,7 +192,7 @@ template <typename Samples>
 LVRPO_INLINE void subtract_baseline(const Samples& g, const Estimator& estimator, int64_t k) {
   switch (estimator.baseline) {
     case Baseline::none:
-      for (int64_t b = g.first(); b < g.size; b += g.step()) g.part(b, k) = g.value(b, k);
+      LVRPO_ROLLED for (int64_t b = g.first(); b < g.size; b += g.step()) g.part(b, k) = g.value(b, k);
       return;
     case Baseline::mean:
     case Baseline::leave_one_out:  // a factor of the same deviation: see scale_part
@@ -194,27 +202,27 @@ LVRPO_INLINE void subtract_baseline(const Samples& g, const Estimator& estimator
       break;
   }
   CountAndSum tokens;
-  for (int64_t b = g.first(); b < g.size; b += g.step()) {
+  LVRPO_ROLLED for (int64_t b = g.first(); b < g.size; b += g.step()) {
     const double length = g.length(b) * g.counted(b, k);
     tokens.add(length, length * g.part(b, k));
   }
   tokens = g.over_group(tokens, Join{});
   const double shift = tokens.sum / std::max(tokens.count, 1.0);
-  for (int64_t b = g.first(); b < g.size; b += g.step()) g.part(b, k) -= g.counted(b, k) * shift;
+  LVRPO_ROLLED for (int64_t b = g.first(); b < g.size; b += g.step()) g.part(b, k) -= g.counted(b, k) * shift;
 }
 
 // Only the best sample keeps its part, and of that what the runner-up does not have as well.
 template <typename Samples>
 LVRPO_INLINE void keep_lead(const Samples& g, const Column& column) {
   Best best;
-  for (int64_t b = g.first(); b < g.size; b += g.step())
+  LVRPO_ROLLED for (int64_t b = g.first(); b < g.size; b += g.step())
     if (g.scored(b)) best = Join{}(best, Best{b, g.total(b)});
   best = g.over_group(best, Join{});
   // Where nobody is scored every part is 0.
   const double lead = best.second == Best::NOBODY ? 0.0 : best.total - best.second;
   const double kept = lead > ROUNDING * column.magnitude && best.total > 0 ? lead / best.total : 0.0;
-  for (int64_t b = g.first(); b < g.size; b += g.step())
-    for (int64_t k = 0; k < g.rewards; ++k) g.part(b, k) *= b == best.sample ? kept : 0.0;
+  LVRPO_ROLLED for (int64_t b = g.first(); b < g.size; b += g.step())
+    LVRPO_ROLLED for (int64_t k = 0; k < g.rewards; ++k) g.part(b, k) *= b == best.sample ? kept : 0.0;
 }
 
 // For the column made of rewards [first, last); totals are its deviations. `columns` begin with that of `first`.
@@ -222,7 +230,8 @@ template <typename Samples>
 LVRPO_INLINE Farthest farthest(const Samples& g, const Estimator& estimator, const double* weights, Column* columns,
                                int64_t first, int64_t last) {
   Deviation far;
-  for (int64_t b = g.first(); b < g.size; b += g.step()) far = Join{}(far, Deviation{b, std::abs(g.total(b))});
+  LVRPO_ROLLED for (int64_t b = g.first(); b < g.size; b += g.step())
+    far = Join{}(far, Deviation{b, std::abs(g.total(b))});
   far = g.over_group(far, Join{});
   const auto takes_part = [&](int64_t b) {
     return b != far.sample && (estimator.decoupled ? g.counted(b, first) > 0 : g.scored(b));
@@ -230,18 +239,18 @@ LVRPO_INLINE Farthest farthest(const Samples& g, const Estimator& estimator, con
   const auto filled = [&](int64_t b, int64_t k) {
     return g.counted(b, k) > 0 ? g.value(b, k) : columns[k - first].mean;
   };
-  for (int64_t k = first; k < last; ++k) {
+  LVRPO_ROLLED for (int64_t k = first; k < last; ++k) {
     CountAndSum others;
-    for (int64_t b = g.first(); b < g.size; b += g.step())
+    LVRPO_ROLLED for (int64_t b = g.first(); b < g.size; b += g.step())
       if (takes_part(b)) others.add(1, filled(b, k));
     others = g.over_group(others, Join{});
     g.show(columns[k - first].mean_of_others, others.sum / std::max(others.count, 1.0));
   }
   Spread spread;
-  for (int64_t b = g.first(); b < g.size; b += g.step()) {
+  LVRPO_ROLLED for (int64_t b = g.first(); b < g.size; b += g.step()) {
     if (!takes_part(b)) continue;
     double apart = 0, size = 0;
-    for (int64_t k = first; k < last; ++k) {
+    LVRPO_ROLLED for (int64_t k = first; k < last; ++k) {
       const double weight = estimator.decoupled ? 1.0 : weights[k];
       const Column& column = columns[k - first];
       if (column.varies()) apart += weight * (filled(b, k) - column.mean_of_others);
@@ -270,13 +279,13 @@ LVRPO_INLINE void scale_part(const Samples& g, const Estimator& estimator, int64
   double factor = column.varies() || estimator.baseline == Baseline::none ? weight : 0.0;
   if (estimator.baseline == Baseline::leave_one_out) factor *= count / std::max(count - 1.0, 1.0);
   if (estimator.scale == Scale::leave_one_out) {
-    for (int64_t b = g.first(); b < g.size; b += g.step())
+    LVRPO_ROLLED for (int64_t b = g.first(); b < g.size; b += g.step())
       g.part(b, k) *= factor / others_divisor(estimator, column, far, b, g.total(b));
     return;
   }
   const double std = estimator.scale == Scale::group ? estimator.std(column.squares, column.count) : spread;
   if (factor != 0 && estimator.scale != Scale::none) factor /= estimator.divisor(std);
-  for (int64_t b = g.first(); b < g.size; b += g.step()) g.part(b, k) *= factor;
+  LVRPO_ROLLED for (int64_t b = g.first(); b < g.size; b += g.step()) g.part(b, k) *= factor;
 }
 
 // Fills the parts, and totals for its own use. seen(k, column) hears of every reward's column. `columns` [K] is memory
@@ -286,12 +295,12 @@ LVRPO_INLINE void group_parts(const Samples& g, const Estimator& estimator, cons
                               Column* columns, const Seen& seen) {
   const bool of_others = estimator.scale == Scale::leave_one_out;
   if (estimator.decoupled) {
-    for (int64_t k = 0; k < g.rewards; ++k) {
+    LVRPO_ROLLED for (int64_t k = 0; k < g.rewards; ++k) {
       const Column column = centre(g, k);
       seen(k, column);
       Farthest far;
       if (of_others) {  // the divisor needs the deviation from the mean, which the baseline overwrites
-        for (int64_t b = g.first(); b < g.size; b += g.step()) g.total(b) = g.part(b, k);
+        LVRPO_ROLLED for (int64_t b = g.first(); b < g.size; b += g.step()) g.total(b) = g.part(b, k);
         g.show(columns[0], column);
         far = farthest(g, estimator, weights, columns, k, k + 1);
       }
@@ -300,7 +309,7 @@ LVRPO_INLINE void group_parts(const Samples& g, const Estimator& estimator, cons
     }
     return;
   }
-  for (int64_t k = 0; k < g.rewards; ++k) {
+  LVRPO_ROLLED for (int64_t k = 0; k < g.rewards; ++k) {
     const Column column = centre(g, k);
     seen(k, column);
     g.show(columns[k], column);
@@ -308,7 +317,7 @@ LVRPO_INLINE void group_parts(const Samples& g, const Estimator& estimator, cons
   const Column sum = centre_sum(g, weights);
   const Farthest far = of_others ? farthest(g, estimator, weights, columns, 0, g.rewards) : Farthest{};
   if (estimator.baseline == Baseline::second_best) keep_lead(g, sum);
-  for (int64_t k = 0; k < g.rewards; ++k) {
+  LVRPO_ROLLED for (int64_t k = 0; k < g.rewards; ++k) {
     subtract_baseline(g, estimator, k);
     scale_part(g, estimator, k, weights[k], columns[k].count, sum, far, spread[0]);
   }
@@ -318,11 +327,11 @@ LVRPO_INLINE void group_parts(const Samples& g, const Estimator& estimator, cons
 // batch_mean(k), where the whole group misses it.
 template <typename Samples, typename Mean>
 LVRPO_INLINE void sum_filled(const Samples& g, const double* weights, const Mean& batch_mean) {
-  for (int64_t b = g.first(); b < g.size; b += g.step()) g.total(b) = 0;
-  for (int64_t k = 0; k < g.rewards; ++k) {
+  LVRPO_ROLLED for (int64_t b = g.first(); b < g.size; b += g.step()) g.total(b) = 0;
+  LVRPO_ROLLED for (int64_t k = 0; k < g.rewards; ++k) {
     const CountAndSum all = count_and_sum(g, k);
     const double missing = all.count > 0 ? all.sum / all.count : batch_mean(k);
-    for (int64_t b = g.first(); b < g.size; b += g.step())
+    LVRPO_ROLLED for (int64_t b = g.first(); b < g.size; b += g.step())
       g.total(b) += weights[k] * (g.counted(b, k) > 0 ? g.value(b, k) : missing);
   }
 }
@@ -331,7 +340,7 @@ LVRPO_INLINE void sum_filled(const Samples& g, const double* weights, const Mean
 template <typename Samples>
 LVRPO_INLINE bool has_sum(const Samples& g, const double* weights, int64_t b) {
   double sum = 0, size = 0;
-  for (int64_t k = 0; k < g.rewards; ++k) {
+  LVRPO_ROLLED for (int64_t k = 0; k < g.rewards; ++k) {
     sum += weights[k] * g.value(b, k);
     size += std::abs(weights[k]) * std::abs(g.value(b, k));
   }
@@ -350,14 +359,14 @@ template <typename Samples>
 LVRPO_INLINE double whiten_and_clip(const Samples& g, const Whitening& by, double clip, int64_t b) {
   double value = 0;
   const bool zero = by.zero || !g.scored(b);
-  for (int64_t k = 0; k < g.rewards; ++k) {
+  LVRPO_ROLLED for (int64_t k = 0; k < g.rewards; ++k) {
     const double part = zero ? 0.0 : (g.part(b, k) - by.mean[k]) / by.divisor;
     g.part(b, k) = part;
     value += part;
   }
   const double clipped = std::clamp(value, -clip, clip);
   const double shrink = clipped == value ? 1.0 : clipped / value;
-  for (int64_t k = 0; k < g.rewards; ++k) g.part(b, k) *= shrink;
+  LVRPO_ROLLED for (int64_t k = 0; k < g.rewards; ++k) g.part(b, k) *= shrink;
   return clipped;
 }
 

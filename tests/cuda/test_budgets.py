@@ -44,10 +44,9 @@ IN_ALL_CODE = {
     ("grpo_loss", "finish_kernel"): 0,
 }
 TOKENS_AT_ONCE = 4
-#: Bytes of local memory that a thread has, and that it moves in all its code: numbers of a group
-#: that are kept between two phases, and in fp64, which is nobody's hot path, an address.
+#: Bytes of local memory that a thread has, and that it moves in all its code: in fp64, which is
+#: nobody's hot path, an address.
 LOCAL = {
-    ("normalize_advantages", "advantages_kernel"): (96, 448),
     ("flow_policy_loss", "sums_kernel", "double"): (8, 16),
     ("guided_velocity", "sums_kernel", "double"): (8, 24),
 }
