@@ -250,6 +250,7 @@ def _add_study(name: str, about: str) -> None:
     @studies.command(name, help=about, epilog=f"Example:  lvrpo study {name} runs/{name}")
     def study(
         directory: Annotated[Path, typer.Argument(help="Of the study; one that is there goes on.")],
+        config: ConfigFile = None,
         seeds: Annotated[
             int | None, typer.Option(min=1, help="How many, from 0 on; five of a new study.")
         ] = None,
@@ -273,7 +274,9 @@ def _add_study(name: str, about: str) -> None:
             from lvrpo.studies.command import run_study
 
             try:
-                end = run_study(directory, STUDIES[name], overrides, seeds=seeds, jobs=jobs)
+                end = run_study(
+                    directory, STUDIES[name], overrides, config=config, seeds=seeds, jobs=jobs
+                )
             except KeyboardInterrupt as stop:
                 _stopped(stop, f"lvrpo study {name} {directory}")
         if end.page is not None:

@@ -28,7 +28,13 @@ class StudyEnd:
 
 
 def run_study(
-    directory: Path, study: Study, overrides: list[str], *, seeds: int | None, jobs: int | None
+    directory: Path,
+    study: Study,
+    overrides: list[str],
+    *,
+    config: Path | None,
+    seeds: int | None,
+    jobs: int | None,
 ) -> StudyEnd:
     """Make what runs are missing, then the page.
 
@@ -36,6 +42,7 @@ def run_study(
         directory: of the study, new or one that goes on.
         study: to run.
         overrides: `section.key=value` of all runs.
+        config: TOML file of all runs; overrides are over it.
         seeds: how many; None: as before, or five.
         jobs: runs at once; None: one per core that this process may use.
 
@@ -45,7 +52,7 @@ def run_study(
         Stopped: a signal ended the study.
     """
     require(*packages_of("report"), extra="report")  # before hours are spent
-    with open_study(directory, study, overrides, seeds) as runs:
+    with open_study(directory, study, overrides, seeds, config) as runs:
         with StudyView() as view, Signals():
             failed = run_all(runs, jobs or _cores(), view)
         from lvrpo.studies.page import write_page  # matplotlib takes a second

@@ -61,7 +61,11 @@ class StudyRun:
 
 @contextlib.contextmanager
 def open_study(
-    directory: Path, study: Study, overrides: list[str], seeds: int | None = None
+    directory: Path,
+    study: Study,
+    overrides: list[str],
+    seeds: int | None = None,
+    config: Path | None = None,
 ) -> Iterator[list[StudyRun]]:
     """Hold the directory of a study: a new one, or one that goes on with what it began with.
 
@@ -70,6 +74,7 @@ def open_study(
         study: to run.
         overrides: `section.key=value` of all runs; where a study goes on, these are compared.
         seeds: how many, from 0 on; more than before adds some. None: as before, or five.
+        config: TOML file of all runs, over what the study says; `overrides` are over both.
 
     Returns:
         Its runs, those of the base first.
@@ -78,13 +83,13 @@ def open_study(
         ConfigError: an arm's configuration is wrong, or a setting is not what the study began with.
         RunDirectoryError: the directory is in use, holds something else, or another lvrpo wrote it.
     """
-    named = read_settings(None, overrides)
+    named = read_settings(config, overrides)
     if "run.seed" in named.overridden:
         raise ConfigError("run.seed is another in every run of a study: give --seeds, how many")
     is_new = not (directory / STUDY).exists()
     if is_new:
         refuse_other_contents(directory, "study", STUDY, early=(VERSION, BASE))
-        base = _checked(study, overrides)  # before anything is created
+        base = _checked(study, named)  # before anything is created
     with locked(directory):
         if not is_new:
             seeds = _existing(directory, study, named, seeds)
@@ -116,12 +121,14 @@ def _definition(study: Study) -> dict[str, Any]:
     return {"study": study.name, "settings": list(study.settings), "arms": arms}
 
 
-def _checked(study: Study, overrides: list[str]) -> TrainConfig:
+def _checked(study: Study, named: Settings) -> TrainConfig:
     """The configuration of the base, after every arm was found to be one that could be run."""
-    shared = ["run.threads=1", *study.settings, *overrides]  # runs stand side by side instead
-    for arm in study.all_arms:
-        check_config(load_config(overrides=[*shared, *arm.settings]))
-    return load_config(overrides=[*shared, *study.base.settings])
+    # Runs stand side by side instead of threads.
+    shared = named.over(load_config(overrides=["run.threads=1", *study.settings]))
+    configs = [read_settings(None, arm.settings).over(shared) for arm in study.all_arms]
+    for config in configs:
+        check_config(config)
+    return configs[0]
 
 
 def _existing(directory: Path, study: Study, named: Settings, seeds: int | None) -> int:

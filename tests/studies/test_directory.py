@@ -68,6 +68,22 @@ def test_what_is_named_wins_over_the_study_and_an_arm_over_both(tmp_path):
     assert base.run.threads == 1
 
 
+def test_a_file_wins_over_the_study_and_what_is_named_over_the_file(tmp_path):
+    file = tmp_path / "mine.toml"
+    file.write_text("run = { steps = 11, eval_items = 5 }\nloss = { text_kl = 0.3 }\n")
+    directory = tmp_path / "study"
+    with open_study(directory, STUDY, ["run.eval_items=6"], config=file):
+        base = load_config(directory / "base.toml")
+    assert (base.run.steps, base.run.eval_items, base.loss.text_kl) == (11, 6, 0.1)
+    assert begin(directory) == 10
+    file.write_text("run = { steps = 12 }\n")
+    with (
+        pytest.raises(ConfigError, match=r"run\.steps is 11 there, 12 here"),
+        open_study(directory, STUDY, [], config=file),
+    ):
+        pass
+
+
 @pytest.mark.parametrize("seeds", [3, 9])
 def test_seeds_may_be_added_and_never_removed(begun, seeds):
     assert begin(begun, seeds=seeds) == 2 * seeds
