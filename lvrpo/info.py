@@ -120,6 +120,7 @@ def _requirements() -> Iterator[tuple[str, str]]:
 INSTALL = {
     "train": "the trainer and the command need: pip install 'lvrpo[train]'",
     "report": "the report needs: pip install 'lvrpo[report]'",
+    "transformers": "models of transformers need: pip install 'lvrpo[transformers]'",
     "ocr": "the reward 'ocr' needs: pip install 'lvrpo[ocr]'",
 }
 #: Packages that are imported by another name than they are installed by.

@@ -17,6 +17,8 @@ from lvrpo.rewards.registry import FoundReward, find_reward, load_reward
 from lvrpo.rewards.reward import FunctionReward, Reward, RewardError, Samples
 from lvrpo.rewards.score import Truncated, score
 from lvrpo.rewards.semantic import SemanticReward
+from lvrpo.rewards.siglip import SiglipReward
+from lvrpo.rewards.vqa import VqaReward
 
 __all__ = [
     "AnswerProbability",
@@ -39,8 +41,10 @@ __all__ = [
     "Rules",
     "Samples",
     "SemanticReward",
+    "SiglipReward",
     "Truncated",
     "Verdicts",
+    "VqaReward",
     "answer_format",
     "check_answers",
     "find_reward",

@@ -36,8 +36,12 @@ class KnowledgeReward:
 
     @classmethod
     def from_parts(cls, parts: RewardParts) -> KnowledgeReward:
-        """The reward of a run."""
-        return cls(parts.answer_probability, parts.rules.questions_about)
+        """The reward of a run; an example's own column "questions" comes before its rule."""
+        rules = parts.rules
+        return cls(
+            parts.answer_probability,
+            lambda example: questions_of(example) or rules.questions_about(example),
+        )
 
     @torch.no_grad()
     def __call__(self, samples: Samples) -> Tensor:
@@ -73,3 +77,20 @@ class KnowledgeReward:
         total = torch.zeros(len(samples)).index_add_(0, owner, given)
         count = owner.bincount(minlength=len(samples))
         return torch.where(count > 0, total / count, scores)
+
+
+def questions_of(example: Example) -> list[tuple[str, str]]:
+    """The column "questions" of an example: pairs of a question and its right answer; maybe none.
+
+    Raises:
+        ValueError: the column has something else.
+    """
+    given = example.extra.get("questions", [])
+    pairs = given if isinstance(given, list) else [given]
+    for pair in pairs:
+        is_pair = isinstance(pair, (list, tuple)) and len(pair) == 2
+        if not is_pair or not all(isinstance(text, str) and text for text in pair):
+            raise ValueError(
+                f"questions of {example.uid!r} has {pair!r}, expected [question, answer]"
+            )
+    return [(question, answer) for question, answer in pairs]

@@ -37,6 +37,8 @@ BUILT_IN = {
     "position": "lvrpo.rewards.matching:PositionReward",
     "boxes": "lvrpo.rewards.boxes:BoxReward",
     "ocr": "lvrpo.rewards.ocr:OcrReward",
+    "siglip": "lvrpo.rewards.siglip:SiglipReward",
+    "vqa": "lvrpo.rewards.vqa:VqaReward",
 }
 
 

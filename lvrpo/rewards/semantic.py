@@ -23,14 +23,18 @@ class SemanticReward:
     similarity would be constant and only dilute the other rewards. NaN too for a prompt that has
     words the encoder never saw.
 
+    The column "phrases" of an example has its key phrases, where they are not to be taken from the
+    prompt; "negative_phrases" has what must not be seen, whose score is subtracted.
+
     Args:
-        encoder: trained on the training split.
+        encoder: trained on the training split, or by others.
         form: "dense" is the mean over the prompt's key phrases of the pooled similarity to the
             drawing's patches; "global" is the cosine of the whole drawing and the whole prompt.
         pool: of the dense form, see `pool_similarity`.
         top_k: of pool "topk".
         implied: count the phrases that a prompt implies among its key phrases: what must stay
             empty. Without them, as in the paper, nothing that is drawn too much lowers the score.
+        negative_weight: of the score of the negative phrases.
     """
 
     encoder: PhraseEncoder
@@ -38,6 +42,7 @@ class SemanticReward:
     pool: Literal["softmax", "topk", "max"] = "softmax"
     top_k: int = 2
     implied: bool = True
+    negative_weight: float = 1.0
     name: str = field(default="r_sem", init=False)
     may_be_nan: bool = field(default=True, init=False)
     needs: ClassVar[tuple[str, ...]] = ("encoder",)
@@ -81,34 +86,47 @@ class SemanticReward:
         Returns:
             [N] fp32 in [-1, 1] on the CPU, NaN for a prompt with words that are unknown.
         """
-        captions = [self._phrases(example.prompt) for example in examples]
+        asked = [self._phrases(example) for example in examples]
+        unwanted = [_listed(example, "negative_phrases") for example in examples]
         known = [
             i
-            for i, phrases in enumerate(captions)
-            if phrases and all(self.encoder.knows(phrase) for phrase in phrases)
+            for i, phrases in enumerate(asked)
+            if phrases and all(map(self.encoder.knows, phrases + unwanted[i]))
         ]
         scores = torch.full((len(examples),), math.nan)
         if not known:
             return scores
-        captions = [captions[i] for i in known]
         pictures, patches = self.encoder.encode_images(drawings[known].float().cpu())
-        if self.form == "global":
-            values = (self.encoder.encode_captions(captions) * pictures).sum(dim=1)
-        else:
-            values = self._dense(captions, patches)
+        values = self._matches([asked[i] for i in known], pictures, patches)
+        with_unwanted = [n for n, i in enumerate(known) if unwanted[i]]
+        if with_unwanted:
+            rows = torch.tensor(with_unwanted)
+            captions = [unwanted[known[n]] for n in with_unwanted]
+            found = self._matches(captions, pictures[with_unwanted], patches[with_unwanted])
+            values = values.index_add(0, rows, found, alpha=-self.negative_weight)
         return scores.index_put((torch.tensor(known),), values)
 
-    def _phrases(self, prompt: str) -> list[str]:
-        asked = self.encoder.phrases_of(prompt)
+    def _phrases(self, example: Example) -> list[str]:
+        asked = _listed(example, "phrases") or self.encoder.phrases_of(example.prompt)
         return asked + self.encoder.implied_by(asked) if self.implied else asked
 
-    def _dense(self, captions: list[list[str]], patches: Tensor) -> Tensor:
+    def _matches(self, captions: list[list[str]], pictures: Tensor, patches: Tensor) -> Tensor:
+        """[N] on the CPU, of N captions, pictures, and their patches."""
+        if self.form == "global":
+            return (self.encoder.encode_captions(captions) * pictures).sum(dim=1).cpu()
         phrases = self.encoder.encode_phrases([p for caption in captions for p in caption])
         drawing = torch.tensor([i for i, caption in enumerate(captions) for _ in caption])
-        similarity = torch.einsum("qd,qpd->qp", phrases, patches[drawing])
-        pooled = pool_similarity(similarity, self.pool, top_k=self.top_k)
+        similarity = torch.einsum("qd,qpd->qp", phrases, patches[drawing.to(patches.device)])
+        pooled = pool_similarity(similarity, self.pool, top_k=self.top_k).cpu()
         total = torch.zeros(len(captions)).index_add(0, drawing, pooled)
         return total / drawing.bincount(minlength=len(captions))
+
+
+def _listed(example: Example, column: str) -> list[str]:
+    given = example.extra.get(column, [])
+    if not isinstance(given, list) or not all(isinstance(each, str) for each in given):
+        raise ValueError(f"{column} of {example.uid!r} is {given!r}, expected a list of phrases")
+    return given
 
 
 def pool_similarity(similarity: Tensor, pool: str, *, top_k: int = 2) -> Tensor:
