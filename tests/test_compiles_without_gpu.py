@@ -234,7 +234,7 @@ def test_a_row_of_any_vocabulary_is_summed_16_bytes_at_a_time(op):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("architecture", [80, 90])
-@pytest.mark.parametrize("op", ["flow_step", "guided_velocity"])
+@pytest.mark.parametrize("op", ["flow_policy_loss", "flow_step", "guided_velocity"])
 def test_latents_are_read_16_bytes_at_a_time_by_many_threads(op, architecture):
     variants = {}
     for launch in launches_of(op, "every_form", architecture):

@@ -24,6 +24,7 @@ LAYERS = (
     "lvrpo/ops/{}.py",
     "lvrpo/reference/{}.py",
     "csrc/cpu/{}.cpp",
+    "kernels/{}.py",
     "tests/ops/test_{}.py",
     "tests/mutants/{}.py",
     "docs/ops/{}.md",
@@ -32,7 +33,7 @@ LAYERS = (
 #: Ops that run the kernels of others and have none of their own, so that a backend or a loss that
 #: is added there is theirs at once. What they add, GEMMs in chunks, is torch's on every device.
 COMPOSED = set(library.COMPOSITES)
-KERNEL_LAYERS = {"csrc/cpu/{}.cpp"}
+KERNEL_LAYERS = {"csrc/cpu/{}.cpp", "kernels/{}.py"}
 #: Among them those with a Triton kernel, which runs the device functions of the others on one row.
 FUSED = {"logits_grpo_loss"}
 #: Lines of a function's body, without signature and docstring, that a reader can hold. An exception
@@ -109,10 +110,9 @@ def test_every_op_is_a_whole_slice(layer):
 
 def test_a_composed_op_has_no_kernels_of_its_own():
     assert set(info.op_names()) >= COMPOSED
-    own = [ROOT / layer.format(op) for layer in KERNEL_LAYERS for op in COMPOSED]
-    own += [ROOT / f"kernels/{op}.py" for op in COMPOSED - FUSED]
-    assert not [path for path in own if path.exists()]
-    assert all((ROOT / f"kernels/{op}.py").exists() for op in FUSED)
+    fused = {ROOT / f"kernels/{op}.py" for op in FUSED}
+    own = {ROOT / layer.format(op) for layer in KERNEL_LAYERS for op in COMPOSED}
+    assert {path for path in own if path.exists()} == fused
 
 
 @pytest.mark.parametrize("layer", LAYERS)
