@@ -12,11 +12,17 @@ query and key heads, D head width, c numbers per latent token.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+from typing import NamedTuple, TypeAlias
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from lvrpo.dtypes import widen
+from lvrpo.masks import SpanMask
 from lvrpo.models.bagel.config import BagelConfig
 from lvrpo.models.bagel.embeddings import PositionTable, TimeEmbedding
 from lvrpo.models.bagel.vision import GeluMLP, VisionTower
@@ -75,8 +81,24 @@ class SwiGLU(nn.Module):
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))  # type: ignore[no-any-return]
 
 
+class Routing(NamedTuple):
+    """Which expert has which rows of the packed buffer; an expert without rows is left out.
+
+    So it gets no gradient rather than zeros.
+    """
+
+    rows: Tensor  # [L] int64, packed row of each row, expert by expert
+    packed_order: Tensor  # [L] int64, its inverse
+    counts: list[int]  # rows of each expert
+    ropes: dict[str, tuple[Tensor, Tensor]]  # cos and sin [n, 1, D / 2] by expert
+
+
+#: Queries [L, Hq, D], keys and values [L, Hkv, D] in packed order -> [L, Hq, D].
+Attend: TypeAlias = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+
 class Layer(nn.Module):
-    """One layer of both experts, in the two halves between which rows of all kinds meet."""
+    """One layer of both experts, which keep their rows apart; only attention sees all of them."""
 
     def __init__(self, config: BagelConfig) -> None:
         super().__init__()
@@ -87,14 +109,28 @@ class Layer(nn.Module):
                 norm = nn.RMSNorm(config.hidden, eps=config.norm_eps)
                 self.add_module(f"{name}{expert}", norm)
 
-    def project(
+    def forward(
+        self, states: dict[str, Tensor], routing: Routing, attend: Attend
+    ) -> dict[str, Tensor]:
+        """[n, hidden] by expert -> the same."""
+        parts = [self._project(x, routing.ropes[expert], expert) for expert, x in states.items()]
+        query, key, value = (
+            torch.cat(kind).index_select(0, routing.packed_order)
+            for kind in zip(*parts, strict=True)
+        )
+        attended = attend(query, key, value).index_select(0, routing.rows).split(routing.counts)
+        return {
+            expert: self._finish(x, seen, expert)
+            for (expert, x), seen in zip(states.items(), attended, strict=True)
+        }
+
+    def _project(
         self, x: Tensor, rope: tuple[Tensor, Tensor], expert: str
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """See `Attention.project`."""
         normed = self.get_submodule(f"input_layernorm{expert}")(x)
         return self.self_attn.project(normed, rope, expert)
 
-    def finish(self, x: Tensor, attended: Tensor, expert: str) -> Tensor:
+    def _finish(self, x: Tensor, attended: Tensor, expert: str) -> Tensor:
         """Add what was attended to, [n, Hq, D], and the feed-forward output to the residual."""
         x = x + self.self_attn.out(attended, expert)
         normed = self.get_submodule(f"post_attention_layernorm{expert}")(x)
@@ -113,11 +149,18 @@ class Decoder(nn.Module):
 
 
 class Bagel(nn.Module):
-    """Hidden states by `forward`, read by `logits` and `velocity`; see the module docstring."""
+    """Hidden states by `forward`, read by `logits` and `velocity`; see the module docstring.
+
+    Attributes:
+        config: its shape.
+        gradient_checkpointing: whether the language model's layers are computed again in the
+            backward pass, so that only what is between them is kept.
+    """
 
     def __init__(self, config: BagelConfig) -> None:
         super().__init__()
         self.config = config
+        self.gradient_checkpointing = False
         width = config.hidden
         self.language_model = nn.ModuleDict(
             {"model": Decoder(config), "lm_head": nn.Linear(width, config.vocab_size, bias=False)}
@@ -166,33 +209,15 @@ class Bagel(nn.Module):
             UNDERSTANDING: torch.cat([texts, self._read(batch, backend).to(texts)]),
             GENERATION: self._embed_latents(batch).to(texts),
         }
-        rows = torch.cat([batch.text_rows, batch.patch_rows, batch.latent_rows])
-        # The experts keep their rows apart; only attention sees them in packed order.
-        packed_order = torch.empty_like(rows).scatter_(0, rows, torch.arange(len(rows)).to(rows))
-        counts = [len(x) for x in states.values()]
-        head_dim, theta = self.config.head_dim, self.config.rope_theta
-        cos, sin = rope_table(batch.position_ids[rows], head_dim, theta, widen(texts).dtype)
-        by_expert = zip(cos.split(counts), sin.split(counts), strict=True)
-        ropes = dict(zip(states, by_expert, strict=True))
-        # An expert without rows is left out, so that it gets no gradient rather than zeros.
+        routing = self._routing(batch, states)
         states = {expert: x for expert, x in states.items() if len(x)}
-        counts = [len(x) for x in states.values()]
-
+        again = self.gradient_checkpointing and cache is None and torch.is_grad_enabled()
         for index, layer in enumerate(decoder.layers):
-            assert isinstance(layer, Layer)
-            parts = [layer.project(x, ropes[expert], expert) for expert, x in states.items()]
-            query, key, value = (
-                torch.cat(kind).index_select(0, packed_order) for kind in zip(*parts, strict=True)
-            )
-            if cache is not None:
-                assert cache_rows is not None
-                key, value = cache.write(index, cache_rows, key, value)
-            attended = packed_attention(query, key, value, batch.mask, backend=backend)
-            found = attended.index_select(0, rows).split(counts)
-            states = {
-                expert: layer.finish(x, seen, expert)
-                for (expert, x), seen in zip(states.items(), found, strict=True)
-            }
+            attend = partial(_attend, batch.mask, backend, index, cache, cache_rows)
+            if again:
+                states = checkpoint(layer, states, routing, attend, use_reentrant=False)
+            else:
+                states = layer(states, routing, attend)
         none = texts[:0]
         text = states.get(UNDERSTANDING, none)[: len(texts)]
         latent = states.get(GENERATION, none)
@@ -207,6 +232,17 @@ class Bagel(nn.Module):
         """[n, hidden] of latent rows -> [n, latent_dim] noise minus data, in fp32 or fp64."""
         return widen(self.llm2vae(latent))
 
+    def _routing(self, batch: PackedBatch, states: dict[str, Tensor]) -> Routing:
+        rows = torch.cat([batch.text_rows, batch.patch_rows, batch.latent_rows])
+        packed_order = torch.empty_like(rows).scatter_(0, rows, torch.arange(len(rows)).to(rows))
+        dtype = widen(states[UNDERSTANDING]).dtype
+        config = self.config
+        table = rope_table(batch.position_ids[rows], config.head_dim, config.rope_theta, dtype)
+        counts = [len(x) for x in states.values()]
+        by_expert = zip(*(angles.split(counts) for angles in table), strict=True)
+        ropes = dict(zip(states, by_expert, strict=True))
+        return Routing(rows, packed_order, [count for count in counts if count], ropes)
+
     def _read(self, batch: PackedBatch, backend: str | None) -> Tensor:
         """[n_patch, hidden]; pictures do not see each other here."""
         if not len(batch.patches):
@@ -220,3 +256,19 @@ class Bagel(nn.Module):
         x = self.vae2llm(batch.latents.to(self.vae2llm.weight.dtype))
         x = x + self.time_embedder(batch.timesteps)
         return x + self.latent_pos_embed(batch.latent_grid).to(x)  # type: ignore[no-any-return]
+
+
+def _attend(
+    mask: SpanMask,
+    backend: str | None,
+    layer: int,
+    cache: KVCache | None,
+    cache_rows: Tensor | None,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+) -> Tensor:
+    if cache is not None:
+        assert cache_rows is not None
+        key, value = cache.write(layer, cache_rows, key, value)
+    return packed_attention(query, key, value, mask, backend=backend)

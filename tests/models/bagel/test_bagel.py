@@ -156,6 +156,23 @@ def test_gradients_equal_the_oracles(seed, dtype):
             assert (parameter.grad - expected).abs().max() < 10 * BOUNDS[dtype] * scale, name
 
 
+def test_layers_computed_again_give_the_same_gradients():
+    def gradients(again):
+        model, calls = tiny_bagel(), []
+        model.gradient_checkpointing = again
+        first = model.language_model["model"].layers[0]
+        first.register_forward_pre_hook(lambda *_: calls.append(1))
+        found = [x.square().sum() for x, _, _ in pairs(model, groups, model.state_dict())]
+        sum(found).backward()
+        assert len(calls) == 1 + again
+        return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+    groups = random_groups(1)
+    kept, again = gradients(False), gradients(True)
+    assert kept.keys() == again.keys()
+    assert all(torch.equal(gradient, again[name]) for name, gradient in kept.items())
+
+
 @pytest.mark.parametrize("seed", range(4))
 def test_cached_pieces_equal_the_oracle(seed):
     model = tiny_bagel(seed=seed)
