@@ -44,17 +44,21 @@ class BagelCheckpoint:
     model: Bagel
     autoencoder: FluxAutoencoder
     model_files: Mapping[str, StoredFile]
-    autoencoder_file: StoredFile
+    autoencoder_files: Mapping[str, StoredFile]
     other_files: Mapping[str, bytes]  # configurations and tokenizer, as they were
 
 
-def load_bagel(path: Path | str, *, dtype: torch.dtype | None = None) -> BagelCheckpoint:
+def load_bagel(
+    path: Path | str, *, dtype: torch.dtype | None = None, with_weights: bool = True
+) -> BagelCheckpoint:
     """Read a published BAGEL folder onto the CPU.
 
     Args:
         path: of the folder.
         dtype: of the model; None keeps that of each tensor. The autoencoder, which is frozen, keeps
             its own.
+        with_weights: False leaves both on the meta device, for their shapes; such a checkpoint has
+            nothing to be saved.
 
     Raises:
         FileNotFoundError: a file is missing; says which.
@@ -67,11 +71,13 @@ def load_bagel(path: Path | str, *, dtype: torch.dtype | None = None) -> BagelCh
         folder,
         _model_files(folder),
         lambda shapes: Bagel(BagelConfig.from_published(llm, vit, shapes)),
+        with_weights,
     )
     autoencoder, autoencoder_files = _load(
         folder,
         [AUTOENCODER],
         lambda shapes: FluxAutoencoder(AutoencoderConfig.from_published(shapes)),
+        with_weights,
     )
     drawn = autoencoder.config.latent_channels * autoencoder.config.latent_patch**2
     if drawn != model.config.latent_dim:
@@ -84,7 +90,7 @@ def load_bagel(path: Path | str, *, dtype: torch.dtype | None = None) -> BagelCh
         model=model if dtype is None else model.to(dtype),
         autoencoder=autoencoder.eval().requires_grad_(False),
         model_files=model_files,
-        autoencoder_file=autoencoder_files[AUTOENCODER],
+        autoencoder_files=autoencoder_files,
         other_files={file.name: file.read_bytes() for file in kept},
     )
 
@@ -100,25 +106,28 @@ def save_bagel(checkpoint: BagelCheckpoint, path: Path | str) -> None:
 
     Raises:
         FileExistsError: the folder has files.
+        ValueError: the checkpoint was read without weights.
     """
+    if not checkpoint.model_files:
+        raise ValueError("the checkpoint was read without weights: there is nothing to save")
     folder = Path(path)
     folder.mkdir(parents=True, exist_ok=True)
     if any(folder.iterdir()):
         raise FileExistsError(f"{folder} is not empty, expected a new folder")
     for name, content in checkpoint.other_files.items():
         (folder / name).write_bytes(content)
-    files = [(checkpoint.model, name, stored) for name, stored in checkpoint.model_files.items()]
-    for module, name, stored in [
-        *files,
-        (checkpoint.autoencoder, AUTOENCODER, checkpoint.autoencoder_file),
-    ]:
+    for module, files in (
+        (checkpoint.model, checkpoint.model_files),
+        (checkpoint.autoencoder, checkpoint.autoencoder_files),
+    ):
         state = module.state_dict()
-        tensors = {
-            key: state[key].detach().to("cpu", dtype).contiguous()
-            for key, dtype in stored.dtypes.items()
-        }
-        metadata = None if stored.metadata is None else dict(stored.metadata)
-        save_file(tensors, folder / name, metadata)
+        for name, stored in files.items():
+            tensors = {
+                key: state[key].detach().to("cpu", dtype).contiguous()
+                for key, dtype in stored.dtypes.items()
+            }
+            metadata = None if stored.metadata is None else dict(stored.metadata)
+            save_file(tensors, folder / name, metadata)
 
 
 def _read_json(path: Path) -> dict[str, Any]:
@@ -149,7 +158,7 @@ def _model_files(folder: Path) -> list[str]:
 
 
 def _load(
-    folder: Path, files: Sequence[str], make: Callable[[Shapes], Module]
+    folder: Path, files: Sequence[str], make: Callable[[Shapes], Module], with_weights: bool
 ) -> tuple[Module, dict[str, StoredFile]]:
     """A module with the tensors of some files, which are to be its own and no others."""
     shapes: Shapes = {}
@@ -164,6 +173,8 @@ def _load(
     with torch.device("meta"):
         module = make(shapes)
     _check(folder, module, shapes, twice)
+    if not with_weights:
+        return module, {}
     state: dict[str, Tensor] = {}
     stored: dict[str, StoredFile] = {}
     for name in files:

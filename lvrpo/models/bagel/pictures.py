@@ -9,15 +9,25 @@ import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
 
+from lvrpo.models.bagel.config import BagelConfig
+
 
 @dataclass(frozen=True)
 class PictureSides:
-    """What sides a picture may have; the defaults are BAGEL's for pictures to be read."""
+    """What sides a picture may have; the defaults are BAGEL's for pictures to be read.
+
+    Its bound on the number of pixels, 9,216 patches, is above 980 x 980 and never reached.
+    """
 
     stride: int = 14  # pixels; both sides are multiples of it
     shortest: int = 224
     longest: int = 980
-    most_pixels: int = 14 * 14 * 9 * 1024
+
+    @classmethod
+    def of(cls, config: BagelConfig) -> PictureSides:
+        """Those of a model: at least 16 patches along a side, at most its grid."""
+        patch, most = config.image_patch, config.vision_grid
+        return cls(patch, patch * min(16, most), patch * most)
 
     def fit(self, height: int, width: int) -> tuple[int, int]:
         """(height, width) that a picture is resized to; its proportions are kept to a stride.
@@ -27,9 +37,6 @@ class PictureSides:
         scale = min(self.longest / max(height, width), 1.0)
         scale = max(scale, self.shortest / min(height, width))
         sides = self._scaled(height, width, scale)
-        if sides[0] * sides[1] > self.most_pixels:
-            # As published: the sides, not the area, are scaled by the share of pixels.
-            sides = self._scaled(*sides, self.most_pixels / (sides[0] * sides[1]))
         if max(sides) > self.longest:
             sides = self._scaled(*sides, self.longest / max(sides))
         return sides

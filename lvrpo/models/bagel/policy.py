@@ -80,7 +80,7 @@ class BagelPolicy(PackedPolicy):
             autoencoder=checkpoint.autoencoder,
             latent_grid=grid,
             answer_range=(0, tokenizer.end + 1),
-            sides=PictureSides(stride=config.image_patch) if sides is None else sides,
+            sides=PictureSides.of(config) if sides is None else sides,
             backend=backend,
         )
 

@@ -111,6 +111,17 @@ def test_a_folder_of_something_else_is_refused(folder, file, content, message):
         load_bagel(folder)
 
 
+def test_shapes_alone_are_read(folder, tmp_path):
+    found = load_bagel(folder, with_weights=False)
+    expected = load_bagel(folder)
+    for ours, theirs in ((found.model, expected.model), (found.autoencoder, expected.autoencoder)):
+        assert {x.device.type for x in ours.state_dict().values()} == {"meta"}
+        shapes = [{n: x.shape for n, x in m.state_dict().items()} for m in (ours, theirs)]
+        assert shapes[0] == shapes[1]
+    with pytest.raises(ValueError, match="read without weights: there is nothing to save"):
+        save_bagel(found, tmp_path / "written")
+
+
 def test_no_folder_is_written_over(folder):
     with pytest.raises(FileExistsError, match="not empty, expected a new folder"):
         save_bagel(load_bagel(folder), folder)

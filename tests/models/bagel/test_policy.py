@@ -12,7 +12,7 @@ from models.bagel.folder import AUTOENCODER, write_folder
 from models.bagel.shapes import SHAPE
 from models.bagel.tiny_policy import GRID, SIDES, Letters, questions, requests, tiny_policy
 
-from lvrpo.models.bagel import BagelPolicy, PictureSides, load_bagel
+from lvrpo.models.bagel import BagelConfig, BagelPolicy, PictureSides, load_bagel
 from lvrpo.models.bagel.pictures import resize
 from lvrpo.models.flow import FlowSchedule
 from lvrpo.models.sampling import Sampling
@@ -185,6 +185,7 @@ def test_a_folder_is_a_policy(tmp_path):
     ],
 )
 def test_sides_are_bagels(size, expected):
+    assert PictureSides.of(BagelConfig()) == PictureSides()
     assert PictureSides().fit(*size) == expected
 
 

@@ -27,7 +27,7 @@ class Letters:
         return "".join(self.letters[token] for token in ids if token < len(self.letters))
 
 
-SIDES = PictureSides(stride=4, shortest=8, longest=24, most_pixels=400)
+SIDES = PictureSides(stride=4, shortest=8, longest=24)
 GRID = (2, 3)
 
 
