@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -30,17 +30,36 @@ if TYPE_CHECKING:
     from torch.nn.attention.flex_attention import BlockMask
 
 
+#: Tables that kernels read.
+_MOVED = ("q_lo", "q_hi", "rows", "spans", "runs", "positions")
+
+
 def _on_the_host(change: Callable[..., SpanMask]) -> Callable[..., SpanMask]:
-    """Of a mask on a device the one on the host is changed, and moved: nothing is read back."""
+    """Of a mask on a device the one on the host is changed, and moved: nothing is read back.
+
+    Tables that stay are not moved again.
+    """
 
     @functools.wraps(change)
     @on_the_host
     def changed(self: SpanMask, *arguments: Any) -> SpanMask:
-        if self.host is None:
+        host = self.host
+        if host is None:
             return change(self, *arguments)
-        return change(self.host, *arguments).to(self.rows.device)
+        result = change(host, *arguments)
+        stay = [name for name in _MOVED if getattr(result, name) is getattr(host, name)]
+        return _moved(result, self.rows.device, {name: getattr(self, name) for name in stay})
 
     return changed
+
+
+def _moved(mask: SpanMask, device: torch.device, there: Mapping[str, Tensor | None]) -> SpanMask:
+    """A mask of the host on a device that has some of its tables."""
+    tables: dict[str, Any] = dict(there)
+    for name in set(_MOVED) - set(there):
+        table = getattr(mask, name)
+        tables[name] = None if table is None else move(table, device)
+    return dataclasses.replace(mask, **tables, schedule=schedule(mask).to(device), host=mask)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -260,13 +279,7 @@ class SpanMask(SpanTables):
         host = self.host or self
         if torch.device(device).type == "cpu":
             return host
-        names = ("q_lo", "q_hi", "rows", "spans", "runs", "positions")
-        tables = {name: getattr(host, name) for name in names}
-        moved: dict[str, Any] = {
-            n: None if t is None else move(t, device) for n, t in tables.items()
-        }
-        on_device = schedule(host).to(torch.device(device))
-        return dataclasses.replace(self, **moved, schedule=on_device, host=host)
+        return _moved(host, torch.device(device), {})
 
     def tile_bounds(self, block: int) -> Tensor:
         """Who sees the keys of each tile of `block` keys, as four query indices.

@@ -2,7 +2,8 @@
 
 They hold their numbers on the host and say that they are on "cuda". As on a real device, an op on
 both is an error, but for numbers without dimensions; stricter than a real one, so is indexing a
-tensor with one of the host, which waits. `Device.reads` counts what the host reads.
+tensor with one of the host, which waits. `Device.reads` counts what the host reads, `Device.sent`
+the numbers that are sent to or made on the device from nothing that is there.
 """
 
 from __future__ import annotations
@@ -53,7 +54,7 @@ class Device(TorchDispatchMode):
 
     def __init__(self) -> None:
         super().__init__()
-        self.reads = 0
+        self.reads = self.sent = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = dict(kwargs or {})
@@ -73,6 +74,8 @@ class Device(TorchDispatchMode):
         if not on_device:
             # A copy to where the numbers are held would be no copy.
             return tree_map(lambda x: x.clone() if isinstance(x, Tensor) and ours else x, result)
+        if not ours:
+            self.sent += result.numel()
         if func._schema.name.endswith("_") and isinstance(given[0], OnDevice):
             return given[0]
         return tree_map(lambda x: OnDevice(x) if isinstance(x, Tensor) else x, result)

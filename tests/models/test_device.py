@@ -12,8 +12,8 @@ from torch import Tensor
 from trainer.small_policy import (
     MAX_TOKENS,
     OBJECTIVE,
+    SAMPLING,
     SCHEDULE,
-    answers,
     experience,
     pictures,
     prompts,
@@ -21,6 +21,7 @@ from trainer.small_policy import (
 )
 
 from lvrpo.models.answering import answer_probability
+from lvrpo.models.unified.decoding import BLOCK, Decoding
 from lvrpo.models.unified.policy import UnifiedPolicy
 from lvrpo.runs.config_file import load_config
 from lvrpo.trainer.correction import correct_sampler
@@ -61,14 +62,40 @@ def test_an_op_on_both_devices_is_an_error():
 
 
 def test_texts_are_sampled_where_the_policy_is():
-    """And read once per position, to learn who goes on, and once at the end."""
+    """And read once per position, to learn who goes on."""
     policy, questions = small_policy(torch.float32), prompts("understand", 3)
-    there = answers(policy, questions)
-    with Device() as device:
-        here = answers(on_device(policy), questions)
-        assert device.reads <= MAX_TOKENS + 1
-    assert here.token_ids == there.token_ids
-    assert torch.equal(held(here.logprobs), there.logprobs)
+    changed = dataclasses.replace(
+        SAMPLING, top_k=50, top_p=0.9, min_p=0.01, repetition_penalty=1.2, min_tokens=1
+    )
+    for sampling in (SAMPLING, changed, dataclasses.replace(changed, temperature=0.0)):
+        key = {"sampling": sampling, "seed": 7, "step": 2}
+        there = policy.sample_texts(questions, 3, **key)
+        with Device() as device:
+            here = on_device(policy).sample_texts(questions, 3, **key)
+            assert device.reads == max(map(len, there.token_ids)) <= MAX_TOKENS
+        assert here.token_ids == there.token_ids
+        assert torch.equal(held(here.logprobs), there.logprobs)
+        assert (here.sampled_from is None) == (not sampling.changes or not sampling.temperature)
+
+
+def test_a_position_sends_no_more_than_its_answers_need():
+    """Whatever room the answers have: neither rows nor masks of the whole buffer are sent again."""
+    policy, questions = small_policy(torch.float32), prompts("understand", 3)
+    layouts = [policy.prompt(question) for question in questions]
+    sent = []
+    for most in (8, BLOCK):
+        with Device() as device:
+            here = on_device(policy)
+            decoding = Decoding(here.module, here.builder, layouts, 4, most, "torch")
+            ids = torch.full((12,), 300).to(here.device)
+            decoding.append(ids, torch.arange(12))
+            device.sent = device.reads = 0
+            decoding.append(ids, torch.arange(12))
+            assert device.reads == 0
+            sent.append(device.sent)
+            rows = decoding.cache.keys.shape[1]
+    assert sent[1] < 2 * sent[0]
+    assert sent[1] < rows
 
 
 def test_pictures_are_sampled_where_the_policy_is():

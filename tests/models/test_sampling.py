@@ -20,6 +20,8 @@ from trainer.small_policy import (
 
 from lvrpo.models.protocol import DivergedError
 from lvrpo.models.sampling import Sampling
+from lvrpo.models.unified import decoding
+from lvrpo.models.unified.model import KVCache
 from lvrpo.models.unified.tokenizer import EOS
 from lvrpo.ops.flow_step import flow_step
 from lvrpo.testing import check_against_plain
@@ -76,6 +78,37 @@ def test_a_prompt_that_comes_twice_gets_other_samples(policy):
     twice = pictures(policy, request * 2).noise
     assert torch.equal(twice, pictures(policy, request, 2 * GROUP).noise)
     assert len(twice.flatten(1).unique(dim=0)) == 2 * GROUP
+
+
+@pytest.mark.parametrize("block", [1, 3])
+def test_laying_the_buffer_out_anew_changes_nothing(policy, monkeypatch, block):
+    questions = prompts("understand", 6)
+    low, high = policy.answer_range
+    stops = tuple(range(low, high, 5))
+    sampling = Sampling(max_tokens=7, temperature=1.3, stop_token_ids=stops)
+    whole = policy.sample_texts(questions, GROUP, sampling=sampling, seed=0, step=0)
+    assert len({len(tokens) for tokens in whole.token_ids}) > 3
+    rows = []
+    move = KVCache.move
+
+    def counted(cache, there, here, count):
+        rows.append(count)
+        move(cache, there, here, count)
+
+    monkeypatch.setattr(KVCache, "move", counted)
+    monkeypatch.setattr(decoding, "BLOCK", block)
+    found = policy.sample_texts(questions, GROUP, sampling=sampling, seed=0, step=0)
+    assert found.token_ids == whole.token_ids
+    check_against_plain(found.logprobs, whole.logprobs.double(), whole.logprobs, scale=8.0)
+    # What each layout has rows for: the answers that go on, and their prompts.
+    prompt_rows = [policy.prompt(question).rows for question in questions]
+    for turn, count in enumerate(rows):
+        # The first token is drawn before anything is laid out.
+        active = [len(tokens) > turn * block + 1 for tokens in whole.token_ids]
+        groups = [any(active[i * GROUP : (i + 1) * GROUP]) for i in range(6)]
+        room = min((turn + 1) * block, 7)
+        kept = sum(n for n, is_kept in zip(prompt_rows, groups, strict=True) if is_kept)
+        assert count == kept + room * sum(active)
 
 
 def test_answers_end_at_the_end_token_or_at_the_limit(policy):

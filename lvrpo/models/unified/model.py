@@ -220,6 +220,15 @@ class KVCache:
         self.values[layer].index_copy_(0, rows, values)
         return self.keys[layer], self.values[layer]
 
+    def move(self, there: Tensor, here: Tensor, rows: int) -> None:
+        """Another layout, of so many rows: here[i] of it is what was there[i], the rest is 0."""
+        self.keys, self.values = (
+            kept.new_zeros(kept.shape[0], rows, *kept.shape[2:]).index_copy_(
+                1, here, kept.index_select(1, there)
+            )
+            for kept in (self.keys, self.values)
+        )
+
 
 class Expert(nn.Module):
     """One parameter set of a layer: attention projections with q/k norms, and a SwiGLU."""

@@ -7,7 +7,6 @@ depend on what else is in the batch.
 
 from __future__ import annotations
 
-import dataclasses
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -30,6 +29,7 @@ from lvrpo.models.protocol import (
 )
 from lvrpo.models.sampling import Sampling
 from lvrpo.models.unified.cache import CachedPass
+from lvrpo.models.unified.decoding import Decoding
 from lvrpo.models.unified.latents import LinearAutoencoder
 from lvrpo.models.unified.layout import ROOT, PackBuilder
 from lvrpo.models.unified.model import PackedBatch, PackedModel, UnifiedModel
@@ -136,28 +136,6 @@ class PackedPolicy(ABC):
         step: int,
     ) -> Answers:
         """See `lvrpo.models.protocol.Policy`."""
-        device = self.device
-        builder = self.builder()
-        last_prompt_row: list[int] = []
-        child_start: list[int] = []
-        prompt_rows: list[int] = []
-        for example in examples:
-            first = builder.rows
-            prompt = self.add_prompt(builder, example)
-            prompt_rows.extend(range(first, builder.rows))
-            for _ in range(group_size):
-                last_prompt_row.append(builder.end(prompt) - 1)
-                child = builder.text([0] * sampling.max_tokens, prompt)
-                child_start.append(builder.start(child))
-        layout = builder.build()
-        run = CachedPass(self.module, layout, torch.tensor(prompt_rows), self.backend)
-
-        # The rows of the prompts' text hidden states that predict the samples' first tokens.
-        prompt_text_rows = layout.text_rows[torch.isin(layout.text_rows, torch.tensor(prompt_rows))]
-        source = torch.searchsorted(prompt_text_rows, torch.tensor(last_prompt_row))
-        used, inverse = source.unique(return_inverse=True)
-        hidden, row_index = run.prompt_text[used.to(device)], inverse.to(device)
-        starts = torch.tensor(child_start)
         sampler = AnswerSampler(
             examples,
             group_size,
@@ -166,19 +144,20 @@ class PackedPolicy(ABC):
             vocab_range=self.answer_range,
             end_ids=[self.end_id],
             decode=self.decode,
-            device=device,
+            device=self.device,
             seed=seed,
             step=step,
             backend=self.backend,
         )
+        prompts = [self.prompt(example) for example in examples]
+        decoding = Decoding(
+            self.module, self.builder, prompts, group_size, sampling.max_tokens, self.backend
+        )
         while True:
-            position = sampler.position
-            ids, _ = sampler.draw(self.module.logits(hidden), row_index)
+            ids, _ = sampler.draw(self.module.logits(decoding.hidden), decoding.row_index)
             if not len(sampler.active):
                 return sampler.answers()
-            batch, rows = run.part(starts[sampler.active] + position)
-            hidden, _ = run.run(dataclasses.replace(batch, token_ids=ids), rows)
-            row_index = torch.arange(len(ids), device=device)
+            decoding.append(ids, sampler.active)
 
     @torch.no_grad()
     def sample_images(
