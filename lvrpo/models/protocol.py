@@ -64,6 +64,49 @@ class Answers:
             if size
         ]
 
+    @classmethod
+    def concat(cls, parts: Sequence[Answers]) -> Answers:
+        """The groups of all parts, in order; all of one size, and sampled in one way."""
+        first = parts[0]
+        sampled_from = None
+        if first.sampled_from is not None:
+            columns = zip(*(part.sampled_from or () for part in parts), strict=True)
+            sampled_from = SampledFrom(*map(torch.cat, columns))
+        return cls(
+            examples=[example for part in parts for example in part.examples],
+            group_size=first.group_size,
+            token_ids=[ids for part in parts for ids in part.token_ids],
+            texts=[text for part in parts for text in part.texts],
+            logprobs=torch.cat([part.logprobs for part in parts]),
+            finish_reasons=[reason for part in parts for reason in part.finish_reasons],
+            sizes=[size for part in parts for size in part.group_sizes],
+            sampled_from=sampled_from,
+        )
+
+    def take(self, groups: Sequence[int]) -> Answers:
+        """Some whole groups, in the order given."""
+        sizes = torch.tensor(self.group_sizes)
+        starts = (sizes.cumsum(0) - sizes).tolist()
+        rows = [i for g in groups for i in range(starts[g], starts[g] + self.group_sizes[g])]
+        lengths = torch.tensor([len(ids) for ids in self.token_ids], dtype=torch.int64)
+        ends = lengths.cumsum(0).tolist()
+        tokens = torch.tensor(
+            [t for i in rows for t in range(ends[i] - len(self.token_ids[i]), ends[i])],
+            dtype=torch.int64,
+            device=self.logprobs.device,
+        )
+        sampled_from = self.sampled_from and SampledFrom(*(x[tokens] for x in self.sampled_from))
+        return dataclasses.replace(
+            self,
+            examples=[self.examples[g] for g in groups],
+            token_ids=[self.token_ids[i] for i in rows],
+            texts=[self.texts[i] for i in rows],
+            logprobs=self.logprobs[tokens],
+            sampled_from=sampled_from,
+            finish_reasons=[self.finish_reasons[i] for i in rows],
+            sizes=[self.group_sizes[g] for g in groups],
+        )
+
     def where(self, kept: Tensor) -> Answers:
         """The samples for which `kept`, one bool each, holds; a group keeps its place."""
         lengths = torch.tensor([len(ids) for ids in self.token_ids], dtype=torch.int64)
@@ -98,6 +141,32 @@ class Pictures:
     noise: Tensor  # [N, K, n, c] that each step drew
     steps: list[int]  # [K] step numbers in the schedule
     fingerprint: str  # of the schedule
+
+    @classmethod
+    def concat(cls, parts: Sequence[Pictures]) -> Pictures:
+        """The groups of all parts, in order; all of one size and schedule."""
+        return dataclasses.replace(
+            parts[0],
+            examples=[example for part in parts for example in part.examples],
+            images=torch.cat([part.images for part in parts]),
+            latents=torch.cat([part.latents for part in parts]),
+            velocities=torch.cat([part.velocities for part in parts]),
+            noise=torch.cat([part.noise for part in parts]),
+        )
+
+    def take(self, groups: Sequence[int]) -> Pictures:
+        """Some whole groups, in the order given."""
+        rows = torch.tensor(groups)[:, None] * self.group_size + torch.arange(self.group_size)
+        samples = rows.flatten()
+        there = samples.to(self.latents.device)
+        return dataclasses.replace(
+            self,
+            examples=[self.examples[group] for group in groups],
+            images=self.images[samples],
+            latents=self.latents[there],
+            velocities=self.velocities[there],
+            noise=self.noise[there],
+        )
 
 
 class Head(NamedTuple):

@@ -138,6 +138,8 @@ class RolloutSection:
     group_size: Annotated[int, Field(ge=2, le=65536)] = 8
     understand_prompts: Batch = 32
     generate_prompts: Batch = 32
+    # Most times that other prompts are sampled in place of those whose samples all score the same.
+    resample_rounds: Annotated[int, Field(ge=0, le=100)] = 0
     temperature: Annotated[float, Field(ge=1e-4, le=1e4)] = 1.0
     top_k: Count = 0  # 0: all tokens
     top_p: TopP = 1.0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,8 +21,9 @@ from lvrpo.rewards.reward import Samples
 from lvrpo.rewards.score import score_samples
 from lvrpo.trainer.config import TrainConfig
 from lvrpo.trainer.correction import correct_sampler, truncation_metrics
+from lvrpo.trainer.resampling import Groups, resample
 from lvrpo.trainer.sampling import answer_sampling
-from lvrpo.trainer.task import Rewards, Task, mean_scores, training_examples
+from lvrpo.trainer.task import Rewards, Task, further_examples, mean_scores, training_examples
 
 
 @dataclass(frozen=True)
@@ -65,36 +67,42 @@ def gather_experience(
     metrics: dict[str, Any] = {"alarm": []}
     clock = _Clock()
     answers = pictures = None
+
+    def sample_texts(examples: list[Example]) -> Answers:
+        sampling = answer_sampling(rollout)
+        return policy.sample_texts(
+            examples, rollout.group_size, sampling=sampling, seed=seed, step=step
+        )
+
+    def sample_images(examples: list[Example]) -> Pictures:
+        return policy.sample_images(examples, rollout.group_size, schedule, seed=seed, step=step)
+
     if rollout.understand_prompts:
-        answers = policy.sample_texts(
-            training_examples(task.source, "understand", rollout.understand_prompts, seed, step),
-            rollout.group_size,
-            sampling=answer_sampling(rollout),
-            seed=seed,
-            step=step,
+        answers = sample_texts(
+            training_examples(task.source, "understand", rollout.understand_prompts, seed, step)
         )
     if rollout.generate_prompts:
-        pictures = policy.sample_images(
-            training_examples(task.source, "generate", rollout.generate_prompts, seed, step),
-            rollout.group_size,
-            schedule,
-            seed=seed,
-            step=step,
+        pictures = sample_images(
+            training_examples(task.source, "generate", rollout.generate_prompts, seed, step)
         )
     metrics["time/rollout"] = clock.lap()
 
-    samples: dict[Skill, Samples] = {}
-    if answers is not None:
-        examples = _repeat(answers.examples, rollout.group_size)
-        samples["understand"] = Samples.of_texts(examples, answers.texts, answers.finish_reasons)
-    if pictures is not None:
-        examples = _repeat(pictures.examples, rollout.group_size)
-        samples["generate"] = Samples.of_images(examples, pictures.images)
     tables: dict[Skill, Tensor] = {}
-    for skill, sampled in samples.items():
-        tables[skill], reported = score_samples(rewards[skill], sampled, config.rewards)
-        _merge(metrics, reported | mean_scores(task.checks, sampled))
+    sampled: dict[Skill, Answers | Pictures | None] = {"understand": answers, "generate": pictures}
+    for skill, groups in sampled.items():
+        if groups is not None:
+            samples = _samples_of(groups)
+            tables[skill], reported = score_samples(rewards[skill], samples, config.rewards)
+            _merge(metrics, reported | mean_scores(task.checks, samples))
     metrics["time/rewards"] = clock.lap()
+
+    if rollout.resample_rounds:
+        more = _Resampling(task, rewards, config, step, metrics)
+        if answers is not None:
+            answers, tables["understand"] = more.of(answers, tables["understand"], sample_texts)
+        if pictures is not None:
+            pictures, tables["generate"] = more.of(pictures, tables["generate"], sample_images)
+        metrics["time/resampling"] = clock.lap()
 
     advantages: dict[Skill, Tensor] = {}
     for skill, table in tables.items():
@@ -107,7 +115,7 @@ def gather_experience(
         advantages[skill], reported = _advantages(table, lengths, skill, config)
         _merge(metrics, reported)
     if answers is not None and config.rewards.truncated == "mask":
-        kept = ~samples["understand"].truncated
+        kept = ~_samples_of(answers).truncated
         advantages["understand"] = advantages["understand"][kept]
         answers = answers.where(kept)
     moved = {skill: values.to(policy.device) for skill, values in advantages.items()}
@@ -121,6 +129,51 @@ def gather_experience(
         answers, moved.get("understand"), pictures, moved.get("generate"), weights
     )
     return experience, metrics
+
+
+@dataclass(frozen=True)
+class _Resampling:
+    """Other prompts for groups without a signal, see `resample`."""
+
+    task: Task
+    rewards: Rewards
+    config: TrainConfig
+    step: int
+    metrics: dict[str, Any]
+
+    def of(
+        self, groups: Groups, table: Tensor, sample: Callable[[list[Example]], Groups]
+    ) -> tuple[Groups, Tensor]:
+        """The groups of one skill that are learned from, and their scores."""
+        skill, config = groups.examples[0].task, self.config
+
+        def draw(turn: int, count: int, seen: set[str]) -> Groups | None:
+            key = {"seed": config.run.seed, "step": self.step, "turn": turn}
+            examples = further_examples(self.task.source, skill, count, seen, **key)
+            return sample(examples) if examples else None
+
+        def rate(more: Groups) -> Tensor:
+            scores, found = score_samples(self.rewards[skill], _samples_of(more), config.rewards)
+            self.metrics["alarm"] += found["alarm"]
+            return scores
+
+        chosen, scores, found = resample(
+            groups,
+            table,
+            weights=list(getattr(config.rewards, skill).values()),
+            rounds=config.rollout.resample_rounds,
+            draw=draw,
+            rate=rate,
+        )
+        self.metrics.update({f"resampling/{name}/{skill}": value for name, value in found.items()})
+        return chosen, scores
+
+
+def _samples_of(groups: Answers | Pictures) -> Samples:
+    examples = _repeat(groups.examples, groups.group_size)
+    if isinstance(groups, Pictures):
+        return Samples.of_images(examples, groups.images)
+    return Samples.of_texts(examples, groups.texts, groups.finish_reasons)
 
 
 def _merge(metrics: dict[str, Any], found: dict[str, Any]) -> None:

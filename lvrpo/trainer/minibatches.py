@@ -71,16 +71,8 @@ def _take_pictures(experience: Experience, groups: np.ndarray) -> Experience:
     of_groups = torch.from_numpy(np.sort(groups))
     size = pictures.group_size
     samples = (of_groups[:, None] * size + torch.arange(size)).flatten()
-    there = samples.to(advantages.device)
     return dataclasses.replace(
         experience,
-        pictures=dataclasses.replace(
-            pictures,
-            examples=[pictures.examples[group] for group in of_groups.tolist()],
-            images=pictures.images[samples],
-            latents=pictures.latents[there],
-            velocities=pictures.velocities[there],
-            noise=pictures.noise[there],
-        ),
-        picture_advantages=advantages[there],
+        pictures=pictures.take(of_groups.tolist()),
+        picture_advantages=advantages[samples.to(advantages.device)],
     )

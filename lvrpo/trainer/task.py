@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Set
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -69,6 +69,28 @@ def training_examples(
 ) -> list[Example]:
     """Prompts of one policy step; `seed` is the run's."""
     return source.examples("train", skill, count, _seed(seed, "policy", step))
+
+
+def further_examples(
+    source: Source, skill: Skill, count: int, seen: Set[str], *, seed: int, step: int, turn: int
+) -> list[Example]:
+    """At most `count` other prompts of one policy step.
+
+    Args:
+        source: of the prompts.
+        skill: of them.
+        count: most of them.
+        seen: uids of those that the step has already.
+        seed: of the run.
+        step: number of this step.
+        turn: how often the step has asked, from 1.
+    """
+    # As many more as may turn out to be there already.
+    drawn = source.examples(
+        "train", skill, count + len(seen), _seed(seed, "policy", step, "further", turn)
+    )
+    others = {example.uid: example for example in drawn if example.uid not in seen}
+    return list(others.values())[:count]
 
 
 def warm_start_examples(
