@@ -343,6 +343,9 @@ def plan(
         float, typer.Option(min=0, help="Bytes a second that a rank receives, with --rate.")
     ] = 0.0,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    scaling: Annotated[
+        bool, typer.Option("--scaling", help="Print the tables of docs/scaling.md and stop.")
+    ] = False,
     debug: Debug = False,
 ) -> None:
     """Forecast memory, FLOPs and traffic of a run before it starts; formulas, no measurement."""
@@ -351,7 +354,11 @@ def plan(
         from lvrpo.runs.config_file import load_config
         from lvrpo.runs.plan import plan_run
         from lvrpo.runs.plan_view import show, to_json
+        from lvrpo.runs.scaling import tables
 
+        if scaling:
+            typer.echo(tables())
+            return
         if bool(rate) != bool(bandwidth):
             fail(f"plan: --rate is {rate:g} and --bandwidth {bandwidth:g}, expected both or none")
         numerics = Numerics(2 if bf16 else 4, fused_norms=gpu, checkpointing=checkpointing)

@@ -96,6 +96,7 @@ class Plan:
             }
             for sampled in (work.texts, pictures)
         ]
+        each[0]["keys and values"] *= 2  # answers that outgrow their layout are copied to another
         each[0]["logits"] = memory.sampling(self.model, work.texts.samples, self.numerics)
         each[1]["trajectories"] = memory.trajectory(
             pictures.samples, tokens, latent, pictures.passes, work.trained

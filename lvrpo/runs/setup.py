@@ -25,7 +25,7 @@ from lvrpo.digits.task import SceneData
 from lvrpo.models.answering import answer_probability
 from lvrpo.models.flow import noise_floor_note
 from lvrpo.models.protocol import Policy
-from lvrpo.models.transformer import Transformer
+from lvrpo.models.transformer import Parameters, Transformer
 from lvrpo.models.unified.latents import LinearAutoencoder
 from lvrpo.models.unified.model import UnifiedConfig, UnifiedModel
 from lvrpo.models.unified.policy import UnifiedPolicy
@@ -425,6 +425,14 @@ class Setup:
             for label, reward in self.rewards.get("generate", {}).items()
             if "rules" in reward.needs
         ]
+
+
+def preset_model(name: str) -> tuple[Transformer, Parameters]:
+    """A model of published sizes as a plan takes it; see `UnifiedConfig.preset`."""
+    config = UnifiedConfig.preset(name)
+    with torch.device("meta"):
+        module = UnifiedModel(config)
+    return transformer(config), Parameters.of(module)
 
 
 _VOCABULARY = ("words", "picture_shape", "answer_range")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 from planning.planned_models import CONFIGS, model_of
@@ -10,6 +12,7 @@ from torch import nn
 from lvrpo.models.transformer import Parameters
 from lvrpo.models.unified.model import UnifiedConfig, UnifiedModel
 from lvrpo.models.unified.shape import transformer
+from lvrpo.runs.scaling import tables
 
 
 def numbers(module: nn.Module) -> int:
@@ -43,3 +46,10 @@ def test_parameters_are_counted_on_the_meta_device():
 
 def test_a_module_without_parts_is_one_unit():
     assert Parameters.of(nn.Linear(3, 5)) == Parameters(20, 0, 20)
+
+
+def test_docs_have_the_tables_of_the_command():
+    page = Path(__file__).parents[2] / "docs/scaling.md"
+    said = page.read_text(encoding="utf-8")
+    for table in tables().split("\n\n"):
+        assert table in said, "docs/scaling.md: paste what `lvrpo plan --scaling` prints"
