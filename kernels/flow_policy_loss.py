@@ -331,7 +331,9 @@ def _gradient_kernel(
     if velocity_ref_ptr is not None:
         ref = tl.load(velocity_ref_ptr + at, mask=read, other=0.0).to(tl.float64)
         dv += of_ref * (v - ref)
-    tl.store(dvelocity_ptr + at, dv.to(dvelocity_ptr.dtype.element_ty), mask=inside)
+    # By way of fp32, from which alone Triton's interpreter rounds to bf16.
+    dv = dv.to(velocity_old_ptr.dtype.element_ty).to(dvelocity_ptr.dtype.element_ty)
+    tl.store(dvelocity_ptr + at, dv, mask=inside)
 
 
 def flow_policy_loss_fwd(

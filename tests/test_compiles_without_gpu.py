@@ -76,8 +76,10 @@ LATENTS = {
 }
 
 #: Registers of a thread of the kernels that pass over latents: of 96 an SM has room for five
-#: programs of 128 threads, each of which waits for 16 elements of every array at once.
-LATENT_REGISTERS = 96
+#: programs of 128 threads, each of which waits for 16 elements of every array at once; of 128, for
+#: what has the sums of rows by element, four, of which each waits for 8.
+LATENT_REGISTERS = {"_row_kernel": 128}
+OTHER_LATENT_REGISTERS = 96
 
 
 def specialise(launch: _launch.Launch, architecture: int):
@@ -249,7 +251,8 @@ def test_latents_are_read_16_bytes_at_a_time_by_many_threads(op, architecture):
         wide = re.findall(r"ld\.global\S*\.v(?:4\.b32|2\.b64)", compiled.asm["ptx"])
         assert len(wide) >= len(read), name
         used = resources(compiled.asm["cubin"])["REG"]
-        assert used <= LATENT_REGISTERS, (name, used, source.signature)
+        budget = LATENT_REGISTERS.get(name, OTHER_LATENT_REGISTERS)
+        assert used <= budget, (name, used, source.signature)
 
 
 def misaligned(tensor: torch.Tensor) -> torch.Tensor:
