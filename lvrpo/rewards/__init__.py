@@ -7,6 +7,7 @@ require("numpy")
 from lvrpo.data.example import FinishReason
 from lvrpo.rewards.answers import RuleReward, check_answers
 from lvrpo.rewards.boxes import Box, BoxReward
+from lvrpo.rewards.cache import CachedReward
 from lvrpo.rewards.formats import FormatReward, answer_format
 from lvrpo.rewards.geneval import Detection, GenevalReward
 from lvrpo.rewards.knowledge import KnowledgeReward
@@ -14,6 +15,7 @@ from lvrpo.rewards.matching import MatchReward
 from lvrpo.rewards.ocr import OcrReward
 from lvrpo.rewards.parts import AnswerProbability, PhraseEncoder, RewardParts, Rules, Verdicts
 from lvrpo.rewards.registry import FoundReward, find_reward, load_reward
+from lvrpo.rewards.remote import EndpointError, HttpReward
 from lvrpo.rewards.reward import FunctionReward, Reward, RewardError, Samples
 from lvrpo.rewards.score import Truncated, score
 from lvrpo.rewards.semantic import SemanticReward
@@ -24,12 +26,15 @@ __all__ = [
     "AnswerProbability",
     "Box",
     "BoxReward",
+    "CachedReward",
     "Detection",
+    "EndpointError",
     "FinishReason",
     "FormatReward",
     "FoundReward",
     "FunctionReward",
     "GenevalReward",
+    "HttpReward",
     "KnowledgeReward",
     "MatchReward",
     "OcrReward",

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 import functools
 import inspect
 import threading
 import traceback
 from collections.abc import Callable, Iterable
-from concurrent.futures import Future, wait
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from typing import Any, TypeVar
 
 T = TypeVar("T")
@@ -47,6 +48,26 @@ def call_within(seconds: float | None, function: Callable[[], T]) -> T:
     if not wait([result], seconds).done:
         raise TimeLimitError
     return result.result()
+
+
+def finished(value: Any) -> Any:
+    """A value, or what it comes to where it is awaited: `async def` rewards return such ones.
+
+    It has an event loop of its own, in this thread, or where that runs one, as in a notebook, in
+    another.
+    """
+    if not inspect.isawaitable(value):
+        return value
+
+    async def awaited() -> Any:
+        return await value
+
+    try:
+        asyncio.get_running_loop()
+    except RuntimeError:
+        return asyncio.run(awaited())
+    with ThreadPoolExecutor(1) as pool:
+        return pool.submit(asyncio.run, awaited()).result()
 
 
 def raised_at(error: BaseException, function: Callable[..., Any]) -> str:

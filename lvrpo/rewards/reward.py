@@ -97,15 +97,16 @@ class Samples:
             [reason for part in parts for reason in part.finish_reasons],
         )
 
-    def take(self, rows: range) -> Samples:
-        """The samples of some consecutive rows."""
-        drawings = [n for n, at in enumerate(self.image_index) if at in rows]
+    def take(self, rows: Sequence[int]) -> Samples:
+        """The samples of some rows, in the order given."""
+        drawing_of = {at: n for n, at in enumerate(self.image_index)}
+        drawings = [drawing_of[at] for at in rows if at in drawing_of]
         return Samples(
-            self.examples[rows.start : rows.stop],
-            self.texts[rows.start : rows.stop],
+            [self.examples[at] for at in rows],
+            [self.texts[at] for at in rows],
             None if self.images is None or not drawings else self.images[drawings],
-            [self.image_index[n] - rows.start for n in drawings],
-            self.finish_reasons[rows.start : rows.stop],
+            [i for i, at in enumerate(rows) if at in drawing_of],
+            [self.finish_reasons[at] for at in rows],
         )
 
     def groups(self) -> list[range]:
@@ -147,8 +148,8 @@ class Reward(Protocol):
     def __call__(self, samples: Samples) -> Any:
         """[B] numbers, one score per sample: a tensor, an array, or a sequence.
 
-        None in a sequence means that there is no score for this sample. The samples are a copy:
-        what is written into them is seen by nobody.
+        An `async def` returns them when it is awaited. None in a sequence means that there is no
+        score for this sample. The samples are a copy: what is written into them is seen by nobody.
         """
 
 

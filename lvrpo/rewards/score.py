@@ -17,7 +17,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lvrpo.rewards._calls import TimeLimitError, call_within, defined_at, raised_at
+from lvrpo.rewards._calls import (
+    TimeLimitError,
+    call_within,
+    defined_at,
+    finished,
+    raised_at,
+)
 from lvrpo.rewards.reward import FunctionReward, Reward, RewardError, Samples
 
 #: What a text that was cut at the limit of tokens scores, see `score`.
@@ -226,7 +232,7 @@ def _attempt(reward: Reward, samples: Samples) -> tuple[Tensor, Tensor] | Except
     """
     try:
         # What it returns may be a generator, whose code runs when it is read.
-        return _as_tensor(reward(copy.deepcopy(samples)))
+        return _as_tensor(finished(reward(copy.deepcopy(samples))))
     except (Exception, SystemExit) as error:
         return error
 
