@@ -17,7 +17,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from lvrpo.params.flow import FlowLossParams, StepCoefficients
+from lvrpo.params.flow import FlowLossParams, GuidanceParams, StepCoefficients
 
 Dynamics = Literal["flow_sde", "dance_sde", "cps", "ode"]
 DYNAMICS: tuple[str, ...] = get_args(Dynamics)
@@ -37,6 +37,28 @@ def interpolate(x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
 def velocity_target(x0: Tensor, noise: Tensor) -> Tensor:
     """noise - x0: what a velocity model regresses on at `interpolate(x0, noise, t)`."""
     return noise - x0
+
+
+@dataclass(frozen=True)
+class Guidance:
+    """Classifier-free guidance of a drawing, by the model's velocity without the words.
+
+    Attributes:
+        params: see `lvrpo.ops.guided_velocity`; no branch without an image is evaluated.
+        until: a time in [0, 1]. Steps from times above it are guided; BAGEL's `cfg_interval` is
+            (0.4, 1).
+    """
+
+    params: GuidanceParams
+    until: float = 0.0
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.until <= 1:
+            raise ValueError(f"Guidance: until is {self.until}, expected a time in [0, 1]")
+
+    def guides(self, time: float) -> bool:
+        """Whether a step from this time is guided."""
+        return time > self.until
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from lvrpo import random
 from lvrpo.data.example import Example, FinishReason, Skill
-from lvrpo.models.flow import FlowSchedule
+from lvrpo.models.flow import FlowSchedule, Guidance
 from lvrpo.models.packs import Pack, PictureGroup, TextGroup
 from lvrpo.models.sampling import SampledFrom, Sampling
 from lvrpo.ops.linear_logprobs import linear_logprobs
@@ -137,7 +137,7 @@ class Pictures:
     group_size: int
     images: Tensor  # [N, C, H, W] fp32 in [0, 1], on the host
     latents: Tensor  # [N, K, n, c] x_t before each stochastic step
-    velocities: Tensor  # [N, K, n, c] of the sampling weights
+    velocities: Tensor  # [N, K, n, c] of the sampling weights, guided where the sampling was
     noise: Tensor  # [N, K, n, c] that each step drew
     steps: list[int]  # [K] step numbers in the schedule
     fingerprint: str  # of the schedule
@@ -271,6 +271,7 @@ class Policy(Protocol):
         schedule: FlowSchedule,
         *,
         start_noise: float = 1.0,
+        guidance: Guidance | None = None,
         seed: int,
         step: int,
     ) -> Pictures:
@@ -282,6 +283,9 @@ class Policy(Protocol):
             schedule: of the denoising.
             start_noise: standard deviation of the noise that it begins with. 1 is what the model
                 has learned; with 0 and an ODE there is one drawing of a prompt, whatever the seed.
+            guidance: of the velocity that is followed; None: the model's own. `Pictures.velocities`
+                are those that were followed, and an update does not guide: drawings to train on
+                have none.
             seed: of the samples.
             step: keys their streams too.
 

@@ -34,6 +34,10 @@ CHANGEABLE = RATE | {
     "eval.top_p",
     "eval.min_p",
     "eval.repetition_penalty",
+    "eval.guidance",
+    "eval.guidance_renorm",
+    "eval.guidance_renorm_min",
+    "eval.guidance_until",
     "rewards.max_failures",
     "rewards.timeout",
 }

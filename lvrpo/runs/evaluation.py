@@ -115,11 +115,16 @@ class EvalOptions:
 
     def default_samplings(self, config: TrainConfig) -> list[WayOfSampling]:
         """Those of a run's own evaluation."""
+        group = self.pass_at or 1
         return [
             way
             for skill in SKILLS
-            for way in (headline(config, skill), as_trained(config, skill, self.pass_at or 1))
-        ] + as_configured(config, self.pass_at or 1)
+            for way in (
+                headline(config, skill),
+                as_trained(config, skill, group),
+                *as_configured(config, skill, group),
+            )
+        ]
 
 
 @dataclass(frozen=True)

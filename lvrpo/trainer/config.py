@@ -19,7 +19,7 @@ from pydantic_core import CoreSchema, core_schema
 
 from lvrpo.models.flow import Dynamics
 from lvrpo.params.advantages import ADVANTAGE_PRESETS
-from lvrpo.params.flow import KlForm, Variant
+from lvrpo.params.flow import KlForm, Renorm, Variant
 from lvrpo.params.policy_loss import LOSS_PRESETS, PRESET_DATA
 from lvrpo.params.sampler_correction import SAMPLER_CORRECTION_PRESETS
 from lvrpo.rewards.score import Truncated
@@ -187,13 +187,17 @@ class RolloutSection:
 
 @dataclass(frozen=True, config=STRICT)
 class EvalSection:
-    """Sampling of answers that a run is measured by beside its own and the greedy ones."""
+    """Sampling that a run is measured by beside its own and the policy's mode."""
 
     temperature: Annotated[float, Field(ge=0, le=1e4)] = 0.0  # 0: no further way
     top_k: Count = 0
     top_p: TopP = 1.0
     min_p: Share = 0.0
     repetition_penalty: Penalty = 1.0
+    guidance: Annotated[float, Field(ge=0, le=100)] = 1.0  # of drawings; 1: no further way
+    guidance_renorm: Renorm = "global"
+    guidance_renorm_min: Share = 0.0
+    guidance_until: Share = 0.4  # guided from the noise, at time 1, to this time
 
     @model_validator(mode="after")
     def _is_a_way_of_its_own(self) -> EvalSection:

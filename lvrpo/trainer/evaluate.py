@@ -51,8 +51,8 @@ def evaluate(
     """What a run measures at both ends of its policy phase.
 
     `run.eval_items` prompts of each skill are sampled once as trained, once by the policy's mode
-    and, where [eval] has a temperature, once so; `run.frontier_items` of them eight times by every
-    sampling of the frontier.
+    and, where [eval] has a way of its own, once so; `run.frontier_items` of them eight times by
+    every sampling of the frontier.
 
     Args:
         policy: what is measured.
@@ -77,8 +77,7 @@ def evaluate(
         prompts = held_out(task, "test", skill, max(run.eval_items, run.frontier_items))
         mode = headline(config, skill)
         ways = [(as_trained(config, skill), run.eval_items), (mode, run.eval_items)]
-        if skill == "understand":
-            ways += [(each, run.eval_items) for each in as_configured(config)]
+        ways += [(each, run.eval_items) for each in as_configured(config, skill)]
         ways += [(each, run.frontier_items) for each in frontier(config, skill)]
         for sampling, count in ways:
             # The rewards are those of training, and some of them cost as much as the sampling.

@@ -11,9 +11,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from lvrpo.data.example import Example, Skill
-from lvrpo.models.flow import FlowSchedule
+from lvrpo.models.flow import FlowSchedule, Guidance
 from lvrpo.models.protocol import Policy
 from lvrpo.models.sampling import Sampling
+from lvrpo.params.flow import GuidanceParams
 from lvrpo.rewards.reward import Samples
 from lvrpo.trainer.config import EvalSection, RolloutSection, TrainConfig
 from lvrpo.trainer.measurement import AS_CONFIGURED, AS_TRAINED, GREEDY
@@ -31,7 +32,7 @@ GROUP_SIZE = 8
 
 @dataclass(frozen=True)
 class WayOfSampling:
-    """One way of sampling answers, or drawings (a schedule and starting noise).
+    """One way of sampling answers, or drawings (a schedule, starting noise, guidance).
 
     Attributes:
         skill: that it is a way of.
@@ -40,6 +41,7 @@ class WayOfSampling:
         texts: how answers are sampled; None for drawings.
         schedule: of drawings; None for answers.
         start_noise: standard deviation of what a drawing begins with.
+        guidance: of drawings.
     """
 
     skill: Skill
@@ -48,6 +50,7 @@ class WayOfSampling:
     texts: Sampling | None = None
     schedule: FlowSchedule | None = None
     start_noise: float = 1.0
+    guidance: Guidance | None = None
 
     @property
     def settings(self) -> dict[str, float | str]:
@@ -57,7 +60,9 @@ class WayOfSampling:
             changed = {name: told[name] for name in self.texts.changes if name in told}
             return {"temperature": self.texts.temperature, **changed}
         assert self.schedule is not None
-        return {"dynamics": self.schedule.dynamics, "start_noise": self.start_noise}
+        told = {"dynamics": self.schedule.dynamics, "start_noise": self.start_noise}
+        guided = {} if self.guidance is None else {"guidance": self.guidance.params.text_scale}
+        return {**told, **guided}
 
     def draw(self, policy: Policy, prompts: Sequence[Example], *, seed: int, step: int) -> Samples:
         """Sample every prompt `group_size` times, those of a prompt one after the other.
@@ -78,7 +83,12 @@ class WayOfSampling:
             return Samples.of_texts(examples, answers.texts, answers.finish_reasons)
         assert self.schedule is not None
         pictures = policy.sample_images(
-            prompts, self.group_size, self.schedule, start_noise=self.start_noise, **key
+            prompts,
+            self.group_size,
+            self.schedule,
+            start_noise=self.start_noise,
+            guidance=self.guidance,
+            **key,
         )
         return Samples.of_images(examples, pictures.images)
 
@@ -125,12 +135,24 @@ def at_temperature(config: TrainConfig, temperature: float, group_size: int = 1)
     return WayOfSampling("understand", name, group_size, texts=texts)
 
 
-def as_configured(config: TrainConfig, group_size: int = 1) -> list[WayOfSampling]:
-    """That of [eval], where it has one."""
-    if not config.eval.temperature:
+def as_configured(config: TrainConfig, skill: Skill, group_size: int = 1) -> list[WayOfSampling]:
+    """That of [eval], where it has one: answers of its temperature, guided drawings by an ODE."""
+    section = config.eval
+    if skill == "understand":
+        if not section.temperature:
+            return []
+        texts = answer_sampling(config.rollout, section)
+        return [WayOfSampling(skill, AS_CONFIGURED, group_size, texts=texts)]
+    if section.guidance == 1:
         return []
-    texts = answer_sampling(config.rollout, config.eval)
-    return [WayOfSampling("understand", AS_CONFIGURED, group_size, texts=texts)]
+    params = GuidanceParams(
+        text_scale=section.guidance,
+        renorm=section.guidance_renorm,
+        renorm_min=section.guidance_renorm_min,
+    )
+    guidance = Guidance(params, until=section.guidance_until)
+    way = by_ode(config, 1.0, group_size)
+    return [dataclasses.replace(way, name=AS_CONFIGURED, guidance=guidance)]
 
 
 def by_ode(config: TrainConfig, start_noise: float, group_size: int = 1) -> WayOfSampling:

@@ -18,12 +18,14 @@ from trainer.small_policy import (
     small_policy,
 )
 
+from lvrpo.models.flow import Guidance
 from lvrpo.models.protocol import DivergedError
 from lvrpo.models.sampling import Sampling
 from lvrpo.models.unified import decoding
 from lvrpo.models.unified.model import KVCache
-from lvrpo.models.unified.tokenizer import EOS
+from lvrpo.models.unified.tokenizer import BOS, DRAW, EOS
 from lvrpo.ops.flow_step import flow_step
+from lvrpo.params.flow import GuidanceParams
 from lvrpo.testing import check_against_plain
 
 
@@ -256,6 +258,47 @@ def test_without_any_noise_there_is_one_drawing_of_a_prompt(policy):
     repeated = once.images.repeat_interleave(GROUP, dim=0)
     check_against_plain(found.images, repeated.double(), repeated, scale=64.0)
     assert found.latents.shape[:2] == (len(requests) * GROUP, 0)
+
+
+@pytest.mark.parametrize("renorm", ["none", "global", "channel"])
+@pytest.mark.parametrize("until", [0.0, 0.6, 1.0])
+def test_guided_drawings_follow_the_guided_velocity(policy, renorm, until):
+    """Step by step against full passes over a drawing with its words and one without them."""
+    params = GuidanceParams(text_scale=2.5, renorm=renorm, renorm_min=0.3)
+    requests = prompts("generate", 2)
+    guidance = Guidance(params, until)
+    found = policy.sample_images(requests, 2, SCHEDULE, guidance=guidance, seed=7, step=2)
+    plain = policy.sample_images(requests, 2, SCHEDULE, seed=7, step=2)
+    assert torch.equal(found.noise, plain.noise)
+    assert torch.equal(found.latents[:, 0], plain.latents[:, 0])
+
+    def velocity(request, x, time, *, with_words):
+        builder = policy.builder()
+        if with_words:
+            parent = policy.add_prompt(builder, request)
+        else:
+            parent = builder.text([BOS, DRAW])
+        builder.noise(*policy.latent_grid, parent=parent)
+        with torch.no_grad():
+            _, latent = policy.module(builder.build(x, torch.full((len(x),), time)))
+            return policy.module.velocity(latent)
+
+    is_guided = [float(time) > until for time in SCHEDULE.times[:-1]]
+    for sample in range(4):
+        for k in found.steps:
+            x, time = found.latents[sample, k], float(SCHEDULE.times[k])
+            v = velocity(requests[sample // 2], x, time, with_words=True)
+            if is_guided[k]:
+                u = velocity(requests[sample // 2], x, time, with_words=False)
+                pushed = u + 2.5 * (v - u)
+                over = {"none": None, "global": (0, 1), "channel": (1,)}[renorm]
+                factor = 1.0
+                if over is not None:
+                    norms = (each.norm(dim=over, keepdim=True) for each in (v, pushed))
+                    factor = (next(norms) / (next(norms) + 1e-8)).clamp(0.3, 1)
+                v = factor * pushed
+            check_against_plain(found.velocities[sample, k], v.double(), v, scale=64.0)
+    assert torch.equal(found.images, plain.images) == (not any(is_guided))
 
 
 def test_an_answer_says_why_it_ended(policy):

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from lvrpo import random
 from lvrpo.data.example import Example, Skill
-from lvrpo.models.flow import FlowSchedule
+from lvrpo.models.flow import FlowSchedule, Guidance
 from lvrpo.models.packs import Pack, PictureGroup, TextGroup
 from lvrpo.models.protocol import Answers, Head, Outputs, Pictures, sample_streams
 from lvrpo.models.sampling import Sampling
@@ -174,6 +174,7 @@ class LinearPolicy:
         schedule: FlowSchedule,
         *,
         start_noise: float = 1.0,
+        guidance: Guidance | None = None,
         seed: int,
         step: int,
     ) -> Pictures:

@@ -145,11 +145,13 @@ def test_a_mode_is_what_has_no_diversity(sampling):
 
 @pytest.mark.parametrize("skill", ["understand", "generate"])
 @pytest.mark.parametrize("temperature", [0.25, 1.0, 1.7])
-@pytest.mark.parametrize("more", [[], ["rollout.top_p=0.9", "eval.temperature=0.6"]])
+@pytest.mark.parametrize(
+    "more", [[], ["rollout.top_p=0.9", "eval.temperature=0.6", "eval.guidance=3"]]
+)
 def test_the_ways_of_a_run_have_names_and_settings_of_their_own(skill, temperature, more):
     config = tiny_config(f"rollout.temperature={temperature}", *more)
     ways = [as_trained(config, skill), headline(config, skill), *frontier(config, skill)]
-    ways += as_configured(config)
+    ways += as_configured(config, skill)
     keys = [(way.name, way.group_size) for way in ways]
     assert len(set(keys)) == len(keys)
     assert headline(config, skill).name == HEADLINE[skill]
@@ -164,7 +166,7 @@ def test_ways_end_answers_alike_and_differ_in_what_they_sample_from():
     ends = ["rollout.stop=['x']", "rollout.stop_token_ids=[300]", "rollout.min_answer_tokens=1"]
     config = tiny_config(*ends, "rollout.top_k=9", "eval.temperature=0.6", "eval.top_p=0.9")
     ways = [as_trained(config, "understand"), headline(config, "understand")]
-    ways += [*as_configured(config), *frontier(config, "understand")]
+    ways += [*as_configured(config, "understand"), *frontier(config, "understand")]
     for way in ways:
         how = way.texts
         assert (how.stop, how.stop_token_ids, how.min_tokens) == (("x",), (300,), 1)
@@ -173,7 +175,10 @@ def test_ways_end_answers_alike_and_differ_in_what_they_sample_from():
     assert settings_of[GREEDY] == {"temperature": 0.0}
     assert settings_of[AS_CONFIGURED] == {"temperature": 0.6, "top_p": 0.9}
     assert settings_of["temperature 1"] == {"temperature": 1.0}
-    assert as_configured(CONFIG) == []
+    (guided,) = as_configured(tiny_config("eval.guidance=4", "eval.guidance_until=0.3"), "generate")
+    assert guided.settings == {"dynamics": "ode", "start_noise": 1.0, "guidance": 4.0}
+    assert guided.guidance.until == 0.3
+    assert as_configured(CONFIG, "understand") == as_configured(CONFIG, "generate") == []
 
 
 @pytest.mark.parametrize(("items", "frontier_items"), list(product([0, 3], [0, 2, 5])))

@@ -108,6 +108,10 @@ class BagelPolicy(PackedPolicy):
             span = builder.read(resize(example.image, self.sides), span)
         return builder.text(self.prompt_ids(example), span)
 
+    def add_unconditional(self, builder: PackBuilder) -> int:
+        """See `PackedPolicy`; BAGEL's drawing without a text is one without a context."""
+        return ROOT
+
     def prompt_ids(self, example: Example) -> list[int]:
         """See `PackedPolicy`."""
         tokens = self.tokenizer

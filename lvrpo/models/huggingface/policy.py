@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from lvrpo.data.example import Example, Skill
 from lvrpo.integrations.transformers.completions import completion_states
 from lvrpo.models.answer_sampler import AnswerSampler
-from lvrpo.models.flow import FlowSchedule
+from lvrpo.models.flow import FlowSchedule, Guidance
 from lvrpo.models.huggingface.decoding import Decoding
 from lvrpo.models.huggingface.layout import PromptBuilder, TokenBatch
 from lvrpo.models.huggingface.prompts import PromptReader, placeholders
@@ -156,6 +156,7 @@ class HuggingFacePolicy:
         schedule: FlowSchedule,
         *,
         start_noise: float = 1.0,
+        guidance: Guidance | None = None,
         seed: int,
         step: int,
     ) -> Pictures:

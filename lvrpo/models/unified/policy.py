@@ -17,7 +17,7 @@ from torch import Tensor
 from lvrpo import random
 from lvrpo.data.example import SKILLS, Example, Skill
 from lvrpo.models.answer_sampler import AnswerSampler
-from lvrpo.models.flow import FlowSchedule
+from lvrpo.models.flow import FlowSchedule, Guidance
 from lvrpo.models.packs import Pack, PictureGroup, TextGroup, pack_groups
 from lvrpo.models.protocol import (
     Answers,
@@ -35,6 +35,7 @@ from lvrpo.models.unified.layout import ROOT, PackBuilder
 from lvrpo.models.unified.model import PackedBatch, PackedModel, UnifiedModel
 from lvrpo.models.unified.tokenizer import BOS, DRAW, EOS, IMAGE, IMAGE_END, Tokenizer
 from lvrpo.ops.flow_step import flow_step
+from lvrpo.ops.guided_velocity import guided_velocity
 
 
 class PackedPolicy(ABC):
@@ -51,6 +52,10 @@ class PackedPolicy(ABC):
     @abstractmethod
     def add_prompt(self, builder: PackBuilder, example: Example) -> int:
         """Lay out the picture (if any) and the words of a prompt; returns its last span."""
+
+    @abstractmethod
+    def add_unconditional(self, builder: PackBuilder) -> int:
+        """Lay out a request to draw without its words; returns its last span, `ROOT` for none."""
 
     @abstractmethod
     def prompt_ids(self, example: Example) -> list[int]:
@@ -167,6 +172,7 @@ class PackedPolicy(ABC):
         schedule: FlowSchedule,
         *,
         start_noise: float = 1.0,
+        guidance: Guidance | None = None,
         seed: int,
         step: int,
     ) -> Pictures:
@@ -181,9 +187,18 @@ class PackedPolicy(ABC):
             for _ in range(group_size):
                 picture = builder.noise(*self.latent_grid, parent=prompt)
                 noise_rows.extend(range(builder.start(picture), builder.end(picture)))
-        layout = builder.build()
-        run = CachedPass(self.module, layout, torch.tensor(prompt_rows), self.backend)
-        batch, rows = run.part(torch.tensor(noise_rows))
+        unguided_rows = list(noise_rows)
+        if guidance is not None:
+            # Without its words a prompt is like any other: it stands once for all of them.
+            first = builder.rows
+            unconditional = self.add_unconditional(builder)
+            prompt_rows.extend(range(first, builder.rows))
+            for _ in range(len(examples) * group_size):
+                picture = builder.noise(*self.latent_grid, parent=unconditional)
+                noise_rows.extend(range(builder.start(picture), builder.end(picture)))
+        run = CachedPass(self.module, builder.build(), torch.tensor(prompt_rows), self.backend)
+        unguided = run.part(torch.tensor(unguided_rows))
+        guided = run.part(torch.tensor(noise_rows)) if guidance is not None else unguided
 
         # One draw holds a sample's starting noise and then the noise of each step.
         streams = sample_streams("picture", examples, group_size, seed, step)
@@ -193,7 +208,14 @@ class PackedPolicy(ABC):
         latents, velocities, noise, steps = [], [], [], []
         for k in range(schedule.num_steps):
             coefficients = schedule.coefficients(k, device=self.device)
-            velocity = run.run_latents(batch, rows, x, float(schedule.times[k]))
+            time = float(schedule.times[k])
+            if guidance is not None and guidance.guides(time):
+                both = run.run_latents(*guided, torch.cat([x, x]), time)
+                velocity = guided_velocity(
+                    *both.chunk(2), params=guidance.params, backend=self.backend
+                )
+            else:
+                velocity = run.run_latents(*unguided, x, time)
             stochastic = k in schedule.stochastic_steps
             z = drawn[:, 1 + k] if stochastic else None
             if stochastic:
@@ -235,6 +257,10 @@ class UnifiedPolicy(PackedPolicy):
         if example.image is not None:
             span = builder.picture(example.image, IMAGE, IMAGE_END, span)
         return builder.text(self.prompt_ids(example), span)
+
+    def add_unconditional(self, builder: PackBuilder) -> int:
+        """See `PackedPolicy`."""
+        return builder.text([BOS, DRAW])
 
     def prompt_ids(self, example: Example) -> list[int]:
         """See `PackedPolicy`."""

@@ -14,9 +14,9 @@ from models.bagel.tiny_policy import GRID, SIDES, Letters, questions, requests, 
 
 from lvrpo.models.bagel import BagelConfig, BagelPolicy, PictureSides, load_bagel
 from lvrpo.models.bagel.pictures import resize
-from lvrpo.models.flow import FlowSchedule
+from lvrpo.models.flow import FlowSchedule, Guidance
 from lvrpo.models.sampling import Sampling
-from lvrpo.params.flow import FlowLossParams
+from lvrpo.params.flow import FlowLossParams, GuidanceParams
 from lvrpo.params.policy_loss import LossParams
 from lvrpo.trainer.experience import Experience
 from lvrpo.trainer.loop import check_ratio
@@ -88,6 +88,27 @@ def test_drawings_have_the_oracles_velocities():
             assert error < 1e-10 * expected.abs().max()
     assert found.images.shape == (6, 3, 8, 12)
     assert 0 <= found.images.min() <= found.images.max() <= 1
+
+
+def test_guided_drawings_have_the_oracles_velocities():
+    """Without its words a drawing has no context at all, as in BAGEL's own sampler."""
+    policy, examples = tiny_policy(), requests(2)
+    guidance = Guidance(GuidanceParams(text_scale=3.0, renorm="global"), until=0.8)
+    found = policy.sample_images(examples, GROUP, SCHEDULE, guidance=guidance, seed=7, step=2)
+    times = [float(SCHEDULE.times[step]) for step in found.steps]
+    assert min(times) < 0.8 < max(times)
+    for at in range(len(examples) * GROUP):
+        words = policy.prompt_ids(examples[at // GROUP])
+        for k, time in enumerate(times):
+            noise = ("noise", found.latents[at, k].view(*GRID, -1), time)
+            splits = [("text", words), noise]
+            _, expected = oracle.run(policy.module.state_dict(), CHAT, splits)
+            if time > 0.8:
+                _, without = oracle.run(policy.module.state_dict(), CHAT, [noise])
+                pushed = without + 3 * (expected - without)
+                expected = pushed * (expected.norm() / (pushed.norm() + 1e-8)).clamp(max=1)
+            error = (found.velocities[at, k] - expected).abs().max()
+            assert error < 1e-10 * expected.abs().max()
 
 
 def experience(policy):
