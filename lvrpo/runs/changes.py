@@ -143,6 +143,8 @@ def _flat(config: TrainConfig) -> dict[str, Any]:
             key = f"{section}.{name}"
             if key in PATHS and value not in ("", "scenes"):
                 value = "a file"
+            elif key == "rollout.curriculum":
+                value = reward_label(value)
             elif isinstance(value, dict):
                 value = {reward_label(item): weight for item, weight in value.items()}
             flat[key] = value

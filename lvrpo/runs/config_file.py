@@ -259,7 +259,9 @@ def _make_absolute(table: dict[str, Any], folder: Path) -> None:
     def absolute(name: Any) -> Any:
         return os.path.abspath(folder / name) if isinstance(name, str) else name
 
-    data, rewards = table.get("data"), table.get("rewards")
+    data, rewards, rollout = (table.get(name) for name in ("data", "rewards", "rollout"))
+    if isinstance(rollout, dict) and ".py:" in str(rollout.get("curriculum", "")):
+        rollout["curriculum"] = absolute(rollout["curriculum"])
     for key in ("source", "eval_source", "validation_source"):
         if isinstance(data, dict) and data.get(key, "") not in ("", "scenes"):
             data[key] = absolute(data[key])

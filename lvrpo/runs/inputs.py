@@ -40,6 +40,8 @@ def find_inputs(config: TrainConfig, rewards: Iterable[str]) -> Inputs:
         path = getattr(config.data, key)
         if path not in ("", "scenes"):
             found[f"data.{key}"] = _data_file(Path(path))
+    if config.rollout.curriculum and (code := _code_file(config.rollout.curriculum)) is not None:
+        found["rollout.curriculum"] = {"path": str(code), "code": sha256(code)}
     for spec in rewards:
         code = _code_file(spec)
         if code is not None:

@@ -56,6 +56,7 @@ def check_config(config: TrainConfig) -> Setup:
     _check_patches(config, setup.data.source.picture_shape)
     with _named("rewards"):
         _check_rewards(setup)
+    _check_curriculum(setup)
     with _named("model"):
         parts = setup.unfitted_parts()
         _check_memory(setup, parts)
@@ -63,6 +64,17 @@ def check_config(config: TrainConfig) -> Setup:
     with _named("rewards"):
         probe_rewards(setup, parts)
     return setup
+
+
+def _check_curriculum(setup: Setup) -> None:
+    """Let the hook choose the prompts of a first step."""
+    if setup.curriculum is None:
+        return
+    for skill in SKILLS:
+        count = getattr(setup.config.rollout, f"{skill}_prompts")
+        drawn = setup.data.source.examples("train", skill, count * setup.curriculum.pool, 0)
+        if drawn:
+            setup.curriculum.pick(drawn, count, 1)
 
 
 def _check_backend(name: str) -> None:

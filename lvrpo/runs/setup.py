@@ -34,10 +34,12 @@ from lvrpo.models.unified.tokenizer import Tokenizer
 from lvrpo.rewards.checks import VerdictChecks
 from lvrpo.rewards.parts import RewardParts, Rules
 from lvrpo.rewards.registry import FoundReward, find_reward, reward_label
+from lvrpo.rewards.reward import RewardError
 from lvrpo.runs.changes import fingerprint
 from lvrpo.runs.checkpoint import load_checkpoint, load_newest, save_checkpoint
 from lvrpo.trainer.config import ConfigError, DataSection, TrainConfig
 from lvrpo.trainer.correction import distribution_notes
+from lvrpo.trainer.curriculum import Curriculum
 from lvrpo.trainer.objective import Objective
 from lvrpo.trainer.schedule import every_window
 from lvrpo.trainer.task import Rewards, Task
@@ -356,7 +358,29 @@ class Setup:
             new_policy=partial(self.new_policy, parts),
             make_rewards=partial(self.make_rewards, parts),
             fingerprint=parts.fingerprint,
+            curriculum=self.curriculum,
         )
+
+    @cached_property
+    def curriculum(self) -> Curriculum | None:
+        """The hook for the prompts of a step, whose file is executed for it.
+
+        Raises:
+            ConfigError: it cannot be imported.
+        """
+        rollout = self.config.rollout
+        if not rollout.curriculum:
+            return None
+        if ":" not in rollout.curriculum:
+            raise ConfigError(
+                f"rollout.curriculum is {rollout.curriculum!r}, expected 'module:function' or "
+                "'file.py:function'"
+            )
+        try:
+            return Curriculum(find_reward(rollout.curriculum).found, rollout.curriculum_pool)
+        except RewardError as error:
+            said = str(error).removeprefix("reward ")
+            raise ConfigError(f"rollout.curriculum: {said}") from error
 
     @property
     def checks(self) -> VerdictChecks:

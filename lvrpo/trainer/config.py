@@ -140,6 +140,8 @@ class RolloutSection:
     generate_prompts: Batch = 32
     # Most times that other prompts are sampled in place of those whose samples all score the same.
     resample_rounds: Annotated[int, Field(ge=0, le=100)] = 0
+    curriculum: str = ""  # function that chooses the prompts of a step, "module:function"
+    curriculum_pool: Annotated[int, Field(ge=1, le=1024)] = 4  # times as many to choose from
     temperature: Annotated[float, Field(ge=1e-4, le=1e4)] = 1.0
     top_k: Count = 0  # 0: all tokens
     top_p: TopP = 1.0

@@ -78,13 +78,9 @@ def gather_experience(
         return policy.sample_images(examples, rollout.group_size, schedule, seed=seed, step=step)
 
     if rollout.understand_prompts:
-        answers = sample_texts(
-            training_examples(task.source, "understand", rollout.understand_prompts, seed, step)
-        )
+        answers = sample_texts(_prompts(task, "understand", config, step))
     if rollout.generate_prompts:
-        pictures = sample_images(
-            training_examples(task.source, "generate", rollout.generate_prompts, seed, step)
-        )
+        pictures = sample_images(_prompts(task, "generate", config, step))
     metrics["time/rollout"] = clock.lap()
 
     tables: dict[Skill, Tensor] = {}
@@ -131,6 +127,13 @@ def gather_experience(
     return experience, metrics
 
 
+def _prompts(task: Task, skill: Skill, config: TrainConfig, step: int) -> list[Example]:
+    count, hook = getattr(config.rollout, f"{skill}_prompts"), task.curriculum
+    drawn = count * (hook.pool if hook else 1)
+    examples = training_examples(task.source, skill, drawn, config.run.seed, step)
+    return hook.pick(examples, count, step - config.warm_start.steps) if hook else examples
+
+
 @dataclass(frozen=True)
 class _Resampling:
     """Other prompts for groups without a signal, see `resample`."""
@@ -149,7 +152,11 @@ class _Resampling:
 
         def draw(turn: int, count: int, seen: set[str]) -> Groups | None:
             key = {"seed": config.run.seed, "step": self.step, "turn": turn}
-            examples = further_examples(self.task.source, skill, count, seen, **key)
+            hook = self.task.curriculum
+            drawn = count * (hook.pool if hook else 1)
+            examples = further_examples(self.task.source, skill, drawn, seen, **key)
+            if hook and examples:
+                examples = hook.pick(examples, count, self.step - config.warm_start.steps)
             return sample(examples) if examples else None
 
         def rate(more: Groups) -> Tensor:

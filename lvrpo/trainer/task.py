@@ -15,6 +15,7 @@ from lvrpo.data.sources import LabelErrors, Source
 from lvrpo.models.protocol import Policy
 from lvrpo.rewards.reward import Reward, Samples
 from lvrpo.trainer.config import WarmStartSection
+from lvrpo.trainer.curriculum import Curriculum
 
 #: Of a drawing prompt in the warm start, each with a picture, noise and time of its own; the prompt
 #: is computed once for all.
@@ -45,6 +46,7 @@ class Task:
         new_policy: makes a policy with the weights that the run begins with, the same every time.
         make_rewards: from the frozen policy of the end of the warm start, once in a run.
         fingerprint: of the parts that weights are made for, so that foreign weights can be told.
+        curriculum: chooses the prompts of a step; None takes them as they are drawn.
     """
 
     source: Source
@@ -52,6 +54,7 @@ class Task:
     new_policy: Callable[[], Policy]
     make_rewards: Callable[[Policy], Rewards]
     fingerprint: str
+    curriculum: Curriculum | None = None
 
 
 def mean_scores(checks: Checks, samples: Samples) -> dict[str, float]:

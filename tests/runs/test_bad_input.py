@@ -54,6 +54,9 @@ def half_way(tmp_path) -> Path:
 
 
 BAD_SETTINGS = {
+    "rollout.curriculum=hardest": "rollout.curriculum is 'hardest', expected 'module:function'",
+    "rollout.curriculum=absent.py:hardest": "rollout.curriculum: ",
+    "rollout.curriculum=builtins:sorted": "rollout.curriculum raised TypeError: ",
     "rewards.arguments={number=3}": "rewards.arguments.number is 3, expected a table",
     "rewards.arguments={number={relative=1}}": "rewards.arguments has 'number', expected the name "
     "of a reward in use: r_ins",

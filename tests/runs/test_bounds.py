@@ -103,7 +103,13 @@ def test_a_number_is_refused_by_its_key_or_takes_a_step(tmp_path, key):
     assert taken < len(VALUES)
 
 
-CHECKED_BY_OTHERS = ("data.source", "data.eval_source", "data.validation_source", "run.backend")
+CHECKED_BY_OTHERS = (
+    "data.source",
+    "data.eval_source",
+    "data.validation_source",
+    "run.backend",
+    "rollout.curriculum",
+)
 
 
 def test_every_word_has_its_choices():
