@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -18,11 +18,20 @@ from torch import Tensor
 from lvrpo.data.example import Example
 from lvrpo.masks import SpanMask
 from lvrpo.masks.positions import target_index
+from lvrpo.ops.guided_velocity import guided_velocity
+from lvrpo.params.flow import GuidanceParams
 
 #: A prompt and the tokens of each of its completions.
 TextGroup = tuple[Example, Sequence[Sequence[int]]]
 #: A prompt and how many noisy pictures hang below it.
 PictureGroup = tuple[Example, int]
+
+
+class GuidedPictures(NamedTuple):
+    """Noisy pictures whose velocity is guided, by that of the same picture without its words."""
+
+    params: GuidanceParams
+    which: Tensor  # [M_total] bool, on the host
 
 
 class Batch(Protocol):
@@ -85,6 +94,9 @@ class Layout(Protocol):
     def prompt(self, example: Example) -> Builder:
         """A buffer with one prompt in it, whose last span its completions continue."""
 
+    def unconditional(self) -> Builder:
+        """A request to draw without its words; may be empty."""
+
 
 @dataclass(frozen=True)
 class Pack:
@@ -102,12 +114,38 @@ class Pack:
     completions: slice
     tokens: slice
     pictures: slice
+    guided: GuidedRows | None = None
 
     def to(self, device: torch.device | str) -> Pack:
         """The same pack with its tensors on `device`."""
         names = ("batch", "token_ids", "predictors", "row_index", "cu_seqlens")
         moved = {name: getattr(self, name).to(device) for name in names}
+        guided = self.guided and self.guided.to(device)
+        return dataclasses.replace(self, **moved, guided=guided)
+
+
+@dataclass(frozen=True)
+class GuidedRows:
+    """Where a pack has the velocities that guidance needs, counted over the pictures laid out."""
+
+    params: GuidanceParams
+    pictures: Tensor  # [M] int64, each picture with its words
+    unconditional: Tensor  # [m] int64, the guided ones without
+    guided: Tensor  # [m] int64, ascending: which of the M those are
+
+    def to(self, device: torch.device | str) -> GuidedRows:
+        """The same with its tensors on `device`."""
+        names = ("pictures", "unconditional", "guided")
+        moved = {name: getattr(self, name).to(device) for name in names}
         return dataclasses.replace(self, **moved)
+
+    def velocity(self, laid_out: Tensor, backend: str | None) -> Tensor:
+        """[M, n, c] velocities, guided where they are, of those of all pictures laid out."""
+        velocity = laid_out[self.pictures]
+        pushed = guided_velocity(
+            velocity[self.guided], laid_out[self.unconditional], params=self.params, backend=backend
+        )
+        return velocity.index_copy(0, self.guided, pushed.to(velocity.dtype))
 
 
 def pack_groups(
@@ -119,6 +157,7 @@ def pack_groups(
     max_rows: int = 1 << 30,
     *,
     share_prompts: bool = True,
+    guided: GuidedPictures | None = None,
 ) -> Iterator[Pack]:
     """Fill packs with groups, in order, up to `max_rows` rows each.
 
@@ -135,14 +174,15 @@ def pack_groups(
         max_rows: token budget.
         share_prompts: False lays the prompt out again for every completion, as trainers without
             shared prefixes do: what sharing is compared with.
+        guided: pictures that are laid out without their words, too; None: none.
 
     Raises:
         ValueError: a group is empty, a completion has no tokens, or the latents or their times are
             not those of the pictures; names it.
     """
     _check(layout, texts, pictures, latents, timesteps, max_rows)
-    pack = _OpenPack(layout, 0, 0, 0)
-    for part in _parts(layout, texts, pictures, max_rows if share_prompts else 0):
+    pack = _OpenPack(layout, 0, 0, 0, guided)
+    for part in _parts(layout, texts, pictures, max_rows if share_prompts else 0, guided):
         if pack.builder.rows and pack.builder.rows + part.rows > max_rows:
             yield pack.close(latents, timesteps)
             pack = pack.next()
@@ -159,10 +199,15 @@ class _Part:
     rows: int
     texts: Sequence[Sequence[int]] = ()
     pictures: int = 0
+    unconditional: Builder | None = None  # None: no picture is guided
 
 
 def _parts(
-    layout: Layout, texts: Sequence[TextGroup], pictures: Sequence[PictureGroup], most: int
+    layout: Layout,
+    texts: Sequence[TextGroup],
+    pictures: Sequence[PictureGroup],
+    most: int,
+    guided: GuidedPictures | None,
 ) -> Iterator[_Part]:
     for example, completions in texts:
         prompt = layout.prompt(example)
@@ -170,10 +215,19 @@ def _parts(
         for some, rows in _divide(prompt.rows, lengths, most):
             yield _Part(prompt, rows, texts=completions[some])
     per_picture = _rows_of_a_picture(layout) if pictures else 0
+    unconditional = layout.unconditional() if guided is not None else None
+    twice = [False] * sum(count for _, count in pictures)
+    if guided is not None:
+        twice = guided.which.tolist()
+    first = 0
     for example, count in pictures:
         prompt = layout.prompt(example)
-        for some, rows in _divide(prompt.rows, [per_picture] * count, most):
-            yield _Part(prompt, rows, pictures=some.stop - some.start)
+        shared = prompt.rows + (unconditional.rows if unconditional is not None else 0)
+        lengths = [per_picture * (1 + is_guided) for is_guided in twice[first : first + count]]
+        first += count
+        for some, rows in _divide(shared, lengths, most):
+            number = some.stop - some.start
+            yield _Part(prompt, rows, pictures=number, unconditional=unconditional)
 
 
 def _rows_of_a_picture(layout: Layout) -> int:
@@ -195,10 +249,18 @@ def _divide(prompt: int, lengths: Sequence[int], most: int) -> Iterator[tuple[sl
 
 
 class _OpenPack:
-    def __init__(self, layout: Layout, completion: int, token: int, picture: int) -> None:
-        self.layout = layout
+    def __init__(
+        self,
+        layout: Layout,
+        completion: int,
+        token: int,
+        picture: int,
+        guided: GuidedPictures | None,
+    ) -> None:
+        self.layout, self.guided = layout, guided
         self.builder = layout.builder()
         self.first = completion, token, picture
+        self.laid_out: list[int] = []  # the number of each noisy picture; one without words is < 0
         self.token_ids: list[int] = []
         self.text_spans: list[int] = []
         self.pictures = 0
@@ -208,9 +270,19 @@ class _OpenPack:
         for tokens in part.texts:
             self.text_spans.append(self.builder.text(tokens[:-1], prompt))
             self.token_ids.extend(tokens)
-        for _ in range(part.pictures):
+        numbers = range(self.pictures, self.pictures + part.pictures)
+        for number in numbers:
             self.builder.noise(*self.layout.latent_grid, parent=prompt)
+            self.laid_out.append(number)
         self.pictures += part.pictures
+        if self.guided is None or part.unconditional is None:
+            return
+        which = self.guided.which[self.first[2] :]
+        root = self.builder.append(part.unconditional) if part.unconditional.rows else -1
+        for number in numbers:
+            if which[number]:
+                self.builder.noise(*self.layout.latent_grid, parent=root)
+                self.laid_out.append(~number)
 
     def _end(self) -> tuple[int, int, int]:
         completion, token, picture = self.first
@@ -221,7 +293,16 @@ class _OpenPack:
         )
 
     def next(self) -> _OpenPack:
-        return _OpenPack(self.layout, *self._end())
+        return _OpenPack(self.layout, *self._end(), self.guided)
+
+    def _guided_rows(self) -> GuidedRows | None:
+        if self.guided is None or min(self.laid_out, default=0) >= 0:
+            return None
+        places = torch.tensor(self.laid_out, dtype=torch.int64)
+        without = (places < 0).nonzero().flatten()
+        return GuidedRows(
+            self.guided.params, (places >= 0).nonzero().flatten(), without, ~places[without]
+        )
 
     def close(self, latents: Tensor | None, timesteps: Tensor | None) -> Pack:
         completions, tokens, pictures = map(slice, self.first, self._end())
@@ -229,9 +310,12 @@ class _OpenPack:
             assert latents is not None
             assert timesteps is not None
             per_picture = self.layout.latent_shape[0]
+            latents, timesteps = latents[pictures], timesteps[pictures]
+            if self.guided is not None:
+                order = torch.tensor([max(number, ~number) for number in self.laid_out])
+                latents, timesteps = latents[order.to(latents.device)], timesteps[order]
             batch = self.builder.build(
-                latents[pictures].flatten(0, 1),
-                timesteps[pictures].repeat_interleave(per_picture),
+                latents.flatten(0, 1), timesteps.repeat_interleave(per_picture)
             )
         else:
             batch = self.builder.build()
@@ -247,6 +331,7 @@ class _OpenPack:
             completions=completions,
             tokens=tokens,
             pictures=pictures,
+            guided=self._guided_rows(),
         )
 
 

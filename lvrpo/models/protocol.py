@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from lvrpo import random
 from lvrpo.data.example import Example, FinishReason, Skill
 from lvrpo.models.flow import FlowSchedule, Guidance
-from lvrpo.models.packs import Pack, PictureGroup, TextGroup
+from lvrpo.models.packs import GuidedPictures, Pack, PictureGroup, TextGroup
 from lvrpo.models.sampling import SampledFrom, Sampling
 from lvrpo.ops.linear_logprobs import linear_logprobs
 
@@ -141,6 +141,7 @@ class Pictures:
     noise: Tensor  # [N, K, n, c] that each step drew
     steps: list[int]  # [K] step numbers in the schedule
     fingerprint: str  # of the schedule
+    guidance: Guidance | None = None  # of the velocities
 
     @classmethod
     def concat(cls, parts: Sequence[Pictures]) -> Pictures:
@@ -283,9 +284,7 @@ class Policy(Protocol):
             schedule: of the denoising.
             start_noise: standard deviation of the noise that it begins with. 1 is what the model
                 has learned; with 0 and an ODE there is one drawing of a prompt, whatever the seed.
-            guidance: of the velocity that is followed; None: the model's own. `Pictures.velocities`
-                are those that were followed, and an update does not guide: drawings to train on
-                have none.
+            guidance: of the velocity that is followed; None: the model's own.
             seed: of the samples.
             step: keys their streams too.
 
@@ -302,6 +301,7 @@ class Policy(Protocol):
         max_rows: int = 1 << 30,
         *,
         share_prompts: bool = True,
+        guided: GuidedPictures | None = None,
     ) -> Iterator[Pack]:
         """Packed buffers on the policy's device; see `lvrpo.models.packs.pack_groups`."""
 

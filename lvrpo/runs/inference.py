@@ -19,7 +19,7 @@ from lvrpo.runs.directory import RunDirectoryError, is_run, require_format
 from lvrpo.runs.gallery import save_enlarged
 from lvrpo.runs.setup import FrozenParts, Setup
 from lvrpo.trainer.sampling import answer_sampling
-from lvrpo.trainer.schedule import flow_schedule
+from lvrpo.trainer.schedule import flow_guidance, flow_schedule
 from lvrpo.trainer.state import load_weights
 from lvrpo.trainer.task import Task
 
@@ -167,7 +167,10 @@ def draw_prompt(
     notes = prompt_notes(parts.words, prompt, about_a_picture=False)
     example = Example("generate", "command line", prompt)
     schedule = flow_schedule(config.rollout)
-    drawn = policy.sample_images([example], count, schedule, seed=seed, step=0).images
+    guidance = flow_guidance(config.rollout)
+    drawn = policy.sample_images(
+        [example], count, schedule, guidance=guidance, seed=seed, step=0
+    ).images
     paths = output_paths(output, count)
     for picture, path in zip(drawn.numpy(), paths, strict=True):
         try:

@@ -52,6 +52,7 @@ Share = Annotated[float, Field(ge=0, le=1)]
 Weight = Annotated[float, Field(ge=0, le=1e6)]
 Rate = Annotated[float, Field(ge=0, le=1e20)]
 TopP = Annotated[float, Field(gt=0, le=1)]
+Scale = Annotated[float, Field(ge=0, le=100)]
 Penalty = Annotated[float, Field(ge=0.01, le=100)]
 Weights = dict[str, Weight]
 RewardWeights = dict[str, Annotated[float, Field(ge=-1e6, le=1e6)]]
@@ -159,6 +160,10 @@ class RolloutSection:
     stochastic_steps: Annotated[int, Field(ge=1, le=4096)] = 3
     window: Literal["first", "sliding", "random"] = "random"  # where it is in a policy step
     window_interval: Positive = 25  # policy steps before a sliding window moves on by one
+    guidance: Scale = 1.0  # of drawings, sampled and trained; 1: none
+    guidance_renorm: Renorm = "global"
+    guidance_renorm_min: Share = 0.0
+    guidance_until: Share = 0.4  # guided from the noise, at time 1, to this time
 
     @model_validator(mode="after")
     def _samples_something(self) -> RolloutSection:
@@ -196,7 +201,7 @@ class EvalSection:
     top_p: TopP = 1.0
     min_p: Share = 0.0
     repetition_penalty: Penalty = 1.0
-    guidance: Annotated[float, Field(ge=0, le=100)] = 1.0  # of drawings; 1: no further way
+    guidance: Scale = 1.0  # of drawings; 1: no further way
     guidance_renorm: Renorm = "global"
     guidance_renorm_min: Share = 0.0
     guidance_until: Share = 0.4  # guided from the noise, at time 1, to this time

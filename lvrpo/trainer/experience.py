@@ -23,6 +23,7 @@ from lvrpo.trainer.config import TrainConfig
 from lvrpo.trainer.correction import correct_sampler, truncation_metrics
 from lvrpo.trainer.resampling import Groups, resample
 from lvrpo.trainer.sampling import answer_sampling
+from lvrpo.trainer.schedule import flow_guidance
 from lvrpo.trainer.task import Rewards, Task, further_examples, mean_scores, training_examples
 
 
@@ -75,7 +76,14 @@ def gather_experience(
         )
 
     def sample_images(examples: list[Example]) -> Pictures:
-        return policy.sample_images(examples, rollout.group_size, schedule, seed=seed, step=step)
+        return policy.sample_images(
+            examples,
+            rollout.group_size,
+            schedule,
+            guidance=flow_guidance(rollout),
+            seed=seed,
+            step=step,
+        )
 
     if rollout.understand_prompts:
         answers = sample_texts(_prompts(task, "understand", config, step))

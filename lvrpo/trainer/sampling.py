@@ -14,11 +14,10 @@ from lvrpo.data.example import Example, Skill
 from lvrpo.models.flow import FlowSchedule, Guidance
 from lvrpo.models.protocol import Policy
 from lvrpo.models.sampling import Sampling
-from lvrpo.params.flow import GuidanceParams
 from lvrpo.rewards.reward import Samples
 from lvrpo.trainer.config import EvalSection, RolloutSection, TrainConfig
 from lvrpo.trainer.measurement import AS_CONFIGURED, AS_TRAINED, GREEDY
-from lvrpo.trainer.schedule import flow_schedule
+from lvrpo.trainer.schedule import flow_guidance, flow_schedule
 
 #: Of the points between greedy answers and those of a flat distribution.
 TEMPERATURES = (0.25, 0.5, 0.75, 1.0, 1.5)
@@ -125,7 +124,13 @@ def as_trained(config: TrainConfig, skill: Skill, group_size: int = 1) -> WayOfS
     rollout = config.rollout
     if skill == "understand":
         return WayOfSampling(skill, AS_TRAINED, group_size, texts=answer_sampling(rollout))
-    return WayOfSampling(skill, AS_TRAINED, group_size, schedule=flow_schedule(rollout))
+    return WayOfSampling(
+        skill,
+        AS_TRAINED,
+        group_size,
+        schedule=flow_schedule(rollout),
+        guidance=flow_guidance(rollout),
+    )
 
 
 def at_temperature(config: TrainConfig, temperature: float, group_size: int = 1) -> WayOfSampling:
@@ -143,14 +148,9 @@ def as_configured(config: TrainConfig, skill: Skill, group_size: int = 1) -> lis
             return []
         texts = answer_sampling(config.rollout, section)
         return [WayOfSampling(skill, AS_CONFIGURED, group_size, texts=texts)]
-    if section.guidance == 1:
+    guidance = flow_guidance(section)
+    if guidance is None:
         return []
-    params = GuidanceParams(
-        text_scale=section.guidance,
-        renorm=section.guidance_renorm,
-        renorm_min=section.guidance_renorm_min,
-    )
-    guidance = Guidance(params, until=section.guidance_until)
     way = by_ode(config, 1.0, group_size)
     return [dataclasses.replace(way, name=AS_CONFIGURED, guidance=guidance)]
 
@@ -159,7 +159,14 @@ def by_ode(config: TrainConfig, start_noise: float, group_size: int = 1) -> WayO
     """Drawings by the rollout's steps without their noise, begun with as much as is said."""
     schedule = dataclasses.replace(flow_schedule(config.rollout), dynamics="ode")
     name = "ode" if start_noise == 1 else f"ode noise {start_noise:g}"
-    return WayOfSampling("generate", name, group_size, schedule=schedule, start_noise=start_noise)
+    return WayOfSampling(
+        "generate",
+        name,
+        group_size,
+        schedule=schedule,
+        start_noise=start_noise,
+        guidance=flow_guidance(config.rollout),
+    )
 
 
 def headline(config: TrainConfig, skill: Skill) -> WayOfSampling:

@@ -6,8 +6,9 @@ import dataclasses
 import math
 
 from lvrpo import random
-from lvrpo.models.flow import FlowSchedule
-from lvrpo.trainer.config import RolloutSection, TrainConfig, WarmStartSection
+from lvrpo.models.flow import FlowSchedule, Guidance
+from lvrpo.params.flow import GuidanceParams
+from lvrpo.trainer.config import EvalSection, RolloutSection, TrainConfig, WarmStartSection
 
 #: Policy steps done at the last change of the schedule, and the learning rate before it.
 Bridge = tuple[int, float] | None
@@ -41,6 +42,18 @@ def learning_rate(config: TrainConfig, done: int, bridge: Bridge = None) -> floa
         share = min(1.0, max(1, done - at + 1) / max(1, section.warmup_steps))
         lr = min(lr, before + (lr - before) * share)
     return lr
+
+
+def flow_guidance(section: RolloutSection | EvalSection) -> Guidance | None:
+    """How a section guides drawings; None at a scale of 1."""
+    if section.guidance == 1:
+        return None
+    params = GuidanceParams(
+        text_scale=section.guidance,
+        renorm=section.guidance_renorm,
+        renorm_min=section.guidance_renorm_min,
+    )
+    return Guidance(params, until=section.guidance_until)
 
 
 def flow_schedule(rollout: RolloutSection, first: int = 0) -> FlowSchedule:

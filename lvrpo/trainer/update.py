@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from lvrpo.models.flow import FlowSchedule
-from lvrpo.models.packs import Pack, PictureGroup
+from lvrpo.models.packs import GuidedPictures, Pack, PictureGroup
 from lvrpo.models.protocol import Outputs, Policy
 from lvrpo.ops.flow_policy_loss import flow_policy_loss
 from lvrpo.ops.linear_grpo_loss import linear_grpo_loss
@@ -80,12 +80,16 @@ def pack_experience(
     """The packed buffers of an update: answers, then every trained step of the pictures."""
     answers, pictures = experience.answers, experience.pictures
     groups: list[PictureGroup] = []
-    latents = times = None
+    latents = times = guided = None
     if pictures is not None:
         count, steps = pictures.latents.shape[:2]
         groups = [(example, pictures.group_size * steps) for example in pictures.examples]
         latents = pictures.latents.flatten(0, 1)
-        times = torch.tensor([float(schedule.times[k]) for k in pictures.steps]).repeat(count)
+        at = [float(schedule.times[k]) for k in pictures.steps]
+        times = torch.tensor(at).repeat(count)
+        if pictures.guidance is not None:
+            which = torch.tensor([pictures.guidance.guides(time) for time in at]).repeat(count)
+            guided = GuidedPictures(pictures.guidance.params, which)
     return policy.packs(
         [] if answers is None else answers.groups(),
         groups,
@@ -93,6 +97,7 @@ def pack_experience(
         times,
         objective.max_rows,
         share_prompts=objective.share_prompts,
+        guided=guided,
     )
 
 

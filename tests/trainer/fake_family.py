@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from lvrpo import random
 from lvrpo.data.example import Example, Skill
 from lvrpo.models.flow import FlowSchedule, Guidance
-from lvrpo.models.packs import Pack, PictureGroup, TextGroup
+from lvrpo.models.packs import GuidedPictures, Pack, PictureGroup, TextGroup
 from lvrpo.models.protocol import Answers, Head, Outputs, Pictures, sample_streams
 from lvrpo.models.sampling import Sampling
 from lvrpo.ops.flow_step import flow_step
@@ -98,6 +98,7 @@ class LinearPolicy:
         max_rows: int = 1 << 30,
         *,
         share_prompts: bool = True,
+        guided: GuidedPictures | None = None,
     ) -> Iterator[Pack]:
         """One pack if everything fits, otherwise one for each group."""
         groups: list[tuple[list[TextGroup], list[PictureGroup]]] = [([*texts], [*pictures])]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import math
 from typing import get_args
@@ -15,12 +16,14 @@ from trainer.small_policy import (
     SCHEDULE,
     TEMPERATURE,
     experience,
+    prompts,
     small_policy,
 )
 
 from lvrpo import grpo_loss
+from lvrpo.models.flow import Guidance
 from lvrpo.models.unified.policy import UnifiedPolicy
-from lvrpo.params.flow import Variant
+from lvrpo.params.flow import GuidanceParams, Variant
 from lvrpo.params.policy_loss import LOSS_PRESETS, LossParams
 from lvrpo.runs.config_file import load_config
 from lvrpo.trainer.config import TEXT_PRESETS
@@ -112,6 +115,45 @@ def test_shared_and_unshared_training_stay_together(dtype, apart):
         moved = float((weights[0][name] - start).detach().abs().max())
         assert moved > 1e-3, name
         assert float((weights[0][name] - weights[1][name]).detach().abs().max()) <= apart * moved
+
+
+@pytest.mark.parametrize("until", [0.0, 0.7, 1.0])
+def test_an_update_replays_the_guidance_of_its_rollout(until):
+    """Ratios are one, however it is packed, and the gradient goes through both passes."""
+    guidance = Guidance(GuidanceParams(text_scale=2.0, renorm_min=0.5), until)
+    policy = small_policy()
+    guided = policy.sample_images(
+        prompts("generate", 3), GROUP, SCHEDULE, guidance=guidance, seed=7, step=2
+    )
+    found = dataclasses.replace(experience(policy, 2, 3), pictures=guided)
+    case = (policy, small_policy(seed=1), found)
+    whole, metrics = gradients(case)
+    for side in ("min", "max"):
+        assert metrics[f"ratio/image/{side}"] == pytest.approx(1, abs=1e-6)
+    for changes in ({"max_rows": 1}, {"max_rows": 40}, {"max_rows": 90}, {"share_prompts": False}):
+        parts, told = gradients(case, dataclasses.replace(OBJECTIVE, **changes))
+        assert_equal(parts, whole)
+        assert told == pytest.approx(metrics, rel=1e-6, abs=1e-9)
+    if until == 1:
+        unguided = dataclasses.replace(found, pictures=dataclasses.replace(guided, guidance=None))
+        assert_equal(gradients((policy, case[1], unguided))[0], whole)
+        return
+
+    # A finite difference along the gradient, with the KL: neither pass is missed.
+    objective = dataclasses.replace(OBJECTIVE, text_weight=0.0)
+    only, _ = gradients(case, objective)
+    step = 1e-6
+    losses = []
+    for sign in (1, -1):
+        moved = copy.deepcopy(policy)
+        with torch.no_grad():
+            for name, parameter in moved.module.named_parameters():
+                if name in only:
+                    parameter += sign * step * only[name]
+        losses.append(gradients((moved, case[1], found), objective)[1]["loss/image"])
+    slope = OBJECTIVE.image_weight * (losses[0] - losses[1]) / (2 * step)
+    expected = sum(float(gradient.square().sum()) for gradient in only.values())
+    assert slope == pytest.approx(expected, rel=1e-4)
 
 
 def test_an_update_reads_nothing_from_its_device_but_its_metrics(monkeypatch):

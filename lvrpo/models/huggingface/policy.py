@@ -20,7 +20,7 @@ from lvrpo.models.flow import FlowSchedule, Guidance
 from lvrpo.models.huggingface.decoding import Decoding
 from lvrpo.models.huggingface.layout import PromptBuilder, TokenBatch
 from lvrpo.models.huggingface.prompts import PromptReader, placeholders
-from lvrpo.models.packs import Pack, PictureGroup, TextGroup, pack_groups
+from lvrpo.models.packs import GuidedPictures, Pack, PictureGroup, TextGroup, pack_groups
 from lvrpo.models.protocol import Answers, Head, Outputs, Pictures
 from lvrpo.models.sampling import Sampling
 
@@ -84,6 +84,14 @@ class HuggingFacePolicy:
         """
         raise ValueError(f"{self._name} cannot draw, expected no pictures to encode")
 
+    def unconditional(self) -> PromptBuilder:
+        """Refused: see `skills`.
+
+        Raises:
+            ValueError: always.
+        """
+        raise ValueError(f"{self._name} cannot draw, expected questions alone")
+
     def packs(
         self,
         texts: Sequence[TextGroup],
@@ -93,6 +101,7 @@ class HuggingFacePolicy:
         max_rows: int = 1 << 30,
         *,
         share_prompts: bool = True,
+        guided: GuidedPictures | None = None,
     ) -> Iterator[Pack]:
         """See `pack_groups`; groups of pictures are refused."""
         packs = pack_groups(

@@ -18,7 +18,7 @@ from lvrpo import random
 from lvrpo.data.example import SKILLS, Example, Skill
 from lvrpo.models.answer_sampler import AnswerSampler
 from lvrpo.models.flow import FlowSchedule, Guidance
-from lvrpo.models.packs import Pack, PictureGroup, TextGroup, pack_groups
+from lvrpo.models.packs import GuidedPictures, Pack, PictureGroup, TextGroup, pack_groups
 from lvrpo.models.protocol import (
     Answers,
     DivergedError,
@@ -103,6 +103,12 @@ class PackedPolicy(ABC):
         self.add_prompt(builder, example)
         return builder
 
+    def unconditional(self) -> PackBuilder:
+        """A buffer with a request to draw without its words."""
+        builder = self.builder()
+        self.add_unconditional(builder)
+        return builder
+
     def packs(
         self,
         texts: Sequence[TextGroup],
@@ -112,10 +118,18 @@ class PackedPolicy(ABC):
         max_rows: int = 1 << 30,
         *,
         share_prompts: bool = True,
+        guided: GuidedPictures | None = None,
     ) -> Iterator[Pack]:
         """See `pack_groups`."""
         packs = pack_groups(
-            self, texts, pictures, latents, timesteps, max_rows, share_prompts=share_prompts
+            self,
+            texts,
+            pictures,
+            latents,
+            timesteps,
+            max_rows,
+            share_prompts=share_prompts,
+            guided=guided,
         )
         return (pack.to(self.device) for pack in packs)
 
@@ -124,10 +138,11 @@ class PackedPolicy(ABC):
         assert isinstance(pack.batch, PackedBatch)
         text, latent = self.module(pack.batch, backend=self.backend)
         head = self.module.head
+        velocity = self.module.velocity(latent).view(-1, *self.latent_shape)
+        if pack.guided is not None:
+            velocity = pack.guided.velocity(velocity, self.backend)
         return Outputs(
-            text[pack.predictors],
-            Head(head.weight, head.bias, self.answer_range),
-            self.module.velocity(latent).view(-1, *self.latent_shape),
+            text[pack.predictors], Head(head.weight, head.bias, self.answer_range), velocity
         )
 
     @torch.no_grad()
@@ -237,6 +252,7 @@ class PackedPolicy(ABC):
             noise=torch.stack(noise, dim=1) if latents else none,
             steps=steps,
             fingerprint=schedule.fingerprint(),
+            guidance=guidance,
         )
 
 
