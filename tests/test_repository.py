@@ -51,7 +51,6 @@ EXCEPTIONS: dict[str, tuple[int, str]] = {
 }
 #: Modules that users run or import themselves, and nothing inside lvrpo needs to.
 DOORS = {"lvrpo", "lvrpo.__main__", "lvrpo.info", "lvrpo.testing"}
-DOORS |= {"lvrpo.models.huggingface.loading"}
 ENVIRONMENT_VARIABLES = {"LVRPO_BACKEND", "LVRPO_BUILD", "LVRPO_CHECK"}
 ENVIRONMENT_VARIABLES |= {"TRITON_INTERPRET"}  # Triton's own
 #: Read by setup.py, defined by others.
@@ -208,7 +207,10 @@ PARTS = (
     *("lvrpo.digits", "lvrpo.models.unified", "lvrpo.models.bagel"),
     "lvrpo.models.huggingface",
 )
-KNOW_PARTS = ("lvrpo.runs.setup", *PARTS)
+KNOW_PARTS = (
+    *("lvrpo.runs.setup", "lvrpo.runs.unified_family", "lvrpo.runs.huggingface_family"),
+    *PARTS,
+)
 
 
 def room_of(module: str) -> str:

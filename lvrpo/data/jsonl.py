@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 RuleParser: TypeAlias = Callable[[Mapping[str, Any], tuple[int, int, int]], Rule]
 
 _FIELDS = ("task", "prompt", "image", "answer", "rule", "target", "id", "kind")
-_NEEDED = {"understand": ("image", "answer"), "generate": ()}
+_NEEDED = {"understand": ("answer",), "generate": ()}
 _REFUSED = {"understand": ("rule", "target"), "generate": ("image", "answer")}
 _PICTURES = ("image", "target")
 _MODES = {1: "L", 3: "RGB"}
@@ -48,7 +48,8 @@ class JsonlExamples(Sequence[Example]):
 
     Args:
         path: of the file, UTF-8.
-        picture_shape: [C, H, W] of the model; pictures are converted and resized to it.
+        picture_shape: [C, H, W] of the model; pictures are converted and resized to it. H = W = 0:
+            they keep their own size.
         parse_rule: makes the rule of a line from its "rule", for drawings of `picture_shape`; a
             ValueError of its is told with the line. Without it a file may have no rules.
         kept_bytes: most bytes of pixels to keep; pictures beyond it are decoded again when taken.
@@ -231,7 +232,8 @@ def load_pixels(path: str | Path, shape: tuple[int, int, int]) -> NDArray[np.uin
 
     Args:
         path: any format Pillow reads, 8 bits per channel.
-        shape: [C, H, W] with C = 1 (gray) or 3 (RGB); the picture is resized to H x W.
+        shape: [C, H, W] with C = 1 (gray) or 3 (RGB); the picture is resized to H x W, unless
+            they are 0.
 
     Raises:
         ValueError: the channels have more than 8 bits; and whatever Pillow raises for a file that
@@ -250,9 +252,9 @@ def load_pixels(path: str | Path, shape: tuple[int, int, int]) -> NDArray[np.uin
             white = Image.new("RGBA", picture.size, "white")
             picture = Image.alpha_composite(white, picture.convert("RGBA"))
         picture = picture.convert(_MODES[channels])
-    if picture.size != (width, height):
+    if (height, width) != (0, 0) and picture.size != (width, height):
         picture = picture.resize((width, height), Image.Resampling.LANCZOS)
-    pixels = np.asarray(picture, dtype=np.uint8).reshape(height, width, channels)
+    pixels = np.asarray(picture, dtype=np.uint8).reshape(*picture.size[::-1], channels)
     return np.ascontiguousarray(pixels.transpose(2, 0, 1))
 
 

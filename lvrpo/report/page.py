@@ -80,7 +80,7 @@ def write_report(
 def _template() -> jinja2.Template:
     environment = page_environment()
     environment.filters |= {
-        "picture": lambda item: data_uri(to_png(item)),
+        "picture": lambda item: data_uri(to_png(item.image, item.uid)),
         "task_name": task_name,
     }
     environment.globals |= {"rate_of": rate_of, "verdict_of": verdict_of}

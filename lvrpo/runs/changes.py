@@ -41,8 +41,8 @@ CHANGEABLE = RATE | {
     "rewards.max_failures",
     "rewards.timeout",
 }
-#: A file may move: what is in it is compared by inputs.py.
-PATHS = {"data.source", "data.eval_source", "data.validation_source"}
+#: A file may move: what is in it is compared, by inputs.py and by the model family.
+PATHS = {"data.source", "data.eval_source", "data.validation_source", "model.path"}
 #: What the end of the warm start depends on.
 _OF_THE_WARM_START = ("data", "model", "warm_start")
 

@@ -259,9 +259,12 @@ def _make_absolute(table: dict[str, Any], folder: Path) -> None:
     def absolute(name: Any) -> Any:
         return os.path.abspath(folder / name) if isinstance(name, str) else name
 
-    data, rewards, rollout = (table.get(name) for name in ("data", "rewards", "rollout"))
+    names = ("data", "rewards", "rollout", "model")
+    data, rewards, rollout, model = (table.get(name) for name in names)
     if isinstance(rollout, dict) and ".py:" in str(rollout.get("curriculum", "")):
         rollout["curriculum"] = absolute(rollout["curriculum"])
+    if isinstance(model, dict) and model.get("path", ""):
+        model["path"] = absolute(model["path"])
     for key in ("source", "eval_source", "validation_source"):
         if isinstance(data, dict) and data.get(key, "") not in ("", "scenes"):
             data[key] = absolute(data[key])

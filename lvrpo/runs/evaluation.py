@@ -231,7 +231,7 @@ def evaluate_run(directory: Path, options: EvalOptions) -> tuple[list[Result], l
             for example in examples
             for text in (example.prompt, example.answer or "")
         ]
-        notes = foreign_notes(parts.words, texts, options.data)
+        notes = foreign_notes(parts.family.words, texts, options.data)
     rewards = _rewards(directory, setup, task, notes)
     plan = [
         Planned(way, prompts[way.skill], rewards)

@@ -32,8 +32,10 @@ def save_gallery(run_dir: str | Path, label: str, items: Iterable[GalleryItem]) 
     stem = re.sub(r"[^A-Za-z0-9]+", "-", label).strip("-").lower() or "gallery"
     rows = []
     for number, item in enumerate(items):
-        name = f"{stem}-{number:03d}.png"
-        (folder / name).write_bytes(to_png(item))
+        name = None
+        if item.image is not None:
+            name = f"{stem}-{number:03d}.png"
+            (folder / name).write_bytes(to_png(item.image, item.uid))
         rows.append({**asdict(item), "image": name})
     path = folder / f"{stem}.json"
     write_atomically(path, json.dumps({"label": label, "items": rows}, indent=1).encode())
@@ -47,22 +49,24 @@ def load_gallery(run_dir: str | Path) -> dict[str, list[GalleryItem]]:
         saved = json.loads(path.read_bytes())
         items = []
         for row in saved["items"]:
-            with Image.open(path.parent / row["image"]) as picture:
-                pixels = np.asarray(picture, dtype=np.float32) / 255
-            image = pixels[None] if pixels.ndim == 2 else pixels.transpose(2, 0, 1)
+            image = None
+            if row["image"] is not None:
+                with Image.open(path.parent / row["image"]) as picture:
+                    pixels = np.asarray(picture, dtype=np.float32) / 255
+                image = pixels[None] if pixels.ndim == 2 else pixels.transpose(2, 0, 1)
             items.append(GalleryItem(**{**row, "image": image}))
         galleries[saved["label"]] = items
     return galleries
 
 
-def to_png(item: GalleryItem) -> bytes:
-    """The item's picture as a PNG of its own size."""
-    if item.image.ndim != 3 or item.image.shape[0] not in (1, 3):
+def to_png(image: np.ndarray, uid: str) -> bytes:
+    """The picture of an item as a PNG of its own size."""
+    if image.ndim != 3 or image.shape[0] not in (1, 3):
         raise ValueError(
-            f"gallery: image of {item.uid} has shape {item.image.shape}, expected [1 or 3, H, W]"
+            f"gallery: image of {uid} has shape {image.shape}, expected [1 or 3, H, W]"
         )
     buffer = io.BytesIO()
-    _picture(item.image).save(buffer, "PNG")
+    _picture(image).save(buffer, "PNG")
     return buffer.getvalue()
 
 

@@ -75,7 +75,7 @@ def foreign_notes(known: Iterable[str], texts: Sequence[str], data: Path) -> lis
     counts = Counter(word for text in texts for word in words_of(text))
     known = set(known)
     unknown = [word for word, _ in counts.most_common() if word not in known]
-    if not unknown:
+    if not known or not unknown:
         return []
     share = sum(counts[word] for word in unknown) / counts.total()
     named = ", ".join(repr(word) for word in unknown[:_NAMED])
@@ -89,7 +89,7 @@ def prompt_notes(known: Sequence[str], prompt: str, *, about_a_picture: bool) ->
     """What a model is likely to have misunderstood of a prompt.
 
     Args:
-        known: the words of its training data.
+        known: the words of its training data; none: of a model that has its words from elsewhere.
         prompt: what it was given.
         about_a_picture: whether a picture came with it, so that it is answered and not drawn.
 
@@ -99,7 +99,7 @@ def prompt_notes(known: Sequence[str], prompt: str, *, about_a_picture: bool) ->
     words, vocabulary = words_of(prompt), set(known)
     if not prompt.strip():
         raise DataError(f"the prompt is {prompt!r}, expected what to draw, or a question")
-    unknown = [word for word in dict.fromkeys(words) if word not in vocabulary]
+    unknown = [word for word in dict.fromkeys(words) if known and word not in vocabulary]
     notes = []
     for word in unknown[:_NAMED]:
         near = difflib.get_close_matches(word.lower(), known, n=3)
@@ -107,7 +107,7 @@ def prompt_notes(known: Sequence[str], prompt: str, *, about_a_picture: bool) ->
         notes.append(f"{word!r} is no word of the training data{hint}: it is spelled in bytes")
     if len(unknown) > _NAMED:
         notes.append(f"and {len(unknown) - _NAMED} more words are none of the training data")
-    if not words:
+    if known and not words:
         notes.append("the prompt has no words: it is spelled in bytes")
     first = words[0].lower() if words else ""
     is_question = first in _QUESTIONS or prompt.rstrip().endswith(
@@ -164,7 +164,7 @@ def draw_prompt(
     output_paths(output, count)  # whatever cannot be written is said before anything is drawn
     setup, parts, policy = load_policy(directory)
     config = setup.config
-    notes = prompt_notes(parts.words, prompt, about_a_picture=False)
+    notes = prompt_notes(parts.family.words, prompt, about_a_picture=False)
     example = Example("generate", "command line", prompt)
     schedule = flow_schedule(config.rollout)
     guidance = flow_guidance(config.rollout)
@@ -190,9 +190,9 @@ def answer_question(
     """
     setup, parts, policy = load_policy(directory)
     config = setup.config
-    notes = prompt_notes(parts.words, question, about_a_picture=True)
+    notes = prompt_notes(parts.family.words, question, about_a_picture=True)
     try:
-        pixels = load_picture(image, parts.picture_shape)
+        pixels = load_picture(image, parts.family.picture_shape)
     except Exception as error:  # Pillow raises a different class for every broken format
         raise DataError(f"{image}: cannot be read: {error}") from error
     example = Example("understand", "command line", question, image=pixels, answer="")

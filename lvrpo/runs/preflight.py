@@ -21,8 +21,9 @@ from lvrpo.params.advantages import AdvantageParams
 from lvrpo.planning import memory
 from lvrpo.planning.memory import Numerics
 from lvrpo.rewards.registry import BUILT_IN, reward_label
+from lvrpo.runs.family import LaidOutPolicy
 from lvrpo.runs.probe import probe_rewards
-from lvrpo.runs.setup import Data, FrozenParts, Setup, used_rewards
+from lvrpo.runs.setup import Data, Setup, used_rewards
 from lvrpo.trainer.config import ConfigError, TrainConfig
 from lvrpo.trainer.objective import Objective
 from lvrpo.trainer.schedule import flow_schedule
@@ -53,14 +54,17 @@ def check_config(config: TrainConfig) -> Setup:
     with _named("data"):
         setup = Setup(config)
         _check_data(config, setup.data)
-    _check_patches(config, setup.data.source.picture_shape)
+    with _named("model"):
+        setup.family.check(setup.data)
     with _named("rewards"):
         _check_rewards(setup)
     _check_curriculum(setup)
     with _named("model"):
         parts = setup.unfitted_parts()
-        _check_memory(setup, parts)
-    _check_stop_tokens(config, parts)
+        with torch.device("meta"):
+            policy = setup.new_policy(parts)
+        _check_memory(setup, policy)
+    _check_stop_tokens(config, policy)
     with _named("rewards"):
         probe_rewards(setup, parts)
     return setup
@@ -94,43 +98,23 @@ def _check_backend(name: str) -> None:
         raise ConfigError(f"{given}, which cannot run here: {reason}")
 
 
-def _check_patches(config: TrainConfig, picture_shape: tuple[int, int, int]) -> None:
-    section = config.model
-    channels, height, width = picture_shape
-    for key in ("image_patch", "latent_patch"):
-        patch = getattr(section, key)
-        if height % patch or width % patch:
-            raise ConfigError(
-                f"model.{key} is {patch}, which does not tile pictures of {height} x {width} pixels"
-            )
-    numbers = channels * section.latent_patch**2
-    if section.latent_dim > numbers:
-        raise ConfigError(
-            f"model.latent_dim is {section.latent_dim}, expected 1 to {numbers}, the numbers of a "
-            f"patch of {channels} x {section.latent_patch} x {section.latent_patch}"
-        )
-
-
-def _check_memory(setup: Setup, parts: FrozenParts) -> None:
+def _check_memory(setup: Setup, policy: LaidOutPolicy) -> None:
     """Refuse a model whose weights, reference, gradient and moments do not fit."""
-    with torch.device("meta"):
-        counted = Parameters.of(setup.new_policy(parts).module)
-    parameters, shape = counted.total, setup.config.model
+    counted = Parameters.of(policy.module)
     section = setup.config.optimizer
     kept = section.minibatches * section.updates_per_rollout > 1
     needed = sum(memory.state(counted, Numerics(), ranks=1, kept=kept).values())
     there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     if needed > there:
         raise ConfigError(
-            f"model.hidden = {shape.hidden}, model.mlp = {shape.mlp} and model.layers = "
-            f"{shape.layers} make {parameters:,} parameters, whose training needs "
+            f"{setup.family.described} make {counted.total:,} parameters, whose training needs "
             f"{math.ceil(needed / 2**30):,} GiB at least; this machine has {there / 2**30:.0f} GiB"
         )
 
 
-def _check_stop_tokens(config: TrainConfig, parts: FrozenParts) -> None:
+def _check_stop_tokens(config: TrainConfig, policy: LaidOutPolicy) -> None:
     """Refuse tokens that no answer can have."""
-    low, high = parts.answer_range
+    low, high = policy.answer_range
     for token in config.rollout.stop_token_ids:
         if not low <= token < high:
             raise ConfigError(
@@ -140,7 +124,7 @@ def _check_stop_tokens(config: TrainConfig, parts: FrozenParts) -> None:
 
 
 def _check_data(config: TrainConfig, data: Data) -> None:
-    """See that there are prompts, something to imitate, and pictures."""
+    """See that there are prompts, and something to imitate."""
     to_imitate = []
     for skill in SKILLS:
         prompts = getattr(config.rollout, f"{skill}_prompts")
@@ -152,12 +136,6 @@ def _check_data(config: TrainConfig, data: Data) -> None:
         steps = f"warm_start.steps is {config.warm_start.steps}"
         given = "run.objective is 'supervised'" if is_supervised else steps
         raise ConfigError(f"{given}, but the training data has no answer and no target to imitate")
-    rows = data.training_rows
-    if rows and not any("target" in row or "image" in row for row in rows):
-        raise ConfigError(
-            f"data.source is {config.data.source!r}, which has no picture to fit the latents on: "
-            "expected a 'target' with some drawing prompts, or some questions with an 'image'"
-        )
 
 
 def _check_rewards(setup: Setup) -> None:

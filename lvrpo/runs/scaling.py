@@ -10,7 +10,7 @@ from lvrpo.planning.forecast import Plan, Sampled, Work
 from lvrpo.planning.memory import Numerics
 from lvrpo.planning.rows import Group, Rows
 from lvrpo.runs.plan_view import amount
-from lvrpo.runs.setup import preset_model
+from lvrpo.runs.unified_family import preset_model
 
 MODELS = ("bagel-1.5b", "bagel-7b", "bagel-72b")
 RANKS = (8, 64, 1024)

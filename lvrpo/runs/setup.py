@@ -10,12 +10,11 @@ from itertools import chain
 from pathlib import Path
 from typing import Any, Protocol
 
-import torch
 from torch import Tensor
 
 from lvrpo.data.example import SKILLS, Example, Picture, Skill
 from lvrpo.data.jsonl import JsonlExamples
-from lvrpo.data.sources import FileSource, JsonlSource, LabelErrors, Source
+from lvrpo.data.sources import FileSource, JsonlSource, Source
 from lvrpo.data.words import common_words
 from lvrpo.digits.checks import DigitRules, gold_check
 from lvrpo.digits.encoder import DualEncoder
@@ -23,25 +22,19 @@ from lvrpo.digits.rules import parse_rule
 from lvrpo.digits.scenes import SceneConfig
 from lvrpo.digits.task import SceneData
 from lvrpo.models.answering import answer_probability
-from lvrpo.models.flow import noise_floor_note
 from lvrpo.models.protocol import Policy
-from lvrpo.models.transformer import Parameters, Transformer
-from lvrpo.models.unified.latents import LinearAutoencoder
-from lvrpo.models.unified.model import UnifiedConfig, UnifiedModel
-from lvrpo.models.unified.policy import UnifiedPolicy
-from lvrpo.models.unified.shape import transformer
-from lvrpo.models.unified.tokenizer import Tokenizer
+from lvrpo.models.transformer import Transformer
 from lvrpo.rewards.checks import VerdictChecks
 from lvrpo.rewards.parts import RewardParts, Rules
 from lvrpo.rewards.registry import FoundReward, find_reward, reward_label
 from lvrpo.rewards.reward import RewardError
 from lvrpo.runs.changes import fingerprint
 from lvrpo.runs.checkpoint import load_checkpoint, load_newest, save_checkpoint
+from lvrpo.runs.family import Family, FamilyParts, LaidOutPolicy
+from lvrpo.runs.unified_family import UnifiedFamily
 from lvrpo.trainer.config import ConfigError, DataSection, TrainConfig
 from lvrpo.trainer.correction import distribution_notes
 from lvrpo.trainer.curriculum import Curriculum
-from lvrpo.trainer.objective import Objective
-from lvrpo.trainer.schedule import every_window
 from lvrpo.trainer.task import Rewards, Task
 
 
@@ -92,19 +85,21 @@ class JsonlData:
     spelled = True
     rules = DigitRules()
 
-    def __init__(self, section: DataSection) -> None:
+    def __init__(self, section: DataSection, *, own_size: bool) -> None:
         if not section.eval_source:
             raise ConfigError(
                 "data.eval_source is empty, expected the JSONL file that a run on "
                 f"{section.source} is evaluated with"
             )
-        self._section = section
+        self._section, self._own_size = section, own_size
 
     @cached_property
     def source(self) -> JsonlSource:
         """Of the prompts."""
         section = self._section
         shape = (section.channels, section.height, section.width)
+        if self._own_size:
+            shape = (3, 0, 0)
         paths = (section.source, section.eval_source, section.validation_source)
         return JsonlSource(
             *(JsonlExamples(path, shape, parse_rule=parse_rule) for path in paths if path)
@@ -145,14 +140,18 @@ class JsonlData:
         return self.source.notes()
 
 
-def data_of(section: DataSection) -> Data:
+def data_of(section: DataSection, *, own_size: bool = False) -> Data:
     """The data that a configuration names.
+
+    Args:
+        section: of the configuration.
+        own_size: whether pictures of files keep their size, and are RGB.
 
     Raises:
         ConfigError: an entry is missing, or is refused by what reads it.
     """
     if section.source != "scenes":
-        return JsonlData(section)
+        return JsonlData(section, own_size=own_size)
     scenes = SceneConfig()
     for key, skill, weights in (
         ("questions", "understand", section.questions),
@@ -171,20 +170,27 @@ class FrozenParts:
     """What the weights of a run are made for; kept with them, for data files change.
 
     Attributes:
-        words: of one token each; their order fixes their ids.
-        picture_shape: [C, H, W].
-        answer_range: [low, high) of the tokens that answers are sampled from.
-        autoencoder: between pictures and latents.
+        family: those of the model family.
         encoder: of pictures and phrases, where a reward needs it.
         fingerprint: of all this as it was saved; empty for parts that never were.
     """
 
-    words: tuple[str, ...]
-    picture_shape: tuple[int, int, int]
-    answer_range: tuple[int, int]
-    autoencoder: LinearAutoencoder
+    family: FamilyParts
     encoder: DualEncoder | None = None
     fingerprint: str = ""
+
+
+def family_of(config: TrainConfig) -> Family:
+    """The model family that a configuration names; its packages are imported here.
+
+    Raises:
+        ModuleNotFoundError: one is missing; says what to install.
+    """
+    if config.model.family == "unified":
+        return UnifiedFamily(config)
+    from lvrpo.runs.huggingface_family import HuggingFaceFamily
+
+    return HuggingFaceFamily(config)
 
 
 class Setup:
@@ -199,7 +205,8 @@ class Setup:
 
     def __init__(self, config: TrainConfig) -> None:
         self.config = config
-        self.data = data_of(config.data)
+        self.family = family_of(config)
+        self.data = data_of(config.data, own_size=self.family.own_size)
 
     @cached_property
     def rewards(self) -> Mapping[Skill, Mapping[str, FoundReward]]:
@@ -227,18 +234,7 @@ class Setup:
     def unfitted_parts(self) -> FrozenParts:
         """Parts of the right shape that have learned nothing."""
         encoder = self.data.new_encoder() if "encoder" in self.needs else None
-        return self._parts(self._new_autoencoder(self.data.source.picture_shape), encoder)
-
-    def _parts(self, autoencoder: LinearAutoencoder, encoder: DualEncoder | None) -> FrozenParts:
-        data, tokenizer = self.data, Tokenizer(self.data.words)
-        answers = tokenizer.text_token_range if data.spelled else tokenizer.word_token_range
-        return FrozenParts(
-            tuple(data.words), data.source.picture_shape, answers, autoencoder, encoder
-        )
-
-    def _new_autoencoder(self, picture_shape: tuple[int, int, int]) -> LinearAutoencoder:
-        section = self.config.model
-        return LinearAutoencoder(*picture_shape, patch=section.latent_patch, dim=section.latent_dim)
+        return FrozenParts(self.family.unfitted(self.data), encoder)
 
     def frozen_parts(self, run_dir: Path) -> FrozenParts:
         """The parts of a run: read from `run_dir/task`, or made from the data and kept there.
@@ -255,23 +251,20 @@ class Setup:
                     "of its run needed; leave the new one out, or start a new run"
                 )
             return kept
-        section, encoder = self.config.model, None
-        autoencoder = LinearAutoencoder.fit(
-            pictures_to_fit(self.data.source), section.latent_patch, section.latent_dim
-        )
-        tensors = {f"autoencoder.{name}": t for name, t in autoencoder.state_dict().items()}
+        family, encoder = self.family.fit(self.data), None
+        tensors = {f"family.{name}": t for name, t in family.tensors().items()}
         if "encoder" in self.needs:
             encoder = self.data.fit_encoder(self.config.run.seed)
         if encoder is not None:
             tensors |= {f"encoder.{name}": t for name, t in encoder.state_dict().items()}
-        parts = self._parts(autoencoder, encoder)
         state = {
             "fingerprint": fingerprint(self.config),
-            "vocabulary": {key: getattr(parts, key) for key in _VOCABULARY},
+            "family": family.state(),
+            "picture_shape": family.picture_shape,
             "encoder_words": [] if encoder is None else list(encoder.words),
         }
         path = save_checkpoint(run_dir / "task", 0, tensors, state, keep=1)
-        return dataclasses.replace(parts, fingerprint=load_checkpoint(path).fingerprint)
+        return FrozenParts(family, encoder, load_checkpoint(path).fingerprint)
 
     def saved_parts(self, run_dir: Path) -> FrozenParts | None:
         """What `frozen_parts` kept, whatever became of the data; None before it was called.
@@ -284,56 +277,21 @@ class Setup:
             return None
         saved.require({"fingerprint": fingerprint(self.config)})
         state: Mapping[str, Any] = saved.state
-        vocabulary: dict[str, Any] = {key: tuple(state["vocabulary"][key]) for key in _VOCABULARY}
-        shape = vocabulary["picture_shape"]
-        autoencoder = self._new_autoencoder(shape)
-        autoencoder.load_state_dict(_with_prefix(saved.tensors, "autoencoder."))
+        family = self.family.load(_with_prefix(saved.tensors, "family."), state["family"])
         encoder = None
         if state["encoder_words"]:
-            encoder = DualEncoder(state["encoder_words"], *shape)
+            encoder = DualEncoder(state["encoder_words"], *state["picture_shape"])
             encoder.load_state_dict(_with_prefix(saved.tensors, "encoder."))
             encoder.eval().requires_grad_(False)
-        return FrozenParts(
-            **vocabulary, autoencoder=autoencoder, encoder=encoder, fingerprint=saved.fingerprint
-        )
+        return FrozenParts(family, encoder, saved.fingerprint)
 
-    def new_policy(self, parts: FrozenParts) -> UnifiedPolicy:
-        """A policy initialised from the run's seed; torch's own random state is left alone."""
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(self.config.run.seed)
-            module = UnifiedModel(self._model_config(parts))
-        _, height, width = parts.picture_shape
-        patch = self.config.model.latent_patch
-        return UnifiedPolicy(
-            module=module,
-            tokenizer=Tokenizer(parts.words),
-            autoencoder=parts.autoencoder,
-            latent_grid=(height // patch, width // patch),
-            answer_range=parts.answer_range,
-            backend=self.config.run.backend or None,
-        )
+    def new_policy(self, parts: FrozenParts) -> LaidOutPolicy:
+        """The policy that a run begins with; torch's own random state is left alone."""
+        return self.family.new_policy(parts.family)
 
     def transformer(self, parts: FrozenParts) -> Transformer:
         """What the policy's model is made of, for a plan."""
-        low, high = parts.answer_range
-        return transformer(self._model_config(parts), high - low)
-
-    def _model_config(self, parts: FrozenParts) -> UnifiedConfig:
-        """The model's shape: the configuration's sizes, the data's channels and vocabulary."""
-        section = self.config.model
-        channels, *sides = parts.picture_shape
-        patch = min(section.image_patch, section.latent_patch)
-        return UnifiedConfig(
-            vocab_size=len(Tokenizer(parts.words)),
-            hidden=section.hidden,
-            layers=section.layers,
-            heads=section.heads,
-            mlp=section.mlp,
-            image_channels=channels,
-            image_patch=section.image_patch,
-            latent_dim=section.latent_dim,
-            max_grid=max(UnifiedConfig.max_grid, max(sides) // patch),
-        )
+        return self.family.transformer(parts.family)
 
     def task(self, parts: FrozenParts, evaluation_file: Path | None = None) -> Task:
         """What the run learns.
@@ -350,7 +308,7 @@ class Setup:
             source = self.data.source
         else:
             source = FileSource(
-                JsonlExamples(evaluation_file, parts.picture_shape, parse_rule=parse_rule)
+                JsonlExamples(evaluation_file, parts.family.picture_shape, parse_rule=parse_rule)
             )
         return Task(
             source=source,
@@ -414,13 +372,8 @@ class Setup:
 
     def notes(self, parts: FrozenParts) -> list[str]:
         """Lines worth reading before the first step."""
-        elements = parts.autoencoder.tokens * parts.autoencoder.dim
-        draws = self.config.rollout.generate_prompts
-        schedule = every_window(self.config.rollout)
-        objective = Objective.from_config(self.config)
-        floor = [noise_floor_note(schedule, elements, objective.image)] if draws else []
         return [
-            *floor,
+            *self.family.notes(parts.family),
             *distribution_notes(self.config),
             *self.data.notes(),
             *self._cut_answers_note(parts),
@@ -429,8 +382,9 @@ class Setup:
 
     def _cut_answers_note(self, parts: FrozenParts) -> list[str]:
         answers = [row["answer"] for row in self.data.training_rows if "answer" in row]
-        most, tokenizer = self.config.rollout.max_answer_tokens, Tokenizer(parts.words)
-        cut = [answer for answer in answers if len(tokenizer.encode(answer)) > most]
+        most = self.config.rollout.max_answer_tokens
+        length = partial(self.family.answer_length, parts.family)
+        cut = [answer for answer in answers if length(answer) > most]
         if not cut:
             return []
         return [
@@ -451,17 +405,6 @@ class Setup:
         ]
 
 
-def preset_model(name: str) -> tuple[Transformer, Parameters]:
-    """A model of published sizes as a plan takes it; see `UnifiedConfig.preset`."""
-    config = UnifiedConfig.preset(name)
-    with torch.device("meta"):
-        module = UnifiedModel(config)
-    return transformer(config), Parameters.of(module)
-
-
-_VOCABULARY = ("words", "picture_shape", "answer_range")
-
-
 def used_rewards(config: TrainConfig) -> dict[Skill, dict[str, float]]:
     """Names of rewards with their weights, of the skills that have prompts in a step."""
     return {
@@ -469,28 +412,6 @@ def used_rewards(config: TrainConfig) -> dict[Skill, dict[str, float]]:
         for skill in SKILLS
         if getattr(config.rollout, f"{skill}_prompts")
     }
-
-
-def pictures_to_fit(source: Source) -> Tensor:
-    """[N, C, H, W] target pictures; where there is none, the pictures that are asked about.
-
-    Raises:
-        ConfigError: there is none either.
-    """
-    pictures = [
-        example.target for (example,) in source.labelled("generate", 1024, LabelErrors(), 0)
-    ]
-    if not any(picture is not None for picture in pictures):
-        pictures = [
-            example.image for (example,) in source.labelled("understand", 1024, LabelErrors(), 0)
-        ]
-    found = [torch.from_numpy(picture) for picture in pictures if picture is not None]
-    if not found:
-        raise ConfigError(
-            "data: the training file has no picture to fit the latents on: expected a 'target' "
-            "with some drawing prompts, or some questions with an 'image'"
-        )
-    return torch.stack(found)
 
 
 def _with_prefix(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:

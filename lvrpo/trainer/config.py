@@ -105,8 +105,9 @@ class DataSection:
 
 @dataclass(frozen=True, config=STRICT)
 class ModelSection:
-    """Size of the unified model; the fields of `UnifiedConfig` that are not implied by the data."""
+    """Which model: the unified one and its size, or a folder of transformers."""
 
+    family: Literal["unified", "huggingface"] = "unified"
     hidden: Size = 96
     layers: Annotated[int, Field(ge=1, le=1024)] = 3
     heads: Size = 4
@@ -114,6 +115,27 @@ class ModelSection:
     image_patch: Pixels = 8
     latent_patch: Pixels = 8
     latent_dim: Size = 12
+    # Of "huggingface" alone:
+    path: str = ""  # of the folder, as save_pretrained writes it
+    chat: bool = True  # a prompt is a user's turn in its chat template; False: the text as it is
+    frozen: list[str] = field(default_factory=list)  # what names of parameters begin with
+    lora_rank: Annotated[int, Field(ge=0, le=65536)] = 0  # 0: all that is not frozen is trained
+    lora_alpha: Annotated[float, Field(gt=0, le=1e6)] = 16.0
+    lora_targets: list[str] = field(default_factory=list)  # empty: the text model's linear layers
+    gradient_checkpointing: bool = False
+
+    @model_validator(mode="after")
+    def _has_a_folder(self) -> ModelSection:
+        if self.family == "huggingface" and not self.path:
+            raise ValueError(
+                "model.path is '', expected the folder of a model where model.family is "
+                "'huggingface'"
+            )
+        if self.family == "unified" and self.path:
+            raise ValueError(
+                f"model.path is {self.path!r}, expected model.family = 'huggingface' with it"
+            )
+        return self
 
 
 @dataclass(frozen=True, config=STRICT)

@@ -43,7 +43,8 @@ class GalleryItem:
         uid: of the prompt, the same before and after.
         prompt: as the model read it.
         seed: of the sampling, the same before and after.
-        image: [C, H, W] floats in [0, 1], C 1 or 3: the picture drawn, or the one asked about.
+        image: [C, H, W] floats in [0, 1], C 1 or 3: the picture drawn, or the one asked about; None
+            of a question without one.
         answer: the model's words (understand).
         expected: the right answer, or the requirement in words.
         right: the judge's verdict; None where no rule tells.
@@ -53,7 +54,7 @@ class GalleryItem:
     uid: str
     prompt: str
     seed: int
-    image: np.ndarray
+    image: np.ndarray | None
     answer: str | None
     expected: str | None
     right: bool | None

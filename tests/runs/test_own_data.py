@@ -224,8 +224,8 @@ def test_labels_of_a_file_are_taken_as_they_are(tmp_path):
 
 def test_words_of_the_training_file_are_tokens_and_the_rest_is_spelled(tmp_path):
     parts = Setup(tiny_config(*write_own_data(tmp_path))).unfitted_parts()
-    tokenizer = Tokenizer(parts.words)
-    low, high = parts.answer_range
+    tokenizer = Tokenizer(parts.family.words)
+    low, high = parts.family.answer_range
     assert all(low <= token < high for token in tokenizer.encode("dark light \u00e9tude"))
     assert len(tokenizer.encode("dark light")) == 2
     assert common_words(["b a a", "a-c b!"]) == ["a", "b", "a-c"]
@@ -242,7 +242,7 @@ def test_questions_alone_are_enough(tmp_path):
     setup = check_config(config)
     shown = setup.data.source.examples("train", "understand", 6, 0)
     pictures = np.stack([example.image for example in shown])
-    autoencoder = setup.frozen_parts(tmp_path / "run").autoencoder
+    autoencoder = setup.frozen_parts(tmp_path / "run").family.autoencoder
     assert autoencoder.mean.mean() == pytest.approx(pictures.mean(), abs=0.02)
     result = command("train", tmp_path / "run2", *settings([*OVERRIDES, *overrides]))
     assert "set rollout.generate_prompts = 0 to train without it" in result.stderr

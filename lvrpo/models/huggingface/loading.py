@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -61,10 +62,9 @@ def from_pretrained(
         ImportError: transformers, or PEFT for a LoRA, is missing or not a tested release.
         ValueError: the folder is not one that a policy can be made of; says why.
     """
-    model, processor = load_folder(Path(path), dtype)
     return make_policy(
-        model.to(device),
-        processor,
+        load_folder(Path(path), dtype).to(device),
+        load_processor(Path(path)),
         chat=chat,
         frozen=frozen,
         lora=lora,
@@ -113,32 +113,63 @@ def make_policy(
     return HuggingFacePolicy(model, reader, trained_part(model), backend)
 
 
-def load_folder(path: Path, dtype: torch.dtype) -> tuple[Any, Any]:
-    """A model, and its processor or tokenizer; nothing but the folder is read.
+def load_folder(path: Path, dtype: torch.dtype, *, with_weights: bool = True) -> Any:
+    """The model of a folder; nothing else is read.
+
+    Args:
+        path: of the folder.
+        dtype: of the weights.
+        with_weights: False for a model as it would be initialised, on the default device.
 
     Raises:
         ValueError: it is no such folder; says what is missing.
     """
-    require_transformers()
     import transformers
+
+    with _named(path):
+        config = transformers.AutoConfig.from_pretrained(path)
+        kind = transformers.AutoModelForCausalLM
+        if reads_pictures(config):
+            kind = transformers.AutoModelForImageTextToText
+        if with_weights:
+            return kind.from_pretrained(path, dtype=dtype, local_files_only=True)
+        return kind.from_config(config, dtype=dtype)
+
+
+def load_processor(path: Path) -> Any:
+    """The processor of a folder, or its tokenizer where its model reads text alone.
+
+    Raises:
+        ValueError: there is none.
+    """
+    import transformers
+
+    with _named(path):
+        config = transformers.AutoConfig.from_pretrained(path)
+        kind = transformers.AutoTokenizer
+        if reads_pictures(config):
+            kind = transformers.AutoProcessor
+        return kind.from_pretrained(path, local_files_only=True)
+
+
+def reads_pictures(config: Any) -> bool:
+    """Whether the model of a configuration is one from images and text to text."""
     from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
 
+    return type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+
+
+@contextlib.contextmanager
+def _named(path: Path) -> Iterator[None]:
+    """Say in a line what transformers explains over many."""
+    require_transformers()
     if not (path / "config.json").is_file():
         raise ValueError(
             f"{path}: there is no config.json, expected a folder as save_pretrained writes one"
         )
     try:
-        config = transformers.AutoConfig.from_pretrained(path)
-        reads_pictures = type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
-        kinds = (
-            (transformers.AutoModelForImageTextToText, transformers.AutoProcessor)
-            if reads_pictures
-            else (transformers.AutoModelForCausalLM, transformers.AutoTokenizer)
-        )
-        model = kinds[0].from_pretrained(path, dtype=dtype, local_files_only=True)
-        return model, kinds[1].from_pretrained(path, local_files_only=True)
+        yield
     except (OSError, ValueError, KeyError) as error:
-        # transformers explains over many lines.
         raise ValueError(f"{path}: {' '.join(str(error).split())}") from error
 
 
@@ -194,7 +225,7 @@ def checkpoint_layers(model: Any) -> None:
     """
     from transformers.modeling_layers import GradientCheckpointingLayer
 
-    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
     for module in model.modules():
         if isinstance(module, GradientCheckpointingLayer):
             module.training = True

@@ -18,7 +18,7 @@ from lvrpo.integrations.transformers.completions import completion_states
 from lvrpo.models.answer_sampler import AnswerSampler
 from lvrpo.models.flow import FlowSchedule, Guidance
 from lvrpo.models.huggingface.decoding import Decoding
-from lvrpo.models.huggingface.layout import PromptBuilder, TokenBatch
+from lvrpo.models.huggingface.layout import Prompt, PromptBuilder, TokenBatch
 from lvrpo.models.huggingface.prompts import PromptReader, placeholders
 from lvrpo.models.packs import GuidedPictures, Pack, PictureGroup, TextGroup, pack_groups
 from lvrpo.models.protocol import Answers, Head, Outputs, Pictures
@@ -50,6 +50,11 @@ class HuggingFacePolicy:
     def device(self) -> torch.device:
         """Where the model reads tokens."""
         return self.model.get_input_embeddings().weight.device  # type: ignore[no-any-return]
+
+    @property
+    def answer_range(self) -> tuple[int, int]:
+        """[low, high) of the tokens an answer may hold: all of them."""
+        return 0, self.model.get_output_embeddings().weight.shape[0]
 
     @property
     def latent_grid(self) -> tuple[int, int]:
@@ -115,7 +120,7 @@ class HuggingFacePolicy:
         assert isinstance(batch, TokenBatch)
         states = completion_states(self.model, batch.inputs(self.model.dtype))
         head = Head(
-            states.weight, states.bias, self._vocab_range, states.logit_scale, states.softcap
+            states.weight, states.bias, self.answer_range, states.logit_scale, states.softcap
         )
         no_pictures = states.hidden.new_zeros(0, *self.latent_shape)
         return Outputs(states.hidden[0, pack.predictors], head, no_pictures)
@@ -136,13 +141,13 @@ class HuggingFacePolicy:
             DivergedError: the model's logits are not finite.
             ValueError: the model has no positions for a prompt and its answers.
         """
-        prompts = [self.reader.read(example) for example in examples]
+        prompts = self.check_prompts(examples, sampling.max_tokens)
         sampler = AnswerSampler(
             examples,
             group_size,
             sampling,
             prompt_ids=[prompt.token_ids for prompt in prompts],
-            vocab_range=self._vocab_range,
+            vocab_range=self.answer_range,
             end_ids=self.reader.end_ids,
             decode=self.decode_answer,
             device=self.device,
@@ -150,7 +155,6 @@ class HuggingFacePolicy:
             step=step,
             backend=self.backend,
         )
-        self._check_lengths(examples, [len(p.token_ids) for p in prompts], sampling.max_tokens)
         decoding = Decoding(self.model, self.builder, prompts, group_size)
         while True:
             ids, _ = sampler.draw(decoding.logits, decoding.row_index)
@@ -181,21 +185,24 @@ class HuggingFacePolicy:
         text: str = self.reader.tokenizer.decode(token_ids, skip_special_tokens=True)
         return text
 
+    def check_prompts(self, examples: Sequence[Example], max_tokens: int) -> list[Prompt]:
+        """The prompts of questions that can be answered in so many tokens.
+
+        Raises:
+            ValueError: one cannot be read, see `PromptReader.read`, or the model has no positions
+                for it and its answers.
+        """
+        prompts = [self.reader.read(example) for example in examples]
+        most = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+        for example, prompt in zip(examples, prompts, strict=True):
+            if most is not None and len(prompt.token_ids) + max_tokens > most:
+                raise ValueError(
+                    f"{example.uid}: a prompt of {len(prompt.token_ids)} tokens and an answer of "
+                    f"up to {max_tokens}, the model has positions for {most} "
+                    "(max_position_embeddings)"
+                )
+        return prompts
+
     @property
     def _name(self) -> str:
         return f"a policy of {type(self.model).__name__}"
-
-    @property
-    def _vocab_range(self) -> tuple[int, int]:
-        return 0, self.model.get_output_embeddings().weight.shape[0]
-
-    def _check_lengths(
-        self, examples: Sequence[Example], lengths: Sequence[int], max_tokens: int
-    ) -> None:
-        most = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
-        for example, length in zip(examples, lengths, strict=True):
-            if most is not None and length + max_tokens > most:
-                raise ValueError(
-                    f"{example.uid}: a prompt of {length} tokens and an answer of up to "
-                    f"{max_tokens}, the model has positions for {most} (max_position_embeddings)"
-                )

@@ -1,0 +1,172 @@
+"""A folder of transformers in a run: nothing is fitted, all is as the folder has it."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lvrpo.models.huggingface.loading import Lora, load_folder, load_processor, make_policy
+from lvrpo.models.huggingface.policy import HuggingFacePolicy
+from lvrpo.models.transformer import Transformer
+from lvrpo.runs.family import FamilyData
+from lvrpo.trainer.config import ConfigError, TrainConfig
+
+#: Files that are compared byte by byte; of larger ones, weights, the size is.
+COMPARED_BYTES = 64 << 20
+
+#: Training questions that are read before a run.
+CHECKED_PROMPTS = 32
+
+
+@dataclass(frozen=True)
+class FolderParts:
+    """A `lvrpo.runs.family.FamilyParts`: which folder the weights began with.
+
+    Attributes:
+        digest: of the folder's files, see `folder_digest`.
+    """
+
+    digest: str
+    words: tuple[str, ...] = ()
+    picture_shape: tuple[int, int, int] = (3, 0, 0)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """None."""
+        return {}
+
+    def state(self) -> dict[str, Any]:
+        """The digest."""
+        return {"folder": self.digest}
+
+
+class HuggingFaceFamily:
+    """A `lvrpo.runs.family.Family`.
+
+    Args:
+        config: of a run.
+    """
+
+    own_size = True
+
+    def __init__(self, config: TrainConfig) -> None:
+        self.config = config
+        self.path = Path(config.model.path)
+        self._frozen: dict[str, nn.Parameter] = {}  # one copy for all policies
+
+    @property
+    def described(self) -> str:
+        """See `Family`."""
+        return f"model.path = {self.config.model.path!r}"
+
+    def check(self, data: FamilyData) -> None:
+        """A policy of transformers answers, and can read the first questions whole."""
+        config = self.config
+        drawn = {"rollout.generate_prompts": config.rollout.generate_prompts}
+        if config.warm_start.steps or config.run.objective == "supervised":
+            drawn["warm_start.generate_batch"] = config.warm_start.generate_batch
+        for key, count in drawn.items():
+            if count:
+                raise ConfigError(
+                    f"{key} is {count}, expected 0: a model of model.family = 'huggingface' "
+                    "answers and does not draw"
+                )
+        with torch.device("meta"):
+            policy = self.new_policy(self.unfitted(data))
+        questions = data.source.examples("train", "understand", CHECKED_PROMPTS, 0)
+        policy.check_prompts(questions, config.rollout.max_answer_tokens)
+
+    def unfitted(self, data: FamilyData) -> FolderParts:
+        """See `Family`."""
+        return self.fit(data)
+
+    def fit(self, data: FamilyData) -> FolderParts:
+        """See `Family`."""
+        return FolderParts(folder_digest(self.path))
+
+    def load(self, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> FolderParts:
+        """See `Family`."""
+        found = FolderParts(folder_digest(self.path))
+        if found.digest != state["folder"]:
+            raise ConfigError(
+                f"model.path is {self.config.model.path!r}, whose files have changed since the run "
+                "began: put them back, or start a new run"
+            )
+        return found
+
+    def new_policy(self, parts: FolderParts) -> HuggingFacePolicy:
+        """The weights of the folder; a LoRA begins from the run's seed."""
+        section = self.config.model
+        on_meta = torch.get_default_device().type == "meta"
+        model = load_folder(self.path, torch.float32, with_weights=not on_meta)
+        lora = None
+        if section.lora_rank:
+            lora = Lora(section.lora_rank, section.lora_alpha, tuple(section.lora_targets))
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(self.config.run.seed)
+            policy = make_policy(
+                model,
+                self._processor,
+                chat=section.chat,
+                frozen=section.frozen,
+                lora=lora,
+                gradient_checkpointing=section.gradient_checkpointing,
+                backend=self.config.run.backend or None,
+            )
+        if not on_meta:
+            share_frozen(policy.model, self._frozen)
+        return policy
+
+    @cached_property
+    def _processor(self) -> Any:
+        return load_processor(self.path)
+
+    def transformer(self, parts: FolderParts) -> Transformer:
+        """Refused: plans count the layers of other families.
+
+        Raises:
+            ConfigError: always.
+        """
+        raise ConfigError(
+            "model.family is 'huggingface', expected 'unified' for a plan: the layers of a model "
+            "of transformers are not counted yet"
+        )
+
+    def answer_length(self, parts: FolderParts, answer: str) -> int:
+        """See `Family`."""
+        tokenizer = getattr(self._processor, "tokenizer", self._processor)
+        return len(tokenizer(answer, add_special_tokens=False)["input_ids"])
+
+    def notes(self, parts: FolderParts) -> list[str]:
+        """None."""
+        return []
+
+
+def folder_digest(path: Path) -> str:
+    """Of the names of a folder's files, their sizes, and what the smaller ones hold."""
+    digest = hashlib.sha256()
+    for file in sorted(path.glob("*")) if path.is_dir() else ():
+        if file.is_file():
+            size = file.stat().st_size
+            digest.update(f"{file.name} {size}\n".encode())
+            if size <= COMPARED_BYTES:
+                digest.update(file.read_bytes())
+    return digest.hexdigest()
+
+
+def share_frozen(model: nn.Module, kept: dict[str, nn.Parameter]) -> None:
+    """Give a model the frozen parameters of another of the same folder, or keep its own for others.
+
+    A policy and its reference then differ by what is trained, and the rest is in memory once.
+    """
+    for prefix, module in model.named_modules():
+        for name, parameter in list(module.named_parameters(recurse=False)):
+            if not parameter.requires_grad:
+                full = f"{prefix}.{name}"
+                module.register_parameter(name, kept.setdefault(full, parameter))
