@@ -8,6 +8,7 @@ from lvrpo.data.example import FinishReason
 from lvrpo.rewards.answers import RuleReward, check_answers
 from lvrpo.rewards.boxes import Box, BoxReward
 from lvrpo.rewards.cache import CachedReward
+from lvrpo.rewards.detection import ObjectColors, ObjectDetector
 from lvrpo.rewards.formats import FormatReward, answer_format
 from lvrpo.rewards.geneval import Detection, GenevalReward
 from lvrpo.rewards.knowledge import KnowledgeReward
@@ -37,6 +38,8 @@ __all__ = [
     "HttpReward",
     "KnowledgeReward",
     "MatchReward",
+    "ObjectColors",
+    "ObjectDetector",
     "OcrReward",
     "PhraseEncoder",
     "Reward",

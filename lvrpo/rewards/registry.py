@@ -39,6 +39,7 @@ BUILT_IN = {
     "ocr": "lvrpo.rewards.ocr:OcrReward",
     "siglip": "lvrpo.rewards.siglip:SiglipReward",
     "vqa": "lvrpo.rewards.vqa:VqaReward",
+    "geneval": "lvrpo.rewards.detection:DetectorReward",
     "http": "lvrpo.rewards.remote:HttpReward",
 }
 

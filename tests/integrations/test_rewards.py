@@ -9,9 +9,13 @@ from integrations.tiny_folders import processor, tokenizer
 from integrations.tiny_models import FAMILIES, SIGLIP, SIZES, transformers
 
 from lvrpo.data.example import Example
+from lvrpo.rewards.boxes import Box
+from lvrpo.rewards.detection import COLORS, ObjectColors, ObjectDetector
+from lvrpo.rewards.geneval import Detection
 from lvrpo.rewards.registry import load_reward
 from lvrpo.rewards.reward import RewardError, Samples
 from lvrpo.rewards.score import score
+from lvrpo.rewards.siglip import SiglipEncoder
 
 torch.manual_seed(0)
 KINDS = ("siglip", "siglip2")
@@ -183,3 +187,74 @@ def test_vqa_asks_about_the_whole_prompt(llava):
     assert score([reward], samples).tolist() == score([reward], asked).tolist()
     with pytest.raises(RewardError, match=r"questions of .* has 'w9', expected \[question, answer"):
         score([reward], drawings(1, questions=["w9"]))
+
+
+@pytest.fixture(scope="module")
+def yolos(tmp_path_factory):
+    path = tmp_path_factory.mktemp("yolos")
+    config = transformers.YolosConfig(
+        hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16,
+        image_size=[32, 32], patch_size=8, num_detection_tokens=6,
+        id2label={0: "Cup", 1: "mouse", 2: "dog"},
+    )  # fmt: skip
+    model = transformers.YolosForObjectDetection(config)
+    for layer in (model.class_labels_classifier, model.bbox_predictor):
+        for weight in layer.parameters():  # objects that differ
+            torch.nn.init.normal_(weight, std=1.5)
+    model.save_pretrained(path)
+    transformers.YolosImageProcessorPil(size={"height": 32, "width": 32}).save_pretrained(path)
+    return path
+
+
+def test_objects_are_those_of_the_model(yolos):
+    images = torch.randint(0, 256, (5, 3, 24, 40)).float() / 255
+    detector = ObjectDetector.from_pretrained(str(yolos), least=0.2, batch_size=2)
+    found = detector(images)
+    model = transformers.AutoModelForObjectDetection.from_pretrained(yolos).eval()
+    prepare = transformers.AutoImageProcessor.from_pretrained(yolos)
+    names, count = ["cup", "computer mouse", "dog"], 0
+    for image, given in zip(images, found, strict=True):
+        with torch.no_grad():
+            seen = model(**prepare((image * 255).round().to(torch.uint8), return_tensors="pt"))
+        sure, label = seen.logits[0].softmax(dim=-1)[:, :-1].max(dim=-1)
+        x, y, w, h = (seen.pred_boxes[0] * torch.tensor([40, 24, 40, 24])).unbind(dim=1)
+        corners = torch.stack([x - w / 2, y - h / 2, x + w / 2, y + h / 2], dim=1)
+        kept = (sure > 0.2).nonzero().flatten().tolist()
+        assert [each.box.label for each in given] == [names[label[n]] for n in kept]
+        assert [each.confidence for each in given] == pytest.approx(sure[kept].tolist(), rel=1e-4)
+        torch.testing.assert_close(
+            torch.tensor([each.box[:4] for each in given]).view(-1, 4), corners[kept]
+        )
+        count += len(kept)
+    assert count > 5
+
+
+def test_the_colour_is_the_nearest_of_the_object_alone(folder):
+    encoder = SiglipEncoder.from_pretrained(str(folder))
+    image = torch.rand(3, 24, 24)
+    mask = torch.zeros(24, 24, dtype=torch.bool)
+    mask[4:12, 8:20] = True
+    box = Box(8, 4, 20, 12, "w20")
+    alone = torch.where(mask, image, torch.tensor(0x99 / 255))[:, 4:12, 8:20]
+    for thing, crop in (
+        (Detection(box, 0.9), image[:, 4:12, 8:20]),
+        (Detection(box, 0.9, mask), alone),
+        (Detection(box._replace(x1=-3.0, x2=99.0), 0.9), image[:, 4:12]),
+        (Detection(Box(30, 30, 40, 40, "w20"), 0.9), image[:, 23:, 23:]),
+    ):
+        words = []
+        for color in COLORS:
+            said = [f"a photo of a {color} w20", f"a photo of a {color}-colored w20",
+                    f"a photo of a {color} object"]  # fmt: skip
+            words.append(unit(encoder.encode_phrases(said).mean(dim=0)))
+        picture, _ = encoder.encode_images(crop[None])
+        wanted = COLORS[int((torch.stack(words) @ picture[0]).argmax())]
+        assert ObjectColors(encoder)(image, [thing, thing]) == [wanted] * 2
+
+
+def test_geneval_by_its_short_name(yolos, folder):
+    arguments = {"path": str(yolos), "color_path": str(folder), "strict_weight": 0.5}
+    reward = load_reward("geneval", arguments=arguments)
+    include = [{"class": "zebra", "count": 1, "color": "red"}]
+    asked = drawings(2, include=include, exclude=[{"class": "zebra", "count": 1}], tag="colors")
+    assert score([reward], asked)[:, 0].tolist() == [0.25, 0.25]
