@@ -209,6 +209,7 @@ PARTS = (
 )
 KNOW_PARTS = (
     *("lvrpo.runs.setup", "lvrpo.runs.unified_family", "lvrpo.runs.huggingface_family"),
+    "lvrpo.runs.bagel_family",
     *PARTS,
 )
 

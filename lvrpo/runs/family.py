@@ -100,6 +100,9 @@ class Family(Protocol):
         Where the default device is "meta", a policy without weights, for its shapes.
         """
 
+    def drawing_shape(self, parts: Any) -> tuple[int, int, int]:
+        """[C, H, W] of what the policy draws."""
+
     def transformer(self, parts: Any) -> Transformer:
         """What the policy's model is made of, for a plan."""
 

@@ -127,6 +127,10 @@ class HuggingFaceFamily:
     def _processor(self) -> Any:
         return load_processor(self.path)
 
+    def drawing_shape(self, parts: FolderParts) -> tuple[int, int, int]:
+        """Of no drawings."""
+        return parts.picture_shape
+
     def transformer(self, parts: FolderParts) -> Transformer:
         """Refused: plans count the layers of other families.
 

@@ -11,7 +11,6 @@ from collections.abc import Mapping
 import torch
 
 from lvrpo.data.example import Example, FinishReason, Skill
-from lvrpo.data.sources import Source
 from lvrpo.rewards.registry import FoundReward
 from lvrpo.rewards.reward import RewardError, Samples
 from lvrpo.rewards.score import score_samples
@@ -41,7 +40,10 @@ def probe_rewards(setup: Setup, parts: FrozenParts) -> None:
     policy.module.requires_grad_(False)
     for skill, rewards in setup.make_rewards(parts, policy).items():
         examples = source.examples("train", skill, PROMPTS, 0)
-        samples = _answers(examples) if skill == "understand" else _drawings(examples, source)
+        if skill == "understand":
+            samples = _answers(examples)
+        else:
+            samples = _drawings(examples, setup.family.drawing_shape(parts.family))
         table, _ = score_samples(rewards, samples, setup.config.rewards)
         if bool(table.isnan().all()):
             raise RewardError(_nothing_to_say(skill, setup.rewards[skill], examples))
@@ -58,16 +60,16 @@ def _answers(examples: list[Example]) -> Samples:
     return Samples.of_texts([example for example in examples for _ in range(3)], texts, reasons)
 
 
-def _drawings(examples: list[Example], source: Source) -> Samples:
-    """The target, or noise where there is none, and an empty canvas."""
+def _drawings(examples: list[Example], shape: tuple[int, int, int]) -> Samples:
+    """The target, or noise where there is none of this shape, and an empty canvas."""
     noise = torch.Generator().manual_seed(0)
     pictures = []
     for example in examples:
-        if example.target is None:
-            pictures.append(torch.rand(source.picture_shape, generator=noise))
+        if example.target is None or example.target.shape != shape:
+            pictures.append(torch.rand(shape, generator=noise))
         else:
             pictures.append(torch.from_numpy(example.target))
-        pictures.append(torch.zeros(source.picture_shape))
+        pictures.append(torch.zeros(shape))
     return Samples.of_images(
         [example for example in examples for _ in range(2)], torch.stack(pictures)
     )

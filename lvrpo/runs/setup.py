@@ -188,6 +188,10 @@ def family_of(config: TrainConfig) -> Family:
     """
     if config.model.family == "unified":
         return UnifiedFamily(config)
+    if config.model.family == "bagel":
+        from lvrpo.runs.bagel_family import BagelFamily
+
+        return BagelFamily(config)
     from lvrpo.runs.huggingface_family import HuggingFaceFamily
 
     return HuggingFaceFamily(config)

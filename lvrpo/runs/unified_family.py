@@ -130,6 +130,10 @@ class UnifiedFamily:
             backend=self.config.run.backend or None,
         )
 
+    def drawing_shape(self, parts: UnifiedParts) -> tuple[int, int, int]:
+        """As pictures that are read."""
+        return parts.picture_shape
+
     def transformer(self, parts: UnifiedParts) -> Transformer:
         """See `Family`."""
         low, high = parts.answer_range

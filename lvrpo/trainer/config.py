@@ -105,9 +105,9 @@ class DataSection:
 
 @dataclass(frozen=True, config=STRICT)
 class ModelSection:
-    """Which model: the unified one and its size, or a folder of transformers."""
+    """Which model: the unified one and its size, or a folder of transformers or of BAGEL."""
 
-    family: Literal["unified", "huggingface"] = "unified"
+    family: Literal["unified", "huggingface", "bagel"] = "unified"
     hidden: Size = 96
     layers: Annotated[int, Field(ge=1, le=1024)] = 3
     heads: Size = 4
@@ -115,8 +115,8 @@ class ModelSection:
     image_patch: Pixels = 8
     latent_patch: Pixels = 8
     latent_dim: Size = 12
-    # Of "huggingface" alone:
-    path: str = ""  # of the folder, as save_pretrained writes it
+    # Of a folder alone:
+    path: str = ""  # as save_pretrained writes it, or as BAGEL is published
     chat: bool = True  # a prompt is a user's turn in its chat template; False: the text as it is
     frozen: list[str] = field(default_factory=list)  # what names of parameters begin with
     lora_rank: Annotated[int, Field(ge=0, le=65536)] = 0  # 0: all that is not frozen is trained
@@ -126,14 +126,15 @@ class ModelSection:
 
     @model_validator(mode="after")
     def _has_a_folder(self) -> ModelSection:
-        if self.family == "huggingface" and not self.path:
+        if self.family != "unified" and not self.path:
             raise ValueError(
                 "model.path is '', expected the folder of a model where model.family is "
-                "'huggingface'"
+                f"{self.family!r}"
             )
         if self.family == "unified" and self.path:
             raise ValueError(
-                f"model.path is {self.path!r}, expected model.family = 'huggingface' with it"
+                f"model.path is {self.path!r}, expected model.family = 'huggingface' with it, or "
+                "'bagel'"
             )
         return self
 

@@ -45,12 +45,13 @@ def tiny_autoencoder(dtype: torch.dtype = torch.float32) -> FluxAutoencoder:
     return autoencoder
 
 
-def write_folder(folder: Path, shards: int = 1) -> None:
+def write_folder(folder: Path, shards: int = 1, vocab_size: int = CONFIG.vocab_size) -> None:
     """Weights in bf16, a table and the autoencoder in fp32; `shards` files and an index if > 1."""
     folder.mkdir(parents=True)
-    state = {name: x.bfloat16() for name, x in tiny_bagel().state_dict().items()}
+    made = tiny_bagel(vocab_size=vocab_size).state_dict()
+    state = {name: x.bfloat16() for name, x in made.items()}
     table = "latent_pos_embed.pos_embed"
-    state[table] = tiny_bagel().state_dict()[table].float()
+    state[table] = made[table].float()
     names = sorted(state)
     if shards == 1:
         save_file(state, folder / "ema.safetensors", {"format": "pt"})
@@ -63,7 +64,7 @@ def write_folder(folder: Path, shards: int = 1) -> None:
         index = {"metadata": {"total_size": 1}, "weight_map": weight_map}
         write_json(folder / "model.safetensors.index.json", index)
     save_file(tiny_autoencoder().state_dict(), folder / "ae.safetensors")
-    write_json(folder / "llm_config.json", LLM)
+    write_json(folder / "llm_config.json", LLM | {"vocab_size": vocab_size})
     write_json(folder / "vit_config.json", VIT)
     # Published with a comma that JSON does not have.
     (folder / "config.json").write_text('{\n  "name": [\n    "BAGEL-7B-MoT"\n  ],\n}')

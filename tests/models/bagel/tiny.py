@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import torch
 
 from lvrpo.models.bagel import Bagel, BagelBuilder, BagelConfig
@@ -28,9 +30,11 @@ CONFIG = BagelConfig(
 )
 
 
-def tiny_bagel(dtype: torch.dtype = torch.float64, seed: int = 0) -> Bagel:
+def tiny_bagel(
+    dtype: torch.dtype = torch.float64, seed: int = 0, vocab_size: int = CONFIG.vocab_size
+) -> Bagel:
     torch.manual_seed(seed)
-    model = Bagel(CONFIG).to(dtype)
+    model = Bagel(dataclasses.replace(CONFIG, vocab_size=vocab_size)).to(dtype)
     for name, parameter in model.named_parameters():
         shift = 1.0 if "norm" in name and name.endswith("weight") else 0.0
         torch.nn.init.normal_(parameter, mean=shift, std=0.3)

@@ -1,0 +1,131 @@
+"""A published BAGEL folder in a run: nothing is fitted, all is as the folder has it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lvrpo.models.bagel import BagelPolicy, load_bagel
+from lvrpo.models.flow import noise_floor_note
+from lvrpo.models.huggingface.loading import freeze
+from lvrpo.models.transformer import Transformer
+from lvrpo.runs.family import FamilyData
+from lvrpo.runs.huggingface_family import FolderParts, folder_digest, share_frozen
+from lvrpo.trainer.config import ConfigError, TrainConfig
+from lvrpo.trainer.objective import Objective
+from lvrpo.trainer.schedule import every_window
+
+
+class BagelFamily:
+    """A `lvrpo.runs.family.Family`. Drawings have the height and width of `[data]`.
+
+    Args:
+        config: of a run.
+    """
+
+    own_size = True
+
+    def __init__(self, config: TrainConfig) -> None:
+        self.config = config
+        self.path = Path(config.model.path)
+        self._frozen: dict[str, nn.Parameter] = {}  # one copy for all policies
+
+    @property
+    def described(self) -> str:
+        """See `Family`."""
+        return f"model.path = {self.config.model.path!r}"
+
+    def check(self, data: FamilyData) -> None:
+        """The folder is one of BAGEL's, pictures are RGB, and no key asks for what it has not."""
+        config = self.config
+        section = config.model
+        imitates = config.warm_start.steps or config.run.objective == "supervised"
+        drawn = config.warm_start.generate_batch if imitates else 0
+        for key, given, expected, why in (
+            ("model.lora_rank", section.lora_rank, 0, "BAGEL has no adapters here"),
+            ("model.chat", section.chat, True, "BAGEL's prompts are a chat"),
+            ("warm_start.generate_batch", drawn, 0, "targets keep a size of their own"),
+        ):
+            if given != expected:
+                raise ConfigError(f"{key} is {given}, expected {expected}: {why}")
+        channels = data.source.picture_shape[0]
+        needed = self._shapes.module.config.image_channels
+        if channels != needed:
+            raise ConfigError(f"data.source has pictures of {channels} channels, expected {needed}")
+
+    def unfitted(self, data: FamilyData) -> FolderParts:
+        """See `Family`."""
+        return self.fit(data)
+
+    def fit(self, data: FamilyData) -> FolderParts:
+        """See `Family`."""
+        return FolderParts(folder_digest(self.path))
+
+    def load(self, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> FolderParts:
+        """See `Family`."""
+        found = FolderParts(folder_digest(self.path))
+        if found.digest != state["folder"]:
+            raise ConfigError(
+                f"model.path is {self.config.model.path!r}, whose files have changed since the run "
+                "began: put them back, or start a new run"
+            )
+        return found
+
+    def new_policy(self, parts: FolderParts) -> BagelPolicy:
+        """The weights of the folder, in fp32."""
+        section, data = self.config.model, self.config.data
+        on_meta = torch.get_default_device().type == "meta"
+        try:
+            checkpoint = load_bagel(self.path, dtype=torch.float32, with_weights=not on_meta)
+        except FileNotFoundError as error:
+            raise ConfigError(f"model.path: {error}") from error
+        policy = BagelPolicy.from_checkpoint(
+            checkpoint,
+            (data.height, data.width),
+            backend=self.config.run.backend or None,
+        )
+        freeze(policy.module, section.frozen)
+        policy.module.gradient_checkpointing = section.gradient_checkpointing
+        if not on_meta:
+            share_frozen(policy.module, self._frozen)
+        return policy
+
+    def drawing_shape(self, parts: FolderParts) -> tuple[int, int, int]:
+        """In RGB, with the height and width of `[data]`."""
+        data = self.config.data
+        return self._shapes.autoencoder.config.channels, data.height, data.width
+
+    def transformer(self, parts: FolderParts) -> Transformer:
+        """Refused: plans count the layers of other families.
+
+        Raises:
+            ConfigError: always.
+        """
+        raise ConfigError(
+            "model.family is 'bagel', expected 'unified' for a plan: the layers of BAGEL are not "
+            "counted yet"
+        )
+
+    def answer_length(self, parts: FolderParts, answer: str) -> int:
+        """See `Family`."""
+        return len(self._shapes.tokenizer.encode(answer))
+
+    def notes(self, parts: FolderParts) -> list[str]:
+        """How far the image clip is from rounding."""
+        if not self.config.rollout.generate_prompts:
+            return []
+        tokens, numbers = self._shapes.latent_shape
+        schedule = every_window(self.config.rollout)
+        image = Objective.from_config(self.config).image
+        return [noise_floor_note(schedule, tokens * numbers, image)]
+
+    @cached_property
+    def _shapes(self) -> BagelPolicy:
+        """A policy without weights."""
+        with torch.device("meta"):
+            return self.new_policy(FolderParts(""))
