@@ -1,5 +1,7 @@
 """A unified model that reads and draws: BAGEL's shape, from a million to seven billion parameters.
 
+Its parts are its own; `lvrpo.models.bagel` is BAGEL itself, on the same packed buffers and caches.
+
 One packed buffer holds text tokens, image patches to be read and noisy latents to be denoised. Each
 layer has two full parameter sets (a mixture of transformers): text and patches go through the
 understanding expert, latents through the generation expert, and all attend jointly under one
