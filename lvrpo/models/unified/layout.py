@@ -184,8 +184,7 @@ def _check_grid(height: int, width: int, most: int) -> None:
         raise ValueError(f"a picture of {height} x {width} patches has none")
     if max(height, width) > most:
         raise ValueError(
-            f"a picture of {height} x {width} patches, the model has positions for {most} x {most} "
-            "(model.max_grid)"
+            f"a picture of {height} x {width} patches, the model has positions for {most} x {most}"
         )
 
 
