@@ -2,13 +2,55 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor
 
+from lvrpo.data.example import Skill
 from lvrpo.rewards.parts import Verdicts
-from lvrpo.rewards.reward import Samples
+from lvrpo.rewards.reward import Reward, Samples
+from lvrpo.rewards.score import score
+
+
+@dataclass(frozen=True)
+class RewardCheck:
+    """What a reward says as a verdict: a sample is right where it scores 1 or more.
+
+    Args:
+        reward: whose scores are shares of what is asked; NaN where it has none.
+    """
+
+    reward: Reward
+
+    def __call__(self, samples: Samples) -> Verdicts:
+        """Of samples of any kind.
+
+        Raises:
+            RewardError: see `score`.
+        """
+        scores = score([self.reward], samples, truncated="keep")[:, 0]
+        strict = (scores >= 1).float().masked_fill(scores.isnan(), math.nan)
+        return Verdicts(strict, scores.clamp(0, 1), torch.full_like(scores, math.nan))
+
+
+@dataclass(frozen=True)
+class ChecksBySkill:
+    """One check of answers, another of drawings; samples are of one skill.
+
+    Args:
+        checks: by skill.
+        otherwise: of a skill that has none.
+    """
+
+    checks: Mapping[Skill, Callable[[Samples], Verdicts]]
+    otherwise: Callable[[Samples], Verdicts]
+
+    def __call__(self, samples: Samples) -> Verdicts:
+        """Of at least one sample."""
+        return self.checks.get(samples.examples[0].task, self.otherwise)(samples)
 
 
 @dataclass(frozen=True)

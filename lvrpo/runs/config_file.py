@@ -274,6 +274,11 @@ def _make_absolute(table: dict[str, Any], folder: Path) -> None:
                 absolute(name) if ".py:" in name else name: value
                 for name, value in rewards[key].items()
             }
+    if isinstance(rewards, dict) and isinstance(rewards.get("right"), dict):
+        rewards["right"] = {
+            skill: absolute(name) if ".py:" in str(name) else name
+            for skill, name in rewards["right"].items()
+        }
 
 
 def _parse_value(text: str) -> Any:

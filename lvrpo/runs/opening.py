@@ -245,7 +245,8 @@ def _accepted(
 
 
 def _rewards(config: TrainConfig) -> list[str]:
-    return [name for name in chain.from_iterable(used_rewards(config).values()) if ":" in name]
+    used = chain(config.rewards.right.values(), *used_rewards(config).values())
+    return [name for name in used if ":" in name]
 
 
 def _new_config(origin: Path | None, named: Settings) -> tuple[TrainConfig, list[str]]:

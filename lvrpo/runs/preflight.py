@@ -158,12 +158,14 @@ def _check_rewards(setup: Setup) -> None:
                 f"rewards: unknown reward {name!r}; expected one of {', '.join(BUILT_IN)} or "
                 "'module:function'"
             )
+    in_use = sorted({*labels.values(), *setup.config.rewards.right.values()})
     for name in setup.config.rewards.arguments:
-        if name not in labels.values():
+        if name not in in_use:
             raise ConfigError(
                 f"rewards.arguments has {name!r}, expected the name of a reward in use: "
-                f"{', '.join(labels.values())}"
+                f"{', '.join(in_use)}"
             )
+    assert setup.checks  # which are made here
     for rewards in setup.rewards.values():
         for label, reward in rewards.items():
             if "encoder" in reward.needs and setup.data.new_encoder() is None:

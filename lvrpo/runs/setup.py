@@ -24,10 +24,10 @@ from lvrpo.digits.task import SceneData
 from lvrpo.models.answering import answer_probability
 from lvrpo.models.protocol import Policy
 from lvrpo.models.transformer import Transformer
-from lvrpo.rewards.checks import VerdictChecks
+from lvrpo.rewards.checks import ChecksBySkill, RewardCheck, VerdictChecks
 from lvrpo.rewards.parts import RewardParts, Rules
 from lvrpo.rewards.registry import FoundReward, find_reward, reward_label
-from lvrpo.rewards.reward import RewardError
+from lvrpo.rewards.reward import Reward, RewardError
 from lvrpo.runs.changes import fingerprint
 from lvrpo.runs.checkpoint import load_checkpoint, load_newest, save_checkpoint
 from lvrpo.runs.family import Family, FamilyParts, LaidOutPolicy
@@ -344,14 +344,34 @@ class Setup:
             said = str(error).removeprefix("reward ")
             raise ConfigError(f"rollout.curriculum: {said}") from error
 
-    @property
+    @cached_property
     def checks(self) -> VerdictChecks:
-        """What is counted and watched."""
+        """What is counted and watched.
+
+        Raises:
+            ConfigError: `rewards.right` names a reward that is made for a run.
+            RewardError: it names one that cannot be imported.
+        """
         return VerdictChecks(
-            self.data.rules.check,
+            ChecksBySkill(
+                {
+                    skill: RewardCheck(self._plain_reward(skill, name))
+                    for skill, name in self.config.rewards.right.items()
+                },
+                otherwise=self.data.rules.check,
+            ),
             audits={"gold": gold_check},
             cut_is_wrong=self.config.rewards.truncated != "keep",
         )
+
+    def _plain_reward(self, skill: Skill, name: str) -> Reward:
+        found = find_reward(name, self.config.rewards.arguments.get(name))
+        if hasattr(found.found, "from_parts"):
+            raise ConfigError(
+                f"rewards.right.{skill} is {name!r}, which is made of the parts of a run: expected "
+                "a reward that needs none"
+            )
+        return found.make()
 
     def make_rewards(self, parts: FrozenParts, reference: Policy) -> Rewards:
         """The rewards, made for a run.

@@ -17,6 +17,7 @@ from pydantic import ConfigDict, Field, model_validator
 from pydantic.dataclasses import dataclass
 from pydantic_core import CoreSchema, core_schema
 
+from lvrpo.data.example import Skill
 from lvrpo.models.flow import Dynamics
 from lvrpo.params.advantages import ADVANTAGE_PRESETS
 from lvrpo.params.flow import KlForm, Renorm, Variant
@@ -254,6 +255,7 @@ class RewardSection:
         default_factory=lambda: {"r_ins": 1.0, "r_sem": 0.25, "r_kn": 0.25}
     )
     arguments: RewardArguments = field(default_factory=dict)  # of classes of rewards, by name
+    right: dict[Skill, str] = field(default_factory=dict)  # by which reward; else the data's rules
     advantage: Annotated[str, OneOf(ADVANTAGE_PRESETS)] = "decoupled"  # "paper": Eq 3 of the paper
     strict_weight: Share = 0.5  # of r_ins; the rest is the partial score, and 1 the paper's choice
     semantic_pool: Literal["softmax", "topk", "max"] = (

@@ -10,9 +10,10 @@ import torch
 
 from lvrpo.data.example import Example
 from lvrpo.rewards.answers import check_answers
-from lvrpo.rewards.checks import VerdictChecks
+from lvrpo.rewards.checks import ChecksBySkill, RewardCheck, VerdictChecks
+from lvrpo.rewards.matching import NumberReward
 from lvrpo.rewards.parts import Verdicts
-from lvrpo.rewards.reward import Samples
+from lvrpo.rewards.reward import FunctionReward, Samples
 from lvrpo.trainer.task import mean_scores
 
 IMAGE = np.zeros((1, 8, 8), np.float32)
@@ -62,3 +63,26 @@ def test_a_second_opinion_on_drawings_is_told_beside_the_first():
     }
     # Without a rule nothing is said at all.
     assert mean_scores(VerdictChecks(check_answers), samples) == {}
+
+
+def test_a_reward_says_what_is_right_where_it_gives_all_there_is():
+    scores = [1.0, 0.999, 0.0, -2.0, 1.5, None]
+    samples = Samples.of_texts(questions(*"abcdef"), ["x"] * 6)
+    verdicts = RewardCheck(FunctionReward(lambda _: scores, "graded"))(samples)
+    nan = math.nan
+    torch.testing.assert_close(
+        verdicts.strict, torch.tensor([1.0, 0, 0, 0, 1, nan]), equal_nan=True
+    )
+    torch.testing.assert_close(
+        verdicts.partial, torch.tensor([1.0, 0.999, 0, 0, 1, nan]), equal_nan=True
+    )
+
+
+def test_every_skill_has_a_check_of_its_own():
+    answers = Samples.of_texts(questions("", ""), ["1.0", "it is 1"])
+    drawings = Samples.of_images([Example("generate", "d", "draw")], torch.zeros(1, 1, 8, 8))
+    checks = VerdictChecks(
+        ChecksBySkill({"understand": RewardCheck(NumberReward(anywhere=True))}, check_answers)
+    )
+    assert checks.scores(answers)["right"].tolist() == [1, 1]
+    assert math.isnan(checks.scores(drawings)["right"].item())

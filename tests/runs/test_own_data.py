@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
@@ -20,6 +21,7 @@ from lvrpo.data.sources import FileSource, JsonlSource, LabelErrors
 from lvrpo.data.words import common_words
 from lvrpo.models.unified.tokenizer import Tokenizer
 from lvrpo.report import charts
+from lvrpo.rewards.reward import Samples
 from lvrpo.runs.gallery import load_gallery
 from lvrpo.runs.inference import load_policy
 from lvrpo.runs.log import read_evals, read_metrics
@@ -86,6 +88,23 @@ def test_drawings_without_a_rule_are_scored_by_the_users_reward_before_and_after
     line = next(line for line in trained if name in line)
     assert f" {after['generate', name].value:.4g} " in line
     assert line.endswith("of 3")
+
+
+def test_a_reward_says_what_is_counted_right(tmp_path):
+    overrides = [*OVERRIDES, *write_own_data(tmp_path)]
+    graded = f"{tmp_path / 'reward.py'}:brightness"
+    setup = Setup(tiny_config(*overrides, f"rewards.right={{ generate = '{graded}' }}"))
+    asked = setup.data.source.examples("test", "generate", 1, 0)
+    light = "light" in asked[0].prompt
+    drawings = torch.stack([torch.full((3, 16, 16), float(shade)) for shade in (light, not light)])
+    scores = setup.checks.scores(Samples.of_images([*asked, *asked], drawings))
+    assert scores["right"].tolist() == [1, 0]
+
+
+def test_what_is_right_is_not_said_by_a_reward_that_a_run_makes(tmp_path):
+    overrides = [*OVERRIDES, *write_own_data(tmp_path), "rewards.right={ understand = 'r_kn' }"]
+    with pytest.raises(ConfigError, match=r"rewards\.right\.understand is 'r_kn', which is made"):
+        check_config(tiny_config(*overrides))
 
 
 def test_drawings_alone_have_a_result(tmp_path):
