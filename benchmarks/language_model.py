@@ -22,7 +22,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from harness import smollm2
 from harness.measure import peak_bytes
 from peers import loss_heads
 from torch import Tensor
@@ -31,6 +30,7 @@ import lvrpo
 from lvrpo.integrations import versions
 from lvrpo.integrations.transformers import CompletionStates, completion_states, register
 from lvrpo.params.policy_loss import LossParams
+from lvrpo.real import smollm2
 
 DAPO = LossParams.preset("dapo")
 GROUP = 8  # completions of a prompt

@@ -50,7 +50,7 @@ EXCEPTIONS: dict[str, tuple[int, str]] = {
     "lvrpo/reference/normalize_advantages.py:normalize_advantages": (95, ONE_FORMULA),
 }
 #: Modules that users run or import themselves, and nothing inside lvrpo needs to.
-DOORS = {"lvrpo", "lvrpo.__main__", "lvrpo.info", "lvrpo.testing"}
+DOORS = {"lvrpo", "lvrpo.__main__", "lvrpo.info", "lvrpo.real.__main__", "lvrpo.testing"}
 ENVIRONMENT_VARIABLES = {"LVRPO_BACKEND", "LVRPO_BUILD", "LVRPO_CHECK"}
 ENVIRONMENT_VARIABLES |= {"TRITON_INTERPRET"}  # Triton's own
 #: Read by setup.py, defined by others.

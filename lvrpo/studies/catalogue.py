@@ -6,9 +6,9 @@ from lvrpo.studies.study import Arm, Study
 
 DEMO = Study(
     name="demo",
-    title="What the rewards add to the demo",
+    title="What the rewards add",
     question=(
-        "Does LVRPO teach the model of the demo what no decoding brings out of its warm start, "
+        "Does LVRPO teach the model what no decoding brings out of its warm start, "
         "more than as much supervised training does, and by its rewards?"
     ),
     base=Arm("lvrpo", "LVRPO"),

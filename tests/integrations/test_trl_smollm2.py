@@ -13,10 +13,10 @@ pytest.importorskip("trl", reason="pip install 'lvrpo[trl]'")
 import transformers
 import trl
 from datasets import Dataset
-from harness.smollm2 import load, why_not
 from integrations.trl_runs import config_of
 
 from lvrpo.integrations.trl import GRPOTrainer
+from lvrpo.real.smollm2 import load, why_not
 
 pytestmark = pytest.mark.slow
 #: A sum to finish, which the model gets right every second time.

