@@ -100,7 +100,7 @@ def pixels_in(box: Box) -> set[tuple[int, int]]:
     return set(itertools.product(range(int(box.x1), int(box.x2)), range(int(box.y1), int(box.y2))))
 
 
-SMALL = st.builds(Box, *[st.integers(0, 6)] * 4)
+SMALL = st.builds(Box, *[st.integers(0, 6)] * 4, label=st.just(""))
 
 
 @given(st.lists(SMALL, max_size=4), st.lists(SMALL, max_size=4))
