@@ -162,13 +162,19 @@ def evaluate(
         int | None,
         typer.Option(help="K samples of each prompt: pass@K, and the best of K by the reward."),
     ] = None,
+    set_: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set", "-s", metavar="eval.KEY=VALUE", help="In place of the run's; may be repeated."
+        ),
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
     debug: Debug = False,
 ) -> None:
     """Measure the newest checkpoint on held-out prompts, with 95 % intervals.
 
-    Without a way of sampling: by its modes (greedy answers, drawings by the ODE from no noise) and
-    as it is trained.
+    Without a way of sampling: by its modes (greedy answers, drawings by the ODE from no noise), as
+    it is trained, and as [eval] says.
     """
     from lvrpo.runs.evaluation import EvalOptions, evaluate_run, to_json
 
@@ -183,6 +189,7 @@ def evaluate(
             ode=ode,
             start_noises=noise or (),
             pass_at=pass_at,
+            overrides=set_ or (),
         )
         results, notes = evaluate_run(run, options)
         _notes(notes)

@@ -15,12 +15,13 @@ from lvrpo.data.example import SKILLS, Skill
 from lvrpo.data.jsonl import DataError
 from lvrpo.data.sources import Split
 from lvrpo.rewards.reward import RewardError
+from lvrpo.runs.config_file import read_settings
 from lvrpo.runs.evals import kinds_of
 from lvrpo.runs.inference import foreign_notes, load_policy, load_reference
 from lvrpo.runs.progress import ProgressView
 from lvrpo.runs.results import Rate, best_of, pass_at_k, rate
 from lvrpo.runs.setup import Setup
-from lvrpo.trainer.config import TrainConfig
+from lvrpo.trainer.config import ConfigError, TrainConfig
 from lvrpo.trainer.evaluate import Planned, held_out, measure_all
 from lvrpo.trainer.measurement import Measurement
 from lvrpo.trainer.sampling import (
@@ -54,6 +55,7 @@ class EvalOptions:
         ode: drawings without noise on the way, from all of it.
         start_noises: the same, from noise of these standard deviations.
         pass_at: samples of each prompt, for pass@k and the best of k by the reward.
+        overrides: "eval.key=value" in place of the run's own [eval].
 
     Raises:
         ValueError: a value is wrong, or two contradict each other.
@@ -68,6 +70,7 @@ class EvalOptions:
     ode: bool = False
     start_noises: Sequence[float] = ()
     pass_at: int | None = None
+    overrides: Sequence[str] = ()
 
     def __post_init__(self) -> None:
         if self.split not in get_args(Split)[1:]:
@@ -104,6 +107,18 @@ class EvalOptions:
     @property
     def _noises(self) -> list[float]:
         return list(dict.fromkeys(self.start_noises)) or [1.0] * self.ode
+
+    def config(self, config: TrainConfig) -> TrainConfig:
+        """That of a run with the [eval] that is asked for.
+
+        Raises:
+            ConfigError: a key is of another section, is unknown, or has a value it may not have.
+        """
+        named = read_settings(overrides=self.overrides)
+        for section in named.table:
+            if section != "eval":
+                raise ConfigError(f"--set {section}. is of a run, expected keys of [eval] alone")
+        return named.over(config)
 
     def samplings(self, config: TrainConfig) -> list[WayOfSampling]:
         """The ways that are asked for by name; none where no option names one."""
@@ -213,7 +228,7 @@ def evaluate_run(directory: Path, options: EvalOptions) -> tuple[list[Result], l
         ValueError: a way of sampling is named that there is no prompt for.
     """
     setup, parts, policy = load_policy(directory)
-    config, task = setup.config, setup.task(parts, options.data)
+    config, task = options.config(setup.config), setup.task(parts, options.data)
     split = cast(Split, options.split)
     prompts = {skill: held_out(task, split, skill, options.items) for skill in SKILLS}
     where = options.data or _source_of(config, split)

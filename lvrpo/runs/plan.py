@@ -124,7 +124,9 @@ def step_of(
     sampled = sampling_of(layout, rollout, questions, drawings, group=rollout.group_size)
     answer = [0] * rollout.max_answer_tokens
     texts = [(example, [answer] * rollout.group_size) for example in questions]
-    pictures = [(example, rollout.group_size * sampled.trained) for example in drawings]
+    # A guided picture is laid out without its words, too; here as if every step were guided.
+    noisy = rollout.group_size * sampled.trained * (1 if rollout.guidance == 1 else 2)
+    pictures = [(example, noisy) for example in drawings]
     buffers: list[Rows] = []
     separate = Rows()
     count = optimizer.minibatches
@@ -152,6 +154,7 @@ def sampling_of(
 ) -> Work:
     """The sampling alone of a step, with so many samples of each prompt."""
     longest = [0] * rollout.max_answer_tokens
+    noisy = group * (1 if rollout.guidance == 1 else 2)
     answers = [(example, [[*longest, 0]] * group) for example in questions]
     return Work(
         texts=Sampled(
@@ -162,7 +165,7 @@ def sampling_of(
             passes=rollout.max_answer_tokens - 1,
         ),
         pictures=Sampled(
-            sum(_buffers(layout, [], [(example, group) for example in drawings]), Rows()),
+            sum(_buffers(layout, [], [(example, noisy) for example in drawings]), Rows()),
             _prompts(layout, drawings),
             samples=len(drawings) * group,
             passes=rollout.denoise_steps,

@@ -83,6 +83,31 @@ def test_a_sweep_measures_what_it_names_and_nothing_else(trained):
     assert {row["sampling"] for row in evaluated(trained, "--items", 4, "--greedy")} == {"greedy"}
 
 
+def test_a_way_of_its_own_is_named_by_its_keys(trained):
+    """And is what the same temperature gives where nothing is cut."""
+    own = ["--set", "eval.temperature=0.5", "--set", "eval.guidance=2"]
+    rows = evaluated(trained, "--items", 6, *own)
+    configured = [row for row in rows if row["sampling"] == "as configured"]
+    assert {row["skill"] for row in configured} == {"understand", "generate"}
+
+    def right(rows):
+        return {
+            row["kind"]: (row["value"], row["prompts"])
+            for row in rows
+            if row["skill"] == "understand" and row["measure"] == "right"
+        }
+
+    assert right(configured) == right(evaluated(trained, "--items", 6, "--temperature", 0.5))
+    for wrong, message in {
+        "rollout.top_p=0.5": "--set rollout. is of a run, expected keys of [eval] alone",
+        "eval.top_k=3": "eval.top_k is 3, expected 0 where eval.temperature is 0",
+        "eval.topk=3": "unknown key eval.topk",
+    }.items():
+        result = command("eval", trained, "--set", wrong)
+        assert result.exit_code == 2
+        assert message in result.output
+
+
 def test_splits_have_prompts_of_their_own_and_seeds_the_same(trained):
     def means(*arguments):
         rows = evaluated(trained, "--items", 64, "--ode", *arguments)
