@@ -76,6 +76,9 @@ STABLE_TORCH_LIBRARY(lvrpo, m) {
       "Tensor? old_logprobs, Tensor advantages, Tensor cu_seqlens, Tensor? ref_logprobs, Tensor mask, "
       "Tensor? policy_weights, Tensor factors, Tensor softmax_numbers, Tensor loss_numbers, int ratio, int surrogate, "
       "int kl, int kl_factor, int kl_gradient) -> (Tensor logprobs, Tensor lse, Tensor entropy)");
+  // On a GPU, where the host does not read the factor []: scaled is the gradient itself, which a factor of 1 leaves
+  // alone, or contiguous like it, of its dtype or of 16 bits for one of fp32. The factor is fp32, and fp64 for fp64.
+  m.def("scale_gradient(Tensor(a!) scaled, Tensor gradient, Tensor factor) -> ()");
 }
 
 namespace {

@@ -128,7 +128,7 @@ class Backend(ABC):
     def scaled(self, gradient: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
         """A gradient times a factor [] on its device, in `dtype`; it may be written to."""
         # On the CPU the caller has read the factor, and none of 1 comes here. A GPU's is not read:
-        # this passes over the gradient for 1 too, which a kernel that reads it first would not.
+        # this passes over the gradient for 1 too, which a kernel that looks at it first does not.
         return gradient.mul_(factor).to(dtype)
 
     def fused(self, op: str) -> Function | None:

@@ -71,6 +71,14 @@ class CompiledBackend(Backend):
         function: Function = getattr(getattr(torch.ops, self.namespace), name).default
         return function
 
+    def scaled(self, gradient: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
+        """As `Backend.scaled`; where there is a kernel, once over dense memory at most."""
+        if not self.has_kernels("scale_gradient") or not gradient.is_contiguous():
+            return super().scaled(gradient, factor, dtype)
+        scaled = gradient if gradient.dtype == dtype else torch.empty_like(gradient, dtype=dtype)
+        self.op("scale_gradient")(scaled, gradient, factor)
+        return scaled
+
     def fused(self, op: str) -> Function | None:
         """What runs the kernel that has a whole row, where this kind of device has that kernel."""
         has_rows = f"{op}_rows" in library.KERNELS[self.key]

@@ -5,6 +5,7 @@ docs/kernels.md says what follows from these facts. They are of the machine code
 
 from __future__ import annotations
 
+import itertools
 import os
 import shutil
 
@@ -31,6 +32,7 @@ EXPONENTIALS = {
     ("guided_velocity", "sample_kernel"): 0,
     ("guided_velocity", "row_kernel"): 0,
     ("logits_grpo_loss", "row_kernel"): 1 + 1 / 16,
+    ("scale_gradient", "scale_kernel"): 0,
 }
 #: Where loads are of one number: exponentials in all the code, for each token that a lane has at
 #: once. That of grpo_loss holds every choice of a loss, of which a token takes one of each kind,
@@ -111,3 +113,14 @@ def test_kernels_of_a_few_numbers_take_few_exponentials(gpu):
         taken = sum("MUFU.EX2" in text for _, text in kernel.code) / TOKENS_AT_ONCE
         assert taken <= IN_ALL_CODE[kernel.key], (kernel.key, kernel.types, taken)
     assert seen == set(IN_ALL_CODE)
+
+
+def test_a_factor_of_1_leaves_a_gradient_unread(gpu):
+    found = [kernel for kernel in kernels(gpu) if kernel.key == ("scale_gradient", "scale_kernel")]
+    assert found
+    for kernel in found:
+        texts = [text for _, text in kernel.code]
+        before = list(itertools.takewhile(lambda text: "EXIT" not in text, texts))
+        assert sum("LDG" in text for text in before) == 1, "the factor"
+        assert texts[len(before)].startswith("@"), "a thread leaves for one factor, not always"
+        assert not [text for text in before if "BRA" in text], kernel
