@@ -66,7 +66,9 @@ class Example:
         else:
             self._refuse("image", "answer")
             if self.other_answers:
-                raise ValueError(f"Example {self.uid!r}: task {self.task!r} takes no answers")
+                raise ValueError(
+                    f"Example {self.uid!r}: task {self.task!r} takes no 'other_answers'"
+                )
 
     @property
     def answers(self) -> tuple[str, ...]:

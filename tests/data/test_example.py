@@ -25,6 +25,8 @@ def test_example_holds_what_its_task_needs():
         Example("understand", "a", "what", image=picture)
     with pytest.raises(ValueError, match="takes no 'image'"):
         Example("generate", "a", "draw", image=picture)
+    with pytest.raises(ValueError, match="takes no 'other_answers'"):
+        Example("generate", "a", "draw", other_answers=("x",))
     with pytest.raises(ValueError, match="task is 'edit'"):
         Example("edit", "a", "what")  # type: ignore[arg-type]
     with pytest.raises(dataclasses.FrozenInstanceError):
