@@ -16,7 +16,9 @@ from typer.testing import CliRunner
 
 from lvrpo.cli import app
 from lvrpo.runs.checkpoint import load_newest
+from lvrpo.runs.config_file import load_config
 from lvrpo.runs.inference import load_policy
+from lvrpo.runs.setup import Setup
 
 STEPS, WARM = 2, 2
 CONFIG = """
@@ -130,6 +132,19 @@ def test_a_lora_is_all_that_is_saved(tmp_path):
     names = [n for n in weights(run) if n.startswith("model.")]
     assert names
     assert all("lora_" in n for n in names)
+
+
+def test_a_policy_and_its_reference_share_what_is_frozen(tmp_path):
+    config = load_config(write(tmp_path, model='frozen = ["model.layers.0"]'))
+    setup = Setup(config)
+    policy, reference = (setup.new_policy(setup.unfitted_parts()) for _ in range(2))
+    ours, theirs = (dict(each.model.named_parameters()) for each in (policy, reference))
+    trained = dict(policy.module.named_parameters()).keys()
+    assert trained
+    assert trained != ours.keys()
+    for name, parameter in ours.items():
+        assert torch.equal(parameter, theirs[name])
+        assert (parameter is theirs[name]) == (name not in trained)
 
 
 def test_pictures_keep_their_size(tmp_path):
