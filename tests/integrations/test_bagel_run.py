@@ -92,9 +92,10 @@ def lvrpo(*arguments: Any, code: int = 0) -> str:
     return result.output
 
 
-def test_it_answers_and_draws_in_one_run(tmp_path):
+@pytest.mark.parametrize("guidance", [1.0, 4.0])
+def test_it_answers_and_draws_in_one_run(tmp_path, guidance):
     config, run = write(tmp_path), tmp_path / "run"
-    lvrpo("train", run, "--config", config)
+    lvrpo("train", run, "--config", config, "--set", f"rollout.guidance={guidance}")
     steps = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert [row["phase"] for row in steps] == ["warm_start", "grpo", "grpo"]
     for kind in ("text", "image"):
