@@ -10,7 +10,20 @@ from torch import nn
 
 @dataclass(frozen=True)
 class Stack:
-    """Layers of one width: attention with norms of queries and keys, a gated feed-forward."""
+    """Layers of one width, of attention and feed-forward.
+
+    Attributes:
+        layers: how many.
+        hidden: width of a row.
+        heads: of queries.
+        kv_heads: of keys and of values.
+        head_dim: D.
+        mlp: width of the feed-forward.
+        gated: whether it has a gate beside that width, as SwiGLU.
+        qk_norms: whether queries and keys have norms of their own.
+        joint: whether one matrix projects queries, keys and values.
+        layer_norms: whether norms are LayerNorm, one more after the last layer; else RMSNorm.
+    """
 
     layers: int
     hidden: int
@@ -18,6 +31,10 @@ class Stack:
     kv_heads: int
     head_dim: int
     mlp: int
+    gated: bool = True
+    qk_norms: bool = True
+    joint: bool = False
+    layer_norms: bool = False
 
     @property
     def attended(self) -> int:
@@ -32,7 +49,8 @@ class Stack:
     @property
     def matrices(self) -> int:
         """Numbers in the matrices that multiply a row in one layer."""
-        return self.hidden * (self.qkv + self.attended + 3 * self.mlp)
+        of_mlp = (3 if self.gated else 2) * self.mlp
+        return self.hidden * (self.qkv + self.attended + of_mlp)
 
 
 @dataclass(frozen=True)
@@ -77,8 +95,8 @@ class Parameters:
     Attributes:
         trained: those with a gradient.
         frozen: the others.
-        unit: those of the largest part that is gathered at once where ranks share them: a layer of
-            one expert, or a part outside of the layers, such as the head.
+        unit: those of the largest part that is gathered at once where ranks share them: a layer, or
+            a part outside of the layers, such as the head.
     """
 
     trained: int
@@ -93,10 +111,16 @@ class Parameters:
     @classmethod
     def of(cls, module: nn.Module) -> Parameters:
         """Count a module's, on whatever device it is; those of the meta device take no memory."""
-        units = []
-        for child in module.children():
-            units += list(child) if isinstance(child, nn.ModuleList) else [child]
         sizes = [p.numel() for p in module.parameters() if p.requires_grad]
         trained, total = sum(sizes), sum(p.numel() for p in module.parameters())
-        unit = max((sum(p.numel() for p in part.parameters()) for part in units), default=total)
+        unit = max(sum(p.numel() for p in part.parameters()) for part in _units(module))
         return cls(trained, total - trained, unit)
+
+
+def _units(module: nn.Module) -> list[nn.Module]:
+    """Every layer of a list of them, and the largest parts that have no such list."""
+    if isinstance(module, nn.ModuleList):
+        return list(module)
+    if not any(isinstance(part, nn.ModuleList) for part in module.modules()):
+        return [module]
+    return [unit for child in module.children() for unit in _units(child)]

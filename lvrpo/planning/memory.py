@@ -64,6 +64,13 @@ def saved_norm(rows: int, width: int, groups: int, numerics: Numerics) -> int:
     return 2 * FP32 * rows * width + of_rows
 
 
+def saved_pre_norm(stack: Stack, rows: int, numerics: Numerics) -> int:
+    """What the norm before a part of a layer saves; a LayerNorm its input and two numbers a row."""
+    if stack.layer_norms:
+        return numerics.compute * rows * stack.hidden + 2 * FP32 * rows
+    return saved_norm(rows, stack.hidden, 1, numerics)
+
+
 def saved_layer(stack: Stack, rows: int, numerics: Numerics, *, packed: bool = True) -> int:
     """What autograd saves of one layer for one expert's rows.
 
@@ -77,13 +84,14 @@ def saved_layer(stack: Stack, rows: int, numerics: Numerics, *, packed: bool = T
     b, n, h, m = numerics.compute, rows, stack.hidden, stack.mlp
     heads = stack.heads + stack.kv_heads
     rotated = heads * stack.head_dim
-    projected = saved_norm(n, rotated, heads, numerics)
-    if numerics.fused_norms or b == FP32:  # queries and keys are saved as a part of all of qkv
-        projected += b * n * (stack.qkv - rotated)
+    projected = saved_norm(n, rotated, heads, numerics) if stack.qk_norms else 0
+    if stack.joint and (numerics.fused_norms or b == FP32):
+        projected += b * n * (stack.qkv - rotated)  # queries and keys are saved with the values
     attention = b * n * (stack.qkv + stack.attended) + FP32 * n * stack.heads
     attention += b * n * stack.attended if packed else 0
-    norms = 2 * (saved_norm(n, h, 1, numerics) + b * n * h)  # and what the projections multiply
-    feed_forward = b * n * 4 * m  # gate and up, the gate's activation, its product with up
+    norms = 2 * (saved_pre_norm(stack, n, numerics) + b * n * h)  # and what is projected
+    # Gate and up, the gate's activation, its product with up; or the width and its activation.
+    feed_forward = b * n * m * (4 if stack.gated else 2)
     return norms + projected + attention + feed_forward
 
 
@@ -96,6 +104,10 @@ def saved_ends(model: Transformer, rows: Rows, numerics: Numerics) -> int:
     # Per row: there and back between the experts' order and the buffer's, the mask, the rotation.
     tables = rows.total * (2 * INT64 + 3 * INT32 + FP32 * model.language.head_dim)
     norms = sum(saved_norm(count, h, 1, numerics) for count in (rows.text, rows.latents))
+    if numerics.fused_norms or b == FP32:  # text is saved with the patches that it was read with
+        norms += b * rows.patches * h
+    if model.tower.layer_norms:
+        norms += saved_pre_norm(model.tower, rows.patches, numerics)
     return INT64 * rows.text + patches + latents + tables + norms + b * rows.latents * h
 
 
@@ -125,7 +137,8 @@ def working(model: Transformer, rows: Rows, numerics: Numerics) -> int:
 
     def of(stack: Stack, every: int, most: int) -> int:
         attention = 2 * every * (stack.qkv + stack.attended)
-        return numerics.compute * (attention + most * (2 * stack.hidden + 4 * stack.mlp))
+        of_mlp = (4 if stack.gated else 2) * stack.mlp
+        return numerics.compute * (attention + most * (2 * stack.hidden + of_mlp))
 
     language = of(model.language, rows.total, max(rows.read, rows.latents))
     return max(language, of(model.tower, rows.patches, rows.patches))

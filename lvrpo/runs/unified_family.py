@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lvrpo.data.sources import LabelErrors, Source
 from lvrpo.models.flow import noise_floor_note
-from lvrpo.models.transformer import Parameters, Transformer
+from lvrpo.models.transformer import Transformer
 from lvrpo.models.unified.latents import LinearAutoencoder
 from lvrpo.models.unified.model import UnifiedConfig, UnifiedModel
 from lvrpo.models.unified.policy import UnifiedPolicy
@@ -199,11 +199,3 @@ def pictures_to_fit(source: Source) -> Tensor:
             "with some drawing prompts, or some questions with an 'image'"
         )
     return torch.stack(found)
-
-
-def preset_model(name: str) -> tuple[Transformer, Parameters]:
-    """A model of published sizes as a plan takes it; see `UnifiedConfig.preset`."""
-    config = UnifiedConfig.preset(name)
-    with torch.device("meta"):
-        module = UnifiedModel(config)
-    return transformer(config), Parameters.of(module)

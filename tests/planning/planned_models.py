@@ -5,8 +5,13 @@ from __future__ import annotations
 import numpy as np
 import torch
 
+from lvrpo.models.bagel.config import BagelConfig
+from lvrpo.models.bagel.model import Bagel
+from lvrpo.models.bagel.shape import transformer as bagel_transformer
+from lvrpo.models.transformer import Transformer
 from lvrpo.models.unified.layout import PackBuilder
 from lvrpo.models.unified.model import PackedBatch, UnifiedConfig, UnifiedModel
+from lvrpo.models.unified.shape import transformer
 from lvrpo.planning.rows import Rows, visible_pairs
 
 WIDE = UnifiedConfig(
@@ -26,15 +31,41 @@ TOWER = UnifiedConfig(
     vision_mlp=56,
     image_channels=3,
 )
-CONFIGS = {"wide": WIDE, "tower": TOWER}
+BAGEL = BagelConfig(
+    vocab_size=53,
+    hidden=48,
+    layers=3,
+    heads=6,
+    kv_heads=2,
+    head_dim=16,
+    mlp=88,
+    vision_hidden=32,
+    vision_layers=2,
+    vision_heads=4,
+    vision_mlp=72,
+    image_patch=4,
+    vision_grid=8,
+    latent_channels=3,
+    latent_grid=8,
+    timestep_dim=24,
+)
+Config = UnifiedConfig | BagelConfig
+UNIFIED = {"wide": WIDE, "tower": TOWER}
+CONFIGS: dict[str, Config] = UNIFIED | {"bagel": BAGEL}
 
 
-def model_of(config: UnifiedConfig, dtype: torch.dtype = torch.float32) -> UnifiedModel:
+def model_of(config: Config, dtype: torch.dtype = torch.float32) -> UnifiedModel | Bagel:
     torch.manual_seed(0)
-    return UnifiedModel(config).to(dtype)
+    return (Bagel(config) if isinstance(config, BagelConfig) else UnifiedModel(config)).to(dtype)
 
 
-def buffer_of(config: UnifiedConfig, scale: int = 1) -> tuple[PackedBatch, Rows]:
+def shape_of(config: Config) -> Transformer:
+    if isinstance(config, BagelConfig):
+        return bagel_transformer(config)
+    return transformer(config)
+
+
+def buffer_of(config: Config, scale: int = 1) -> tuple[PackedBatch, Rows]:
     """Questions about pictures with answers, and drawings; and what was laid out."""
     builder = PackBuilder(config)
     size = config.image_patch * 4

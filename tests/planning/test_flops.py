@@ -6,11 +6,10 @@ import dataclasses
 
 import pytest
 import torch
-from planning.planned_models import CONFIGS, buffer_of, model_of
+from planning.planned_models import CONFIGS, buffer_of, model_of, shape_of
 from torch.utils.flop_counter import FlopCounterMode
 
 from lvrpo.models.unified.model import UnifiedModel
-from lvrpo.models.unified.shape import transformer
 from lvrpo.planning import flops
 
 BMM = torch.ops.aten.bmm
@@ -31,7 +30,7 @@ def counted(model: UnifiedModel, batch, predictors: int, *, backward: bool) -> t
 def test_matrices_are_counted_to_the_operation(config):
     batch, rows = buffer_of(config, 2)
     rows = dataclasses.replace(rows, predictors=11)
-    model, shape = model_of(config), transformer(config)
+    model, shape = model_of(config), shape_of(config)
     forward, _ = counted(model, batch, 11, backward=False)
     both, _ = counted(model, batch, 11, backward=True)
     attention = flops.attentions(shape, rows)
@@ -47,14 +46,14 @@ def test_attention_is_that_of_the_pairs(config):
     documents = torch.tensor(batch.mask.documents).diff()
     dense = dataclasses.replace(rows, pairs=int(documents.square().sum()))
     _, attention = counted(model_of(config), batch, 1, backward=False)
-    assert attention == flops.attentions(transformer(config), dense)
+    assert attention == flops.attentions(shape_of(config), dense)
     assert rows.pairs == int(batch.mask.to_dense().sum())
     assert rows.pairs < dense.pairs
 
 
 def test_an_update_adds_the_passes_that_it_makes():
     config = CONFIGS["tower"]
-    shape, (_, rows) = transformer(config), buffer_of(config)
+    shape, (_, rows) = shape_of(config), buffer_of(config)
     plain = flops.update(shape, rows, reference=False, checkpointing=False)
     assert plain == flops.forward(shape, rows) + flops.backward(shape, rows)
     referred = flops.update(shape, rows, reference=True, checkpointing=False)

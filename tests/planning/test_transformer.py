@@ -6,12 +6,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from planning.planned_models import CONFIGS, model_of
+from planning.planned_models import BAGEL, UNIFIED, model_of, shape_of
 from torch import nn
 
 from lvrpo.models.transformer import Parameters
 from lvrpo.models.unified.model import UnifiedConfig, UnifiedModel
-from lvrpo.models.unified.shape import transformer
 from lvrpo.runs.scaling import tables
 
 
@@ -19,13 +18,24 @@ def numbers(module: nn.Module) -> int:
     return sum(parameter.numel() for parameter in module.parameters())
 
 
-@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
+def linear(module: nn.Module) -> int:
+    return sum(m.weight.numel() for m in module.modules() if isinstance(m, nn.Linear))
+
+
+def test_matrices_are_those_of_a_bagel():
+    model, shape = model_of(BAGEL), shape_of(BAGEL)
+    layers = model.language_model["model"].layers
+    assert 2 * shape.language.matrices == linear(layers[0])
+    assert shape.tower.matrices * shape.tower.layers == linear(
+        model.vit_model["vision_model"].encoder
+    )
+    assert shape.connector_matrices == linear(model.connector)
+    assert Parameters.of(model).unit == numbers(layers[0])
+
+
+@pytest.mark.parametrize("config", UNIFIED.values(), ids=UNIFIED)
 def test_matrices_are_those_of_the_linear_modules(config):
-    model, shape = model_of(config), transformer(config)
-
-    def linear(module: nn.Module) -> int:
-        return sum(m.weight.numel() for m in module.modules() if isinstance(m, nn.Linear))
-
+    model, shape = model_of(config), shape_of(config)
     assert shape.language.matrices == linear(model.understand[0]) == linear(model.generate[0])
     assert shape.tower.matrices * shape.tower.layers == linear(model.vision)
     assert shape.connector_matrices == linear(model.connector)

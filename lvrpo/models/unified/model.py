@@ -81,10 +81,7 @@ class UnifiedConfig:
 
     @classmethod
     def preset(cls, name: str) -> UnifiedConfig:
-        """`bagel-1.5b`, `bagel-7b` or `bagel-72b`: Qwen2.5, two expert sets, 2x2 patches of a VAE.
-
-        The last is what the same recipe makes of Qwen2.5-72B; nobody has published one.
-        """
+        """`bagel-1.5b` or `bagel-7b`: Qwen2.5 sizes, two expert sets, 2x2 patches of a VAE."""
         shared = {
             "layers": 28,
             "head_dim": 128,
@@ -105,15 +102,6 @@ class UnifiedConfig:
             ),
             "bagel-7b": dict(
                 shared, vocab_size=152064, hidden=3584, heads=28, kv_heads=4, mlp=18944
-            ),
-            "bagel-72b": dict(
-                shared,
-                vocab_size=152064,
-                layers=80,
-                hidden=8192,
-                heads=64,
-                kv_heads=8,
-                mlp=29568,
             ),
         }
         if name not in presets:

@@ -18,12 +18,18 @@ def transformer(config: UnifiedConfig, answers: int | None = None) -> Transforme
     sizes = heads, heads, vision_width // heads, config.vision_mlp
     return Transformer(
         language=Stack(
-            config.layers, width, config.heads, config.kv_heads, config.head_dim, config.mlp
+            config.layers,
+            width,
+            config.heads,
+            config.kv_heads,
+            config.head_dim,
+            config.mlp,
+            joint=True,
         ),
         vocab=config.vocab_size,
         answers=config.vocab_size if answers is None else answers,
         patch=config.image_channels * config.image_patch**2,
-        vision=Stack(config.vision_layers, vision_width, *sizes),
+        vision=Stack(config.vision_layers, vision_width, *sizes, joint=True),
         connector=(vision_width, max(vision_width, width), width),
         latent=config.latent_dim,
         timestep=config.timestep_dim,
