@@ -5,11 +5,25 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
+from torch import Tensor
 
 from lvrpo.masks import SpanMask
 from lvrpo.models.packs import Pack, SpanBatch
+
+
+class PackedRows(SpanBatch, Protocol):
+    """A buffer of spans whose rows are of three kinds."""
+
+    @property
+    def patch_rows(self) -> Tensor:
+        """[n_patch] int64, ascending; the patches of a span are one picture."""
+
+    @property
+    def latent_rows(self) -> Tensor:
+        """[n_latent] int64."""
 
 
 @dataclass(frozen=True)
@@ -63,22 +77,17 @@ class Rows:
     @classmethod
     def of_pack(cls, pack: Pack) -> Rows:
         """Count those of a pack of spans, on the host."""
-        batch: SpanBatch = pack.batch  # type: ignore[assignment]
-        counted = dict.fromkeys(("text", "patches", "latents", "patch_pairs"), 0)
+        batch: PackedRows = pack.batch  # type: ignore[assignment]
         edges = torch.tensor(batch.mask.span_offsets)
-        text_before = torch.searchsorted(batch.text_rows, edges)
-        for rows, text in zip(edges.diff().tolist(), text_before.diff().tolist(), strict=True):
-            counted["text"] += text
-            if text:  # what is read has text around it, what is drawn is a span of its own
-                counted["patches"] += rows - text
-                counted["patch_pairs"] += (rows - text) ** 2
-            else:
-                counted["latents"] += rows
+        of_spans = torch.searchsorted(batch.patch_rows, edges).diff()
         return cls(
-            **counted,
+            text=len(batch.text_rows),
+            patches=len(batch.patch_rows),
+            latents=len(batch.latent_rows),
             predictors=len(pack.predictors),
             tokens=len(pack.token_ids),
             pairs=visible_pairs(batch.mask),
+            patch_pairs=int(of_spans.square().sum()),
         )
 
 

@@ -11,9 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from lvrpo.models.bagel import BagelPolicy, load_bagel
+from lvrpo.models.bagel.model import Bagel
+from lvrpo.models.bagel.shape import PRESETS, transformer
 from lvrpo.models.flow import noise_floor_note
 from lvrpo.models.huggingface.loading import freeze
-from lvrpo.models.transformer import Transformer
+from lvrpo.models.transformer import Parameters, Transformer
 from lvrpo.runs.family import FamilyData
 from lvrpo.runs.huggingface_family import FolderParts, folder_digest, share_frozen
 from lvrpo.trainer.config import ConfigError, TrainConfig
@@ -101,15 +103,10 @@ class BagelFamily:
         return self._shapes.autoencoder.config.channels, data.height, data.width
 
     def transformer(self, parts: FolderParts) -> Transformer:
-        """Refused: plans count the layers of other families.
-
-        Raises:
-            ConfigError: always.
-        """
-        raise ConfigError(
-            "model.family is 'bagel', expected 'unified' for a plan: the layers of BAGEL are not "
-            "counted yet"
-        )
+        """See `Family`."""
+        policy = self._shapes
+        low, high = policy.answer_range
+        return transformer(policy.module.config, high - low)
 
     def answer_length(self, parts: FolderParts, answer: str) -> int:
         """See `Family`."""
@@ -129,3 +126,11 @@ class BagelFamily:
         """A policy without weights."""
         with torch.device("meta"):
             return self.new_policy(FolderParts(""))
+
+
+def preset_model(name: str) -> tuple[Transformer, Parameters]:
+    """A BAGEL as a plan takes it, a name of `PRESETS`."""
+    config = PRESETS[name]
+    with torch.device("meta"):
+        module = Bagel(config)
+    return transformer(config), Parameters.of(module)

@@ -9,8 +9,8 @@ from lvrpo.planning import memory, wire
 from lvrpo.planning.forecast import Plan, Sampled, Work
 from lvrpo.planning.memory import Numerics
 from lvrpo.planning.rows import Group, Rows
+from lvrpo.runs.bagel_family import preset_model
 from lvrpo.runs.plan_view import amount
-from lvrpo.runs.unified_family import preset_model
 
 MODELS = ("bagel-1.5b", "bagel-7b", "bagel-72b")
 RANKS = (8, 64, 1024)
