@@ -12,7 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lvrpo.models.huggingface.loading import Lora, load_folder, load_processor, make_policy
+from lvrpo.models.huggingface.loading import (
+    Lora,
+    check_weights,
+    load_folder,
+    load_processor,
+    make_policy,
+)
 from lvrpo.models.huggingface.policy import HuggingFacePolicy
 from lvrpo.models.transformer import Transformer
 from lvrpo.runs.family import FamilyData
@@ -77,6 +83,7 @@ class HuggingFaceFamily:
                     f"{key} is {count}, expected 0: a model of model.family = 'huggingface' "
                     "answers and does not draw"
                 )
+        check_weights(self.path)
         with torch.device("meta"):
             policy = self.new_policy(self.unfitted(data))
         questions = data.source.examples("train", "understand", CHECKED_PROMPTS, 0)

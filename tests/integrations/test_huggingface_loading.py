@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,7 +14,7 @@ from integrations.tiny_folders import processor, tokenizer
 from integrations.tiny_models import FAMILIES, IMAGE, transformers
 
 from lvrpo.data.example import Example
-from lvrpo.models.huggingface.loading import Lora, from_pretrained, make_policy
+from lvrpo.models.huggingface.loading import Lora, check_weights, from_pretrained, make_policy
 from lvrpo.models.huggingface.prompts import as_image
 from lvrpo.models.sampling import Sampling
 from lvrpo.testing import check_against_plain
@@ -150,6 +151,19 @@ def without_end() -> tuple[Any, Any]:
     return model, made
 
 
+def of_template(template: str) -> tuple[Any, Any]:
+    made = tokenizer()
+    made.chat_template = template
+    return model_of("llama"), made
+
+
+def encoder() -> tuple[Any, Any]:
+    """A model whose tokens see later ones."""
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = transformers.BertConfig(vocab_size=64, intermediate_size=16, **sizes)
+    return transformers.AutoModelForCausalLM.from_config(config), tokenizer()
+
+
 def hybrid() -> tuple[Any, Any]:
     config = transformers.Qwen3NextConfig(
         vocab_size=64,
@@ -174,7 +188,11 @@ def hybrid() -> tuple[Any, Any]:
         (lambda: changed("llama", bos_token_id=9), "bos_token_id is 9 .* is 1 .'<bos>'"),
         (lambda: changed("llava", image_token_id=9), "image_token_id is 9 .* is 60 .'<image>'"),
         (without_template, "no chat template, expected one in the folder .* chat=False"),
+        (lambda: of_template("{% for %}"), "chat template refuses a user's turn: TemplateSyntaxE"),
+        (lambda: of_template("{{ raise_exception('no') }}"), "refuses a user's turn: .*: no"),
+        (lambda: of_template("w10 "), "chat template makes 'w10 ' of .*, expected these words"),
         (without_end, "has an end token"),
+        (encoder, "BertLMHeadModel cannot be a policy: tokens of bert see later ones"),
         (hybrid, "Qwen3NextForCausalLM cannot be a policy: .*linear_attention"),
     ],
 )
@@ -205,6 +223,35 @@ def test_a_folder_that_is_none(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "of tomorrow"}))
     with pytest.raises(ValueError, match="of tomorrow"):
         from_pretrained(tmp_path)
+
+
+def resized(folder: Path, **sizes: int) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | sizes))
+
+
+@pytest.mark.parametrize(
+    ("damage", "match", "from_header"),
+    [
+        (lambda folder: (folder / "model.safetensors").unlink(), "no .*model.safetensors", True),
+        (lambda folder: (folder / "model.safetensors").write_bytes(b""), "header", True),
+        (lambda folder: (folder / "model.safetensors").write_bytes(b"x" * 99), "header", True),
+        (lambda folder: resized(folder, num_hidden_layers=5), "tensors are missing, model", False),
+        (lambda folder: resized(folder, hidden_size=16), "tensors have another shape", False),
+        (lambda folder: resized(folder, model_type="t5"), "model_type is 't5', expected", None),
+    ],
+)
+def test_weights_are_those_of_the_model_or_refused(tmp_path, damage, match, from_header):
+    """None is left as it was initialised; files that are no weights are found without reading."""
+    for part in (model_of("llama"), tokenizer()):
+        part.save_pretrained(tmp_path)
+    check_weights(tmp_path)
+    damage(tmp_path)
+    with pytest.raises(ValueError, match=f"{tmp_path}: .*{match}"):
+        from_pretrained(tmp_path)
+    if from_header:
+        with pytest.raises(ValueError, match=f"{tmp_path}: .*{match}"):
+            check_weights(tmp_path)
 
 
 def test_pictures_are_read_whole_or_refused():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -97,7 +98,7 @@ def make_policy(
     Raises:
         ValueError: it cannot be a policy, or its parts disagree; says why.
     """
-    for why in unshared(model, LAID_OUT):
+    for why in (*unshared(model, LAID_OUT), *sees_ahead(model)):
         raise ValueError(
             f"a {type(model).__name__} cannot be a policy: {why}, expected a model whose tokens "
             "meet in causal attention alone"
@@ -111,6 +112,12 @@ def make_policy(
     if gradient_checkpointing:
         checkpoint_layers(model)
     return HuggingFacePolicy(model, reader, trained_part(model), backend)
+
+
+def sees_ahead(model: Any) -> Iterator[str]:
+    """Why answers of a model cannot be sampled token by token; nothing if they can."""
+    if any(getattr(layer, "is_causal", None) is False for layer in model.get_decoder().modules()):
+        yield f"tokens of {model.config.model_type} see later ones"
 
 
 def load_folder(path: Path, dtype: torch.dtype, *, with_weights: bool = True) -> Any:
@@ -131,9 +138,51 @@ def load_folder(path: Path, dtype: torch.dtype, *, with_weights: bool = True) ->
         kind = transformers.AutoModelForCausalLM
         if reads_pictures(config):
             kind = transformers.AutoModelForImageTextToText
-        if with_weights:
-            return kind.from_pretrained(path, dtype=dtype, local_files_only=True)
-        return kind.from_config(config, dtype=dtype)
+        elif not answers(config):
+            raise ValueError(
+                f"its model_type is {config.model_type!r}, expected a model from text, or images "
+                "and text, to text"
+            )
+        if not with_weights:
+            return kind.from_config(config, dtype=dtype)
+        model, found = kind.from_pretrained(
+            path,
+            dtype=dtype,
+            local_files_only=True,
+            ignore_mismatched_sizes=True,  # which are told below, with their names
+            output_loading_info=True,
+        )
+        wrong = {"are missing": found["missing_keys"]}
+        wrong["have another shape"] = {name for name, *_ in found["mismatched_keys"]}
+        for what, names in wrong.items():
+            if names:
+                raise ValueError(
+                    f"{len(names)} tensors {what}, {min(names)} for one: expected the weights of "
+                    "its config.json"
+                )
+        return model
+
+
+def check_weights(path: Path) -> None:
+    """See that the files of a folder's weights are there and begin as such; none is read whole.
+
+    Raises:
+        ValueError: one is missing or is none.
+    """
+    from safetensors import safe_open
+
+    index = path / "model.safetensors.index.json"
+    if not (path / "model.safetensors").is_file() and any(path.glob("pytorch_model*.bin")):
+        return  # pickles have no header
+    with _named(path):
+        names = ["model.safetensors"]
+        if index.is_file():
+            names = sorted({*json.loads(index.read_text())["weight_map"].values()})
+        for name in names:
+            if not (path / name).is_file():
+                raise ValueError(f"there is no {name}, expected the weights of the model")
+            with safe_open(path / name, "pt"):
+                pass
 
 
 def load_processor(path: Path) -> Any:
@@ -159,17 +208,26 @@ def reads_pictures(config: Any) -> bool:
     return type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
 
 
+def answers(config: Any) -> bool:
+    """Whether the model of a configuration is one from text to more of it."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+
+    return type(config) in MODEL_FOR_CAUSAL_LM_MAPPING
+
+
 @contextlib.contextmanager
 def _named(path: Path) -> Iterator[None]:
     """Say in a line what transformers explains over many."""
     require_transformers()
+    from safetensors import SafetensorError
+
     if not (path / "config.json").is_file():
         raise ValueError(
             f"{path}: there is no config.json, expected a folder as save_pretrained writes one"
         )
     try:
         yield
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
         raise ValueError(f"{path}: {' '.join(str(error).split())}") from error
 
 

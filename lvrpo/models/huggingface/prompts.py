@@ -44,7 +44,8 @@ class PromptReader:
             answers; False: it is the beginning of a text.
 
     Raises:
-        ValueError: the parts disagree about tokens, there is no end token, or no chat template.
+        ValueError: the parts disagree about tokens, there is no end token, or no chat template, or
+            one that fails or leaves words out.
     """
 
     def __init__(self, model: Any, processor: Any, *, chat: bool = True) -> None:
@@ -60,6 +61,8 @@ class PromptReader:
                 f"the {type(processor).__name__} has no chat template, expected one in the folder "
                 "(chat_template.jinja), or prompts that are plain text: chat=False"
             )
+        if chat:
+            self._check_template()
 
     def read(self, example: Example) -> Prompt:
         """The prompt of a question.
@@ -79,6 +82,15 @@ class PromptReader:
             return self.encode(self._content(example.prompt, pictures))
         except ValueError as error:
             raise ValueError(f"{example.uid}: {error}") from error
+
+    def _check_template(self) -> None:
+        words = "words of a question"
+        text = self._templated([{"type": "text", "text": words}], tokenize=False)
+        if words not in text:
+            raise ValueError(
+                f"the chat template makes {text!r} of the user's turn {words!r}, expected these "
+                "words in it"
+            )
 
     def _content(self, words: str, pictures: Sequence[Picture]) -> list[dict[str, Any]]:
         """Parts of a turn: pictures where they are marked, or before all words."""
@@ -138,16 +150,27 @@ class PromptReader:
         positions, after = self._positions(tensors)
         return Prompt(ids, self._spans(ids, types), positions, after, types, pictures)
 
+    def _templated(self, content: Sequence[Mapping[str, Any]], **how: Any) -> Any:
+        from jinja2 import TemplateError
+
+        turn = {"role": "user", "content": list(content)}
+        if not self.has_pictures:
+            turn["content"] = words_of(content)
+        try:
+            return self.processor.apply_chat_template([turn], add_generation_prompt=True, **how)
+        except TemplateError as error:
+            raise ValueError(
+                f"the chat template refuses a user's turn: {type(error).__name__}: {error}"
+            ) from error
+
     def _encoded(self, content: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
         how: dict[str, Any] = {"return_tensors": "pt"}
-        words = "".join(part["text"] for part in content if part["type"] == "text")
+        found: Mapping[str, Any]
         if self.chat:
-            turn = {"role": "user", "content": list(content) if self.has_pictures else words}
-            how |= {"add_generation_prompt": True, "tokenize": True, "return_dict": True}
-            found: Mapping[str, Any] = self.processor.apply_chat_template([turn], **how)
+            found = self._templated(content, tokenize=True, return_dict=True, **how)
             return found
         if not self.has_pictures:
-            found = self.tokenizer(words, **how)
+            found = self.tokenizer(words_of(content), **how)
             return found
         marked = "".join(
             part["text"] if part["type"] == "text" else self.processor.image_token
@@ -178,6 +201,11 @@ class PromptReader:
             return [(len(ids), "causal")]
         runs = itertools.groupby(types["token_type_ids"].tolist(), lambda kind: kind == 1)
         return [(len([*run]), "full" if whole else "causal") for whole, run in runs]
+
+
+def words_of(content: Sequence[Mapping[str, Any]]) -> str:
+    """The text of a turn's parts."""
+    return "".join(part["text"] for part in content if part["type"] == "text")
 
 
 def as_image(picture: Picture) -> Any:
