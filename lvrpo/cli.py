@@ -202,7 +202,7 @@ def evaluate(
 )
 def sample(
     run: Annotated[Path, typer.Argument(help="Run directory with a checkpoint.")],
-    prompt: Annotated[str, typer.Argument(help="What to draw, or the question about --image.")],
+    prompt: Annotated[str, typer.Argument(help="What to draw, or a question.")],
     image: Annotated[Path | None, typer.Option(help="Picture that the question is about.")] = None,
     count: Annotated[int, typer.Option("--count", "-n", min=1, help="Samples.")] = 1,
     seed: Annotated[int, typer.Option(help="Seed of the samples.")] = 0,
@@ -212,15 +212,11 @@ def sample(
     ] = None,
     debug: Debug = False,
 ) -> None:
-    """Draw a prompt, or answer a question about an image file."""
-    from lvrpo.runs.inference import answer_question, draw_prompt
+    """Draw a prompt; with an image file, or of a model that does not draw, answer it."""
+    from lvrpo.runs.inference import sample_prompt
 
-    said: Sequence[object]
     with one_line_errors(debug):
-        if image is None:
-            said, notes = draw_prompt(run, prompt, count=count, seed=seed, output=output)
-        else:
-            said, notes = answer_question(run, prompt, image, count=count, seed=seed)
+        said, notes = sample_prompt(run, prompt, image, count=count, seed=seed, output=output)
         _notes(notes)
         for each in said:
             typer.echo(each)

@@ -85,13 +85,13 @@ def foreign_notes(known: Iterable[str], texts: Sequence[str], data: Path) -> lis
     ]
 
 
-def prompt_notes(known: Sequence[str], prompt: str, *, about_a_picture: bool) -> list[str]:
+def prompt_notes(known: Sequence[str], prompt: str, *, is_drawn: bool) -> list[str]:
     """What a model is likely to have misunderstood of a prompt.
 
     Args:
         known: the words of its training data; none: of a model that has its words from elsewhere.
         prompt: what it was given.
-        about_a_picture: whether a picture came with it, so that it is answered and not drawn.
+        is_drawn: whether it is drawn, and not answered.
 
     Raises:
         DataError: the prompt is empty.
@@ -113,10 +113,10 @@ def prompt_notes(known: Sequence[str], prompt: str, *, about_a_picture: bool) ->
     is_question = first in _QUESTIONS or prompt.rstrip().endswith(
         ("?", "\N{FULLWIDTH QUESTION MARK}")
     )
-    if is_question and not about_a_picture:
+    if is_question and is_drawn:
         notes.append("this reads like a question; it is drawn, as there is no --image to ask about")
-    if first in _REQUESTS and about_a_picture:
-        notes.append("this reads like a request to draw; with --image it is answered in words")
+    if first in _REQUESTS and not is_drawn:
+        notes.append("this reads like a request to draw; it is answered in words")
     return notes
 
 
@@ -153,18 +153,42 @@ def output_paths(output: Path | None, count: int) -> list[Path]:
     return paths
 
 
-def draw_prompt(
-    directory: Path, prompt: str, *, count: int, seed: int, output: Path | None
-) -> tuple[list[Path], list[str]]:
-    """Draw a prompt `count` times into files, see `output_paths`.
+def sample_prompt(
+    directory: Path,
+    prompt: str,
+    image: Path | None,
+    *,
+    count: int,
+    seed: int,
+    output: Path | None,
+) -> tuple[Sequence[object], list[str]]:
+    """Answer a prompt `count` times, or draw it into files, see `output_paths`.
+
+    A prompt with a picture is answered, and so is any prompt by a policy that does not draw.
 
     Returns:
-        The files, and what to know about them.
+        The answers or the files, and what to know about them.
     """
-    output_paths(output, count)  # whatever cannot be written is said before anything is drawn
-    setup, parts, policy = load_policy(directory)
+    if image is None:  # whatever cannot be written is said before anything is drawn
+        output_paths(output, count)
+    run = load_policy(directory)
+    if image is None and "generate" in run[-1].skills:
+        return _drawings(*run, prompt, count=count, seed=seed, output=output)
+    return _answers(*run, prompt, image, count=count, seed=seed)
+
+
+def _drawings(
+    setup: Setup,
+    parts: FrozenParts,
+    policy: Policy,
+    prompt: str,
+    *,
+    count: int,
+    seed: int,
+    output: Path | None,
+) -> tuple[list[Path], list[str]]:
     config = setup.config
-    notes = prompt_notes(parts.family.words, prompt, about_a_picture=False)
+    notes = prompt_notes(parts.family.words, prompt, is_drawn=True)
     example = Example("generate", "command line", prompt)
     schedule = flow_schedule(config.rollout)
     guidance = flow_guidance(config.rollout)
@@ -180,26 +204,28 @@ def draw_prompt(
     return paths, notes
 
 
-def answer_question(
-    directory: Path, question: str, image: Path, *, count: int, seed: int
+def _answers(
+    setup: Setup,
+    parts: FrozenParts,
+    policy: Policy,
+    question: str,
+    image: Path | None,
+    *,
+    count: int,
+    seed: int,
 ) -> tuple[list[str], list[str]]:
-    """Sample `count` answers to a question about an image file.
-
-    Returns:
-        The answers, and what to know about them.
-    """
-    setup, parts, policy = load_policy(directory)
-    config = setup.config
-    notes = prompt_notes(parts.family.words, question, about_a_picture=True)
-    try:
-        pixels = load_picture(image, parts.family.picture_shape)
-    except Exception as error:  # Pillow raises a different class for every broken format
-        raise DataError(f"{image}: cannot be read: {error}") from error
+    notes = prompt_notes(parts.family.words, question, is_drawn=False)
+    pixels = None
+    if image is not None:
+        try:
+            pixels = load_picture(image, parts.family.picture_shape)
+        except Exception as error:  # Pillow raises a different class for every broken format
+            raise DataError(f"{image}: cannot be read: {error}") from error
     example = Example("understand", "command line", question, image=pixels, answer="")
     answers = policy.sample_texts(
         [example],
         count,
-        sampling=answer_sampling(config.rollout),
+        sampling=answer_sampling(setup.config.rollout),
         seed=seed,
         step=0,
     ).texts

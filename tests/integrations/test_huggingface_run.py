@@ -111,6 +111,7 @@ def test_text_questions_are_trained_on_and_measured(tmp_path, warm):
     saved = {n: x for n, x in weights(run).items() if n.startswith("model.")}
     assert saved.keys() == {f"model.{n}" for n, _ in policy.model.named_parameters()}
     lvrpo("eval", run)
+    assert len(set(lvrpo("sample", run, "w20 w7", "-n", 3, "--seed", 1).splitlines()[-3:])) > 1
 
 
 def test_a_run_goes_on_bit_for_bit(tmp_path):

@@ -20,7 +20,7 @@ DRAW = "draw 3 at top-left"
 
 
 def notes_of(prompt: str, *, image: bool = False) -> list[str]:
-    return prompt_notes(KNOWN, prompt, about_a_picture=image)
+    return prompt_notes(KNOWN, prompt, is_drawn=not image)
 
 
 @pytest.mark.parametrize(
@@ -68,7 +68,7 @@ def test_any_word_that_is_not_known_is_named_and_no_other(words, at, data):
     prompt = " ".join([*words[:at], strange, *words[at:]])
     notes = [
         note
-        for note in prompt_notes(known, prompt, about_a_picture=False)
+        for note in prompt_notes(known, prompt, is_drawn=True)
         if "is no word of the training data" in note
     ]
     assert len(notes) == 1
