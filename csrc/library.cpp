@@ -28,8 +28,8 @@ STABLE_TORCH_LIBRARY(lvrpo, m) {
       "flow_step_bwd(Tensor dx_next, Tensor dlogprob, Tensor? noise, Tensor c_x, Tensor c_v, Tensor std) "
       "-> (Tensor dvelocity, Tensor dx_t)");
   // numbers [7] fp64: clip_low, clip_high, adv_clip, log_ratio_scale (0 means "mean"), log_ratio_limit, tau, beta; limits
-  // may be infinite. sums and extremes are those of FlowLossMetrics; directions [N, 3] fp64 are the factors of noise, velocity - velocity_old and velocity - velocity_ref in
-  // d loss / d velocity.
+  // may be infinite. sums and extremes are those of FlowLossMetrics; directions [N, 3] fp64 are the factors of noise,
+  // velocity - velocity_old and velocity - velocity_ref in d loss / d velocity.
   m.def(
       "flow_policy_loss_fwd(Tensor velocity, Tensor velocity_old, Tensor noise, Tensor? velocity_ref, Tensor c_v, "
       "Tensor std, Tensor dt, Tensor advantages, Tensor? mask, Tensor? policy_weights, Tensor? denominator, "

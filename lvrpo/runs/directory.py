@@ -13,7 +13,7 @@ from lvrpo import __version__
 from lvrpo.runs.files import write_atomically
 
 #: Raised by one whenever a run that was begun before could not go on, or not to the same numbers.
-FORMAT = 3
+FORMAT = 4
 VERSION = "version.json"
 
 
