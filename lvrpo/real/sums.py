@@ -13,7 +13,8 @@ LARGEST = 20
 #: Shares of the unordered pairs of terms; the rest is trained on.
 HELD_OUT = {"test": 0.3, "validation": 0.1}
 
-CONFIG = r"""# SmolLM2-135M-Instruct learns sums by being told whether it is right: docs/recipes/smollm2.md.
+CONFIG = r"""# SmolLM2-135M-Instruct learns sums by being told whether it is right.
+# docs/recipes/smollm2.md has what comes of it.
 
 [run]
 steps = 24
