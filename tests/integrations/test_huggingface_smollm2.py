@@ -8,11 +8,10 @@ import pytest
 import torch
 
 pytest.importorskip("transformers", reason="pip install 'lvrpo[transformers]'")
-from harness.smollm2 import load, why_not
-
 from lvrpo.data.example import Example
 from lvrpo.models.huggingface.loading import make_policy
 from lvrpo.models.sampling import Sampling
+from lvrpo.real.smollm2 import load, why_not
 from lvrpo.testing import check_against_plain
 
 pytestmark = pytest.mark.slow
