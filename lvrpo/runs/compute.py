@@ -13,6 +13,8 @@ from lvrpo.trainer.config import TrainConfig
 def equal_compute_steps(origin: Path, config: TrainConfig) -> tuple[int, str]:
     """Reckon by the clock of the run itself: rollouts, rewards and updates, without evaluations.
 
+    What a supervised step costs is that of the warm start; without one there is a step for each.
+
     Args:
         origin: a run that has finished its policy phase.
         config: of it.
@@ -21,7 +23,7 @@ def equal_compute_steps(origin: Path, config: TrainConfig) -> tuple[int, str]:
         The steps, one at least, and a line that says how they were found.
 
     Raises:
-        RunDirectoryError: the run has not finished, or one of its phases has no steps.
+        RunDirectoryError: the run has not finished, or its policy phase has no steps.
     """
     rows = read_metrics(origin)
     supervised, policy = (
@@ -35,12 +37,16 @@ def equal_compute_steps(origin: Path, config: TrainConfig) -> tuple[int, str]:
             f"{origin} is after step {last} of {wanted}, so the compute of its policy phase is not "
             f"known: finish it by lvrpo train {origin}, or give --steps"
         )
-    for phase, found in (("policy", policy), ("warm-start", supervised)):
-        if not found:
-            raise RunDirectoryError(
-                f"{origin} has no {phase} steps, so it is not known how many supervised steps cost "
-                "as much as its policy phase: give --steps"
-            )
+    if not policy:
+        raise RunDirectoryError(
+            f"{origin} has no policy steps, whose compute a supervised run could match: give "
+            "--steps"
+        )
+    if not supervised:
+        return len(policy), (
+            f"run.steps is {len(policy)}, as in {origin}: it has no warm start by which to tell "
+            "how many supervised steps cost as much"
+        )
     each = median(supervised)
     steps = max(1, round(sum(policy) / each))
     return steps, (
