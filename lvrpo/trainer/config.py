@@ -8,6 +8,7 @@ are refused when the run is set up.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterable
 from dataclasses import dataclass as plain_dataclass
 from dataclasses import field
@@ -104,6 +105,12 @@ class DataSection:
     requests: Weights = field(default_factory=lambda: {"place": 1.0})
 
 
+#: Keys of `ModelSection` that size the unified model.
+OF_UNIFIED = ("hidden", "layers", "heads", "mlp", "image_patch", "latent_patch", "latent_dim")
+#: Keys of it for a model that is read from a folder.
+OF_FOLDERS = ("chat", "frozen", "lora_rank", "lora_alpha", "lora_targets", "gradient_checkpointing")
+
+
 @dataclass(frozen=True, config=STRICT)
 class ModelSection:
     """Which model: the unified one and its size, or a folder of transformers or of BAGEL."""
@@ -137,6 +144,15 @@ class ModelSection:
                 f"model.path is {self.path!r}, expected model.family = 'huggingface' with it, or "
                 "'bagel'"
             )
+        foreign = OF_FOLDERS if self.family == "unified" else OF_UNIFIED
+        for made in dataclasses.fields(self):
+            default = [] if made.default is dataclasses.MISSING else made.default
+            given = getattr(self, made.name)
+            if made.name in foreign and given != default:
+                raise ValueError(
+                    f"model.{made.name} is {given!r}, expected no such key where model.family is "
+                    f"{self.family!r}, whose models do not go by it"
+                )
         return self
 
 

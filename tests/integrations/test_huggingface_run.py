@@ -169,6 +169,10 @@ def test_pictures_keep_their_size(tmp_path):
         ('model.path="nowhere"', "no config.json, expected a folder as save_pretrained"),
         ('model.frozen=["eye"]', "no parameter of LlamaForCausalLM is in 'eye'"),
         ('model.family="unified"', "expected model.family = 'huggingface' with it"),
+        (
+            "model.hidden=64",
+            "model.hidden is 64, expected no such key where model.family is 'huggingface'",
+        ),
         ("rollout.max_answer_tokens=200", "the model has positions for 128"),
     ],
 )
