@@ -178,7 +178,8 @@ def _expected(schema: Mapping[str, Any]) -> str:
     if schema["type"] == "object" and schema["additionalProperties"] is True:
         return "a table"
     if schema["type"] == "object":
-        return f"a table of names, each with {_expected(schema['additionalProperties'])}"
+        keys = " or ".join(schema.get("propertyNames", {}).get("enum", ())) or "names"
+        return f"a table of {keys}, each with {_expected(schema['additionalProperties'])}"
     if schema["type"] == "array":
         return f"a list, each {_expected(schema['items'])}"
     names = {"integer": "an integer", "number": "a number", "boolean": "true or false"}
@@ -226,6 +227,9 @@ def _in_words(error: ValidationError, section: str = "") -> str:
     if first["loc"][0] not in known:
         close = _meant(str(first["loc"][0]), known, section)
         return f"unknown key {key}; [{section}] has {', '.join(known)}{close}"
+    if first["loc"][-1] == "[key]":  # of a table
+        key = f"{section}.{first['loc'][0]}"
+        return f"{key} has {value!r}, expected {expected(key)}"
     close = _meant(value, _schema(key).get("enum", ())) if isinstance(value, str) else ""
     return f"{key} is {value!r}, expected {expected(key)}{close}"
 

@@ -108,6 +108,7 @@ CHECKED_BY_OTHERS = (
     "data.eval_source",
     "data.validation_source",
     "run.backend",
+    "model.path",
     "rollout.curriculum",
 )
 
@@ -162,7 +163,7 @@ def test_no_run_is_on_a_backend_of_a_gpu_alone(monkeypatch):
 
 def test_sections_have_no_other_types():
     for key, schema in keys().items():
-        assert schema["type"] in ("integer", "number", "string", "boolean", "object"), key
+        assert schema["type"] in ("integer", "number", "string", "boolean", "object", "array"), key
 
 
 @pytest.mark.parametrize("setting", ["rollout.dynamics=ode", "run.threads=1"])

@@ -55,6 +55,10 @@ BAD = {
     "too small": (["rollout.group_size=0"], "rollout.group_size is 0"),
     "too many stochastic steps": (["rollout.stochastic_steps=11"], "stochastic_steps is 11"),
     "temperature": (["rollout.temperature=0"], "rollout.temperature is 0"),
+    "no skill": (
+        ["rewards.right={ read = 'exact' }"],
+        "rewards.right has 'read', expected a table of understand or generate, each with a string",
+    ),
     "adapters": (["model.lora_rank=2"], "lora_rank is 2, expected no such key where .*'unified'"),
     "top-p": (["rollout.top_p=0"], r"rollout.top_p is 0, expected a number in \(0, 1\]"),
     "no list": (["rollout.stop=x"], "rollout.stop is 'x', expected a list, each a string"),
