@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -166,10 +166,13 @@ def _load(
     for name in files:
         if not (folder / name).is_file():
             raise FileNotFoundError(f"{folder} has no {name}")
-        with safe_open(folder / name, framework="pt") as file:
-            for key in file.keys():  # noqa: SIM118
-                twice += [key] if key in shapes else []
-                shapes[key] = tuple(file.get_slice(key).get_shape())
+        try:
+            with safe_open(folder / name, framework="pt") as file:
+                for key in file.keys():  # noqa: SIM118
+                    twice += [key] if key in shapes else []
+                    shapes[key] = tuple(file.get_slice(key).get_shape())
+        except SafetensorError as error:
+            raise ValueError(f"{folder / name} is no file of tensors: {error}") from error
     with torch.device("meta"):
         module = make(shapes)
     _check(folder, module, shapes, twice)

@@ -86,6 +86,14 @@ def test_a_missing_file_is_named(folder, file):
         load_bagel(folder)
 
 
+@pytest.mark.parametrize("file", ["ema.safetensors", "ae.safetensors"])
+@pytest.mark.parametrize("content", [b"", b"x" * 99])
+def test_a_file_that_is_none_of_tensors_is_named(folder, file, content):
+    (folder / file).write_bytes(content)
+    with pytest.raises(ValueError, match=f"{file} is no file of tensors"):
+        load_bagel(folder)
+
+
 def test_a_missing_shard_is_named(tmp_path):
     write_folder(tmp_path / "bagel", shards=2)
     (tmp_path / "bagel/model-00002-of-00002.safetensors").unlink()
