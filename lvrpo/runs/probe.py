@@ -31,7 +31,8 @@ def probe_rewards(setup: Setup, parts: FrozenParts) -> None:
         parts: of the run's shape, see `Setup.unfitted_parts`.
 
     Raises:
-        RewardError: as in a step of the run, or no reward has a score for any of the samples.
+        RewardError: as in a step of the run, or no reward has a score for any of the samples; or
+            the one of `rewards.right` fails.
     """
     source = setup.data.source
     # A large model that no reward asks anything would take its time.
@@ -47,6 +48,8 @@ def probe_rewards(setup: Setup, parts: FrozenParts) -> None:
         table, _ = score_samples(rewards, samples, setup.config.rewards)
         if bool(table.isnan().all()):
             raise RewardError(_nothing_to_say(skill, setup.rewards[skill], examples))
+        if skill in setup.config.rewards.right:
+            setup.checks.scores(samples)
 
 
 def _answers(examples: list[Example]) -> Samples:

@@ -358,6 +358,15 @@ def test_a_reward_function_that_fails_is_met_before_the_start(tmp_path, name, me
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize("name", ["raises", "nan", "short", "leaves"])
+def test_what_says_what_is_right_is_met_before_the_start(tmp_path, name):
+    overrides = own_reward_overrides(tmp_path, "later")
+    overrides += settings([f"rewards.right={{ generate = '{tmp_path}/mine.py:{name}' }}"])
+    found = refused("train", tmp_path / "run", *overrides)
+    assert BAD_REWARDS[name] in found
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_reward_function_that_fails_in_a_step(tmp_path):
     overrides = own_reward_overrides(tmp_path, "later")
     message = "reward 'later' raised RuntimeError: the service is down, first prompt 'test/gen"
