@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lvrpo.data.sources import Split
 from lvrpo.models.huggingface.loading import (
     Lora,
     check_weights,
@@ -27,7 +28,7 @@ from lvrpo.trainer.config import ConfigError, TrainConfig
 #: Files that are compared byte by byte; of larger ones, weights, the size is.
 COMPARED_BYTES = 64 << 20
 
-#: Training questions that are read before a run.
+#: Questions of a split that are read before a run.
 CHECKED_PROMPTS = 32
 
 
@@ -86,8 +87,10 @@ class HuggingFaceFamily:
         check_weights(self.path)
         with torch.device("meta"):
             policy = self.new_policy(self.unfitted(data))
-        questions = data.source.examples("train", "understand", CHECKED_PROMPTS, 0)
-        policy.check_prompts(questions, config.rollout.max_answer_tokens)
+        splits: tuple[Split, ...] = ("train", "test")
+        for split in splits:
+            questions = data.source.examples(split, "understand", CHECKED_PROMPTS, 0)
+            policy.check_prompts(questions, config.rollout.max_answer_tokens)
 
     def unfitted(self, data: FamilyData) -> FolderParts:
         """See `Family`."""

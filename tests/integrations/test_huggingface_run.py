@@ -189,3 +189,13 @@ def test_a_folder_that_changed_under_a_run(tmp_path):
     (tmp_path / "model" / "chat_template.jinja").write_text("{{ messages[0]['content'] }}")
     output = lvrpo("train", run, "--set", "run.steps=3", code=2)
     assert "files have changed since the run began" in " ".join(output.split())
+
+
+def test_a_picture_that_is_measured_with_is_met_before_the_run(tmp_path):
+    config = write(tmp_path)
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
+    row = {"task": "understand", "prompt": "w30 w7", "image": "a.png", "answer": "w30"}
+    (tmp_path / "test.jsonl").write_text(json.dumps(row))
+    output = lvrpo("train", tmp_path / "run", "--config", config, code=2)
+    assert "test:1: the question has a picture, and a llama reads text alone" in output
+    assert not (tmp_path / "run").exists()
