@@ -17,7 +17,7 @@ from lvrpo.models.flow import noise_floor_note
 from lvrpo.models.huggingface.loading import freeze
 from lvrpo.models.transformer import Parameters, Transformer
 from lvrpo.runs.family import FamilyData
-from lvrpo.runs.huggingface_family import FolderParts, folder_digest, share_frozen
+from lvrpo.runs.folder import FolderParts, folder_digest, share_frozen, unchanged
 from lvrpo.trainer.config import ConfigError, TrainConfig
 from lvrpo.trainer.objective import Objective
 from lvrpo.trainer.schedule import every_window
@@ -70,13 +70,7 @@ class BagelFamily:
 
     def load(self, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> FolderParts:
         """See `Family`."""
-        found = FolderParts(folder_digest(self.path))
-        if found.digest != state["folder"]:
-            raise ConfigError(
-                f"model.path is {self.config.model.path!r}, whose files have changed since the run "
-                "began: put them back, or start a new run"
-            )
-        return found
+        return unchanged(self.path, state)
 
     def new_policy(self, parts: FolderParts) -> BagelPolicy:
         """The weights of the folder, in fp32."""

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping
-from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -23,34 +21,11 @@ from lvrpo.models.huggingface.loading import (
 from lvrpo.models.huggingface.policy import HuggingFacePolicy
 from lvrpo.models.transformer import Transformer
 from lvrpo.runs.family import FamilyData
+from lvrpo.runs.folder import FolderParts, folder_digest, share_frozen, unchanged
 from lvrpo.trainer.config import ConfigError, TrainConfig
-
-#: Files that are compared byte by byte; of larger ones, weights, the size is.
-COMPARED_BYTES = 64 << 20
 
 #: Questions of a split that are read before a run.
 CHECKED_PROMPTS = 32
-
-
-@dataclass(frozen=True)
-class FolderParts:
-    """A `lvrpo.runs.family.FamilyParts`: which folder the weights began with.
-
-    Attributes:
-        digest: of the folder's files, see `folder_digest`.
-    """
-
-    digest: str
-    words: tuple[str, ...] = ()
-    picture_shape: tuple[int, int, int] = (3, 0, 0)
-
-    def tensors(self) -> dict[str, Tensor]:
-        """None."""
-        return {}
-
-    def state(self) -> dict[str, Any]:
-        """The digest."""
-        return {"folder": self.digest}
 
 
 class HuggingFaceFamily:
@@ -102,13 +77,7 @@ class HuggingFaceFamily:
 
     def load(self, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> FolderParts:
         """See `Family`."""
-        found = FolderParts(folder_digest(self.path))
-        if found.digest != state["folder"]:
-            raise ConfigError(
-                f"model.path is {self.config.model.path!r}, whose files have changed since the run "
-                "began: put them back, or start a new run"
-            )
-        return found
+        return unchanged(self.path, state)
 
     def new_policy(self, parts: FolderParts) -> HuggingFacePolicy:
         """The weights of the folder; a LoRA begins from the run's seed."""
@@ -160,27 +129,3 @@ class HuggingFaceFamily:
     def notes(self, parts: FolderParts) -> list[str]:
         """None."""
         return []
-
-
-def folder_digest(path: Path) -> str:
-    """Of the names of a folder's files, their sizes, and what the smaller ones hold."""
-    digest = hashlib.sha256()
-    for file in sorted(path.glob("*")) if path.is_dir() else ():
-        if file.is_file():
-            size = file.stat().st_size
-            digest.update(f"{file.name} {size}\n".encode())
-            if size <= COMPARED_BYTES:
-                digest.update(file.read_bytes())
-    return digest.hexdigest()
-
-
-def share_frozen(model: nn.Module, kept: dict[str, nn.Parameter]) -> None:
-    """Give a model the frozen parameters of another of the same folder, or keep its own for others.
-
-    A policy and its reference then differ by what is trained, and the rest is in memory once.
-    """
-    for prefix, module in model.named_modules():
-        for name, parameter in list(module.named_parameters(recurse=False)):
-            if not parameter.requires_grad:
-                full = f"{prefix}.{name}"
-                module.register_parameter(name, kept.setdefault(full, parameter))
