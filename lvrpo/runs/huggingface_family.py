@@ -117,8 +117,8 @@ class HuggingFaceFamily:
             ConfigError: always.
         """
         raise ConfigError(
-            "model.family is 'huggingface', expected 'unified' for a plan: the layers of a model "
-            "of transformers are not counted yet"
+            "model.family is 'huggingface', expected 'unified' or 'bagel' for a plan: layers of a "
+            "model of transformers are not counted yet"
         )
 
     def answer_length(self, parts: FolderParts, answer: str) -> int:
