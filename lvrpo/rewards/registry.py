@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import importlib.util
+import inspect
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -112,7 +113,17 @@ def find_reward(name: str, arguments: Mapping[str, Any] | None = None) -> FoundR
             raise RewardError(
                 f"reward {name!r} takes no arguments: it is no class, or made of parts"
             )
-        return found(**(arguments or {})) if is_plain else found
+        if not is_plain:
+            return found
+        signature = inspect.signature(found)
+        try:
+            signature.bind(**(arguments or {}))
+        except TypeError as error:
+            raise RewardError(
+                f"reward {name!r}: {error}, expected in rewards.arguments: "
+                f"{', '.join(signature.parameters) or 'nothing'}"
+            ) from error
+        return found(**(arguments or {}))
 
     found = _guarded(name, load)
     if found is None:
