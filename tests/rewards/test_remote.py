@@ -19,6 +19,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from rewards.counted import IMAGE, Counted, fill, texts
 
 from lvrpo.data.example import Example
 from lvrpo.rewards import remote
@@ -27,13 +28,6 @@ from lvrpo.rewards.registry import load_reward
 from lvrpo.rewards.remote import HttpReward
 from lvrpo.rewards.reward import FunctionReward, RewardError, Samples
 from lvrpo.rewards.score import score
-
-IMAGE = np.zeros((1, 8, 8), np.float32)
-
-
-def texts(*given):
-    examples = [Example("understand", f"q{t}", "what", image=IMAGE, answer="1") for t in given]
-    return Samples.of_texts(examples, given)
 
 
 class Server:
@@ -225,29 +219,6 @@ def test_an_awaited_reward_has_a_time_limit():
         score([FunctionReward(late, "late")], texts("abc"), timeout=0.2)
 
 
-class Counted:
-    """Lengths of texts, brightnesses of drawings; NaN for "?"."""
-
-    name, may_be_nan = "counted", True
-
-    def __init__(self):
-        self.asked = []
-
-    def __call__(self, samples):
-        drawn = dict(
-            zip(samples.image_index, samples.images if drawings(samples) else (), strict=True)
-        )
-        self.asked.append(len(samples))
-        return [
-            float(drawn[at].mean()) if text is None else None if text == "?" else float(len(text))
-            for at, text in enumerate(samples.texts)
-        ]
-
-
-def drawings(samples):
-    return samples.images is not None
-
-
 @pytest.mark.parametrize("on_disk", [True, False])
 def test_what_was_scored_is_not_scored_again(tmp_path, on_disk):
     asked = Counted()
@@ -310,13 +281,6 @@ def test_what_was_used_longest_ago_goes_first(tmp_path):
     assert sum(asked.asked) == 5
     with pytest.raises(ValueError, match="most is 0"):
         CachedReward(asked, most=0)
-
-
-def fill(path, seed):
-    reward = CachedReward(Counted(), path)
-    for at in range(20):
-        found = reward(texts(*("x" * ((seed * 7 + at * 3 + i) % 40 + 1) for i in range(10))))
-        assert found.tolist() == [(seed * 7 + at * 3 + i) % 40 + 1 for i in range(10)]
 
 
 def test_processes_and_threads_share_a_file(tmp_path):
