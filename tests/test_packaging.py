@@ -129,7 +129,7 @@ def test_wheel_with_the_extension_runs_outside_the_repository(sdist, tmp_path):
     elsewhere = tmp_path / "empty"
     elsewhere.mkdir()
     succeed(python, "-c", OP, "cpp", cwd=elsewhere)
-    assert "cpp, torch" in succeed(python, "-m", "lvrpo.info", cwd=elsewhere)
+    assert "cpp, triton, torch" in succeed(python, "-m", "lvrpo.info", cwd=elsewhere)
     assert "train" in succeed(tmp_path / "venv/bin/lvrpo", "--help", cwd=elsewhere)
 
 
