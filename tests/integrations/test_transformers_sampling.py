@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import math
 
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
+pytest.importorskip("transformers", reason="pip install 'lvrpo[transformers]'")
 from transformers.generation import logits_process as processors
 
-from lvrpo.models.sampling import (
-    Sampling,
-    draw_tokens,
-    process_logits,
-    truncate_logits,
-)
+from lvrpo.models.sampling import Sampling, draw_tokens, process_logits, truncate_logits
 
 V = 23
 
