@@ -1,4 +1,4 @@
-"""The `lvrpo` command: train, eval, sample, report, study, plan, info.
+"""The `lvrpo` command: train, eval, sample, export, report, study, plan, info.
 
 Wrong input ends with one line on standard error and exit code 2, any other error with one line and
 1 (`--debug` shows the traceback), and a signal with 128 plus its number: 130 after Ctrl-C, 143
@@ -220,6 +220,32 @@ def sample(
         _notes(notes)
         for each in said:
             typer.echo(each)
+
+
+@app.command(
+    epilog="Examples:  lvrpo export runs/mine models/mine  |  "
+    "lvrpo export runs/mine models/mine-adapter --adapter"
+)
+def export(
+    run: Annotated[Path, typer.Argument(help="Run directory with a checkpoint.")],
+    folder: Annotated[Path, typer.Argument(help="To be made; nothing is replaced.")],
+    step: Annotated[
+        int | None, typer.Option(help="Of the checkpoint, counted through both phases; the newest.")
+    ] = None,
+    reference: Annotated[
+        bool, typer.Option("--reference", help="The weights of the end of the warm start.")
+    ] = False,
+    adapter: Annotated[
+        bool, typer.Option("--adapter", help="What a LoRA has trained, alone; else it is merged.")
+    ] = False,
+    debug: Debug = False,
+) -> None:
+    """Write the weights of a run as a folder of transformers, of BAGEL, or of the unified model."""
+    with one_line_errors(debug):
+        from lvrpo.runs.export import export_run
+
+        export_run(run, folder, step=step, reference=reference, adapter=adapter)
+        typer.echo(f"export: {folder}")
 
 
 @app.command(epilog="Example:  lvrpo report runs/digits --compare runs/control")

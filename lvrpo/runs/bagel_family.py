@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lvrpo.models.bagel import BagelPolicy, load_bagel
+from lvrpo.models.bagel import BagelPolicy, load_bagel, save_bagel
 from lvrpo.models.bagel.model import Bagel
 from lvrpo.models.bagel.shape import PRESETS, transformer
 from lvrpo.models.flow import noise_floor_note
@@ -105,6 +106,10 @@ class BagelFamily:
     def answer_length(self, parts: FolderParts, answer: str) -> int:
         """See `Family`."""
         return len(self._shapes.tokenizer.encode(answer))
+
+    def export(self, policy: BagelPolicy, folder: Path, *, adapter: bool) -> None:
+        """The folder as it is published, in its own dtypes, with the policy's weights."""
+        save_bagel(dataclasses.replace(load_bagel(self.path), model=policy.module), folder)
 
     def notes(self, parts: FolderParts) -> list[str]:
         """How far the image clip is from rounding."""

@@ -17,10 +17,10 @@ from lvrpo.data.sources import Split
 from lvrpo.rewards.reward import RewardError
 from lvrpo.runs.config_file import read_settings
 from lvrpo.runs.evals import kinds_of
-from lvrpo.runs.inference import foreign_notes, load_policy, load_reference
+from lvrpo.runs.inference import foreign_notes, load_reference, policy_at, read_run
 from lvrpo.runs.progress import ProgressView
 from lvrpo.runs.results import Rate, best_of, pass_at_k, rate
-from lvrpo.runs.setup import Setup
+from lvrpo.runs.setup import FrozenParts, Setup
 from lvrpo.trainer.config import ConfigError, TrainConfig
 from lvrpo.trainer.evaluate import Planned, held_out, measure_all
 from lvrpo.trainer.measurement import Measurement
@@ -227,7 +227,7 @@ def evaluate_run(directory: Path, options: EvalOptions) -> tuple[list[Result], l
         DataError: the data is wrong, or no rule and no answer tells what is right in it.
         ValueError: a way of sampling is named that there is no prompt for.
     """
-    setup, parts, policy = load_policy(directory)
+    setup, parts = read_run(directory)
     config, task = options.config(setup.config), setup.task(parts, options.data)
     split = cast(Split, options.split)
     prompts = {skill: held_out(task, split, skill, options.items) for skill in SKILLS}
@@ -247,7 +247,8 @@ def evaluate_run(directory: Path, options: EvalOptions) -> tuple[list[Result], l
             for text in (example.prompt, example.answer or "")
         ]
         notes = foreign_notes(parts.family.words, texts, options.data)
-    rewards = _rewards(directory, setup, task, notes)
+    policy = policy_at(directory, setup, parts)
+    rewards = _rewards(directory, setup, parts, task, notes)
     plan = [
         Planned(way, prompts[way.skill], rewards)
         for way in named or options.default_samplings(config)
@@ -277,9 +278,11 @@ def _source_of(config: TrainConfig, split: Split) -> str:
     return named or f"the {split} split"
 
 
-def _rewards(directory: Path, setup: Setup, task: Task, notes: list[str]) -> Rewards:
+def _rewards(
+    directory: Path, setup: Setup, parts: FrozenParts, task: Task, notes: list[str]
+) -> Rewards:
     """The rewards of the run; none, and a note, where they cannot be made."""
-    reference = load_reference(directory, setup, task)
+    reference = load_reference(directory, setup, parts)
     if reference is None:
         notes.append("the warm start goes on: rewards are not measured yet")
         return {}

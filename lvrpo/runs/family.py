@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, Protocol
 
 from torch import Tensor
@@ -108,6 +109,15 @@ class Family(Protocol):
 
     def answer_length(self, parts: Any, answer: str) -> int:
         """Tokens of an answer, its end left out."""
+
+    def export(self, policy: Any, folder: Path, *, adapter: bool) -> None:
+        """Write a policy of this family into a new folder, for others to read.
+
+        Args:
+            policy: may be changed by it.
+            folder: to be made, or empty.
+            adapter: whether only what a LoRA has trained is written, if there is one.
+        """
 
     def notes(self, parts: Any) -> list[str]:
         """Lines worth reading before the first step."""

@@ -126,6 +126,15 @@ class HuggingFaceFamily:
         tokenizer = getattr(self._processor, "tokenizer", self._processor)
         return len(tokenizer(answer, add_special_tokens=False)["input_ids"])
 
+    def export(self, policy: HuggingFacePolicy, folder: Path, *, adapter: bool) -> None:
+        """The folder as `save_pretrained` writes it, in fp32; a LoRA is merged, or alone."""
+        model = policy.model
+        if not adapter:
+            policy.reader.processor.save_pretrained(folder)
+            if self.config.model.lora_rank:
+                model = model.merge_and_unload()
+        model.save_pretrained(folder)
+
     def notes(self, parts: FolderParts) -> list[str]:
         """None."""
         return []

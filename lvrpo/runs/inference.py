@@ -13,7 +13,13 @@ from lvrpo.data.jsonl import DataError, load_picture
 from lvrpo.data.words import words_of
 from lvrpo.models.protocol import Policy
 from lvrpo.runs.changes import fingerprint
-from lvrpo.runs.checkpoint import load_newest
+from lvrpo.runs.checkpoint import (
+    Checkpoint,
+    checkpoints,
+    load_checkpoint,
+    load_newest,
+    step_of,
+)
 from lvrpo.runs.config_file import load_config
 from lvrpo.runs.directory import RunDirectoryError, is_run, require_format
 from lvrpo.runs.gallery import save_enlarged
@@ -21,7 +27,6 @@ from lvrpo.runs.setup import FrozenParts, Setup
 from lvrpo.trainer.sampling import answer_sampling
 from lvrpo.trainer.schedule import flow_guidance, flow_schedule
 from lvrpo.trainer.state import load_weights
-from lvrpo.trainer.task import Task
 
 #: First words that tell a question, and a request to draw, in English.
 _QUESTIONS = frozenset(
@@ -31,6 +36,23 @@ _REQUESTS = frozenset(("draw", "paint", "sketch", "create", "generate", "render"
 _NAMED = 5  # unknown words that are told one by one
 
 
+def read_run(directory: Path) -> tuple[Setup, FrozenParts]:
+    """What a run is made of; no weight of its model is read.
+
+    Raises:
+        RunDirectoryError: not a run, or it has only begun.
+        CheckpointError: `task/` is damaged.
+    """
+    if not is_run(directory):
+        raise RunDirectoryError(f"{directory} is not a run: it has no config.toml")
+    require_format(directory)
+    setup = Setup(load_config(directory / "config.toml"))
+    parts = setup.saved_parts(directory)
+    if parts is None or not checkpoints(directory / "checkpoints"):
+        raise RunDirectoryError(f"{directory} has no checkpoint yet: lvrpo train {directory}")
+    return setup, parts
+
+
 def load_policy(directory: Path) -> tuple[Setup, FrozenParts, Policy]:
     """The averaged weights of a run's newest checkpoint, ready to sample from.
 
@@ -38,36 +60,49 @@ def load_policy(directory: Path) -> tuple[Setup, FrozenParts, Policy]:
         RunDirectoryError: not a run, or no checkpoint yet.
         CheckpointError: the checkpoint is damaged.
     """
-    if not is_run(directory):
-        raise RunDirectoryError(f"{directory} is not a run: it has no config.toml")
-    require_format(directory)
-    config = load_config(directory / "config.toml")
-    setup = Setup(config)
-    parts, newest = setup.saved_parts(directory), load_newest(directory / "checkpoints")
-    if parts is None or newest is None:
-        raise RunDirectoryError(f"{directory} has no checkpoint yet: lvrpo train {directory}")
-    newest.require({"fingerprint": fingerprint(config), "task": parts.fingerprint})
-    policy = setup.new_policy(parts)
-    is_average = "average.n_averaged" in newest.tensors  # the warm start goes on
-    load_weights(policy.module, newest.snapshot(), "average.module." if is_average else "model.")
-    policy.module.requires_grad_(False)
-    return setup, parts, policy
+    setup, parts = read_run(directory)
+    return setup, parts, policy_at(directory, setup, parts)
 
 
-def load_reference(directory: Path, setup: Setup, task: Task) -> Policy | None:
+def policy_at(directory: Path, setup: Setup, parts: FrozenParts, step: int | None = None) -> Policy:
+    """The averaged weights of a checkpoint, ready to sample from.
+
+    Args:
+        directory: of the run.
+        setup: of the run.
+        parts: of the run.
+        step: of the checkpoint; None for the newest.
+
+    Raises:
+        RunDirectoryError: there is none of this step.
+        CheckpointError: the checkpoint is damaged.
+    """
+    found = {step_of(path): path for path in checkpoints(directory / "checkpoints")}
+    if step is not None and step not in found:
+        there = ", ".join(map(str, found))
+        raise RunDirectoryError(f"{directory} has no checkpoint of step {step}; there are {there}")
+    saved = load_checkpoint(found[max(found) if step is None else step])
+    # Those of the warm start have an average.
+    prefix = "average.module." if "average.n_averaged" in saved.tensors else "model."
+    return _policy_of(saved, setup, parts, prefix)
+
+
+def load_reference(directory: Path, setup: Setup, parts: FrozenParts) -> Policy | None:
     """The frozen policy of the end of a run's warm start; None while that goes on.
 
     Raises:
         CheckpointError: it is damaged, or of a run of another configuration.
     """
     saved = load_newest(directory / "reference")
-    if saved is None:
-        return None
-    saved.require({"fingerprint": fingerprint(setup.config), "task": task.fingerprint})
-    reference = task.new_policy()
-    load_weights(reference.module, saved.snapshot())
-    reference.module.requires_grad_(False)
-    return reference
+    return None if saved is None else _policy_of(saved, setup, parts)
+
+
+def _policy_of(saved: Checkpoint, setup: Setup, parts: FrozenParts, prefix: str = "") -> Policy:
+    saved.require({"fingerprint": fingerprint(setup.config), "task": parts.fingerprint})
+    policy = setup.new_policy(parts)
+    load_weights(policy.module, saved.snapshot(), prefix)
+    policy.module.requires_grad_(False)
+    return policy
 
 
 def foreign_notes(known: Iterable[str], texts: Sequence[str], data: Path) -> list[str]:

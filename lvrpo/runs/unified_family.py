@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor
 from lvrpo.data.sources import LabelErrors, Source
 from lvrpo.models.flow import noise_floor_note
 from lvrpo.models.transformer import Transformer
+from lvrpo.models.unified.folder import save_unified
 from lvrpo.models.unified.latents import LinearAutoencoder
 from lvrpo.models.unified.model import UnifiedConfig, UnifiedModel
 from lvrpo.models.unified.policy import UnifiedPolicy
@@ -142,6 +144,10 @@ class UnifiedFamily:
     def answer_length(self, parts: UnifiedParts, answer: str) -> int:
         """See `Family`."""
         return len(Tokenizer(parts.words).encode(answer))
+
+    def export(self, policy: UnifiedPolicy, folder: Path, *, adapter: bool) -> None:
+        """A folder that `load_unified` reads."""
+        save_unified(policy, folder)
 
     def notes(self, parts: UnifiedParts) -> list[str]:
         """How far the image clip is from rounding."""

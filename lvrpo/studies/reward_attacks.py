@@ -22,7 +22,7 @@ from lvrpo.rewards.parts import Verdicts
 from lvrpo.rewards.reward import Reward, Samples
 from lvrpo.rewards.semantic import SemanticReward
 from lvrpo.runs.directory import RunDirectoryError
-from lvrpo.runs.inference import load_policy, load_reference
+from lvrpo.runs.inference import load_reference, read_run
 from lvrpo.runs.setup import Setup
 from lvrpo.studies.attacks import ascend, plain_attacks, scores_of, search
 
@@ -114,9 +114,9 @@ def reward_attacks(directory: Path, *, items: int, seed: int) -> RewardAttacks:
         RewardError: a reward cannot be made, or fails.
         RunDirectoryError: no run, its warm start goes on, or it has no reward of drawings.
     """
-    setup, parts, _ = load_policy(directory)
+    setup, parts = read_run(directory)
     task = setup.task(parts)
-    reference = load_reference(directory, setup, task)
+    reference = load_reference(directory, setup, parts)
     if reference is None:
         raise RunDirectoryError(
             f"{directory} has not finished its warm start, whose end its rewards are made from: "

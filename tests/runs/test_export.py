@@ -1,0 +1,94 @@
+"""`lvrpo export`: a folder with the weights of a run, whole or not at all."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from runs.test_bad_input import refused
+from runs.tiny import command
+
+from lvrpo.models.unified.folder import load_unified
+from lvrpo.runs.checkpoint import checkpoints, load_checkpoint
+from lvrpo.runs.inference import load_policy, load_reference, read_run
+from lvrpo.trainer.sampling import answer_sampling
+
+
+def exported(run: Path, folder: Path, *options: object) -> dict[str, torch.Tensor]:
+    result = command("export", run, folder, *options)
+    assert result.exit_code == 0, result.output
+    return dict(load_unified(folder).module.state_dict())
+
+
+def same(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> bool:
+    return ours.keys() == theirs.keys() and all(torch.equal(ours[n], theirs[n]) for n in ours)
+
+
+def test_the_folder_is_the_policy_that_the_run_samples(trained, tmp_path):
+    found = exported(trained, tmp_path / "model")
+    setup, parts, policy = load_policy(trained)
+    assert same(found, dict(policy.module.state_dict()))
+    again = load_unified(tmp_path / "model")
+    assert again.answer_range == policy.answer_range
+    assert again.latent_grid == policy.latent_grid
+    questions = setup.data.source.examples("test", "understand", 4, 0)
+    how = {"sampling": answer_sampling(setup.config.rollout), "seed": 1, "step": 0}
+    ours, theirs = (each.sample_texts(questions, 2, **how) for each in (policy, again))
+    assert ours.token_ids == theirs.token_ids
+    assert ours.texts == theirs.texts
+    assert torch.equal(ours.logprobs, theirs.logprobs)
+    latents = torch.randn(2, *policy.latent_shape)
+    assert torch.equal(policy.draw(latents), again.draw(latents))
+    assert parts.family.words == again.tokenizer.words
+
+
+def test_a_step_and_the_reference_can_be_chosen(trained, tmp_path):
+    setup, parts = read_run(trained)
+    reference = load_reference(trained, setup, parts)
+    assert same(
+        exported(trained, tmp_path / "reference", "--reference"),
+        dict(reference.module.state_dict()),
+    )
+    kept = [load_checkpoint(path) for path in checkpoints(trained / "checkpoints")]
+    assert len(kept) > 1
+    for each in kept:
+        found = exported(trained, tmp_path / f"{each.step}", "--step", each.step)
+        assert same(found, {n: each.tensors[f"model.{n}"] for n in found})
+
+
+def test_nothing_is_replaced_and_nothing_is_left_half(trained, tmp_path, monkeypatch):
+    there = tmp_path / "there"
+    there.mkdir()
+    assert "is there already" in refused("export", trained, there)
+    assert "no folder" in refused("export", trained, tmp_path / "a" / "b")
+    assert "there are" in refused("export", trained, tmp_path / "new", "--step", 99)
+    assert "model.lora_rank is 0" in refused("export", trained, tmp_path / "new", "--adapter")
+    both = refused("export", trained, tmp_path / "new", "--reference", "--step", 3)
+    assert "expected one of them" in both
+    assert "is not a run" in refused("export", tmp_path, tmp_path / "new")
+
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device", "model.safetensors")
+
+    monkeypatch.setattr("lvrpo.models.unified.folder.save_model", full)
+    assert "No space left" in refused("export", trained, tmp_path / "new")
+    assert [path.name for path in tmp_path.iterdir()] == ["there"]
+
+
+def test_a_folder_that_is_none_is_refused(trained, tmp_path):
+    folder = tmp_path / "model"
+    exported(trained, folder)
+    described = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(described | {"format": "other"}))
+    with pytest.raises(ValueError, match="the format 'other', expected 'lvrpo-unified-1'"):
+        load_unified(folder)
+    (folder / "config.json").write_text(
+        json.dumps(described | {"model": described["model"] | {"layers": 2}})
+    )
+    with pytest.raises(ValueError, match=r"model.safetensors: .*generate.1"):
+        load_unified(folder)
+    (folder / "config.json").unlink()
+    with pytest.raises(FileNotFoundError, match=r"has no config\.json"):
+        load_unified(folder)
