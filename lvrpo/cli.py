@@ -109,6 +109,7 @@ def train(
         from lvrpo.runs.commands import describe_run, run_training
         from lvrpo.runs.config_file import load_config, to_toml
         from lvrpo.runs.opening import open_run
+        from lvrpo.runs.processes import processes
 
         if print_config:
             typer.echo(to_toml(load_config(config, overrides)), nl=False)
@@ -125,7 +126,7 @@ def train(
             dry=dry_run,
         )
         try:
-            with opening as opened:
+            with processes(), opening as opened:
                 if dry_run:
                     for line in describe_run(opened):
                         typer.echo(f"# {line}")  # so that the whole is TOML

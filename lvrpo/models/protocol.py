@@ -241,6 +241,9 @@ class Policy(Protocol):
     def device(self) -> torch.device:
         """Where the module is."""
 
+    def to(self, device: torch.device) -> Policy:
+        """The policy with all that it has on a device; what it had may have been moved there."""
+
     def sample_texts(
         self,
         examples: Sequence[Example],

@@ -29,6 +29,7 @@ CHANGEABLE = RATE | {
     "run.eval_items",
     "run.frontier_items",
     "run.threads",
+    "run.device",
     "eval.temperature",
     "eval.top_k",
     "eval.top_p",

@@ -24,6 +24,7 @@ from lvrpo.runs.config_file import load_config
 from lvrpo.runs.directory import RunDirectoryError, is_run, require_format
 from lvrpo.runs.gallery import save_enlarged
 from lvrpo.runs.setup import FrozenParts, Setup
+from lvrpo.trainer.placement import run_device
 from lvrpo.trainer.sampling import answer_sampling
 from lvrpo.trainer.schedule import flow_guidance, flow_schedule
 from lvrpo.trainer.state import load_weights
@@ -54,18 +55,19 @@ def read_run(directory: Path) -> tuple[Setup, FrozenParts]:
 
 
 def load_policy(directory: Path) -> tuple[Setup, FrozenParts, Policy]:
-    """The averaged weights of a run's newest checkpoint, ready to sample from.
+    """The averaged weights of a run's newest checkpoint, ready to sample from on `run.device`.
 
     Raises:
         RunDirectoryError: not a run, or no checkpoint yet.
         CheckpointError: the checkpoint is damaged.
     """
     setup, parts = read_run(directory)
-    return setup, parts, policy_at(directory, setup, parts)
+    policy = policy_at(directory, setup, parts)
+    return setup, parts, policy.to(run_device(setup.config.run.device))
 
 
 def policy_at(directory: Path, setup: Setup, parts: FrozenParts, step: int | None = None) -> Policy:
-    """The averaged weights of a checkpoint, ready to sample from.
+    """The averaged weights of a checkpoint, on the CPU.
 
     Args:
         directory: of the run.
@@ -88,7 +90,7 @@ def policy_at(directory: Path, setup: Setup, parts: FrozenParts, step: int | Non
 
 
 def load_reference(directory: Path, setup: Setup, parts: FrozenParts) -> Policy | None:
-    """The frozen policy of the end of a run's warm start; None while that goes on.
+    """The frozen policy of the end of a run's warm start, on the CPU; None while that goes on.
 
     Raises:
         CheckpointError: it is damaged, or of a run of another configuration.

@@ -26,6 +26,7 @@ from lvrpo.runs.probe import probe_rewards
 from lvrpo.runs.setup import Data, Setup, used_rewards
 from lvrpo.trainer.config import ConfigError, TrainConfig
 from lvrpo.trainer.objective import Objective
+from lvrpo.trainer.placement import run_device
 from lvrpo.trainer.schedule import flow_schedule
 
 
@@ -40,7 +41,8 @@ def check_config(config: TrainConfig) -> Setup:
         DataError: a line or picture of a JSONL file is wrong.
         RewardError: a reward cannot be imported, or fails or says nothing on the training data.
     """
-    _check_backend(config.run.backend)
+    device = run_device(config.run.device)
+    _check_backend(config.run.backend, device)
     with _named("rollout"):
         schedule = flow_schedule(config.rollout)
     if config.rollout.generate_prompts and not schedule.stochastic_steps:
@@ -63,7 +65,7 @@ def check_config(config: TrainConfig) -> Setup:
         parts = setup.unfitted_parts()
         with torch.device("meta"):
             policy = setup.new_policy(parts)
-        _check_memory(setup, policy)
+        _check_memory(setup, policy, device)
     _check_stop_tokens(config, policy)
     with _named("rewards"):
         probe_rewards(setup, parts)
@@ -81,8 +83,8 @@ def _check_curriculum(setup: Setup) -> None:
             setup.curriculum.pick(drawn, count, 1)
 
 
-def _check_backend(name: str) -> None:
-    """Refuse a backend that does not exist, or that has nothing to train with on a CPU here."""
+def _check_backend(name: str, device: torch.device) -> None:
+    """Refuse a backend that does not exist, or that has nothing to train with on the device."""
     given = f"run.backend is {name!r}"
     if not name:
         name = os.environ.get("LVRPO_BACKEND", "")
@@ -93,22 +95,24 @@ def _check_backend(name: str) -> None:
     if name not in known:
         raise ConfigError(f'{given}, expected one of {", ".join(known)}, or "" for the first')
     backend = backends.named(name)
-    why_not = backend.why_not("linear_grpo_loss", [torch.empty(0)])
+    why_not = backend.why_not("linear_grpo_loss", [torch.empty(0, device=device)])
     if reason := backend.why_unavailable() or "; ".join(why_not):
         raise ConfigError(f"{given}, which cannot run here: {reason}")
 
 
-def _check_memory(setup: Setup, policy: LaidOutPolicy) -> None:
+def _check_memory(setup: Setup, policy: LaidOutPolicy, device: torch.device) -> None:
     """Refuse a model whose weights, reference, gradient and moments do not fit."""
     counted = Parameters.of(policy.module)
     section = setup.config.optimizer
     kept = section.minibatches * section.updates_per_rollout > 1
     needed = sum(memory.state(counted, Numerics(), ranks=1, kept=kept).values())
-    there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    owner, there = "this machine", os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if device.type == "cuda":
+        owner, there = str(device), torch.cuda.get_device_properties(device).total_memory
     if needed > there:
         raise ConfigError(
             f"{setup.family.described} make {counted.total:,} parameters, whose training needs "
-            f"{math.ceil(needed / 2**30):,} GiB at least; this machine has {there / 2**30:.0f} GiB"
+            f"{math.ceil(needed / 2**30):,} GiB at least; {owner} has {there / 2**30:.0f} GiB"
         )
 
 

@@ -76,6 +76,7 @@ class RunSection:
     eval_items: Count = 2048
     frontier_items: Count = 256  # sampled in groups, from sharp to diverse; 0: none
     threads: Annotated[int, Field(ge=0, le=1024)] = 0  # 0: torch's own choice
+    device: str = ""  # of the policy and its reference: "cpu", "cuda" or "cuda:N"; empty: the CPU
     backend: str = ""  # of every op, a name of `lvrpo.backends.ALL`; empty: the first that can run
     shuffle_rewards: bool = False  # the control: rewards are permuted within each group
 

@@ -27,6 +27,7 @@ from lvrpo.trainer.experience import gather_experience
 from lvrpo.trainer.journal import Interrupts, Journal, Snapshot
 from lvrpo.trainer.minibatches import minibatches
 from lvrpo.trainer.objective import Objective
+from lvrpo.trainer.placement import run_device
 from lvrpo.trainer.schedule import flow_schedule, window_start
 from lvrpo.trainer.state import TrainState, load_weights
 from lvrpo.trainer.task import Rewards, Task, warm_start_examples
@@ -69,7 +70,7 @@ def train(config: TrainConfig, task: Task, journal: Journal, interrupts: Interru
         RewardError: a reward function failed.
         SelfTestError: the update does not reproduce the rollout.
     """
-    policy = task.new_policy()
+    policy = task.new_policy().to(run_device(config.run.device))
     for skill in SKILLS:
         prompts = getattr(config.rollout, f"{skill}_prompts")
         if prompts and skill not in policy.skills:
@@ -173,7 +174,7 @@ def _reference(training: _Training) -> Policy:
     state, journal = training.state, training.journal
     if state.step == training.config.warm_start.steps:
         journal.save_reference(Snapshot(state.step, state.model.state_dict()))
-    reference = training.task.new_policy()
+    reference = training.task.new_policy().to(training.policy.device)
     load_weights(reference.module, journal.reference())
     reference.module.requires_grad_(False)
     return reference

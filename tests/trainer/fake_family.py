@@ -72,6 +72,10 @@ class LinearPolicy:
     def device(self) -> torch.device:
         return self.module.head.weight.device
 
+    def to(self, device: torch.device) -> LinearPolicy:
+        self.module.to(device)
+        return self
+
     def answer_ids(self, text: str) -> list[int]:
         return [*map(WORDS.index, text.split()), END]
 

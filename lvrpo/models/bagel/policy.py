@@ -7,6 +7,7 @@ after which the answer's own `<|im_start|>` stands: what is sampled begins behin
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -95,6 +96,11 @@ class BagelPolicy(PackedPolicy):
     ) -> BagelPolicy:
         """See `load_bagel` and `from_checkpoint`."""
         return cls.from_checkpoint(load_bagel(path, dtype=dtype), drawing, backend=backend)
+
+    def to(self, device: torch.device) -> BagelPolicy:
+        """See `lvrpo.models.protocol.Policy`."""
+        autoencoder = self.autoencoder.to(device)
+        return dataclasses.replace(self, module=self.module.to(device), autoencoder=autoencoder)
 
     def builder(self) -> BagelBuilder:
         """An empty packed buffer for this model."""

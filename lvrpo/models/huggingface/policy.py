@@ -6,6 +6,7 @@ computed once for all answers. Nothing drops out: modules stay in evaluation mod
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -50,6 +51,10 @@ class HuggingFacePolicy:
     def device(self) -> torch.device:
         """Where the model reads tokens."""
         return self.model.get_input_embeddings().weight.device  # type: ignore[no-any-return]
+
+    def to(self, device: torch.device) -> HuggingFacePolicy:
+        """See `lvrpo.models.protocol.Policy`."""
+        return dataclasses.replace(self, model=self.model.to(device))
 
     @property
     def answer_range(self) -> tuple[int, int]:

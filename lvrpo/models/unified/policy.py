@@ -7,6 +7,8 @@ depend on what else is in the batch.
 
 from __future__ import annotations
 
+import copy
+import dataclasses
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -295,6 +297,11 @@ class UnifiedPolicy(PackedPolicy):
     def decode(self, ids: Sequence[int]) -> str:
         """See `PackedPolicy`."""
         return self.tokenizer.decode(ids)
+
+    def to(self, device: torch.device) -> UnifiedPolicy:
+        """See `lvrpo.models.protocol.Policy`; the autoencoder is copied."""
+        autoencoder = copy.deepcopy(self.autoencoder).to(device)
+        return dataclasses.replace(self, module=self.module.to(device), autoencoder=autoencoder)
 
     def encode(self, images: Tensor) -> Tensor:
         """See `PackedPolicy`."""
