@@ -19,6 +19,13 @@ SKILLS: tuple[Skill, ...] = get_args(Skill)
 Picture: TypeAlias = NDArray[np.float32]  # [C, H, W] in [0, 1]
 
 
+class Video(NamedTuple):
+    """Pictures of one size, one after the other."""
+
+    frames: NDArray[np.float32]  # [F, C, H, W] in [0, 1]
+    fps: float  # frames a second
+
+
 class Rule(Protocol):
     """What a drawing must satisfy. Only what made it can read it; here two are told apart."""
 
@@ -36,6 +43,8 @@ class Example:
         uid: stable name, unique in a data set; random streams and reports are keyed by it.
         prompt: what the model reads.
         image: [C, H, W] fp32 in [0, 1], the picture asked about, if there is one; understand only.
+        further_images: the others that are asked about, each of its own size; understand only.
+        videos: likewise.
         answer: the right answer, which is imitated; understand only.
         other_answers: answers that are as right; understand only.
         rule: what a drawing must satisfy; None where no rule can check it.
@@ -56,6 +65,8 @@ class Example:
     kind: str = ""
     cluster: str = ""
     extra: Mapping[str, Any] = field(default_factory=dict)
+    further_images: tuple[Picture, ...] = ()
+    videos: tuple[Video, ...] = ()
 
     def __post_init__(self) -> None:
         if self.task not in SKILLS:
@@ -64,16 +75,19 @@ class Example:
             self._require("answer")
             self._refuse("rule", "target")
         else:
-            self._refuse("image", "answer")
-            if self.other_answers:
-                raise ValueError(
-                    f"Example {self.uid!r}: task {self.task!r} takes no 'other_answers'"
-                )
+            self._refuse("image", "answer", "other_answers", "further_images", "videos")
+        if self.further_images and self.image is None:
+            raise ValueError(f"Example {self.uid!r}: 'further_images' without an 'image'")
 
     @property
     def answers(self) -> tuple[str, ...]:
         """All right answers, the one that is imitated first; none of a drawing."""
         return () if self.answer is None else (self.answer, *self.other_answers)
+
+    @property
+    def images(self) -> tuple[Picture, ...]:
+        """All pictures of the prompt, in the order in which it is read."""
+        return () if self.image is None else (self.image, *self.further_images)
 
     def _require(self, *names: str) -> None:
         for name in names:
@@ -82,20 +96,21 @@ class Example:
 
     def _refuse(self, *names: str) -> None:
         for name in names:
-            if getattr(self, name) is not None:
+            given = getattr(self, name)
+            if given is not None and not (isinstance(given, tuple) and not given):
                 raise ValueError(f"Example {self.uid!r}: task {self.task!r} takes no {name!r}")
 
     @property
     def identity(self) -> Identity | None:
         """What two splits may not share: it would give an answer, or a right drawing, away.
 
-        A question is known by its wording and its picture, if it has one; a drawing by its rule
+        A question is known by its wording and its pictures, if it has some; a drawing by its rule
         (two wordings of one layout are one prompt), or by wording and target where there is no
         rule. A drawing prompt with neither has nothing to give away: a finite set of prompts may be
         trained on and measured with.
         """
-        if self.image is not None:
-            return Identity("question and picture", picture_hash(self.image, salt=self.prompt))
+        if self.images or self.videos:
+            return Identity("question and picture", shown_hash(self, salt=self.prompt))
         if self.task == "understand":
             return Identity("question", _digest(self.prompt))
         if self.rule is not None:
@@ -119,13 +134,13 @@ def _digest(text: str) -> str:
 def cluster_of(example: Example) -> str:
     """Equal for two prompts that are not independent of each other, which errors have to know.
 
-    `Example.cluster`; where it is empty, questions about one picture are a cluster, and requests of
-    one rule; or what has one wording, where there is neither.
+    `Example.cluster`; where it is empty, questions about the same pictures are a cluster, and
+    requests of one rule; or what has one wording, where there is neither.
     """
     if example.cluster:
         return example.cluster
-    if example.image is not None:
-        return picture_hash(example.image)
+    if example.images or example.videos:
+        return shown_hash(example)
     return example.prompt if example.rule is None else example.rule.key
 
 
@@ -135,6 +150,13 @@ def picture_hash(picture: NDArray[Any], *, salt: str = "") -> str:
     digest = hashlib.blake2b(f"{pixels.shape} {salt}".encode(), digest_size=16)
     digest.update(pixels.tobytes())
     return digest.hexdigest()
+
+
+def shown_hash(example: Example, *, salt: str = "") -> str:
+    """Hash of the pictures and videos of a prompt; of one picture, its `picture_hash`."""
+    found = [picture_hash(picture, salt=salt) for picture in example.images]
+    found += [picture_hash(frames, salt=f"{fps} {salt}") for frames, fps in example.videos]
+    return found[0] if len(found) == 1 else _digest(" ".join(found))
 
 
 def check_disjoint(splits: Mapping[str, Iterable[Example]]) -> None:

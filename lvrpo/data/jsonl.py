@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias, overload
@@ -11,7 +12,8 @@ from typing import TYPE_CHECKING, Any, TypeAlias, overload
 import numpy as np
 from numpy.typing import NDArray
 
-from lvrpo.data.example import SKILLS, Example, Identity, Picture, Rule
+from lvrpo.data.example import SKILLS, Example, Identity, Picture, Rule, Video
+from lvrpo.data.marks import check_marks
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -19,10 +21,33 @@ if TYPE_CHECKING:
 #: (what a line says, [C, H, W] of the drawings) to the rule that it means.
 RuleParser: TypeAlias = Callable[[Mapping[str, Any], tuple[int, int, int]], Rule]
 
-_FIELDS = ("task", "prompt", "image", "answer", "rule", "target", "id", "kind")
+#: What the fields of a line hold, in words and as a check; answers have a parser of their own.
+_FIELDS: dict[str, tuple[str, Callable[[Any], bool]]] = {
+    "task": ("a string", lambda value: isinstance(value, str)),
+    "prompt": ("a string", lambda value: isinstance(value, str)),
+    "image": ("a string", lambda value: isinstance(value, str)),
+    "images": ("a list of files", lambda value: _is_names(value)),
+    "videos": (
+        "a list of videos, each a list of the files of its frames",
+        lambda value: isinstance(value, list) and bool(value) and all(map(_is_names, value)),
+    ),
+    "fps": (
+        "the frames a second of its videos, a number above 0",
+        lambda value: type(value) in (int, float) and 0 < value < math.inf,
+    ),
+    "answer": ("", lambda value: True),
+    "rule": ("an object", lambda value: isinstance(value, dict)),
+    "target": ("a string", lambda value: isinstance(value, str)),
+    "id": ("a string", lambda value: isinstance(value, str)),
+    "kind": ("a string", lambda value: isinstance(value, str)),
+}
 _NEEDED = {"understand": ("answer",), "generate": ()}
-_REFUSED = {"understand": ("rule", "target"), "generate": ("image", "answer")}
-_PICTURES = ("image", "target")
+_REFUSED = {
+    "understand": ("rule", "target"),
+    "generate": ("image", "images", "videos", "fps", "answer"),
+}
+#: Frames a second of a video that says nothing else: what readers of videos sample them at.
+FPS = 2.0
 _MODES = {1: "L", 3: "RGB"}
 #: Pixels that one file keeps in memory; pictures beyond it are decoded whenever they are taken.
 KEPT_BYTES = 512 << 20
@@ -37,11 +62,11 @@ class DataError(ValueError):
 class JsonlExamples(Sequence[Example]):
     """The examples of one file.
 
-    Fields of a line: "task" ("understand" or "generate") and "prompt" always; "image" and "answer"
-    to understand, the answer a string, an integer, or a list of several that are right; "rule" and
-    "target" optional to generate; "id" and "kind" optional. Any other is the user's own and becomes
-    an entry of `Example.extra`. Paths are relative to the file.
-    docs/data.md has examples.
+    Fields of a line: "task" ("understand" or "generate") and "prompt" always; "answer" to
+    understand, a string, an integer, or a list of several that are right, and optionally "image" or
+    "images", "videos" and their "fps"; "rule" and "target" optional to generate; "id" and "kind"
+    optional. Any other is the user's own and becomes an entry of `Example.extra`. Paths are
+    relative to the file. docs/data.md has examples.
 
     Every line and every picture is checked here, before anything is trained: a picture file is
     decoded once, however many lines name it, and kept as C * H * W bytes.
@@ -140,11 +165,8 @@ class JsonlExamples(Sequence[Example]):
             if name not in values:
                 raise self._error(line, name, "is missing")
         for name, value in values.items():
-            if name == "answer":
-                continue
-            wanted = dict if name == "rule" else str
-            if not isinstance(value, wanted):
-                expected = "an object" if wanted is dict else "a string"
+            expected, is_one = _FIELDS[name]
+            if not is_one(value):
                 raise self._error(line, name, f"is {value!r}, expected {expected}")
         if not values["prompt"].strip():
             raise self._error(
@@ -161,10 +183,33 @@ class JsonlExamples(Sequence[Example]):
         for name in _REFUSED[task]:
             if name in values:
                 raise self._error(line, name, f"does not belong to task {task!r}")
+        values |= self._shown(values, line)
         if "rule" in values:
             values["rule"] = self._rule(values["rule"], line)
         values["uid"] = values.pop("id", f"{self.path.stem}:{line}")
-        return values | {"line": line, "extra": extra}
+        others = ("images", "fps")  # are in what `_shown` made of them
+        kept = {name: value for name, value in values.items() if name not in others}
+        return kept | {"line": line, "extra": extra}
+
+    def _shown(self, values: Mapping[str, Any], line: int) -> dict[str, Any]:
+        """Files of the pictures and videos of a prompt, as the fields of an example."""
+        if "image" in values and "images" in values:
+            raise self._error(line, "images", "stands beside 'image', expected one of them")
+        if "fps" in values and "videos" not in values:
+            raise self._error(line, "fps", "is of videos, of which the line has none")
+        images = values.get("images") or [values[name] for name in ("image",) if name in values]
+        videos = values.get("videos", [])
+        if images or videos:
+            try:
+                check_marks(values["prompt"], images=len(images), videos=len(videos))
+            except ValueError as error:
+                raise self._error(line, "prompt", f"has {error}") from error
+        found: dict[str, Any] = {}
+        if images:
+            found |= {"image": images[0], "further_images": tuple(images[1:])}
+        if videos:
+            found["videos"] = tuple((files, values.get("fps", FPS)) for files in videos)
+        return found
 
     def _answers(self, given: Any, line: int) -> dict[str, Any]:
         """The one right answer, or the first of several and the others."""
@@ -197,10 +242,30 @@ class JsonlExamples(Sequence[Example]):
 
     def _example(self, row: Mapping[str, Any]) -> Example:
         values = {name: value for name, value in row.items() if name != "line"}
-        for name in _PICTURES:
+        line = row["line"]
+
+        def picture(file: str, field: str) -> Picture:
+            return as_floats(self._pixels(file, line, field))
+
+        for name in ("image", "target"):
             if name in values:
-                values[name] = as_floats(self._pixels(values[name], row["line"], name))
+                values[name] = picture(values[name], name)
+        if values.get("further_images"):
+            files = values["further_images"]
+            values["further_images"] = tuple(picture(file, "images") for file in files)
+        if "videos" in values:
+            values["videos"] = tuple(
+                self._video([picture(file, "videos") for file in files], fps, line)
+                for files, fps in values["videos"]
+            )
         return Example(**values)
+
+    def _video(self, frames: Sequence[Picture], fps: float, line: int) -> Video:
+        sizes = list(dict.fromkeys(frame.shape[1:] for frame in frames))
+        if len(sizes) > 1:
+            told = " and ".join(f"{height} x {width}" for height, width in sizes[:2])
+            raise self._error(line, "videos", f"has frames of {told} pixels, expected one size")
+        return Video(np.stack(frames), fps)
 
     def _pixels(self, name: str, line: int, field: str) -> NDArray[np.uint8]:
         if name in self._kept:
@@ -220,6 +285,18 @@ class JsonlExamples(Sequence[Example]):
 
     def _error(self, line: int, field: str, message: str) -> DataError:
         return DataError(f"{self.path}:{line}: field {field!r} {message}")
+
+
+def picture_files(values: Mapping[str, Any]) -> set[str]:
+    """The files that a line of a checked file names."""
+    names = {values[field] for field in ("image", "target") if values.get(field)}
+    names |= set(values.get("images") or ())
+    return names | {file for files in values.get("videos") or () for file in files}
+
+
+def _is_names(value: Any) -> bool:
+    """Whether it is a list of file names."""
+    return isinstance(value, list) and bool(value) and all(isinstance(v, str) for v in value)
 
 
 def load_picture(path: str | Path, shape: tuple[int, int, int]) -> Picture:

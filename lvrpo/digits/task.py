@@ -54,6 +54,7 @@ class SceneData:
 
     spelled = False
     training_rows: Sequence[Mapping[str, Any]] = ()
+    all_rows: Sequence[Mapping[str, Any]] = ()
 
     def __init__(self, scenes: SceneConfig) -> None:
         self.scenes = scenes

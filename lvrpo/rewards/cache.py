@@ -102,8 +102,10 @@ class CachedReward:
         about += [example.rule and example.rule.key, example.extra]
         about += [samples.texts[row], samples.finish_reasons[row]]
         digest = hashlib.blake2b(digest_size=20)
+        shown = [*example.further_images, *(frames for frames, _ in example.videos)]
+        about += [len(shown), [fps for _, fps in example.videos]]
         digest.update(json.dumps(about, sort_keys=True, default=str).encode())
-        for picture in (example.image, example.target):
+        for picture in (example.image, example.target, *shown):
             _add_pixels(digest, None if picture is None else torch.from_numpy(picture))
         drawn = samples.texts[row] is None and samples.images is not None
         at = list(samples.image_index).index(row) if drawn else 0

@@ -41,6 +41,10 @@ class FamilyData(Protocol):
     def training_rows(self) -> Sequence[Mapping[str, Any]]:
         """The lines of the training file; empty where examples are made and not read."""
 
+    @property
+    def all_rows(self) -> Sequence[Mapping[str, Any]]:
+        """The lines of all files; likewise."""
+
 
 class FamilyParts(Protocol):
     """What a family's weights are made for, kept with them."""

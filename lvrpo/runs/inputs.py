@@ -15,6 +15,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from lvrpo.data.jsonl import picture_files
 from lvrpo.rewards.registry import reward_label
 from lvrpo.runs.directory import RunDirectoryError
 from lvrpo.runs.files import sha256, write_atomically
@@ -105,7 +106,7 @@ def write_inputs(run_dir: Path, inputs: Inputs) -> None:
 def _data_file(path: Path) -> dict[str, Any]:
     content = path.read_bytes()
     rows = [json.loads(line) for line in content.decode("utf-8-sig").split("\n") if line.strip()]
-    names = sorted({row[field] for row in rows for field in ("image", "target") if row.get(field)})
+    names = sorted(set().union(*map(picture_files, rows)))
     return {
         "path": str(path),
         "lines": hashlib.sha256(content).hexdigest(),

@@ -58,6 +58,10 @@ class Data(Protocol):
         """The lines of the training file; empty where examples are made and not read."""
 
     @property
+    def all_rows(self) -> Sequence[Mapping[str, Any]]:
+        """The lines of all files; likewise."""
+
+    @property
     def rules(self) -> Rules:
         """What is right, and what can be asked about it."""
 
@@ -109,6 +113,13 @@ class JsonlData:
     def training_rows(self) -> Sequence[Mapping[str, Any]]:
         """See `Data`."""
         return self.source.train.rows
+
+    @property
+    def all_rows(self) -> Sequence[Mapping[str, Any]]:
+        """See `Data`."""
+        source = self.source
+        files = (source.train, source.validation, source.test)
+        return [row for file in files if file is not None for row in file.rows]
 
     @cached_property
     def words(self) -> list[str]:

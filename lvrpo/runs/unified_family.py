@@ -16,7 +16,7 @@ from lvrpo.models.transformer import Transformer
 from lvrpo.models.unified.folder import save_unified
 from lvrpo.models.unified.latents import LinearAutoencoder
 from lvrpo.models.unified.model import UnifiedConfig, UnifiedModel
-from lvrpo.models.unified.policy import UnifiedPolicy
+from lvrpo.models.unified.policy import UnifiedPolicy, check_shown
 from lvrpo.models.unified.shape import transformer
 from lvrpo.models.unified.tokenizer import Tokenizer
 from lvrpo.runs.family import FamilyData
@@ -74,7 +74,7 @@ class UnifiedFamily:
         )
 
     def check(self, data: FamilyData) -> None:
-        """Patches tile the pictures, of which there is one to fit the latents on."""
+        """Patches tile the pictures, of which a prompt has one, and there is one to fit latents."""
         rows = data.training_rows
         if rows and not any("target" in row or "image" in row for row in rows):
             raise ConfigError(
@@ -82,6 +82,13 @@ class UnifiedFamily:
                 "latents on: expected a 'target' with some drawing prompts, or some questions with "
                 "an 'image'"
             )
+        for row in data.all_rows:
+            images = ("image" in row) + len(row.get("further_images", ()))
+            videos = len(row.get("videos", ()))
+            try:
+                check_shown(row["uid"], row["prompt"], images=images, videos=videos)
+            except ValueError as error:
+                raise ConfigError(f"data: {error}") from error
         section = self.config.model
         channels, height, width = data.source.picture_shape
         for key in ("image_patch", "latent_patch"):

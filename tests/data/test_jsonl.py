@@ -171,3 +171,60 @@ def test_files_that_hold_nothing(write, tmp_path):
         JsonlExamples(tmp_path / "latin.jsonl", SHAPE)
     with pytest.raises(ValueError, match="2 channels"):
         JsonlExamples(write(QUESTION), (2, 16, 16))
+
+
+def test_several_pictures_and_videos(write, tmp_path):
+    seen = {"prompt": "is <image> this", "images": ["a.png", "colour.png"]}
+    film = {"prompt": "<video> what", "videos": [["a.png", "colour.png"], ["a.png"]], "fps": 4}
+    bare = {"task": "understand", "answer": "3"}
+    two, films, slow = JsonlExamples(
+        write(bare | seen, bare | film, bare | film | {"fps": None}), (3, 0, 0)
+    )
+    single, colour = JsonlExamples(write(QUESTION, QUESTION | {"image": "colour.png"}), (3, 0, 0))
+    assert [len(example.images) for example in (two, films)] == [2, 0]
+    np.testing.assert_array_equal(two.images, [single.image, colour.image])
+    assert [(len(video.frames), video.fps) for video in films.videos] == [(2, 4.0), (1, 4.0)]
+    np.testing.assert_array_equal(films.videos[0].frames, [single.image, colour.image])
+    assert [video.fps for video in slow.videos] == [jsonl.FPS] * 2
+    assert not films.extra
+    assert jsonl.picture_files(seen | film) == {"a.png", "colour.png"}
+    assert jsonl.picture_files(QUESTION | {"target": "b.png"}) == {"a.png", "b.png"}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"images": []}, "field 'images' is [], expected a list of files"),
+        ({"images": "a.png"}, "field 'images' is 'a.png', expected a list of files"),
+        ({"images": ["a.png", "none.png"]}, "field 'images' there is no file"),
+        ({"images": ["a.png"], "image": "a.png"}, "'images' stands beside 'image', expected one"),
+        (
+            {"images": ["a.png"], "prompt": "<image> or <image>"},
+            "field 'prompt' has 2 <image> in the prompt and 1 pictures, expected a picture for eac",
+        ),
+        (
+            {"images": ["a.png"], "prompt": "<video>"},
+            "field 'prompt' has 1 <video> in the prompt and 0 videos, expected a video for each",
+        ),
+        ({"videos": ["a.png"]}, "field 'videos' is ['a.png'], expected a list of videos, each a l"),
+        ({"videos": [[]]}, "field 'videos' is [[]], expected a list of videos"),
+        ({"videos": [["a.png", "wide.png"]]}, "has frames of 16 x 16 and 8 x 16 pixels, expected"),
+        ({"videos": [["a.png"]], "fps": 0}, "field 'fps' is 0, expected the frames a second"),
+        ({"videos": [["a.png"]], "fps": True}, "field 'fps' is True, expected the frames a second"),
+        ({"image": "a.png", "fps": 2}, "field 'fps' is of videos, of which the line has none"),
+        ({"task": "generate", "answer": None, "images": ["a.png"]}, "does not belong to task 'gen"),
+        ({"vidoes": [["a.png"]]}, "field 'vidoes' is unknown, 'videos' was probably meant"),
+    ],
+)
+def test_pictures_and_videos_that_cannot_be_read(write, tmp_path, change, message):
+    Image.fromarray(np.zeros((8, 16), np.uint8)).save(tmp_path / "wide.png")
+    path = write({"task": "understand", "prompt": "what", "answer": "3"} | change)
+    with pytest.raises(DataError) as error:
+        JsonlExamples(path, (3, 0, 0))
+    assert str(error.value).startswith(f"{path}:1: field ")
+    assert message in str(error.value)
+
+
+def test_marks_without_pictures_are_words_of_a_text(write):
+    (example,) = JsonlExamples(write(QUESTION | {"image": None, "prompt": "a <video> tag"}), SHAPE)
+    assert example.prompt == "a <video> tag"

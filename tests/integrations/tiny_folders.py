@@ -4,19 +4,24 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
+import torch
 from integrations.tiny_models import FAMILIES, IMAGE, SIGLIP, VOCABULARY, transformers
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 SPECIAL = {"<pad>": 0, "<bos>": 1, "<eos>": 2, "<image>": IMAGE}
+VIDEO = 61
 #: Markers that processors put around pictures, and words.
 WORDS = {f"w{number}": number for number in range(3, IMAGE)}
 MARKS = {"<boi>": 3, "<eoi>": 4, "<fake_token_around_image>": 5, "<global-img>": 6}
-MARKS |= {"<video>": 61, "<end_of_utterance>": 62}
+MARKS |= {"<video>": VIDEO, "<end_of_utterance>": 62}
 TEMPLATE = """
 {%- for message in messages %}{{ 'w10 ' }}
 {%- if message['content'] is string %}{{ message['content'] + ' ' }}
 {%- else %}{% for part in message['content'] %}
-{{- MARK if part['type'] == 'image' else part['text'] + ' ' }}{% endfor %}{% endif %}
+{{- MARK if part['type'] == 'image' else '<video> ' if part['type'] == 'video' }}
+{{- part['text'] + ' ' if part['type'] == 'text' }}
+{%- endfor %}{% endif %}
 {%- endfor %}{{ 'w11 ' if add_generation_prompt }}"""
 SIDE = SIGLIP["image_size"]
 
@@ -43,6 +48,35 @@ def tokenizer(mark: str = "<image> ") -> Any:
     )
 
 
+class Films:
+    """Frames of videos as patches for the towers of Qwen; transformers' own needs torchvision."""
+
+    patch, merge_size, temporal_patch_size = 4, 2, 2
+
+    def __call__(
+        self, videos: Any, *, do_sample_frames: bool, video_metadata: Any, **_: Any
+    ) -> dict[str, Any]:
+        """Two frames to a patch, the last one twice where it is alone."""
+        assert not do_sample_frames, "frames are left out"
+        films = transformers.video_utils.make_batched_videos(videos)
+        told = [transformers.video_utils.VideoMetadata(**each) for each in video_metadata]
+        patches, grids = [], []
+        for film in films:
+            frames = np.asarray(film).transpose(0, 3, 1, 2) / 127.5 - 1
+            frames = np.concatenate([frames, frames[-1:]]) if len(frames) % 2 else frames
+            count, channels, height, width = frames.shape
+            rows, columns, p = height // self.patch, width // self.patch, self.patch
+            cut = frames.reshape(count // 2, 2, channels, rows // 2, 2, p, columns // 2, 2, p)
+            cut = cut.transpose(0, 3, 6, 4, 7, 2, 1, 5, 8)  # merged patches are neighbours
+            patches.append(cut.reshape(count // 2 * rows * columns, -1))
+            grids.append([count // 2, rows, columns])
+        return {
+            "pixel_values_videos": torch.tensor(np.concatenate(patches), dtype=torch.float32),
+            "video_grid_thw": torch.tensor(grids),
+            "video_metadata": told,
+        }
+
+
 def processor(name: str) -> Any:
     """Of a family; of one that reads text alone, a tokenizer."""
     if not FAMILIES[name].image_tokens:
@@ -54,17 +88,19 @@ def _qwen(kind: str) -> Any:
     images = transformers.Qwen2VLImageProcessorPil(
         patch_size=4, merge_size=2, temporal_patch_size=2, min_pixels=64, max_pixels=1024
     )
-    made = tokenizer()
+    made = tokenizer("w8 <image> w9 ")  # a picture beside another is one of its own
 
     class WithoutVideos(getattr(transformers, f"{kind}Processor")):  # type: ignore[misc]
-        """The processor of videos needs torchvision."""
+        """Is made without a processor of videos."""
 
         def check_argument_for_proper_class(self, name: str, argument: Any) -> Any:
             if argument is not None:
                 return super().check_argument_for_proper_class(name, argument)
             return None
 
-    return WithoutVideos(images, made, chat_template=made.chat_template)
+    found = WithoutVideos(images, made, chat_template=made.chat_template)
+    found.video_processor = Films()
+    return found
 
 
 def _llava() -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -128,3 +129,33 @@ def test_eval_with_nothing_to_judge(trained, tmp_path):
     assert message.startswith(
         f"{path}: nothing to judge, no example has an answer, a rule or a rew"
     )
+
+
+@pytest.mark.parametrize("split", ["train", "test"])
+@pytest.mark.parametrize(
+    ("change", "given"),
+    [
+        ({"images": ["train-q0.png", "train-q1.png"]}, "2 pictures and 0 videos"),
+        ({"videos": [["train-q0.png"]]}, "0 pictures and 1 videos"),
+        (
+            {"images": ["train-q0.png"], "prompt": "is <image> dark"},
+            "its picture where <image> stands",
+        ),
+    ],
+)
+def test_more_pictures_than_the_unified_model_reads(tmp_path, split, change, given):
+    overrides = write_own_data(tmp_path)
+    row = {"task": "understand", "prompt": "which", "answer": "dark", "id": "mine"} | change
+    path = tmp_path / f"{split}.jsonl"
+    path.write_text(path.read_text() + json.dumps(row) + "\n")
+    message = refused("train", tmp_path / "run", *settings([*OVERRIDES, *overrides]))
+    assert message.startswith(f"data: mine: the prompt has {given}, expected one picture")
+    assert not (tmp_path / "run").exists()
+
+
+def test_eval_with_more_pictures_than_the_unified_model_reads(trained, tmp_path):
+    Image.new("L", (16, 16)).save(tmp_path / "a.png")
+    row = {"task": "understand", "prompt": "which", "images": ["a.png"] * 2, "answer": "3"}
+    (tmp_path / "mine.jsonl").write_text(json.dumps(row))
+    message = refused("eval", trained, "--data", tmp_path / "mine.jsonl")
+    assert message.startswith("mine:1: the prompt has 2 pictures and 0 videos")

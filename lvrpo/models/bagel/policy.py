@@ -1,8 +1,9 @@
 """BAGEL as a policy that answers and draws: its chat, its pictures, its autoencoder.
 
-A text is `<|im_start|> ... <|im_end|>`. A question is the picture, in its own size, and the words,
-after which the answer's own `<|im_start|>` stands: what is sampled begins behind it and ends with
-`<|im_end|>`. A request to draw is the words, then the noisy latents between their markers.
+A text is `<|im_start|> ... <|im_end|>`. A question is its pictures, each in its own size, and its
+words, a text wherever pictures divide them, after which the answer's own `<|im_start|>` stands:
+what is sampled begins behind it and ends with `<|im_end|>`. A request to draw is the words, then
+the noisy latents between their markers.
 """
 
 from __future__ import annotations
@@ -10,12 +11,14 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from lvrpo.data.example import Example
+from lvrpo.data.example import Example, Video
+from lvrpo.data.marks import parts_of, words_of_parts
 from lvrpo.models.bagel.autoencoder import FluxAutoencoder
 from lvrpo.models.bagel.checkpoint import BagelCheckpoint, load_bagel
 from lvrpo.models.bagel.layout import BagelBuilder
@@ -107,12 +110,26 @@ class BagelPolicy(PackedPolicy):
         return BagelBuilder(self.module.config, markers=self.tokenizer.markers)
 
     def add_prompt(self, builder: PackBuilder, example: Example) -> int:
-        """See `PackedPolicy`."""
+        """See `PackedPolicy`.
+
+        Raises:
+            ValueError: it has a video, or no picture for a mark.
+        """
         assert isinstance(builder, BagelBuilder)
         span = ROOT
-        if example.image is not None:
-            span = builder.read(resize(example.image, self.sides), span)
-        return builder.text(self.prompt_ids(example), span)
+        for part in parts_of(example):
+            if isinstance(part, str):
+                span = builder.text(self._text_ids(part), span)
+            elif isinstance(part, Video):
+                raise ValueError(
+                    f"{example.uid}: the prompt has a video, which BAGEL does not read, expected "
+                    "its frames as 'images'"
+                )
+            else:
+                span = builder.read(resize(part, self.sides), span)
+        if example.task == "understand":
+            span = builder.text([self.tokenizer.start], span)
+        return span
 
     def add_unconditional(self, builder: PackBuilder) -> int:
         """See `PackedPolicy`; BAGEL's drawing without a text is one without a context."""
@@ -120,9 +137,13 @@ class BagelPolicy(PackedPolicy):
 
     def prompt_ids(self, example: Example) -> list[int]:
         """See `PackedPolicy`."""
+        texts = (self._text_ids(words) for words in words_of_parts(example))
+        ids = list(chain.from_iterable(texts))
+        return ids if example.task == "generate" else [*ids, self.tokenizer.start]
+
+    def _text_ids(self, words: str) -> list[int]:
         tokens = self.tokenizer
-        words = [tokens.start, *tokens.encode(example.prompt), tokens.end]
-        return words if example.task == "generate" else [*words, tokens.start]
+        return [tokens.start, *tokens.encode(words), tokens.end]
 
     @property
     def end_id(self) -> int:

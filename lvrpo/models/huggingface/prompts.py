@@ -15,12 +15,11 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from lvrpo.data.example import Example, Picture
+from lvrpo.data.example import Example, Picture, Video
+from lvrpo.data.marks import parts_of
 from lvrpo.integrations.prompt_groups import PER_TOKEN, image_positions
 from lvrpo.models.huggingface.layout import Prompt
 
-#: Where a picture of an example stands in its words; pictures that none is for come before them.
-PICTURE_MARK = "<image>"
 #: Models, by `model_type`, in which a picture sees itself whole, by its tokens of type 1.
 WHOLE_PICTURES = frozenset({"gemma3"})
 #: Models whose prompts see themselves whole.
@@ -68,18 +67,12 @@ class PromptReader:
         """The prompt of a question.
 
         Raises:
-            ValueError: it has pictures that the model cannot read, or not whole; or no tokens.
+            ValueError: it has pictures or videos that the model cannot read, or not whole; or no
+                tokens.
         """
-        pictures = [] if example.image is None else [example.image]
-        if pictures and not self.has_pictures:
-            raise ValueError(
-                f"{example.uid}: the question has a picture, and a {self.kind} reads text alone, "
-                "expected a folder with a vision-language model and its processor"
-            )
-        for picture in pictures:
-            check_crop(self.processor.image_processor, picture, example.uid)
+        self._check_shown(example)
         try:
-            return self.encode(self._content(example.prompt, pictures))
+            return self.encode(self._content(example))
         except ValueError as error:
             raise ValueError(f"{example.uid}: {error}") from error
 
@@ -92,20 +85,38 @@ class PromptReader:
                 "words in it"
             )
 
-    def _content(self, words: str, pictures: Sequence[Picture]) -> list[dict[str, Any]]:
-        """Parts of a turn: pictures where they are marked, or before all words."""
-        parts = words.split(PICTURE_MARK) if self.has_pictures else [words]
-        marks = len(parts) - 1
-        if marks > len(pictures):
+    def _check_shown(self, example: Example) -> None:
+        """See that a model reads the pictures and videos of a prompt, and all of each."""
+        for name, count in (("picture", len(example.images)), ("video", len(example.videos))):
+            if count and not self.has_pictures:
+                raise ValueError(
+                    f"{example.uid}: the question has a {name}, and a {self.kind} reads text "
+                    "alone, expected a folder with a vision-language model and its processor"
+                )
+        if example.videos and getattr(self.processor, "video_processor", None) is None:
             raise ValueError(
-                f"{marks} {PICTURE_MARK} in the prompt and {len(pictures)} pictures, expected a "
-                "picture for each"
+                f"{example.uid}: the question has a video, and the "
+                f"{type(self.processor).__name__} reads pictures alone, expected a folder with a "
+                "processor of videos, for which transformers needs torchvision; or 'images'"
             )
-        shown = [{"type": "image", "image": as_image(picture)} for picture in pictures]
-        content: list[dict[str, Any]] = shown[: len(shown) - marks]
-        for part, image in itertools.zip_longest(parts, shown[len(shown) - marks :]):
-            content += [{"type": "text", "text": part}] if part else []
-            content += [] if image is None else [image]
+        for picture in example.images:
+            check_crop(self.processor.image_processor, picture, example.uid)
+        for frames, _ in example.videos:
+            check_crop(self.processor.video_processor, frames[0], example.uid)
+
+    def _content(self, example: Example) -> list[dict[str, Any]]:
+        """Parts of a turn, as chat templates of transformers take them."""
+        if not self.has_pictures:  # to which a mark is a word
+            return [{"type": "text", "text": example.prompt}]
+        content: list[dict[str, Any]] = []
+        for part in parts_of(example):
+            if isinstance(part, str):
+                content.append({"type": "text", "text": part})
+            elif isinstance(part, Video):
+                frames = [as_image(frame) for frame in part.frames]
+                content.append({"type": "video", "video": frames, "fps": part.fps})
+            else:
+                content.append({"type": "image", "image": as_image(part)})
         return content
 
     def encode(self, content: Sequence[Mapping[str, Any]]) -> Prompt:
@@ -113,12 +124,15 @@ class PromptReader:
 
         Args:
             content: of a user's turn, {"type": "text", "text": ...}, {"type": "image", "image": a
-                PIL image} or {"type": "video", "video": frames}.
+                PIL image} or {"type": "video", "video": PIL images, "fps": a number}.
 
         Raises:
-            ValueError: there are no tokens, or not those of every picture.
+            ValueError: there are no tokens, or not those of every picture; or a picture is larger
+                than the model has positions for.
         """
-        prompt = self.of_inputs(self._encoded(content))
+        inputs = self._encoded(content)
+        check_positions(self.model.config, inputs)
+        prompt = self.of_inputs(inputs)
         expected = sum(part["type"] == "image" for part in content)
         token = image_token_id(self.model.config)
         found = sum(token == each for each in prompt.token_ids)
@@ -166,18 +180,26 @@ class PromptReader:
     def _encoded(self, content: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
         how: dict[str, Any] = {"return_tensors": "pt"}
         found: Mapping[str, Any]
+        videos = [part for part in content if part["type"] == "video"]
+        of_videos = of_whole_videos(videos) if videos else {}
         if self.chat:
+            how |= {"processor_kwargs": of_videos} if of_videos else {}
             found = self._templated(content, tokenize=True, return_dict=True, **how)
             return found
         if not self.has_pictures:
             found = self.tokenizer(words_of(content), **how)
             return found
         marked = "".join(
-            part["text"] if part["type"] == "text" else self.processor.image_token
+            part["text"]
+            if part["type"] == "text"
+            else getattr(self.processor, f"{part['type']}_token")
             for part in content
         )
         shown = [part["image"] for part in content if part["type"] == "image"]
-        found = self.processor(text=[marked], images=shown or None, **how)
+        films = [part["video"] for part in videos]
+        found = self.processor(
+            text=[marked], images=shown or None, videos=films or None, **of_videos, **how
+        )
         return found
 
     def _positions(self, inputs: Mapping[str, Tensor]) -> tuple[Tensor, int]:
@@ -216,6 +238,19 @@ def as_image(picture: Picture) -> Any:
     if len(pixels) == 1:
         pixels = np.repeat(pixels, 3, axis=0)
     return Image.fromarray(np.ascontiguousarray(pixels.transpose(1, 2, 0)))
+
+
+def of_whole_videos(parts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Arguments of a processor for videos whose frames are all read, at the times they are of."""
+    told = [
+        {
+            "fps": part["fps"],
+            "total_num_frames": len(part["video"]),
+            "frames_indices": list(range(len(part["video"]))),
+        }
+        for part in parts
+    ]
+    return {"do_sample_frames": False, "video_metadata": told}
 
 
 def end_ids(model: Any, tokenizer: Any) -> tuple[int, ...]:
@@ -310,3 +345,26 @@ def check_crop(image_processor: Any, picture: Picture, uid: str) -> None:
             f"{crop['width']} pixels, expected all of it to be read: pad pictures to its shape, or "
             "set do_center_crop to false and a size of two sides in preprocessor_config.json"
         )
+
+
+def check_positions(config: Any, inputs: Mapping[str, Any]) -> None:
+    """See that a tower of a fixed grid has positions for what a processor made of pictures.
+
+    Args:
+        config: of the model.
+        inputs: of the model; pixels are [..., H, W], or patches, whose towers take any size.
+
+    Raises:
+        ValueError: it has not.
+    """
+    most = getattr(getattr(config, "vision_config", None), "image_size", None)
+    for name in ("pixel_values", "pixel_values_videos"):
+        shape = tuple(inputs[name].shape) if name in inputs else ()
+        if len(shape) < 4 or not isinstance(most, int):
+            continue
+        if max(shape[-2:]) > most:
+            raise ValueError(
+                f"the processor makes pictures of {shape[-2]} x {shape[-1]} pixels and the model "
+                f"has positions for {most} x {most} (image_size of its tower), expected a size of "
+                "at most that in preprocessor_config.json"
+            )

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from lvrpo import random
 from lvrpo.data.example import SKILLS, Example, Skill
+from lvrpo.data.marks import IMAGE_MARK
 from lvrpo.models.answer_sampler import AnswerSampler
 from lvrpo.models.flow import FlowSchedule, Guidance
 from lvrpo.models.packs import GuidedPictures, Pack, PictureGroup, TextGroup, pack_groups
@@ -270,8 +271,15 @@ class UnifiedPolicy(PackedPolicy):
     backend: str | None = None
 
     def add_prompt(self, builder: PackBuilder, example: Example) -> int:
-        """See `PackedPolicy`."""
+        """See `PackedPolicy`.
+
+        Raises:
+            ValueError: see `check_shown`.
+        """
         span = ROOT
+        check_shown(
+            example.uid, example.prompt, images=len(example.images), videos=len(example.videos)
+        )
         if example.image is not None:
             span = builder.picture(example.image, IMAGE, IMAGE_END, span)
         return builder.text(self.prompt_ids(example), span)
@@ -310,3 +318,27 @@ class UnifiedPolicy(PackedPolicy):
     def draw(self, latents: Tensor) -> Tensor:
         """See `PackedPolicy`."""
         return self.autoencoder.decode(latents)
+
+
+def check_shown(uid: str, prompt: str, *, images: int, videos: int) -> None:
+    """See that the unified model can read what a prompt shows: one picture, before its words.
+
+    Args:
+        uid: of the prompt, for the error.
+        prompt: its words.
+        images: pictures that it has.
+        videos: that it has.
+
+    Raises:
+        ValueError: it cannot.
+    """
+    given = ""
+    if images > 1 or videos:
+        given = f"{images} pictures and {videos} videos"
+    elif images and IMAGE_MARK in prompt:
+        given = f"its picture where {IMAGE_MARK} stands"
+    if given:
+        raise ValueError(
+            f"{uid}: the prompt has {given}, expected one picture at most, before the words: the "
+            "unified model reads no more, models of a folder (model.path) do"
+        )

@@ -12,6 +12,7 @@ from models.bagel.folder import AUTOENCODER, write_folder
 from models.bagel.shapes import SHAPE
 from models.bagel.tiny_policy import GRID, SIDES, Letters, questions, requests, tiny_policy
 
+from lvrpo.data.example import Video
 from lvrpo.models.bagel import BagelConfig, BagelPolicy, PictureSides, load_bagel
 from lvrpo.models.bagel.pictures import resize
 from lvrpo.models.flow import FlowSchedule, Guidance
@@ -72,6 +73,41 @@ def test_answers_have_the_oracles_log_probs(temperature):
         # Pixels between two of fp32's are laid out as one of them.
         assert (ours - expected).abs().max() < 1e-6
         assert found.texts[at] == Letters().decode(ids)
+
+
+def test_pictures_among_words_have_the_oracles_log_probs():
+    """As BAGEL's interleaved inference: every run of words is a text of its own."""
+    policy, seen = tiny_policy(), [example.image for example in questions(3)]
+    example = dataclasses.replace(
+        questions(1)[0],
+        prompt="ab <image>c<image>",
+        image=seen[0],
+        further_images=tuple(seen[1:]),
+    )
+    found = answered(policy, [example])
+    assert policy.prompt_ids(example) == [
+        *(Letters.start, *Letters().encode("ab "), Letters.end),
+        *(Letters.start, *Letters().encode("c"), Letters.end, Letters.start),
+    ]
+    first, second, third = (("read", torch.from_numpy(resize(image, SIDES))) for image in seen)
+    words = [
+        ("text", [Letters.start, *Letters().encode(text), Letters.end]) for text in ("ab ", "c")
+    ]
+    splits = [first, words[0], second, words[1], third]
+    logprobs = found.logprobs.split([len(ids) for ids in found.token_ids])
+    for ids, ours in zip(found.token_ids, logprobs, strict=True):
+        answer = ("text", [Letters.start, *ids[:-1]])
+        logits, _ = oracle.run(policy.module.state_dict(), CHAT, [*splits, answer])
+        allowed = logits[-len(ids) :, : Letters.end + 1]
+        expected = (allowed / SAMPLING.temperature).log_softmax(1)[range(len(ids)), ids]
+        assert (ours - expected).abs().max() < 1e-6
+
+
+def test_a_video_is_refused():
+    film = Video(np.zeros((2, 3, 8, 8), np.float32), 2.0)
+    example = dataclasses.replace(questions(1)[0], videos=(film,))
+    with pytest.raises(ValueError, match="question 0: the prompt has a video, which BAGEL does no"):
+        tiny_policy().prompt(example)
 
 
 def test_drawings_have_the_oracles_velocities():
