@@ -93,8 +93,7 @@ class Answers:
         tokens = torch.tensor(
             [t for i in rows for t in range(ends[i] - len(self.token_ids[i]), ends[i])],
             dtype=torch.int64,
-            device=self.logprobs.device,
-        )
+        ).to(self.logprobs.device)
         sampled_from = self.sampled_from and SampledFrom(*(x[tokens] for x in self.sampled_from))
         return dataclasses.replace(
             self,

@@ -71,6 +71,8 @@ class Device(TorchDispatchMode):
             kwargs["device"] = torch.device("cpu")
         args, kwargs = tree_map(_unwrap, (args, kwargs))
         result = func(*args, **kwargs)
+        if result is None:  # of an op in place on a list
+            return None
         if not on_device:
             # A copy to where the numbers are held would be no copy.
             return tree_map(lambda x: x.clone() if isinstance(x, Tensor) and ours else x, result)

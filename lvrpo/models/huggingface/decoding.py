@@ -56,11 +56,10 @@ class Decoding:
             builder.prompt(prompt)
         self.cache = RowCache(builder.rows)
         self.cache.rows = torch.arange(builder.rows, device=self.device)
-        ends = torch.tensor([*starts[1:], builder.rows], device=self.device)
+        ends = torch.tensor([*starts[1:], builder.rows]).to(self.device)
         self.logits = self._run(builder.build().to(self.device).inputs(weight.dtype), ends - 1)
-        self._placeholders = torch.tensor(
-            [*builder.placeholders], dtype=torch.int64, device=self.device
-        )
+        placeholders = torch.tensor([*builder.placeholders], dtype=torch.int64)
+        self._placeholders = placeholders.to(self.device)
         self._instead = builder.instead
         each = torch.arange(len(prompts), device=self.device)
         self.row_index = each.repeat_interleave(group_size)
