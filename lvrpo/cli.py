@@ -205,6 +205,7 @@ def sample(
     run: Annotated[Path, typer.Argument(help="Run directory with a checkpoint.")],
     prompt: Annotated[str, typer.Argument(help="What to draw, or a question.")],
     image: Annotated[Path | None, typer.Option(help="Picture that the question is about.")] = None,
+    edit: Annotated[bool, typer.Option("--edit", help="Draw the picture of --image anew.")] = False,
     count: Annotated[int, typer.Option("--count", "-n", min=1, help="Samples.")] = 1,
     seed: Annotated[int, typer.Option(help="Seed of the samples.")] = 0,
     output: Annotated[
@@ -217,7 +218,9 @@ def sample(
     from lvrpo.runs.inference import sample_prompt
 
     with one_line_errors(debug):
-        said, notes = sample_prompt(run, prompt, image, count=count, seed=seed, output=output)
+        said, notes = sample_prompt(
+            run, prompt, image, edit=edit, count=count, seed=seed, output=output
+        )
         _notes(notes)
         for each in said:
             typer.echo(each)

@@ -42,9 +42,9 @@ class Example:
         task: "understand" (answer in words) or "generate" (draw).
         uid: stable name, unique in a data set; random streams and reports are keyed by it.
         prompt: what the model reads.
-        image: [C, H, W] fp32 in [0, 1], the picture asked about, if there is one; understand only.
-        further_images: the others that are asked about, each of its own size; understand only.
-        videos: likewise.
+        image: [C, H, W] fp32 in [0, 1], the picture asked about or to be edited, if there is one.
+        further_images: the others, each of its own size.
+        videos: that are asked about; understand only.
         answer: the right answer, which is imitated; understand only.
         other_answers: answers that are as right; understand only.
         rule: what a drawing must satisfy; None where no rule can check it.
@@ -75,7 +75,7 @@ class Example:
             self._require("answer")
             self._refuse("rule", "target")
         else:
-            self._refuse("image", "answer", "other_answers", "further_images", "videos")
+            self._refuse("answer", "other_answers", "videos")
         if self.further_images and self.image is None:
             raise ValueError(f"Example {self.uid!r}: 'further_images' without an 'image'")
 
@@ -106,17 +106,21 @@ class Example:
 
         A question is known by its wording and its pictures, if it has some; a drawing by its rule
         (two wordings of one layout are one prompt), or by wording and target where there is no
-        rule. A drawing prompt with neither has nothing to give away: a finite set of prompts may be
-        trained on and measured with.
+        rule, and by the pictures to be edited. A drawing prompt with neither has nothing to give
+        away: a finite set of prompts may be trained on and measured with.
         """
-        if self.images or self.videos:
-            return Identity("question and picture", shown_hash(self, salt=self.prompt))
         if self.task == "understand":
+            if self.images or self.videos:
+                return Identity("question and picture", shown_hash(self, salt=self.prompt))
             return Identity("question", _digest(self.prompt))
+        edited, of = "", ""
+        if self.images:
+            edited, of = shown_hash(self), " of one picture to be edited"
         if self.rule is not None:
-            return Identity("rule", _digest(self.rule.key))
+            return Identity(f"rule{of}", _digest(self.rule.key + edited))
         if self.target is not None:
-            return Identity("wording and target", picture_hash(self.target, salt=self.prompt))
+            digest = picture_hash(self.target, salt=self.prompt + edited)
+            return Identity(f"wording and target{of}", digest)
         return None
 
 
@@ -134,8 +138,8 @@ def _digest(text: str) -> str:
 def cluster_of(example: Example) -> str:
     """Equal for two prompts that are not independent of each other, which errors have to know.
 
-    `Example.cluster`; where it is empty, questions about the same pictures are a cluster, and
-    requests of one rule; or what has one wording, where there is neither.
+    `Example.cluster`; where it is empty, questions about the same pictures are a cluster, and edits
+    of them, and requests of one rule; or what has one wording, where there is neither.
     """
     if example.cluster:
         return example.cluster

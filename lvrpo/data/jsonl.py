@@ -44,7 +44,7 @@ _FIELDS: dict[str, tuple[str, Callable[[Any], bool]]] = {
 _NEEDED = {"understand": ("answer",), "generate": ()}
 _REFUSED = {
     "understand": ("rule", "target"),
-    "generate": ("image", "images", "videos", "fps", "answer"),
+    "generate": ("videos", "fps", "answer"),
 }
 #: Frames a second of a video that says nothing else: what readers of videos sample them at.
 FPS = 2.0
@@ -63,10 +63,10 @@ class JsonlExamples(Sequence[Example]):
     """The examples of one file.
 
     Fields of a line: "task" ("understand" or "generate") and "prompt" always; "answer" to
-    understand, a string, an integer, or a list of several that are right, and optionally "image" or
-    "images", "videos" and their "fps"; "rule" and "target" optional to generate; "id" and "kind"
-    optional. Any other is the user's own and becomes an entry of `Example.extra`. Paths are
-    relative to the file. docs/data.md has examples.
+    understand, a string, an integer, or a list of several that are right; "image" or "images"
+    optional, "videos" and their "fps" to understand; "rule" and "target" optional to generate; "id"
+    and "kind" optional. Any other is the user's own and becomes an entry of `Example.extra`. Paths
+    are relative to the file. docs/data.md has examples.
 
     Every line and every picture is checked here, before anything is trained: a picture file is
     decoded once, however many lines name it, and kept as C * H * W bytes.

@@ -94,8 +94,8 @@ class Layout(Protocol):
     def prompt(self, example: Example) -> Builder:
         """A buffer with one prompt in it, whose last span its completions continue."""
 
-    def unconditional(self) -> Builder:
-        """A request to draw without its words; may be empty."""
+    def unconditional(self, example: Example) -> Builder:
+        """A request to draw without its words, but with its pictures; may be empty."""
 
 
 @dataclass(frozen=True)
@@ -215,13 +215,13 @@ def _parts(
         for some, rows in _divide(prompt.rows, lengths, most):
             yield _Part(prompt, rows, texts=completions[some])
     per_picture = _rows_of_a_picture(layout) if pictures else 0
-    unconditional = layout.unconditional() if guided is not None else None
     twice = [False] * sum(count for _, count in pictures)
     if guided is not None:
         twice = guided.which.tolist()
     first = 0
     for example, count in pictures:
         prompt = layout.prompt(example)
+        unconditional = layout.unconditional(example) if guided is not None else None
         shared = prompt.rows + (unconditional.rows if unconditional is not None else 0)
         lengths = [per_picture * (1 + is_guided) for is_guided in twice[first : first + count]]
         first += count

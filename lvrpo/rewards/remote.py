@@ -33,8 +33,9 @@ class EndpointError(RuntimeError):
 class HttpReward:
     """Scores by POST of {"samples": [...]}, answered by {"scores": [...]}, one number or null each.
 
-    A sample is {"uid", "task", "prompt", "answers", "extra", "text", "finish_reason", "image"}; the
-    last is the drawing as PNG in base64, null for a text.
+    A sample is {"uid", "task", "prompt", "answers", "extra", "text", "finish_reason", "image",
+    "edited"}; the last two are the drawing as PNG in base64, null for a text, and a list of the
+    pictures that were to be edited.
 
     Args:
         url: http or https.
@@ -136,9 +137,10 @@ def _asked_to_wait(error: urllib.error.HTTPError, otherwise: float) -> float:
 
 def _as_json(samples: Samples, row: int) -> dict[str, Any]:
     example = samples.examples[row]
-    image = None
+    image, edited = None, []
     if samples.texts[row] is None and samples.images is not None:
         image = _png(samples.images[list(samples.image_index).index(row)])
+        edited = [_png(torch.from_numpy(picture)) for picture in example.images]
     return {
         "uid": example.uid,
         "task": example.task,
@@ -148,6 +150,7 @@ def _as_json(samples: Samples, row: int) -> dict[str, Any]:
         "text": samples.texts[row],
         "finish_reason": samples.finish_reasons[row],
         "image": image,
+        "edited": edited,
     }
 
 

@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from lvrpo.data.example import Example
+from lvrpo.data.example import Example, Picture
 from lvrpo.data.jsonl import DataError, load_picture
 from lvrpo.data.words import words_of
 from lvrpo.models.protocol import Policy
@@ -195,22 +195,33 @@ def sample_prompt(
     prompt: str,
     image: Path | None,
     *,
+    edit: bool = False,
     count: int,
     seed: int,
     output: Path | None,
 ) -> tuple[Sequence[object], list[str]]:
     """Answer a prompt `count` times, or draw it into files, see `output_paths`.
 
-    A prompt with a picture is answered, and so is any prompt by a policy that does not draw.
+    A prompt with a picture is answered, unless that is to be edited, and so is any prompt by a
+    policy that does not draw.
 
     Returns:
         The answers or the files, and what to know about them.
+
+    Raises:
+        ValueError: there is no picture to be edited, or the policy does not draw.
     """
-    if image is None:  # whatever cannot be written is said before anything is drawn
+    if edit and image is None:
+        raise ValueError("--edit without a picture, expected the one to be edited as --image")
+    is_drawn = edit or image is None
+    if is_drawn:  # whatever cannot be written is said before anything is drawn
         output_paths(output, count)
     run = load_policy(directory)
-    if image is None and "generate" in run[-1].skills:
-        return _drawings(*run, prompt, count=count, seed=seed, output=output)
+    draws = "generate" in run[-1].skills
+    if edit and not draws:
+        raise ValueError(f"--edit with {directory}, whose model answers and does not draw")
+    if is_drawn and draws:
+        return _drawings(*run, prompt, image, count=count, seed=seed, output=output)
     return _answers(*run, prompt, image, count=count, seed=seed)
 
 
@@ -219,6 +230,7 @@ def _drawings(
     parts: FrozenParts,
     policy: Policy,
     prompt: str,
+    image: Path | None,
     *,
     count: int,
     seed: int,
@@ -226,7 +238,7 @@ def _drawings(
 ) -> tuple[list[Path], list[str]]:
     config = setup.config
     notes = prompt_notes(parts.family.words, prompt, is_drawn=True)
-    example = Example("generate", "command line", prompt)
+    example = Example("generate", "command line", prompt, image=_picture(image, parts))
     schedule = flow_schedule(config.rollout)
     guidance = flow_guidance(config.rollout)
     drawn = policy.sample_images(
@@ -252,12 +264,7 @@ def _answers(
     seed: int,
 ) -> tuple[list[str], list[str]]:
     notes = prompt_notes(parts.family.words, question, is_drawn=False)
-    pixels = None
-    if image is not None:
-        try:
-            pixels = load_picture(image, parts.family.picture_shape)
-        except Exception as error:  # Pillow raises a different class for every broken format
-            raise DataError(f"{image}: cannot be read: {error}") from error
+    pixels = _picture(image, parts)
     example = Example("understand", "command line", question, image=pixels, answer="")
     answers = policy.sample_texts(
         [example],
@@ -267,3 +274,12 @@ def _answers(
         step=0,
     ).texts
     return answers, notes
+
+
+def _picture(file: Path | None, parts: FrozenParts) -> Picture | None:
+    if file is None:
+        return None
+    try:
+        return load_picture(file, parts.family.picture_shape)
+    except Exception as error:  # Pillow raises a different class for every broken format
+        raise DataError(f"{file}: cannot be read: {error}") from error

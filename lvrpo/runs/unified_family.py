@@ -86,7 +86,7 @@ class UnifiedFamily:
             images = ("image" in row) + len(row.get("further_images", ()))
             videos = len(row.get("videos", ()))
             try:
-                check_shown(row["uid"], row["prompt"], images=images, videos=videos)
+                check_shown(row["task"], row["uid"], row["prompt"], images=images, videos=videos)
             except ValueError as error:
                 raise ConfigError(f"data: {error}") from error
         section = self.config.model

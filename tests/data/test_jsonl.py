@@ -83,7 +83,7 @@ def test_pictures_get_the_channels_and_size_of_the_model(write):
         (QUESTION | {"task": "edit"}, "field 'task' is 'edit', expected one of understand"),
         (QUESTION | {"prompt": 3}, "field 'prompt' is 3, expected a string"),
         (QUESTION | {"answer": None}, "field 'answer' is missing, task 'understand' needs it"),
-        (DRAWING | {"image": "a.png"}, "field 'image' does not belong to task 'generate'"),
+        (DRAWING | {"answer": "a"}, "field 'answer' does not belong to task 'generate'"),
         (DRAWING | {"rule": "two"}, "field 'rule' is 'two', expected an object"),
         (DRAWING | {"rule": {"kind": "sum"}}, "field 'rule' sum rule lacks 'total'"),
         (
@@ -212,7 +212,7 @@ def test_several_pictures_and_videos(write, tmp_path):
         ({"videos": [["a.png"]], "fps": 0}, "field 'fps' is 0, expected the frames a second"),
         ({"videos": [["a.png"]], "fps": True}, "field 'fps' is True, expected the frames a second"),
         ({"image": "a.png", "fps": 2}, "field 'fps' is of videos, of which the line has none"),
-        ({"task": "generate", "answer": None, "images": ["a.png"]}, "does not belong to task 'gen"),
+        ({"task": "generate", "answer": None, "videos": [["a.png"]]}, "does not belong to task 'g"),
         ({"vidoes": [["a.png"]]}, "field 'vidoes' is unknown, 'videos' was probably meant"),
     ],
 )
@@ -223,6 +223,14 @@ def test_pictures_and_videos_that_cannot_be_read(write, tmp_path, change, messag
         JsonlExamples(path, (3, 0, 0))
     assert str(error.value).startswith(f"{path}:1: field ")
     assert message in str(error.value)
+
+
+def test_a_picture_to_be_edited(write):
+    edit, edits = JsonlExamples(
+        write(DRAWING | {"image": "a.png"}, DRAWING | {"images": ["a.png", "colour.png"]}), SHAPE
+    )
+    assert [len(example.images) for example in (edit, edits)] == [1, 2]
+    np.testing.assert_array_equal(edit.image[0] * 255, np.arange(256).reshape(16, 16))
 
 
 def test_marks_without_pictures_are_words_of_a_text(write):

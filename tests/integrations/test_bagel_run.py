@@ -113,6 +113,29 @@ def test_it_answers_and_draws_in_one_run(tmp_path, guidance):
     lvrpo("eval", run)
 
 
+def test_it_edits(tmp_path):
+    """Rewards see the picture that was edited; `lvrpo sample --edit` draws it anew."""
+    config, run = write(tmp_path), tmp_path / "run"
+    for split in ("train", "test"):
+        rows = [json.loads(row) for row in (tmp_path / f"{split}.jsonl").read_text().splitlines()]
+        for row, shown in zip(rows[1::2], rows[::2], strict=True):
+            row["image"] = shown["image"]
+        (tmp_path / f"{split}.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    (tmp_path / "rewards.py").write_text(
+        "def brightness(samples):\n"
+        "    sources = [float(example.image.mean()) for example in samples.examples]\n"
+        "    return [float(x.mean()) - s for x, s in zip(samples.images, sources)]\n"
+    )
+    lvrpo("train", run, "--config", config, "--set", "rollout.guidance=4.0")
+    steps = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert abs(steps[1]["ratio/image/max"] - 1) < 1e-5
+    image, output = tmp_path / "test0.png", tmp_path / "edited.png"
+    lvrpo("sample", run, "make it red", "--image", image, "--edit", "-o", output)
+    with Image.open(output) as picture:
+        assert picture.mode == "RGB"
+    assert "expected the one to be edited as --image" in lvrpo("sample", run, "x", "--edit", code=2)
+
+
 @pytest.mark.parametrize(
     ("override", "match"),
     [

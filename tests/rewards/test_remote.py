@@ -102,18 +102,24 @@ def test_batches_come_back_in_order(server, batch_size):
 
 def test_what_is_sent(server):
     pixels = torch.randint(0, 256, (1, 3, 4, 6)).float() / 255
-    drawing = Example("generate", "d", "draw", extra={"text": "stop"})
+    drawing = Example(
+        "generate", "d", "draw", image=pixels[0].flip(0).numpy(), extra={"text": "stop"}
+    )
     samples = Samples.concat([texts("one"), Samples.of_images([drawing], pixels)])
     HttpReward(server.url, headers={"Authorization": "Bearer me"})(samples)
     ((headers, (text, drawn)),) = server.requests
     assert headers["Authorization"] == "Bearer me"
     assert text == {
         "uid": "qone", "task": "understand", "prompt": "what", "answers": ["1"], "extra": {},
-        "text": "one", "finish_reason": "end", "image": None,
+        "text": "one", "finish_reason": "end", "image": None, "edited": [],
     }  # fmt: skip
     assert (drawn["text"], drawn["extra"]) == (None, {"text": "stop"})
-    picture = np.asarray(Image.open(io.BytesIO(base64.b64decode(drawn["image"]))))
-    np.testing.assert_array_equal(picture, (pixels[0] * 255).round().permute(1, 2, 0))
+    sent, edited = (
+        np.asarray(Image.open(io.BytesIO(base64.b64decode(png))))
+        for png in (drawn["image"], *drawn["edited"])
+    )
+    np.testing.assert_array_equal(sent, (pixels[0] * 255).round().permute(1, 2, 0))
+    np.testing.assert_array_equal(edited, sent[..., ::-1])
 
 
 def test_what_passes_is_tried_again_with_longer_and_longer_waits(server, monkeypatch):

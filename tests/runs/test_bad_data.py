@@ -141,6 +141,7 @@ def test_eval_with_nothing_to_judge(trained, tmp_path):
             {"images": ["train-q0.png"], "prompt": "is <image> dark"},
             "its picture where <image> stands",
         ),
+        ({"task": "generate", "answer": None, "image": "train-q0.png"}, "a picture to be edited"),
     ],
 )
 def test_more_pictures_than_the_unified_model_reads(tmp_path, split, change, given):

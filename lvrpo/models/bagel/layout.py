@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -90,7 +91,9 @@ class BagelBuilder(PackBuilder):
         times = _in_turn(
             counts, self._is_clean, timesteps, timesteps.new_zeros(sum(counts) - noisy)
         )
-        return super().build(given, times)
+        clean = torch.tensor(self._is_clean).repeat_interleave(torch.tensor(counts))
+        batch = super().build(given, times)
+        return dataclasses.replace(batch, noisy=(~clean).nonzero().flatten())
 
 
 def _in_turn(

@@ -29,6 +29,16 @@ class PictureSides:
         patch, most = config.image_patch, config.vision_grid
         return cls(patch, patch * min(16, most), patch * most)
 
+    @classmethod
+    def of_latents(cls, config: BagelConfig, token: int) -> PictureSides:
+        """Those of pictures to be edited, whose latents a model reads: BAGEL's are 512 to 1024.
+
+        Args:
+            config: of the model.
+            token: pixels along a side of a latent token.
+        """
+        return cls(token, token * (config.latent_grid // 2), token * config.latent_grid)
+
     def fit(self, height: int, width: int) -> tuple[int, int]:
         """(height, width) that a picture is resized to; its proportions are kept to a stride.
 

@@ -3,7 +3,8 @@
 A text is `<|im_start|> ... <|im_end|>`. A question is its pictures, each in its own size, and its
 words, a text wherever pictures divide them, after which the answer's own `<|im_start|>` stands:
 what is sampled begins behind it and ends with `<|im_end|>`. A request to draw is the words, then
-the noisy latents between their markers.
+the noisy latents between their markers; a picture to be edited is before the words or among them,
+first its clean latents, then its patches.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from lvrpo.data.example import Example, Video
+from lvrpo.data.example import Example, Picture, Skill, Video
 from lvrpo.data.marks import parts_of, words_of_parts
 from lvrpo.models.bagel.autoencoder import FluxAutoencoder
 from lvrpo.models.bagel.checkpoint import BagelCheckpoint, load_bagel
@@ -126,14 +127,29 @@ class BagelPolicy(PackedPolicy):
                     "its frames as 'images'"
                 )
             else:
-                span = builder.read(resize(part, self.sides), span)
+                span = self._add_picture(builder, part, span, example.task)
         if example.task == "understand":
             span = builder.text([self.tokenizer.start], span)
         return span
 
-    def add_unconditional(self, builder: PackBuilder) -> int:
-        """See `PackedPolicy`; BAGEL's drawing without a text is one without a context."""
-        return ROOT
+    def _add_picture(self, builder: BagelBuilder, picture: Picture, span: int, task: Skill) -> int:
+        """Lay out a picture to be read, or to be edited and read."""
+        if task == "generate":
+            token = self.autoencoder.config.token
+            picture = resize(picture, PictureSides.of_latents(self.module.config, token))
+            with torch.no_grad():
+                latents = self.autoencoder.encode(torch.from_numpy(picture)[None].to(self.device))
+            height, width = (side // token for side in picture.shape[1:])
+            span = builder.clean(latents[0].cpu(), height, width, span)
+        return builder.read(resize(picture, self.sides), span)
+
+    def add_unconditional(self, builder: PackBuilder, example: Example) -> int:
+        """See `PackedPolicy`; BAGEL's drawing without a text has no context but pictures."""
+        assert isinstance(builder, BagelBuilder)
+        span = ROOT
+        for picture in example.images:
+            span = self._add_picture(builder, picture, span, "generate")
+        return span
 
     def prompt_ids(self, example: Example) -> list[int]:
         """See `PackedPolicy`."""

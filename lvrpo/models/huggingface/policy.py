@@ -94,7 +94,7 @@ class HuggingFacePolicy:
         """
         raise ValueError(f"{self._name} cannot draw, expected no pictures to encode")
 
-    def unconditional(self) -> PromptBuilder:
+    def unconditional(self, example: Example) -> PromptBuilder:
         """Refused: see `skills`.
 
         Raises:

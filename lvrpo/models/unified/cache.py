@@ -27,6 +27,7 @@ def take_rows(batch: PackedBatch, rows: Tensor) -> PackedBatch:
     text, text_rows = kept(batch.text_rows)
     patch, patch_rows = kept(batch.patch_rows)
     latent, latent_rows = kept(batch.latent_rows)
+    is_noisy = torch.zeros_like(latent).index_fill(0, batch.noisy, True)
     return PackedBatch(
         token_ids=batch.token_ids[text],
         text_rows=text_rows,
@@ -37,6 +38,7 @@ def take_rows(batch: PackedBatch, rows: Tensor) -> PackedBatch:
         latent_rows=latent_rows,
         latent_grid=batch.latent_grid[latent],
         timesteps=batch.timesteps[latent],
+        noisy=is_noisy[latent].nonzero().flatten(),
         position_ids=batch.position_ids[rows],
         mask=batch.mask.select_queries(rows),
     )

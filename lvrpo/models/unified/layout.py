@@ -161,6 +161,7 @@ class PackBuilder:
             latent_rows=as_index(self._latent_rows),
             latent_grid=torch.from_numpy(stack(self._latent_grid, 2, np.int64)),
             timesteps=timesteps,
+            noisy=torch.arange(count),
             position_ids=bagel_position_ids(mask),
             mask=mask,
         )

@@ -122,10 +122,11 @@ class PackedBatch:
     patches: Tensor  # [n_patch, image_channels * image_patch ** 2], pixels on the model's scale
     patch_rows: Tensor  # [n_patch] int64
     patch_grid: Tensor  # [n_patch, 2] int64, (row, column) of the patch in its image
-    latents: Tensor  # [n_latent, latent_dim], x_t
+    latents: Tensor  # [n_latent, latent_dim], x_t, or clean ones that are read
     latent_rows: Tensor  # [n_latent] int64
     latent_grid: Tensor  # [n_latent, 2] int64
     timesteps: Tensor  # [n_latent] in [0, 1]; 1 is pure noise
+    noisy: Tensor  # [n_noisy] int64, ascending: which of the latents are drawn
     position_ids: Tensor  # [L] int64 for RoPE
     mask: SpanMask
 

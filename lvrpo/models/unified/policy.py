@@ -12,6 +12,7 @@ import dataclasses
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 
 import torch
 from torch import Tensor
@@ -57,8 +58,11 @@ class PackedPolicy(ABC):
         """Lay out the picture (if any) and the words of a prompt; returns its last span."""
 
     @abstractmethod
-    def add_unconditional(self, builder: PackBuilder) -> int:
-        """Lay out a request to draw without its words; returns its last span, `ROOT` for none."""
+    def add_unconditional(self, builder: PackBuilder, example: Example) -> int:
+        """Lay out a request to draw without its words; returns its last span, `ROOT` for none.
+
+        It is the same for all requests without a picture to be edited.
+        """
 
     @abstractmethod
     def prompt_ids(self, example: Example) -> list[int]:
@@ -106,10 +110,10 @@ class PackedPolicy(ABC):
         self.add_prompt(builder, example)
         return builder
 
-    def unconditional(self) -> PackBuilder:
+    def unconditional(self, example: Example) -> PackBuilder:
         """A buffer with a request to draw without its words."""
         builder = self.builder()
-        self.add_unconditional(builder)
+        self.add_unconditional(builder, example)
         return builder
 
     def packs(
@@ -141,6 +145,8 @@ class PackedPolicy(ABC):
         assert isinstance(pack.batch, PackedBatch)
         text, latent = self.module(pack.batch, backend=self.backend)
         head = self.module.head
+        if len(pack.batch.noisy) < len(latent):
+            latent = latent[pack.batch.noisy]
         velocity = self.module.velocity(latent).view(-1, *self.latent_shape)
         if pack.guided is not None:
             velocity = pack.guided.velocity(velocity, self.backend)
@@ -207,13 +213,15 @@ class PackedPolicy(ABC):
                 noise_rows.extend(range(builder.start(picture), builder.end(picture)))
         unguided_rows = list(noise_rows)
         if guidance is not None:
-            # Without its words a prompt is like any other: it stands once for all of them.
-            first = builder.rows
-            unconditional = self.add_unconditional(builder)
-            prompt_rows.extend(range(first, builder.rows))
-            for _ in range(len(examples) * group_size):
-                picture = builder.noise(*self.latent_grid, parent=unconditional)
-                noise_rows.extend(range(builder.start(picture), builder.end(picture)))
+            # Without its words a prompt is like any other: neighbours have it once, but for edits.
+            for _, alike in groupby(examples, lambda each: each.uid if each.images else ""):
+                its = list(alike)
+                first = builder.rows
+                unconditional = self.add_unconditional(builder, its[0])
+                prompt_rows.extend(range(first, builder.rows))
+                for _ in range(len(its) * group_size):
+                    picture = builder.noise(*self.latent_grid, parent=unconditional)
+                    noise_rows.extend(range(builder.start(picture), builder.end(picture)))
         run = CachedPass(self.module, builder.build(), torch.tensor(prompt_rows), self.backend)
         unguided = run.part(torch.tensor(unguided_rows))
         guided = run.part(torch.tensor(noise_rows)) if guidance is not None else unguided
@@ -277,14 +285,13 @@ class UnifiedPolicy(PackedPolicy):
             ValueError: see `check_shown`.
         """
         span = ROOT
-        check_shown(
-            example.uid, example.prompt, images=len(example.images), videos=len(example.videos)
-        )
+        images, videos = len(example.images), len(example.videos)
+        check_shown(example.task, example.uid, example.prompt, images=images, videos=videos)
         if example.image is not None:
             span = builder.picture(example.image, IMAGE, IMAGE_END, span)
         return builder.text(self.prompt_ids(example), span)
 
-    def add_unconditional(self, builder: PackBuilder) -> int:
+    def add_unconditional(self, builder: PackBuilder, example: Example) -> int:
         """See `PackedPolicy`."""
         return builder.text([BOS, DRAW])
 
@@ -320,10 +327,11 @@ class UnifiedPolicy(PackedPolicy):
         return self.autoencoder.decode(latents)
 
 
-def check_shown(uid: str, prompt: str, *, images: int, videos: int) -> None:
+def check_shown(task: Skill, uid: str, prompt: str, *, images: int, videos: int) -> None:
     """See that the unified model can read what a prompt shows: one picture, before its words.
 
     Args:
+        task: of the prompt.
         uid: of the prompt, for the error.
         prompt: its words.
         images: pictures that it has.
@@ -337,8 +345,11 @@ def check_shown(uid: str, prompt: str, *, images: int, videos: int) -> None:
         given = f"{images} pictures and {videos} videos"
     elif images and IMAGE_MARK in prompt:
         given = f"its picture where {IMAGE_MARK} stands"
+    elif images and task == "generate":
+        given = "a picture to be edited"
     if given:
         raise ValueError(
-            f"{uid}: the prompt has {given}, expected one picture at most, before the words: the "
-            "unified model reads no more, models of a folder (model.path) do"
+            f"{uid}: the prompt has {given}, expected one picture at most, before the words of a "
+            "question: the unified model reads no more, and edits nothing, models of a folder "
+            "(model.path) do"
         )

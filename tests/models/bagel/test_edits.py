@@ -1,0 +1,141 @@
+"""Pictures to be edited: what BAGEL reads of them, and what the update replays, by the oracle."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+from models.bagel import autoencoder_oracle, oracle
+from models.bagel.test_policy import CHAT, GROUP, SCHEDULE, drawn, gradients
+from models.bagel.tiny import CONFIG
+from models.bagel.tiny_policy import GRID, SIDES, Letters, questions, requests, tiny_policy
+
+from lvrpo.data.example import Example
+from lvrpo.models.bagel import BagelConfig, PictureSides
+from lvrpo.models.bagel.pictures import resize
+from lvrpo.models.flow import Guidance
+from lvrpo.params.flow import GuidanceParams
+from lvrpo.trainer.experience import Experience
+from lvrpo.trainer.loop import check_ratio
+from lvrpo.trainer.warm_start import supervised_gradient
+
+TOKEN = 4  # pixels along a side of a latent token of the tiny autoencoder
+
+
+def edits(count: int) -> list[Example]:
+    """Requests with a picture of their own size."""
+    pairs = zip(requests(count), questions(count), strict=True)
+    return [dataclasses.replace(request, image=asked.image) for request, asked in pairs]
+
+
+def source_splits(policy, image: np.ndarray) -> list[tuple]:
+    """As BAGEL's own editing: the latents' mean of the resized picture, then that picture read."""
+    resized = resize(image, PictureSides(TOKEN, 2 * TOKEN, 5 * TOKEN))
+    pixels = torch.from_numpy(resized).double()
+    state = policy.autoencoder.state_dict()
+    mean, _ = autoencoder_oracle.encode(state, pixels)
+    latents = autoencoder_oracle.SCALE * (mean - autoencoder_oracle.SHIFT)
+    height, width = (side // TOKEN for side in resized.shape[1:])
+    tokens = autoencoder_oracle.tokens(latents).view(height, width, -1)
+    return [("clean", tokens), ("read", torch.from_numpy(resize(resized, SIDES)))]
+
+
+def words(text: str) -> tuple:
+    return ("text", [Letters.start, *Letters().encode(text), Letters.end])
+
+
+def velocities(policy, splits: list[tuple], x: torch.Tensor, time: float) -> torch.Tensor:
+    """Of the noise alone; the oracle tells those of clean latents, too."""
+    noise = ("noise", x.view(*GRID, -1), time)
+    _, found = oracle.run(policy.module.state_dict(), CHAT, [*splits, noise])
+    return found[-GRID[0] * GRID[1] :]
+
+
+def assert_near(ours, theirs):
+    # The picture passes through fp32 on its way.
+    assert (ours - theirs).abs().max() < 1e-6 * theirs.abs().max()
+
+
+def test_an_edit_has_the_oracles_velocities():
+    policy, examples = tiny_policy(), edits(2)
+    found = drawn(policy, examples)
+    for at in range(len(examples) * GROUP):
+        example = examples[at // GROUP]
+        splits = [*source_splits(policy, example.image), words(example.prompt)]
+        for k, step in enumerate(found.steps):
+            x, time = found.latents[at, k], float(SCHEDULE.times[step])
+            assert_near(found.velocities[at, k], velocities(policy, splits, x, time))
+    assert found.images.shape == (6, 3, 8, 12)
+
+
+def test_pictures_to_be_edited_stand_where_they_are_marked():
+    policy, (a, b) = tiny_policy(), [example.image for example in questions(2)]
+    example = dataclasses.replace(
+        requests(1)[0], prompt="ab <image> c", image=a, further_images=(b,)
+    )
+    found = drawn(policy, [example])
+    splits = [*source_splits(policy, a), words("ab "), *source_splits(policy, b), words(" c")]
+    x, time = found.latents[0, 1], float(SCHEDULE.times[found.steps[1]])
+    assert_near(found.velocities[0, 1], velocities(policy, splits, x, time))
+
+
+def test_a_guided_edit_keeps_its_picture_where_it_has_no_words():
+    policy = tiny_policy()
+    examples = [*requests(1), *edits(2)[1:], *requests(3)[2:]]  # with and without pictures
+    guidance = Guidance(GuidanceParams(text_scale=3.0, renorm="none"))
+    found = policy.sample_images(examples, GROUP, SCHEDULE, guidance=guidance, seed=7, step=2)
+    for at in range(len(examples) * GROUP):
+        example = examples[at // GROUP]
+        before = [] if example.image is None else source_splits(policy, example.image)
+        x, time = found.latents[at, 2], float(SCHEDULE.times[found.steps[2]])
+        with_words = velocities(policy, [*before, words(example.prompt)], x, time)
+        without = velocities(policy, before, x, time)
+        assert_near(found.velocities[at, 2], without + 3 * (with_words - without))
+
+
+def experience(policy, guidance: Guidance | None = None) -> Experience:
+    generator = torch.Generator().manual_seed(1)
+    examples = [*edits(2), *requests(3)[2:]]
+    found = policy.sample_images(examples, GROUP, SCHEDULE, guidance=guidance, seed=7, step=2)
+    return Experience(None, None, found, torch.randn(3 * GROUP, generator=generator))
+
+
+@pytest.mark.parametrize("guidance", [None, Guidance(GuidanceParams(text_scale=3.0))])
+def test_the_update_replays_edits(guidance):
+    policy = tiny_policy()
+    _, metrics = gradients(policy, tiny_policy(), experience(policy, guidance))
+    check_ratio(metrics)
+    assert abs(metrics["ratio/image/max"] - 1) < 1e-5
+    assert abs(metrics["kl/image"]) < 1e-9
+
+
+@pytest.mark.parametrize("changes", [{"max_rows": 1}, {"max_rows": 150}, {"share_prompts": False}])
+def test_however_edits_are_packed_the_gradient_is_one(changes):
+    policy, reference = tiny_policy(), tiny_policy(seed=1)
+    found = experience(policy, Guidance(GuidanceParams(text_scale=3.0), until=0.8))
+    whole, _ = gradients(policy, reference, found)
+    parts, _ = gradients(policy, reference, found, **changes)
+    assert whole.keys() == parts.keys()
+    largest = max(gradient.abs().max() for gradient in whole.values())
+    for name, gradient in whole.items():
+        assert (parts[name] - gradient).abs().max() <= 1e-10 * largest, name
+
+
+def test_a_supervised_step_learns_the_targets_alone():
+    """The clean latents of a source are read: no error is counted of them."""
+    policy = tiny_policy(torch.float32)
+    target = np.random.default_rng(0).random((3, 8, 12), dtype=np.float32)
+    (example,) = (dataclasses.replace(edit, target=target) for edit in edits(1))
+    metrics = supervised_gradient(policy, [], [[example, example]], seed=0, step=1)
+    assert np.isfinite(metrics["loss/image"])
+    (pack,) = policy.packs([], [(example, 2)], torch.zeros(2, *policy.latent_shape), torch.ones(2))
+    assert len(pack.batch.latents) > len(pack.batch.noisy) == 2 * GRID[0] * GRID[1]
+    assert policy.forward(pack).velocity.shape == (2, *policy.latent_shape)
+
+
+def test_sides_of_pictures_to_be_edited_are_bagels():
+    """512 to 1024, multiples of 16."""
+    assert PictureSides.of_latents(BagelConfig(), 16) == PictureSides(16, 512, 1024)
+    assert PictureSides.of_latents(CONFIG, TOKEN) == PictureSides(4, 8, 20)
