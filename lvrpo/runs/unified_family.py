@@ -128,6 +128,7 @@ class UnifiedFamily:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.config.run.seed)
             module = UnifiedModel(self._model_config(parts))
+        module.gradient_checkpointing = self.config.model.gradient_checkpointing
         _, height, width = parts.picture_shape
         patch = self.config.model.latent_patch
         return UnifiedPolicy(

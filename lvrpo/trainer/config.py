@@ -109,7 +109,7 @@ class DataSection:
 #: Keys of `ModelSection` that size the unified model.
 OF_UNIFIED = ("hidden", "layers", "heads", "mlp", "image_patch", "latent_patch", "latent_dim")
 #: Keys of it for a model that is read from a folder.
-OF_FOLDERS = ("chat", "frozen", "lora_rank", "lora_alpha", "lora_targets", "gradient_checkpointing")
+OF_FOLDERS = ("chat", "frozen", "lora_rank", "lora_alpha", "lora_targets")
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -124,6 +124,7 @@ class ModelSection:
     image_patch: Pixels = 8
     latent_patch: Pixels = 8
     latent_dim: Size = 12
+    gradient_checkpointing: bool = False  # of every family
     # Of a folder alone:
     path: str = ""  # as save_pretrained writes it, or as BAGEL is published
     chat: bool = True  # a prompt is a user's turn in its chat template; False: the text as it is
@@ -131,7 +132,6 @@ class ModelSection:
     lora_rank: Annotated[int, Field(ge=0, le=65536)] = 0  # 0: all that is not frozen is trained
     lora_alpha: Annotated[float, Field(gt=0, le=1e6)] = 16.0
     lora_targets: list[str] = field(default_factory=list)  # empty: the text model's linear layers
-    gradient_checkpointing: bool = False
 
     @model_validator(mode="after")
     def _has_a_folder(self) -> ModelSection:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import copy
 import dataclasses
 
 import numpy as np
@@ -129,16 +130,32 @@ def test_gradients_reach_the_experts_that_were_used(policy, question, drawing):
     builder = policy.builder()
     policy.add_prompt(builder, question)
     model(builder.build(), backend="torch")[0].sum().backward()
-    assert all(p.grad is None for p in model.generate.parameters())
-    assert any(p.grad is not None and p.grad.any() for p in model.understand.parameters())
+    understand = [p for layer in model.layers for p in layer.understand.parameters()]
+    generate = [p for layer in model.layers for p in layer.generate.parameters()]
+    assert all(p.grad is None for p in generate)
+    assert any(p.grad is not None and p.grad.any() for p in understand)
     model.zero_grad()
     builder = policy.builder()
     builder.noise(2, 2, parent=policy.add_prompt(builder, drawing))
     hidden = model(builder.build(*noise(1)), backend="torch")[1]
     model.velocity(hidden).square().sum().backward()
-    assert all(p.grad is not None for p in model.generate.parameters())
+    assert all(p.grad is not None for p in generate)
     # A drawing learns to read its prompt: keys and values come from the understanding expert.
-    assert model.understand[0].qkv.weight.grad.any()
+    assert model.layers[0].understand.qkv.weight.grad.any()
+
+
+def test_layers_that_are_computed_again_give_the_same_gradients(policy, question, drawing):
+    builder, model = policy.builder(), copy.deepcopy(policy.module)
+    policy.add_prompt(builder, question)
+    builder.noise(2, 2, parent=policy.add_prompt(builder, drawing))
+    batch, found = builder.build(*noise(1)), []
+    for again in (False, True):
+        model.zero_grad()
+        model.gradient_checkpointing = again
+        text, latent = model(batch, backend="torch")
+        (text.sum() + model.velocity(latent).square().sum()).backward()
+        found.append([p.grad for p in model.parameters() if p.grad is not None])
+    torch.testing.assert_close(*found)
 
 
 def test_position_ids_follow_bagel(policy, question, drawing):

@@ -129,7 +129,7 @@ def saved_by_tower(config: BagelConfig, rows: Rows) -> int:
 def test_a_checkpointed_layer_keeps_its_input_alone():
     config = CONFIGS["wide"]
     model: UnifiedModel = model_of(config)
-    rows, expert = 32, model.understand[0]
+    rows, expert = 32, model.layers[0].understand
     assert isinstance(expert, Expert)
 
     def layer(x: Tensor) -> Tensor:

@@ -108,6 +108,7 @@ CHECKED_BY_OTHERS = (
     "data.eval_source",
     "data.validation_source",
     "run.backend",
+    "run.device",
     "model.path",
     "rollout.curriculum",
 )

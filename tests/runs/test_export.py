@@ -87,7 +87,7 @@ def test_a_folder_that_is_none_is_refused(trained, tmp_path):
     (folder / "config.json").write_text(
         json.dumps(described | {"model": described["model"] | {"layers": 2}})
     )
-    with pytest.raises(ValueError, match=r"model.safetensors: .*generate.1"):
+    with pytest.raises(ValueError, match=r"model.safetensors: .*layers.1"):
         load_unified(folder)
     (folder / "config.json").unlink()
     with pytest.raises(FileNotFoundError, match=r"has no config\.json"):

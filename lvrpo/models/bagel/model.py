@@ -12,9 +12,8 @@ query and key heads, D head width, c numbers per latent token.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import partial
-from typing import NamedTuple, TypeAlias
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -22,12 +21,18 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from lvrpo.dtypes import widen
-from lvrpo.masks import SpanMask
 from lvrpo.models.bagel.config import BagelConfig
 from lvrpo.models.bagel.embeddings import PositionTable, TimeEmbedding
 from lvrpo.models.bagel.vision import GeluMLP, VisionTower
-from lvrpo.models.unified.model import KVCache, PackedBatch, picture_mask, rope_table, rotate
-from lvrpo.ops.packed_attention import packed_attention
+from lvrpo.models.unified.model import (
+    Attend,
+    KVCache,
+    PackedBatch,
+    attend_packed,
+    picture_mask,
+    rope_table,
+    rotate,
+)
 
 #: What the published names of an expert's modules end in.
 UNDERSTANDING, GENERATION = EXPERTS = ("", "_moe_gen")
@@ -91,10 +96,6 @@ class Routing(NamedTuple):
     packed_order: Tensor  # [L] int64, its inverse
     counts: list[int]  # rows of each expert
     ropes: dict[str, tuple[Tensor, Tensor]]  # cos and sin [n, 1, D / 2] by expert
-
-
-#: Queries [L, Hq, D], keys and values [L, Hkv, D] in packed order -> [L, Hq, D].
-Attend: TypeAlias = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 class Layer(nn.Module):
@@ -213,7 +214,7 @@ class Bagel(nn.Module):
         states = {expert: x for expert, x in states.items() if len(x)}
         again = self.gradient_checkpointing and cache is None and torch.is_grad_enabled()
         for index, layer in enumerate(decoder.layers):
-            attend = partial(_attend, batch.mask, backend, index, cache, cache_rows)
+            attend = partial(attend_packed, batch.mask, backend, index, cache, cache_rows)
             if again:
                 states = checkpoint(layer, states, routing, attend, use_reentrant=False)
             else:
@@ -256,19 +257,3 @@ class Bagel(nn.Module):
         x = self.vae2llm(batch.latents.to(self.vae2llm.weight.dtype))
         x = x + self.time_embedder(batch.timesteps)
         return x + self.latent_pos_embed(batch.latent_grid).to(x)  # type: ignore[no-any-return]
-
-
-def _attend(
-    mask: SpanMask,
-    backend: str | None,
-    layer: int,
-    cache: KVCache | None,
-    cache_rows: Tensor | None,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-) -> Tensor:
-    if cache is not None:
-        assert cache_rows is not None
-        key, value = cache.write(layer, cache_rows, key, value)
-    return packed_attention(query, key, value, mask, backend=backend)

@@ -16,13 +16,16 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
+from functools import partial
+from typing import NamedTuple, Protocol, TypeAlias
 
 import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from lvrpo.dtypes import widen
 from lvrpo.masks import SpanMask
@@ -267,12 +270,60 @@ class Expert(nn.Module):
         return x + self.down(F.silu(gate) * up)  # type: ignore[no-any-return]
 
 
+class Routing(NamedTuple):
+    """Which expert has which rows of the packed buffer; those of understanding come first."""
+
+    rows: Tensor  # [L] int64, packed row of each row, expert by expert
+    packed_order: Tensor  # [L] int64, its inverse
+    rope_und: tuple[Tensor, Tensor]  # cos and sin [n, 1, D / 2]
+    rope_gen: tuple[Tensor, Tensor]
+
+
+#: Queries [L, Hq, D], keys and values [L, Hkv, D] in packed order -> [L, Hq, D].
+Attend: TypeAlias = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+
+class Layer(nn.Module):
+    """One layer of both experts, which keep their rows apart; only attention sees all of them."""
+
+    def __init__(self, understand: Expert, generate: Expert) -> None:
+        super().__init__()
+        self.understand, self.generate = understand, generate
+
+    def forward(
+        self, x_und: Tensor, x_gen: Tensor, routing: Routing, attend: Attend
+    ) -> tuple[Tensor, Tensor]:
+        """[n_text + n_patch, hidden] and [n_latent, hidden] -> the same."""
+        und, gen = self.understand, self.generate
+        # An expert without rows is left out, so that it gets no gradient rather than zeros.
+        parts = [
+            expert.project(x, rope)
+            for expert, x, rope in ((und, x_und, routing.rope_und), (gen, x_gen, routing.rope_gen))
+            if len(x)
+        ]
+        qkv = torch.cat(parts).index_select(0, routing.packed_order)
+        attended = attend(*qkv.split(und.heads, dim=1)).flatten(1).index_select(0, routing.rows)
+        attended_und, attended_gen = attended.split([len(x_und), len(x_gen)])
+        if len(x_und):
+            x_und = und.finish(x_und, attended_und)
+        if len(x_gen):
+            x_gen = gen.finish(x_gen, attended_gen)
+        return x_und, x_gen
+
+
 class UnifiedModel(nn.Module):
-    """Hidden states by `forward`, read by `logits` and `velocity`; see the module docstring."""
+    """Hidden states by `forward`, read by `logits` and `velocity`; see the module docstring.
+
+    Attributes:
+        config: its shape.
+        gradient_checkpointing: whether layers are computed again in the backward pass, so that only
+            what is between them is kept.
+    """
 
     def __init__(self, config: UnifiedConfig) -> None:
         super().__init__()
         self.config = config
+        self.gradient_checkpointing = False
         width = config.hidden
         self.embedding = nn.Embedding(config.vocab_size, width)
         vision_width, vision_heads = config.vision_hidden, config.vision_heads
@@ -303,21 +354,23 @@ class UnifiedModel(nn.Module):
             nn.Linear(config.timestep_dim, width), nn.SiLU(), nn.Linear(width, width)
         )
         heads = config.heads, config.kv_heads, config.head_dim
-        self.understand, self.generate = (
-            nn.ModuleList(
-                Expert(width, *heads, config.mlp, config.norm_eps) for _ in range(config.layers)
-            )
+        experts = [
+            [Expert(width, *heads, config.mlp, config.norm_eps) for _ in range(config.layers)]
             for _ in range(2)
-        )
+        ]
+        self.layers = nn.ModuleList(map(Layer, *experts))
         self.text_norm = nn.RMSNorm(width, eps=config.norm_eps)
         self.latent_norm = nn.RMSNorm(width, eps=config.norm_eps)
         self.head = nn.Linear(width, config.vocab_size, bias=False)
         self.latent_out = nn.Linear(width, config.latent_dim)
         if config.tie_embeddings:
             self.head.weight = self.embedding.weight
-        self.apply(self._initialise)
+        in_order = [*experts[0], *experts[1]]  # that weights are drawn in: expert by expert
+        for part in self.children():
+            for module in in_order if part is self.layers else [part]:
+                module.apply(self._initialise)
         # Residual branches start at half scale, the text head near uniform, the velocity at zero.
-        for expert in (*self.understand, *self.generate, *self.vision):
+        for expert in (*in_order, *self.vision):
             assert isinstance(expert, Expert)
             for branch in (expert.out, expert.down):
                 nn.init.normal_(branch.weight, std=0.5 / math.sqrt(branch.in_features))
@@ -361,28 +414,15 @@ class UnifiedModel(nn.Module):
         packed_order = torch.empty_like(rows).scatter_(0, rows, torch.arange(len(rows)).to(rows))
         cos, sin = rope_table(batch.position_ids[rows], config.head_dim, config.rope_theta)
         split = [len(x_und), len(x_gen)]
-        rope_und, rope_gen = zip(cos.split(split), sin.split(split), strict=True)
-
-        for layer, (und, gen) in enumerate(zip(self.understand, self.generate, strict=True)):
-            assert isinstance(und, Expert)
-            assert isinstance(gen, Expert)
-            # An expert without rows is left out, so that it gets no gradient rather than zeros.
-            parts = [
-                expert.project(x, rope)
-                for expert, x, rope in ((und, x_und, rope_und), (gen, x_gen, rope_gen))
-                if len(x)
-            ]
-            qkv = torch.cat(parts).index_select(0, packed_order)
-            query, key, value = qkv.split(und.heads, dim=1)
-            if cache is not None:
-                assert cache_rows is not None
-                key, value = cache.write(layer, cache_rows, key, value)
-            attended = packed_attention(query, key, value, batch.mask, backend=backend)
-            attended_und, attended_gen = attended.flatten(1).index_select(0, rows).split(split)
-            if len(x_und):
-                x_und = und.finish(x_und, attended_und)
-            if len(x_gen):
-                x_gen = gen.finish(x_gen, attended_gen)
+        ropes = zip(cos.split(split), sin.split(split), strict=True)
+        routing = Routing(rows, packed_order, *ropes)
+        again = self.gradient_checkpointing and cache is None and torch.is_grad_enabled()
+        for index, layer in enumerate(self.layers):
+            attend = partial(attend_packed, batch.mask, backend, index, cache, cache_rows)
+            if again:
+                x_und, x_gen = checkpoint(layer, x_und, x_gen, routing, attend, use_reentrant=False)
+            else:
+                x_und, x_gen = layer(x_und, x_gen, routing, attend)
         return self.text_norm(x_und[: len(batch.token_ids)]), self.latent_norm(x_gen)
 
     def logits(self, text: Tensor) -> Tensor:
@@ -416,6 +456,23 @@ class UnifiedModel(nn.Module):
     def _grid_index(self, grid: Tensor) -> Tensor:
         """[n, 2] (row, column) -> [n], BAGEL's numbering of grid positions."""
         return grid[:, 0] * self.config.max_grid + grid[:, 1]
+
+
+def attend_packed(
+    mask: SpanMask,
+    backend: str | None,
+    layer: int,
+    cache: KVCache | None,
+    cache_rows: Tensor | None,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+) -> Tensor:
+    """Attention of one layer's rows to each other, or to all that a cache has with them."""
+    if cache is not None:
+        assert cache_rows is not None
+        key, value = cache.write(layer, cache_rows, key, value)
+    return packed_attention(query, key, value, mask, backend=backend)
 
 
 def picture_mask(patch_grid: Tensor) -> SpanMask:
