@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,9 @@ from lvrpo.integrations.transformers import set_attention
 from lvrpo.integrations.transformers.release import require_transformers
 from lvrpo.models.huggingface.policy import HuggingFacePolicy
 from lvrpo.models.huggingface.prompts import LAID_OUT, PromptReader
+
+#: Tensors of a kind that are told one by one.
+NAMED = 6
 
 
 @dataclass(frozen=True)
@@ -126,63 +128,79 @@ def load_folder(path: Path, dtype: torch.dtype, *, with_weights: bool = True) ->
     Args:
         path: of the folder.
         dtype: of the weights.
-        with_weights: False for a model as it would be initialised, on the default device.
+        with_weights: False for a model as it would be initialised, on the default device; there
+            may be no weights then.
 
     Raises:
-        ValueError: it is no such folder; says what is missing.
+        ValueError: it is no such folder, or its weights are not those of its configuration; says
+            what is missing.
     """
-    import transformers
-
     with _named(path):
-        config = transformers.AutoConfig.from_pretrained(path)
-        kind = transformers.AutoModelForCausalLM
-        if reads_pictures(config):
-            kind = transformers.AutoModelForImageTextToText
-        elif not answers(config):
-            raise ValueError(
-                f"its model_type is {config.model_type!r}, expected a model from text, or images "
-                "and text, to text"
-            )
+        kind, config = _kind(path)
         if not with_weights:
             return kind.from_config(config, dtype=dtype)
+        return _load(kind, path, dtype)
+
+
+def check_weights(path: Path) -> None:
+    """See that a folder's weights are those of its configuration; their headers alone are read.
+
+    Raises:
+        ModuleNotFoundError: accelerate is missing, which transformers needs for that.
+        ValueError: they are not.
+    """
+    require("accelerate", extra="transformers")
+    with _named(path):
+        kind, _ = _kind(path)
+        _load(kind, path, torch.float32, device_map="meta")
+
+
+def _kind(path: Path) -> tuple[Any, Any]:
+    """The class of transformers that loads a folder, and its configuration."""
+    import transformers
+
+    config = transformers.AutoConfig.from_pretrained(path)
+    if reads_pictures(config):
+        return transformers.AutoModelForImageTextToText, config
+    if answers(config):
+        return transformers.AutoModelForCausalLM, config
+    raise ValueError(
+        f"its model_type is {config.model_type!r}, expected a model from text, or images and text, "
+        "to text"
+    )
+
+
+def _load(kind: Any, path: Path, dtype: torch.dtype, **where: str) -> Any:
+    with _silent():
         model, found = kind.from_pretrained(
             path,
             dtype=dtype,
             local_files_only=True,
             ignore_mismatched_sizes=True,  # which are told below, with their names
             output_loading_info=True,
+            **where,
         )
-        wrong = {"are missing": found["missing_keys"]}
-        wrong["have another shape"] = {name for name, *_ in found["mismatched_keys"]}
-        for what, names in wrong.items():
-            if names:
-                raise ValueError(
-                    f"{len(names)} tensors {what}, {min(names)} for one: expected the weights of "
-                    "its config.json"
-                )
-        return model
+    wrong = {
+        "missing": found["missing_keys"],
+        "extra": found["unexpected_keys"],
+        "of another shape": [
+            f"{name} {tuple(theirs)}, expected {tuple(ours)}"
+            for name, theirs, ours in found["mismatched_keys"]
+        ],
+    }
+    told = [f"{len(names)} {how}: {_some(names)}" for how, names in wrong.items() if names]
+    if told:
+        raise ValueError(
+            f"tensors of {type(model).__name__} are {'; '.join(told)}; expected the weights of its "
+            "config.json"
+        )
+    return model
 
 
-def check_weights(path: Path) -> None:
-    """See that the files of a folder's weights are there and begin as such; none is read whole.
-
-    Raises:
-        ValueError: one is missing or is none.
-    """
-    from safetensors import safe_open
-
-    index = path / "model.safetensors.index.json"
-    if not (path / "model.safetensors").is_file() and any(path.glob("pytorch_model*.bin")):
-        return  # pickles have no header
-    with _named(path):
-        names = ["model.safetensors"]
-        if index.is_file():
-            names = sorted({*json.loads(index.read_text())["weight_map"].values()})
-        for name in names:
-            if not (path / name).is_file():
-                raise ValueError(f"there is no {name}, expected the weights of the model")
-            with safe_open(path / name, "pt"):
-                pass
+def _some(names: Collection[str]) -> str:
+    """The first names of many."""
+    first = sorted(names)[:NAMED]
+    return ", ".join(first) + (", ..." if len(names) > len(first) else "")
 
 
 def load_processor(path: Path) -> Any:
@@ -213,6 +231,22 @@ def answers(config: Any) -> bool:
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
     return type(config) in MODEL_FOR_CAUSAL_LM_MAPPING
+
+
+@contextlib.contextmanager
+def _silent() -> Iterator[None]:
+    """Keep transformers from printing what is raised here, and bars across those of a run."""
+    from transformers import logging
+
+    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if bars:
+            logging.enable_progress_bar()
 
 
 @contextlib.contextmanager
