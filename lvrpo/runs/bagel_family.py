@@ -18,7 +18,13 @@ from lvrpo.models.flow import noise_floor_note
 from lvrpo.models.huggingface.loading import freeze
 from lvrpo.models.transformer import Parameters, Transformer
 from lvrpo.runs.family import FamilyData
-from lvrpo.runs.folder import FolderParts, folder_digest, share_frozen, unchanged
+from lvrpo.runs.folder import (
+    FolderParts,
+    folder_digest,
+    require_folder,
+    share_frozen,
+    unchanged,
+)
 from lvrpo.trainer.config import ConfigError, TrainConfig
 from lvrpo.trainer.objective import Objective
 from lvrpo.trainer.schedule import every_window
@@ -56,6 +62,7 @@ class BagelFamily:
         ):
             if given != expected:
                 raise ConfigError(f"{key} is {given}, expected {expected}: {why}")
+        require_folder(self.path)
         channels = data.source.picture_shape[0]
         needed = self._shapes.module.config.image_channels
         if channels != needed:

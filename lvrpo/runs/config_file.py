@@ -10,6 +10,7 @@ import contextlib
 import dataclasses
 import difflib
 import functools
+import json
 import os
 import re
 import sys
@@ -103,10 +104,22 @@ def read_settings(path: Path | None = None, overrides: Iterable[str] = ()) -> Se
         section, _, name = key.strip().partition(".")
         if not (equals and section and name):
             raise ConfigError(f"{override!r} is not of the form section.key=value")
-        named.setdefault(section, {})[name] = _parse_value(value.strip())
+        parsed = _parse_value(value.strip())
+        _refuse_entry(section, name, parsed)
+        named.setdefault(section, {})[name] = parsed
     _make_absolute(named, Path())
     overridden = frozenset(f"{section}.{name}" for section in named for name in named[section])
     return Settings(_overlay(table, named), path, text, overridden)
+
+
+def _refuse_entry(section: str, name: str, value: Any) -> None:
+    """Say how an entry of a table is given."""
+    key, _, entry = name.partition(".")
+    if entry and section in SECTIONS and _properties(section).get(key, {}).get("type") == "object":
+        raise ConfigError(
+            f"{section}.{name} is an entry of {section}.{key}, {expected(f'{section}.{key}')}, "
+            f"expected the whole table: --set '{section}.{key}={{ {entry} = {json.dumps(value)} }}'"
+        )
 
 
 def from_table(table: Mapping[str, Any]) -> TrainConfig:

@@ -57,15 +57,30 @@ def unchanged(path: Path, state: Mapping[str, Any]) -> FolderParts:
         state: of the run, see `FolderParts.state`.
 
     Raises:
-        ConfigError: they are not.
+        ConfigError: they are not, or there is no folder.
     """
+    require_folder(path)
     found = FolderParts(folder_digest(path))
     if found.digest != state["folder"]:
         raise ConfigError(
             f"model.path is {str(path)!r}, whose files have changed since the run began: put them "
-            "back, or start a new run"
+            "back, name the folder that has them by `lvrpo train RUN --set model.path=FOLDER`, or "
+            "start a new run"
         )
     return found
+
+
+def require_folder(path: Path) -> None:
+    """See that a model has a folder.
+
+    Raises:
+        ConfigError: it has none; says how a run goes on whose folder is elsewhere now.
+    """
+    if not path.is_dir():
+        raise ConfigError(
+            f"model.path is {str(path)!r}, where there is no folder, expected that of a model; a "
+            "run whose folder was moved goes on by `lvrpo train RUN --set model.path=FOLDER`"
+        )
 
 
 def share_frozen(model: nn.Module, kept: dict[str, nn.Parameter]) -> None:

@@ -21,7 +21,13 @@ from lvrpo.models.huggingface.loading import (
 from lvrpo.models.huggingface.policy import HuggingFacePolicy
 from lvrpo.models.transformer import Transformer
 from lvrpo.runs.family import FamilyData
-from lvrpo.runs.folder import FolderParts, folder_digest, share_frozen, unchanged
+from lvrpo.runs.folder import (
+    FolderParts,
+    folder_digest,
+    require_folder,
+    share_frozen,
+    unchanged,
+)
 from lvrpo.trainer.config import ConfigError, TrainConfig
 
 #: Questions of a split that are read before a run.
@@ -59,6 +65,14 @@ class HuggingFaceFamily:
                     f"{key} is {count}, expected 0: a model of model.family = 'huggingface' "
                     "answers and does not draw"
                 )
+        for key in ("rollout", "eval"):
+            guidance = getattr(config, key).guidance
+            if guidance != 1:
+                raise ConfigError(
+                    f"{key}.guidance is {guidance}, expected 1: it is of drawings, and a model of "
+                    "model.family = 'huggingface' answers and does not draw"
+                )
+        require_folder(self.path)
         check_weights(self.path)
         with torch.device("meta"):
             policy = self.new_policy(self.unfitted(data))

@@ -216,13 +216,17 @@ def sample_prompt(
     is_drawn = edit or image is None
     if is_drawn:  # whatever cannot be written is said before anything is drawn
         output_paths(output, count)
-    run = load_policy(directory)
-    draws = "generate" in run[-1].skills
+    setup, parts = read_run(directory)
+    picture = _picture(image, parts)
+    policy = policy_at(directory, setup, parts)
+    draws = "generate" in policy.skills
     if edit and not draws:
         raise ValueError(f"--edit with {directory}, whose model answers and does not draw")
     if is_drawn and draws:
-        return _drawings(*run, prompt, image, count=count, seed=seed, output=output)
-    return _answers(*run, prompt, image, count=count, seed=seed)
+        return _drawings(
+            setup, parts, policy, prompt, picture, count=count, seed=seed, output=output
+        )
+    return _answers(setup, parts, policy, prompt, picture, count=count, seed=seed)
 
 
 def _drawings(
@@ -230,7 +234,7 @@ def _drawings(
     parts: FrozenParts,
     policy: Policy,
     prompt: str,
-    image: Path | None,
+    picture: Picture | None,
     *,
     count: int,
     seed: int,
@@ -238,16 +242,16 @@ def _drawings(
 ) -> tuple[list[Path], list[str]]:
     config = setup.config
     notes = prompt_notes(parts.family.words, prompt, is_drawn=True)
-    example = Example("generate", "command line", prompt, image=_picture(image, parts))
+    example = Example("generate", "command line", prompt, image=picture)
     schedule = flow_schedule(config.rollout)
     guidance = flow_guidance(config.rollout)
     drawn = policy.sample_images(
         [example], count, schedule, guidance=guidance, seed=seed, step=0
     ).images
     paths = output_paths(output, count)
-    for picture, path in zip(drawn.numpy(), paths, strict=True):
+    for drawing, path in zip(drawn.numpy(), paths, strict=True):
         try:
-            save_enlarged(picture, path)
+            save_enlarged(drawing, path)
         except (OSError, ValueError) as error:
             raise RunDirectoryError(f"{path}: cannot be written: {error}") from error
     return paths, notes
@@ -258,14 +262,13 @@ def _answers(
     parts: FrozenParts,
     policy: Policy,
     question: str,
-    image: Path | None,
+    picture: Picture | None,
     *,
     count: int,
     seed: int,
 ) -> tuple[list[str], list[str]]:
     notes = prompt_notes(parts.family.words, question, is_drawn=False)
-    pixels = _picture(image, parts)
-    example = Example("understand", "command line", question, image=pixels, answer="")
+    example = Example("understand", "command line", question, image=picture, answer="")
     answers = policy.sample_texts(
         [example],
         count,

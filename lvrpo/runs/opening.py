@@ -166,6 +166,7 @@ def _existing(
         )
     with named.located():
         setup = check_config(config)
+    setup.saved_parts(directory)  # damaged ones, or of another model's folder, are refused here
     inputs = find_inputs(config, _rewards(config))
     bridge = rate_bridge(own, read_changes(directory) + changes)
     changes += changes_between(own, config, step, bridge)

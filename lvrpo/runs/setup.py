@@ -360,8 +360,7 @@ class Setup:
         """What is counted and watched.
 
         Raises:
-            ConfigError: `rewards.right` names a reward that is made for a run.
-            RewardError: it names one that cannot be imported.
+            ConfigError: `rewards.right` names a reward that is made for a run, or none.
         """
         return VerdictChecks(
             ChecksBySkill(
@@ -376,7 +375,10 @@ class Setup:
         )
 
     def _plain_reward(self, skill: Skill, name: str) -> Reward:
-        found = find_reward(name, self.config.rewards.arguments.get(name))
+        try:
+            found = find_reward(name, self.config.rewards.arguments.get(name))
+        except RewardError as error:
+            raise ConfigError(f"rewards.right.{skill}: {error}") from error
         if hasattr(found.found, "from_parts"):
             raise ConfigError(
                 f"rewards.right.{skill} is {name!r}, which is made of the parts of a run: expected "

@@ -55,6 +55,7 @@ REWARD_BALANCE = Study(
         Arm("max", "r_sem pools by max", ("rewards.semantic_pool=max",)),
     ),
     settings=("run.steps=50", "run.eval_items=512", "run.frontier_items=64"),
+    skills=("generate",),
 )
 
 MACHINERY = Study(
@@ -94,6 +95,7 @@ MACHINERY = Study(
         Arm("sliding", "window of steps slides", ("rollout.window=sliding",)),
     ),
     settings=("run.steps=50", "run.eval_items=512", "run.frontier_items=64"),
+    skills=("understand", "generate"),
 )
 
 STUDIES = {study.name: study for study in (DEMO, REWARD_BALANCE, MACHINERY)}

@@ -125,6 +125,12 @@ def _checked(study: Study, named: Settings) -> TrainConfig:
     """The configuration of the base, after every arm was found to be one that could be run."""
     # Runs stand side by side instead of threads.
     shared = named.over(load_config(overrides=["run.threads=1", *study.settings]))
+    for skill in study.skills:
+        if not getattr(shared.rollout, f"{skill}_prompts"):
+            raise ConfigError(
+                f"rollout.{skill}_prompts is 0, expected at least 1 for the study {study.name}, "
+                "some of whose arms would not differ without them"
+            )
     configs = [read_settings(None, arm.settings).over(shared) for arm in study.all_arms]
     for config in configs:
         check_config(config)

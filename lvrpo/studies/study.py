@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from lvrpo.data.example import Skill
+
 
 @dataclass(frozen=True)
 class Arm:
@@ -31,6 +33,7 @@ class Study:
         base: its run of a seed makes the warm start that all arms of that seed begin with.
         arms: the others.
         settings: `section.key=value` of all runs, where the defaults would take too long.
+        skills: without whose prompts some of its arms would not differ.
     """
 
     name: str
@@ -39,6 +42,7 @@ class Study:
     base: Arm
     arms: tuple[Arm, ...]
     settings: tuple[str, ...] = ()
+    skills: tuple[Skill, ...] = ()
 
     @property
     def all_arms(self) -> tuple[Arm, ...]:

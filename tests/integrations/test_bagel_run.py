@@ -139,7 +139,8 @@ def test_it_edits(tmp_path):
 @pytest.mark.parametrize(
     ("override", "match"),
     [
-        ('model.path="nowhere"', "nowhere has no llm_config.json, expected a BAGEL folder"),
+        ('model.path="nowhere"', "nowhere', where there is no folder, expected that of a model"),
+        ('model.path="."', "has no llm_config.json, expected a BAGEL folder"),
         ("model.lora_rank=2", "model.lora_rank is 2, expected 0"),
         ("warm_start.generate_batch=2", "warm_start.generate_batch is 2, expected 0"),
         ("data.width=10", "a drawing is (8, 10) pixels, expected multiples of 4"),

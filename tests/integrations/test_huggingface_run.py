@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -166,7 +167,10 @@ def test_pictures_keep_their_size(tmp_path):
     ("override", "match"),
     [
         ("warm_start.generate_batch=2", "warm_start.generate_batch is 2, expected 0"),
-        ('model.path="nowhere"', "no config.json, expected a folder as save_pretrained"),
+        ('model.path="nowhere"', "nowhere', where there is no folder, expected that of a model"),
+        ('model.path="."', "no config.json, expected a folder as save_pretrained"),
+        ("rollout.guidance=4.0", "rollout.guidance is 4.0, expected 1: it is of drawings"),
+        ("eval.guidance=4.0", "eval.guidance is 4.0, expected 1: it is of drawings"),
         ('model.frozen=["eye"]', "no parameter of LlamaForCausalLM is in 'eye'"),
         ('model.family="unified"', "expected model.family = 'huggingface' with it"),
         (
@@ -189,6 +193,39 @@ def test_a_folder_that_changed_under_a_run(tmp_path):
     (tmp_path / "model" / "chat_template.jinja").write_text("{{ messages[0]['content'] }}")
     output = lvrpo("train", run, "--set", "run.steps=3", code=2)
     assert "files have changed since the run began" in " ".join(output.split())
+
+
+def test_a_folder_that_was_moved(tmp_path):
+    """It is named again, and goes on if it is the same; nothing is written of another."""
+    run, moved = tmp_path / "run", tmp_path / "moved"
+    lvrpo("train", run, "--config", write(tmp_path))
+    (tmp_path / "model").rename(moved)
+    for command in (("train", run), ("eval", run), ("sample", run, "w20"), ("export", run, "x")):
+        output = " ".join(lvrpo(*command, code=2).split())
+        assert "where there is no folder" in output
+        assert "`lvrpo train RUN --set model.path=FOLDER`" in output
+    other = tmp_path / "other"
+    shutil.copytree(moved, other)
+    (other / "generation_config.json").write_text("{}")
+    before = (run / "config.toml").read_bytes()
+    output = lvrpo("train", run, "--set", f"model.path={other}", code=2)
+    assert "files have changed since the run began" in " ".join(output.split())
+    assert (run / "config.toml").read_bytes() == before
+    lvrpo("train", run, "--set", f"model.path={moved}", "--set", "run.steps=3")
+    assert rows(run)[-1]["step"] == WARM + 3
+    lvrpo("sample", run, "w20 w7")
+
+
+def test_weights_of_another_shape_are_refused_before_the_run(tmp_path):
+    config = write(tmp_path)
+    described = tmp_path / "model" / "config.json"
+    described.write_text(json.dumps(json.loads(described.read_text()) | {"intermediate_size": 24}))
+    output = lvrpo("train", tmp_path / "run", "--config", config, code=2)
+    assert "of another shape: model.layers.0.mlp.down_proj.weight (32, 48), expected (32, 24)" in (
+        " ".join(output.split())
+    )
+    assert len(output.splitlines()) == 1
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_picture_that_is_measured_with_is_met_before_the_run(tmp_path):

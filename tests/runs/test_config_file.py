@@ -43,6 +43,10 @@ BAD = {
     "bool is no int": (["run.seed=true"], "run.seed is True, expected an integer"),
     "wrong type in a table": (["rewards.generate={r_ins='x'}"], "rewards.generate.r_ins is 'x'"),
     "no table": (["rewards.generate=3"], "rewards.generate is 3, expected a table of names, each "),
+    "an entry of a table": (
+        ["rewards.right.understand=exact"],
+        """expected the whole table: --set 'rewards.right={ understand = "exact" }'""",
+    ),
     "no section": (["run=3"], "'run=3' is not of the form"),
     "an empty section": ([".steps=3"], "'.steps=3' is not of the form section.key=value"),
     "an empty key": (["run.=3"], "'run.=3' is not of the form section.key=value"),

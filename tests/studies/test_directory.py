@@ -157,6 +157,18 @@ def test_wrong_settings_create_nothing(tmp_path, wrong):
     assert not (tmp_path / "study").exists()
 
 
+@pytest.mark.parametrize("name", [name for name, each in STUDIES.items() if each.skills])
+@pytest.mark.parametrize("skill", ["understand", "generate"])
+def test_a_study_needs_the_prompts_that_its_arms_differ_by(tmp_path, name, skill):
+    study, without = STUDIES[name], [f"rollout.{skill}_prompts=0"]
+    if skill not in study.skills:
+        assert begin(tmp_path / "new", study, *OVERRIDES, *without)
+        return
+    with pytest.raises(ConfigError, match=f"rollout.{skill}_prompts is 0, expected at least 1 for"):
+        begin(tmp_path / "new", study, *OVERRIDES, *without)
+    assert not (tmp_path / "new").exists()
+
+
 def test_what_is_no_study_stays_as_it_is(tmp_path):
     (tmp_path / "folder").mkdir()
     (tmp_path / "folder" / "mine.txt").write_text("mine")
