@@ -20,7 +20,8 @@ STABLE_TORCH_LIBRARY(lvrpo, m) {
   m.def(
       "gather_logprobs_bwd(Tensor(a!) dlogits, Tensor dlogprobs, Tensor? dentropy, Tensor logits, Tensor token_ids, "
       "Tensor? row_index, Tensor? vocab_range, Tensor lse, Tensor? entropy, Tensor numbers) -> ()");
-  // noise is absent when every step is deterministic.
+  // noise, here and below, is standard normals, or int64 [N, 2]: the seed and the subsequence of the stream that a sample's
+  // are drawn from. It is absent when every step is deterministic.
   m.def(
       "flow_step_fwd(Tensor velocity, Tensor x_t, Tensor? noise, Tensor c_x, Tensor c_v, Tensor std) "
       "-> (Tensor x_next, Tensor logprob)");

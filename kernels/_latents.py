@@ -18,6 +18,10 @@ SLICE = {
     torch.float32: LaunchConfig({"BLOCK": 2048}, num_warps=4, num_stages=1),
     torch.float64: LaunchConfig({"BLOCK": 1024}, num_warps=4, num_stages=1),
 }
+# With noise that is drawn a thread has 8: the numbers of a counter, in fp64, take its registers.
+SLICE_DRAWN = {
+    dtype: LaunchConfig(config.blocks, num_warps=8, num_stages=1) for dtype, config in SLICE.items()
+}
 # Slices of a sample that are added side by side.
 BLOCK_S = 16
 
@@ -26,6 +30,12 @@ def sizes_of(latents, block):
     """Samples, elements of each, and slices of each."""
     samples, elements = latents.shape[0], math.prod(latents.shape[1:])
     return samples, elements, cdiv(elements, block)
+
+
+def slice_config(dtype, noise):
+    """Of a pass over latents of this dtype with this noise."""
+    drawn = noise is not None and not noise.is_floating_point()
+    return (SLICE_DRAWN if drawn else SLICE)[dtype]
 
 
 def wide(dtype):

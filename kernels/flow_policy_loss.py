@@ -10,9 +10,17 @@ import torch
 import triton
 import triton.language as tl
 
-from lvrpo.kernels._latents import BLOCK_S, SLICE, contiguous, over_slices, sizes_of, slice_of
+from lvrpo.kernels._latents import (
+    BLOCK_S,
+    contiguous,
+    over_slices,
+    sizes_of,
+    slice_config,
+    slice_of,
+)
 from lvrpo.kernels._launch import LaunchConfig, launch
 from lvrpo.kernels._log_ratio import is_saturated, saturate
+from lvrpo.kernels._philox import noise_of, noise_pointers
 from lvrpo.kernels._primitives import as_scalar, clamp, is_finite, positions
 from lvrpo.params.flow import FLOW_NUMBERS, FlowLossMetrics
 
@@ -38,7 +46,7 @@ TERMS = LaunchConfig({"BLOCK_N": 32, "BLOCK_S": BLOCK_S}, num_warps=16, num_stag
 # What has a number for each sample, in whatever slice of a batch.
 SMALL = [
     *("c_v_ptr", "std_ptr", "dt_ptr", "advantages_ptr", "mask_ptr", "policy_weights_ptr"),
-    *("denominator_ptr", "dloss_ptr"),
+    *("denominator_ptr", "dloss_ptr", "streams_ptr"),
 ]
 
 
@@ -57,7 +65,8 @@ def _sums_kernel(
     parts_ptr,  # [3, N, slices] z (v - v_old), (v - v_old)^2, (v - v_ref)^2
     velocity_ptr,  # [N, D]
     velocity_old_ptr,  # [N, D]
-    noise_ptr,  # [N, D]
+    noise_ptr,  # [N, D], or None where it is drawn
+    streams_ptr,  # [N, 2] int64 that it is drawn from, or None
     velocity_ref_ptr,  # [N, D] or None
     std_ptr,  # [N], or [1] with a step_stride of 0
     mask_ptr,  # [N] bool or None
@@ -70,7 +79,7 @@ def _sums_kernel(
     inside &= _is_active(mask_ptr, std_ptr, step_stride, sample, sample >= 0)
     v = tl.load(velocity_ptr + at, mask=inside, other=0.0).to(tl.float64)
     d = v - tl.load(velocity_old_ptr + at, mask=inside, other=0.0).to(tl.float64)
-    z = tl.load(noise_ptr + at, mask=inside, other=0.0).to(tl.float64)
+    z = noise_of(noise_ptr, streams_ptr, sample, at, inside, slices, BLOCK).to(tl.float64)
     part_ptr, parts = parts_ptr + tl.program_id(0), tl.num_programs(0).to(tl.int64)
     tl.store(part_ptr, tl.sum(z * d, axis=0))
     tl.store(part_ptr + parts, tl.sum(d * d, axis=0))
@@ -310,7 +319,8 @@ def _gradient_kernel(
     directions_ptr,  # [N, 3] of _terms_kernel
     velocity_ptr,  # [N, D]
     velocity_old_ptr,  # [N, D]
-    noise_ptr,  # [N, D]
+    noise_ptr,  # [N, D], or None where it is drawn
+    streams_ptr,  # [N, 2] int64 that it is drawn from, or None
     velocity_ref_ptr,  # [N, D] or None
     elements: tl.int64,
     slices,
@@ -326,7 +336,7 @@ def _gradient_kernel(
     read = inside & ((of_noise != 0) | (of_old != 0) | (of_ref != 0))
     v = tl.load(velocity_ptr + at, mask=read, other=0.0).to(tl.float64)
     old = tl.load(velocity_old_ptr + at, mask=read, other=0.0).to(tl.float64)
-    z = tl.load(noise_ptr + at, mask=read, other=0.0).to(tl.float64)
+    z = noise_of(noise_ptr, streams_ptr, sample, at, read, slices, BLOCK).to(tl.float64)
     dv = of_noise * z + of_old * (v - old)
     if velocity_ref_ptr is not None:
         ref = tl.load(velocity_ref_ptr + at, mask=read, other=0.0).to(tl.float64)
@@ -353,7 +363,7 @@ def flow_policy_loss_fwd(
     kl,
 ):
     """Launcher; contract in `lvrpo.ops.flow_policy_loss`."""
-    config = SLICE[velocity_old.dtype]
+    config = slice_config(velocity_old.dtype, noise)
     samples, elements, slices = sizes_of(velocity, config.blocks["BLOCK"])
 
     def doubles(*shape):
@@ -376,7 +386,7 @@ def flow_policy_loss_fwd(
         config,
         velocity_ptr=velocity.contiguous(),
         velocity_old_ptr=velocity_old.contiguous(),
-        noise_ptr=noise.contiguous(),
+        **noise_pointers(noise),
         velocity_ref_ptr=contiguous(velocity_ref),
         **shared,
     )
@@ -413,7 +423,7 @@ def _denominator(tensor, device):
 
 def flow_policy_loss_bwd(dloss, velocity, velocity_old, noise, velocity_ref, directions):
     """Launcher; the gradient of the velocity."""
-    config = SLICE[velocity_old.dtype]
+    config = slice_config(velocity_old.dtype, noise)
     samples, elements, slices = sizes_of(velocity, config.blocks["BLOCK"])
     dvelocity = velocity.new_empty(velocity.shape)
     launch(
@@ -425,7 +435,7 @@ def flow_policy_loss_bwd(dloss, velocity, velocity_old, noise, velocity_ref, dir
         directions_ptr=directions,
         velocity_ptr=velocity.contiguous(),
         velocity_old_ptr=velocity_old.contiguous(),
-        noise_ptr=noise.contiguous(),
+        **noise_pointers(noise),
         velocity_ref_ptr=contiguous(velocity_ref),
         elements=elements,
         slices=slices,

@@ -8,13 +8,14 @@ import torch
 import triton
 import triton.language as tl
 
-from lvrpo.kernels._latents import BLOCK_S, SLICE, contiguous, over_slices, sizes_of, slice_of
+from lvrpo.kernels._latents import BLOCK_S, over_slices, sizes_of, slice_config, slice_of
 from lvrpo.kernels._launch import LaunchConfig, cdiv, launch
+from lvrpo.kernels._philox import noise_of, noise_pointers
 
 HALF_LOG_2PI = tl.constexpr(0.91893853320467274178)
 LOGPROB = LaunchConfig({"BLOCK_N": 32, "BLOCK_S": BLOCK_S}, num_warps=4, num_stages=1)
 # What has a number for each sample, in whatever slice of a batch.
-SMALL = ["c_x_ptr", "c_v_ptr", "std_ptr", "dlogprob_ptr"]
+SMALL = ["c_x_ptr", "c_v_ptr", "std_ptr", "dlogprob_ptr", "streams_ptr"]
 
 
 @triton.jit(do_not_specialize=["slices", "step_stride"], do_not_specialize_on_alignment=SMALL)
@@ -23,7 +24,8 @@ def _step_kernel(
     parts_ptr,  # [N, slices] the sums of noise^2, or None without noise
     velocity_ptr,  # [N, D]
     x_t_ptr,  # [N, D]
-    noise_ptr,  # [N, D], or None when every step is deterministic
+    noise_ptr,  # [N, D], or None where it is drawn, or when every step is deterministic
+    streams_ptr,  # [N, 2] int64 that it is drawn from, or None
     c_x_ptr,  # [N], or [1] with a step_stride of 0
     c_v_ptr,  # likewise
     std_ptr,  # likewise
@@ -37,11 +39,12 @@ def _step_kernel(
     x = tl.load(x_t_ptr + at, mask=inside, other=0.0)
     v = tl.load(velocity_ptr + at, mask=inside, other=0.0).to(x.dtype)
     x_next = tl.load(c_x_ptr + step) * x + tl.load(c_v_ptr + step) * v
-    if noise_ptr is not None:
+    if noise_ptr is not None or streams_ptr is not None:
         std = tl.load(std_ptr + step)
         # The noise of a deterministic step may be NaN, and so may be its std where nobody looked.
         stochastic = std > 0
-        z = tl.load(noise_ptr + at, mask=inside & stochastic, other=0.0)
+        read = inside & stochastic
+        z = noise_of(noise_ptr, streams_ptr, sample, at, read, slices, BLOCK).to(x.dtype)
         x_next += tl.where(stochastic, std, 0.0) * z
         z = z.to(tl.float64)
         tl.store(parts_ptr + tl.program_id(0), tl.sum(z * z, axis=0))
@@ -78,7 +81,8 @@ def _gradient_kernel(
     dx_t_ptr,  # [N, D]
     dx_next_ptr,  # [N, D]
     dlogprob_ptr,  # [N]
-    noise_ptr,  # [N, D], or None when every step is deterministic
+    noise_ptr,  # [N, D], or None where it is drawn, or when every step is deterministic
+    streams_ptr,  # [N, 2] int64 that it is drawn from, or None
     c_x_ptr,  # [N], or [1] with a step_stride of 0
     c_v_ptr,  # likewise
     std_ptr,  # likewise
@@ -90,21 +94,23 @@ def _gradient_kernel(
     sample, at, inside = slice_of(elements, slices, BLOCK)
     step = sample * step_stride
     dmean = tl.load(dx_next_ptr + at, mask=inside, other=0.0)
-    if noise_ptr is not None:
+    if noise_ptr is not None or streams_ptr is not None:
         std = tl.load(std_ptr + step)
         stochastic = std > 0
         # d log-prob / d mean = z / (std D)
         size = tl.where(stochastic, std, 1.0) * elements.to(dmean.dtype)
         factor = tl.where(stochastic, tl.load(dlogprob_ptr + sample) / size, 0.0)
         # Without a gradient of the log-prob the noise is not read: it may be NaN.
-        dmean += factor * tl.load(noise_ptr + at, mask=inside & (factor != 0), other=0.0)
+        read = inside & (factor != 0)
+        z = noise_of(noise_ptr, streams_ptr, sample, at, read, slices, BLOCK).to(dmean.dtype)
+        dmean += factor * z
     tl.store(dvelocity_ptr + at, tl.load(c_v_ptr + step) * dmean, mask=inside)
     tl.store(dx_t_ptr + at, tl.load(c_x_ptr + step) * dmean, mask=inside)
 
 
 def flow_step_fwd(velocity, x_t, noise, c_x, c_v, std):
     """Launcher; contract in `lvrpo.ops.flow_step`."""
-    config = SLICE[x_t.dtype]
+    config = slice_config(x_t.dtype, noise)
     samples, elements, slices = sizes_of(x_t, config.blocks["BLOCK"])
     x_next = x_t.new_empty(x_t.shape)
     logprob = x_t.new_zeros(samples) if noise is None else x_t.new_empty(samples)
@@ -119,7 +125,7 @@ def flow_step_fwd(velocity, x_t, noise, c_x, c_v, std):
         parts_ptr=parts,
         velocity_ptr=velocity.contiguous(),
         x_t_ptr=x_t.contiguous(),
-        noise_ptr=contiguous(noise),
+        **noise_pointers(noise),
         **steps,
         **sizes,
     )
@@ -140,7 +146,7 @@ def flow_step_fwd(velocity, x_t, noise, c_x, c_v, std):
 
 def flow_step_bwd(dx_next, dlogprob, noise, c_x, c_v, std):
     """Launcher; the gradients of velocity and x_t."""
-    config = SLICE[dx_next.dtype]
+    config = slice_config(dx_next.dtype, noise)
     samples, elements, slices = sizes_of(dx_next, config.blocks["BLOCK"])
     dvelocity, dx_t = dx_next.new_empty(dx_next.shape), dx_next.new_empty(dx_next.shape)
     launch(
@@ -151,7 +157,7 @@ def flow_step_bwd(dx_next, dlogprob, noise, c_x, c_v, std):
         dx_t_ptr=dx_t,
         dx_next_ptr=dx_next.contiguous(),
         dlogprob_ptr=dlogprob.contiguous(),
-        noise_ptr=contiguous(noise),
+        **noise_pointers(noise),
         **_steps(c_x, c_v, std),
         elements=elements,
         slices=slices,

@@ -28,10 +28,24 @@ def stream(seed: int, *ids: int | str) -> np.random.Generator:
         seed: of the run.
         ids: ints and strings, for instance step, "noise", prompt uid, sample index.
     """
+    key = np.frombuffer(_hash(seed, ids, size=16), dtype="<u8")
+    return np.random.Generator(np.random.Philox(key=key))
+
+
+def seed_of(seed: int, *ids: int | str) -> int:
+    """A seed in [-2^63, 2^63) of the streams that `lvrpo.flow_step` draws noise from.
+
+    Args:
+        seed: of the run.
+        ids: as those of `stream`.
+    """
+    return int.from_bytes(_hash(seed, ids, size=8), "little", signed=True)
+
+
+def _hash(seed: int, ids: tuple[int | str, ...], size: int) -> bytes:
     key = tuple(i if isinstance(i, str) else operator.index(i) for i in (seed, *ids))
     # ascii() quotes and escapes, so different tuples never collide before the hash.
-    digest = hashlib.blake2b(ascii(key).encode(), digest_size=16).digest()
-    return np.random.Generator(np.random.Philox(key=np.frombuffer(digest, dtype="<u8")))
+    return hashlib.blake2b(ascii(key).encode(), digest_size=size).digest()
 
 
 def normal(streams: Sequence[np.random.Generator], shape: Sequence[int]) -> Tensor:

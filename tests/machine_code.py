@@ -28,6 +28,7 @@ class Kernel:
     file: str
     name: str
     types: list[str]
+    draws: bool  # noise, in fp64
     registers: int
     stack: int
     spills: int
@@ -68,11 +69,12 @@ def demangled(text: str) -> str:
     return done.stdout
 
 
-def parts(signature: str) -> tuple[str, list[str]]:
-    """`sums_kernel` and the types among its template's arguments."""
+def parts(signature: str) -> tuple[str, list[str], bool]:
+    """`sums_kernel`, the types among its template's arguments, and whether it draws noise."""
     name = re.search(r"(\w+)(?:<(.*?)>)?\(", signature.replace("(anonymous namespace)", "local"))
     assert name is not None, signature
-    return name[1], [x for x in re.split(r", *", name[2] or "") if x in BYTES]
+    arguments = re.split(r", *", name[2] or "")
+    return name[1], [x for x in arguments if x in BYTES], "lvrpo::Drawn" in arguments
 
 
 def code_by_signature(object_file: Path) -> dict[str, list[tuple[int, str]]]:
@@ -94,10 +96,10 @@ def read(file: str, log: str, code: dict[str, list[tuple[int, str]]]) -> Iterato
         re.DOTALL,
     )
     for found in entry.finditer(demangled(log)):
-        name, types = parts(found["signature"])
+        name, types, draws = parts(found["signature"])
         shared = re.search(r"(\d+) bytes smem", found["rest"])
         yield Kernel(
-            *(file, name, types, int(found["registers"]), int(found["stack"])),
+            *(file, name, types, draws, int(found["registers"]), int(found["stack"])),
             spills=int(found["stored"]) + int(found["loaded"]),
             shared=int(shared[1]) if shared else 0,
             code=code[found["signature"]],
@@ -118,7 +120,8 @@ def kernels(gpu: str) -> list[Kernel]:
 def width(kernel: Kernel) -> str:
     """The type that a kernel reads, as the tables name it."""
     names = {"double": "fp64", "float": "fp32"}
-    return names.get(kernel.types[0], "16 bits") if kernel.types else ""
+    reads = names.get(kernel.types[0], "16 bits") if kernel.types else ""
+    return f"{reads}, draws" if kernel.draws else reads
 
 
 def spread(numbers: set[int]) -> str:

@@ -53,6 +53,8 @@ SPILL_BUDGET: dict[str, int] = {
     # In fp64 on 8.0; of rows that are no multiple of 16 on 10.0: ptxas fits another program.
     "_sums_kernel": 8,
     "_row_kernel": 8,
+    # With noise that it draws, in fp64: ptxas fits another program.
+    "_gradient_kernel": 8,
     # One program, once a call: sums that wait for its last stores. Every tile that was tried spills
     # somewhere, and more of them would be read by fewer threads.
     "_reduce_kernel": 48,

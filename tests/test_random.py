@@ -31,12 +31,28 @@ def test_different_ids_give_different_streams():
     assert not torch.equal(noise([(0,)]), random.normal([random.stream(8, 0)], (3, 5)))
 
 
+def test_different_ids_give_different_seeds_of_64_bits():
+    keys = [(), (0,), (1,), ("1",), ("a", "b"), ("ab",), ("a", "b", ""), (1, 2), (12,), (2, 1)]
+    keys += [("p", i) for i in range(1000)]
+    seeds = [random.seed_of(0, *key) for key in keys]
+    assert len(set(seeds)) == len(keys)
+    assert random.seed_of(1) != random.seed_of(0)
+    # Every bit is set in about half of them; the sign is one.
+    bits = np.array(seeds)[:, None] >> np.arange(64) & 1
+    assert np.abs(bits.mean(axis=0) - 0.5).max() < 4.5 * 0.5 / len(keys) ** 0.5
+
+
 def test_the_same_in_another_process():
-    program = "from lvrpo import random; print(random.stream(3, 'p', 1).integers(1 << 62))"
+    program = (
+        "from lvrpo import random; "
+        "print(random.stream(3, 'p', 1).integers(1 << 62), random.seed_of(3, 'p', 1))"
+    )
     result = subprocess.run(
         [sys.executable, "-c", program], capture_output=True, text=True, check=True
     )
-    assert int(result.stdout) == random.stream(3, "p", 1).integers(1 << 62)
+    stream, seed = map(int, result.stdout.split())
+    assert stream == random.stream(3, "p", 1).integers(1 << 62)
+    assert seed == random.seed_of(3, "p", 1)
 
 
 def test_streams_advance():

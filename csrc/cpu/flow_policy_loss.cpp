@@ -11,8 +11,9 @@
 #include "common/dispatch.h"
 #include "common/flow_policy_loss.h"
 #include "common/tensors.h"
-#include "cpu/simd.h"
 #include "cpu/latents.h"
+#include "cpu/noise.h"
+#include "cpu/simd.h"
 
 namespace lvrpo {
 namespace {
@@ -67,7 +68,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> flow_policy_loss_fwd(
   const LatentBlocks size(velocity);
   velocity = dense(velocity);
   velocity_old = size.contiguous(velocity_old, "velocity_old");
-  noise = size.contiguous(noise, "noise");
+  const NoiseTensor given(noise, size);
   if (velocity_ref) velocity_ref = size.contiguous(*velocity_ref, "velocity_ref");
   LVRPO_CHECK(!denominator || denominator->numel() == 1, "denominator must hold one number");
   Tensor loss = make_empty(velocity_old, {});
@@ -81,13 +82,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> flow_policy_loss_fwd(
     const Samples<acc> samples = tensors.numbers();
     const scalar_t* v = velocity.const_data_ptr<scalar_t>();
     const acc* v_old = data<acc>(velocity_old, "velocity_old");
-    const acc* z = data<acc>(noise, "noise");
+    const Noise<acc> z = given.pointers<acc>();
     const acc* v_ref = velocity_ref ? data<acc>(*velocity_ref, "velocity_ref") : nullptr;
     std::vector<Sums> partial(size.blocks());
     size.for_each_block([&](int64_t block, int64_t sample, int64_t begin, int64_t n) {
       if (!samples.is_active(sample)) return;
-      partial[block] =
-          block_sums<scalar_t, acc>(v + begin, v_old + begin, z + begin, v_ref ? v_ref + begin : nullptr, n);
+      DrawnBlock<acc> drawn;
+      const acc* here = block_of(z, size, sample, begin, n, drawn);
+      partial[block] = block_sums<scalar_t, acc>(v + begin, v_old + begin, here, v_ref ? v_ref + begin : nullptr, n);
     });
 
     double active = 0;
@@ -113,7 +115,7 @@ Tensor flow_policy_loss_bwd(Tensor dloss, Tensor velocity, Tensor velocity_old, 
   const LatentBlocks size(velocity);
   velocity = dense(velocity);
   velocity_old = size.contiguous(velocity_old, "velocity_old");
-  noise = size.contiguous(noise, "noise");
+  const NoiseTensor given(noise, size);
   directions = dense(directions);
   if (velocity_ref) velocity_ref = size.contiguous(*velocity_ref, "velocity_ref");
   LVRPO_CHECK(dloss.numel() == 1, "dloss must hold one number");
@@ -126,7 +128,7 @@ Tensor flow_policy_loss_bwd(Tensor dloss, Tensor velocity, Tensor velocity_old, 
     const double* d = data<double>(directions, "directions");
     const scalar_t* v = velocity.const_data_ptr<scalar_t>();
     const acc* v_old = data<acc>(velocity_old, "velocity_old");
-    const acc* z = data<acc>(noise, "noise");
+    const Noise<acc> z = given.pointers<acc>();
     const acc* v_ref = velocity_ref ? data<acc>(*velocity_ref, "velocity_ref") : nullptr;
     scalar_t* dv = dvelocity.mutable_data_ptr<scalar_t>();
     size.for_each_block([&](int64_t, int64_t sample, int64_t begin, int64_t n) {
@@ -135,10 +137,14 @@ Tensor flow_policy_loss_bwd(Tensor dloss, Tensor velocity, Tensor velocity_old, 
       const acc* ref = v_ref ? v_ref + begin : nullptr;
       if (by.is_zero()) {  // without weight it may hold NaN
         std::fill_n(dv + begin, n, scalar_t(0));
-      } else if (by.is_finite()) {
-        block_gradient<scalar_t, acc, acc>(v + begin, v_old + begin, z + begin, ref, dv + begin, n, by);
+        return;
+      }
+      DrawnBlock<acc> drawn;
+      const acc* here = block_of(z, size, sample, begin, n, drawn);
+      if (by.is_finite()) {
+        block_gradient<scalar_t, acc, acc>(v + begin, v_old + begin, here, ref, dv + begin, n, by);
       } else {
-        block_gradient<scalar_t, acc, double>(v + begin, v_old + begin, z + begin, ref, dv + begin, n,
+        block_gradient<scalar_t, acc, double>(v + begin, v_old + begin, here, ref, dv + begin, n,
                                               scaled_finite(f, upstream));
       }
     });

@@ -8,8 +8,9 @@
 #include "common/check.h"
 #include "common/dispatch.h"
 #include "common/tensors.h"
-#include "cpu/simd.h"
 #include "cpu/latents.h"
+#include "cpu/noise.h"
+#include "cpu/simd.h"
 
 namespace lvrpo {
 namespace {
@@ -76,7 +77,7 @@ std::tuple<Tensor, Tensor> flow_step_fwd(Tensor velocity, Tensor x_t, optional<T
   const LatentBlocks size(velocity);
   velocity = dense(velocity);
   x_t = size.contiguous(x_t, "x_t");
-  if (noise) noise = size.contiguous(*noise, "noise");
+  const NoiseTensor given(noise, size);
   Tensor x_next = make_empty(x_t, x_t.sizes());
   Tensor logprob = make_empty(x_t, {size.samples});
 
@@ -85,13 +86,15 @@ std::tuple<Tensor, Tensor> flow_step_fwd(Tensor velocity, Tensor x_t, optional<T
     const Steps<acc> steps(c_x, c_v, std, size.samples);
     const scalar_t* v = velocity.const_data_ptr<scalar_t>();
     const acc* x = data<acc>(x_t, "x_t");
-    const acc* z = noise ? data<acc>(*noise, "noise") : nullptr;
+    const Noise<acc> z = given.pointers<acc>();
     acc* out = x_next.mutable_data_ptr<acc>();
     std::vector<double> partial(size.blocks());
     size.for_each_block([&](int64_t block, int64_t sample, int64_t begin, int64_t n) {
       const Step<acc> step = steps[sample];
-      if (z != nullptr && step.std > acc(0)) {
-        partial[block] = stochastic_step<scalar_t, acc>(v + begin, x + begin, z + begin, out + begin, n, step);
+      if (z.is_given() && step.std > acc(0)) {
+        DrawnBlock<acc> drawn;
+        const acc* here = block_of(z, size, sample, begin, n, drawn);
+        partial[block] = stochastic_step<scalar_t, acc>(v + begin, x + begin, here, out + begin, n, step);
       } else {
         deterministic_step<scalar_t, acc>(v + begin, x + begin, out + begin, n, step);
       }
@@ -99,7 +102,7 @@ std::tuple<Tensor, Tensor> flow_step_fwd(Tensor velocity, Tensor x_t, optional<T
     acc* logprob_ptr = logprob.mutable_data_ptr<acc>();
     for (int64_t sample = 0; sample < size.samples; ++sample) {
       const double s = steps[sample].std;
-      if (z == nullptr || !(s > 0)) {
+      if (!z.is_given() || !(s > 0)) {
         logprob_ptr[sample] = acc(0);
         continue;
       }
@@ -117,23 +120,24 @@ std::tuple<Tensor, Tensor> flow_step_bwd(Tensor dx_next, Tensor dlogprob, option
   dx_next = dense(dx_next);
   dlogprob = dense(dlogprob);
   check_size(dlogprob, 0, size.samples, "dlogprob");
-  if (noise) noise = size.contiguous(*noise, "noise");
+  const NoiseTensor given(noise, size);
   Tensor dvelocity = make_empty(dx_next, dx_next.sizes()), dx_t = make_empty(dx_next, dx_next.sizes());
 
   LVRPO_DISPATCH_ACC(dx_next.scalar_type(), acc, [&] {
     const Steps<acc> steps(c_x, c_v, std, size.samples);
     const acc* dx = dx_next.const_data_ptr<acc>();
     const acc* dlp = data<acc>(dlogprob, "dlogprob");
-    const acc* z = noise ? data<acc>(*noise, "noise") : nullptr;
+    const Noise<acc> z = given.pointers<acc>();
     acc* dv_ptr = dvelocity.mutable_data_ptr<acc>();
     acc* dx_ptr = dx_t.mutable_data_ptr<acc>();
     size.for_each_block([&](int64_t, int64_t sample, int64_t begin, int64_t n) {
       const Step<acc> step = steps[sample];
-      const bool stochastic = z != nullptr && step.std > acc(0);
+      const bool stochastic = z.is_given() && step.std > acc(0);
       const acc factor = stochastic ? dlp[sample] / (step.std * static_cast<acc>(size.elements)) : acc(0);
       // Without a gradient of the log-prob the noise is not read: it may be NaN.
-      step_gradient<acc>(dx + begin, factor != acc(0) ? z + begin : nullptr, dv_ptr + begin, dx_ptr + begin, n, step,
-                         factor);
+      DrawnBlock<acc> drawn;
+      const acc* here = factor != acc(0) ? block_of(z, size, sample, begin, n, drawn) : nullptr;
+      step_gradient<acc>(dx + begin, here, dv_ptr + begin, dx_ptr + begin, n, step, factor);
     });
   });
   return {dvelocity, dx_t};

@@ -6,10 +6,12 @@
 #include <algorithm>
 #include <optional>
 #include <tuple>
+#include <type_traits>
 
 #include "common/flow_policy_loss.h"
 #include "common/tensors.h"
 #include "cuda/latents.cuh"
+#include "cuda/noise.cuh"
 
 namespace lvrpo {
 namespace {
@@ -24,10 +26,10 @@ constexpr int TERMS_THREADS = 512;
 template <typename scalar_t, typename acc>
 struct Velocities {
   const scalar_t* v;
-  const acc *v_old, *z, *v_ref;
+  const acc *v_old, *v_ref;
 
   __device__ __forceinline__ bool are_aligned(int64_t at) const {
-    return is_aligned(v + at) && is_aligned(v_old + at) && is_aligned(z + at) && is_aligned(v_ref ? v_ref + at : nullptr);
+    return is_aligned(v + at) && is_aligned(v_old + at) && is_aligned(v_ref ? v_ref + at : nullptr);
   }
 };
 
@@ -38,25 +40,29 @@ struct Elements {
   Chunk<scalar_t, SIZE> v;
   Chunk<acc, SIZE> v_old, z, v_ref;
 
-  template <typename Range>
-  __device__ __forceinline__ Elements(const Velocities<scalar_t, acc>& from, Range range, int64_t at) {
+  template <typename Source, typename Range>
+  __device__ __forceinline__ Elements(const Velocities<scalar_t, acc>& from, const SampleNoise<Source, acc>& noise,
+                                      Range range, int64_t at) {
     v.read(from.v + at, range);
     v_old.read(from.v_old + at, range);
-    z.read(from.z + at, range);
+    noise.read(z, range, at);
     if constexpr (HAS_REF) v_ref.read(from.v_ref + at, range);
   }
 };
 
 // parts [N, slices]: those of samples that do not count are not written.
-template <bool HAS_REF, typename scalar_t, typename acc>
-__global__ __launch_bounds__(SLICE_THREADS) void sums_kernel(Velocities<scalar_t, acc> latents, Samples<acc> samples,
-                                                             int64_t elements, int64_t slices, Sums* parts) {
+template <bool HAS_REF, typename Source, typename scalar_t, typename acc>
+__global__ __launch_bounds__(SLICE_THREADS) void sums_kernel(Velocities<scalar_t, acc> latents, Noise<acc> noise,
+                                                             Samples<acc> samples, int64_t elements, int64_t slices,
+                                                             Sums* parts) {
   using Here = Elements<scalar_t, acc, HAS_REF>;
   const Slice slice(elements, slices);
   if (!samples.is_active(slice.sample)) return;
+  const SampleNoise<Source, acc> own(noise, slice.sample, elements);
+  const bool aligned = latents.are_aligned(slice.begin) && own.is_aligned_at(slice.begin);
   Sums sums;
-  slice.for_each_chunk<Here::SIZE>(latents.are_aligned(slice.begin), [&](auto range, int64_t at) {
-    const Here here(latents, range, at);
+  slice.for_each_chunk<Here::SIZE, Source::IN_FLIGHT>(aligned, [&](auto range, int64_t at) {
+    const Here here(latents, own, range, at);
 #pragma unroll
     for (int i = 0; i < Here::SIZE; ++i) {
       const double v = here.v[i], d = v - static_cast<double>(here.v_old[i]);
@@ -70,6 +76,11 @@ __global__ __launch_bounds__(SLICE_THREADS) void sums_kernel(Velocities<scalar_t
   });
   sums = over_block(sums, Add{}, shared_memory<Sums>());
   if (threadIdx.x == 0) parts[blockIdx.x] = sums;
+}
+
+template <typename Source, typename scalar_t, typename acc>
+auto sums_kernel_of(bool has_ref) {
+  return has_ref ? sums_kernel<true, Source, scalar_t, acc> : sums_kernel<false, Source, scalar_t, acc>;
 }
 
 struct Join {
@@ -133,13 +144,15 @@ __global__ __launch_bounds__(TERMS_THREADS) void terms_kernel(Samples<acc> sampl
 }
 
 // dv [N, elements].
-template <bool HAS_REF, typename by_t, typename scalar_t, typename acc>
+template <bool HAS_REF, typename Source, typename by_t, typename scalar_t, typename acc>
 __device__ __forceinline__ void write_gradient(const Slice& slice, const Velocities<scalar_t, acc>& latents,
-                                               const Direction<by_t>& by, scalar_t* dv) {
+                                               const SampleNoise<Source, acc>& noise, const Direction<by_t>& by,
+                                               scalar_t* dv) {
   using Here = Elements<scalar_t, acc, HAS_REF>;
-  const int ahead = ahead_of(dv + slice.begin);
+  const bool aligned = latents.are_aligned(slice.begin) && noise.is_aligned_at(slice.begin);
+  const int ahead = std::is_same_v<Source, Drawn> ? 0 : ahead_of(dv + slice.begin);
   const auto write = [&](auto range, int64_t at) {
-    const Here here(latents, range, at);
+    const Here here(latents, noise, range, at);
     Chunk<scalar_t, Here::SIZE> gradient;
 #pragma unroll
     for (int i = 0; i < Here::SIZE; ++i) {
@@ -151,7 +164,7 @@ __device__ __forceinline__ void write_gradient(const Slice& slice, const Velocit
     }
     gradient.write(dv + at, range);
   };
-  slice.for_each_chunk<Here::SIZE>(latents.are_aligned(slice.begin), write, ahead);
+  slice.for_each_chunk<Here::SIZE, Source::IN_FLIGHT>(aligned, write, ahead);
 }
 
 template <typename scalar_t>
@@ -164,38 +177,44 @@ __device__ __forceinline__ void write_zeros(const Slice& slice, scalar_t* dv) {
   slice.for_each_chunk<SIZE>(true, write, ahead_of(dv + slice.begin));
 }
 
-template <bool HAS_REF, typename scalar_t, typename acc>
+template <bool HAS_REF, typename Source, typename scalar_t, typename acc>
 __global__ __launch_bounds__(SLICE_THREADS) void gradient_kernel(const acc* __restrict__ dloss,
-                                                                 Velocities<scalar_t, acc> latents,
+                                                                 Velocities<scalar_t, acc> latents, Noise<acc> noise,
                                                                  const double* __restrict__ directions, int64_t elements,
                                                                  int64_t slices, scalar_t* __restrict__ dv) {
   const Slice slice(elements, slices);
   const double* direction = directions + 3 * slice.sample;
   const Direction<acc> by = scaled(direction, *dloss);
+  const SampleNoise<Source, acc> own(noise, slice.sample, elements);
   if (by.is_zero()) {  // without weight it may hold NaN
     write_zeros(slice, dv);
   } else if (by.is_finite()) {
-    write_gradient<HAS_REF>(slice, latents, by, dv);
+    write_gradient<HAS_REF>(slice, latents, own, by, dv);
   } else {
-    write_gradient<HAS_REF>(slice, latents, scaled_finite(direction, *dloss), dv);
+    write_gradient<HAS_REF>(slice, latents, own, scaled_finite(direction, *dloss), dv);
   }
+}
+
+template <typename Source, typename scalar_t, typename acc>
+auto gradient_kernel_of(bool has_ref) {
+  return has_ref ? gradient_kernel<true, Source, scalar_t, acc> : gradient_kernel<false, Source, scalar_t, acc>;
 }
 
 // Checked and contiguous; the tensors live as long as it does.
 struct Inputs {
   Latents size;
-  Tensor velocity, velocity_old, noise;
+  Tensor velocity, velocity_old;
+  NoiseTensor noise;
   optional<Tensor> velocity_ref;
 
   Inputs(const Tensor& v, const Tensor& v_old, const Tensor& z, const optional<Tensor>& v_ref)
-      : size(v), velocity(dense(v)), velocity_old(size.contiguous(v_old, "velocity_old")),
-        noise(size.contiguous(z, "noise")) {
+      : size(v), velocity(dense(v)), velocity_old(size.contiguous(v_old, "velocity_old")), noise(z, size) {
     if (v_ref) velocity_ref = size.contiguous(*v_ref, "velocity_ref");
   }
 
   template <typename scalar_t, typename acc = acc_t<scalar_t>>
   Velocities<scalar_t, acc> pointers() const {
-    return {velocity.const_data_ptr<scalar_t>(), data<acc>(velocity_old, "velocity_old"), data<acc>(noise, "noise"),
+    return {velocity.const_data_ptr<scalar_t>(), data<acc>(velocity_old, "velocity_old"),
             velocity_ref ? data<acc>(*velocity_ref, "velocity_ref") : nullptr};
   }
 };
@@ -231,9 +250,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> flow_policy_loss_fwd(
     const SampleTensors<acc> tensors(size.samples, c_v, std, dt, advantages, policy_weights, mask);
     const Samples<acc> samples = tensors.numbers();
     Sums* of_slices = reinterpret_cast<Sums*>(parts.mutable_data_ptr<double>());
-    const auto sum = velocity_ref ? sums_kernel<true, scalar_t, acc> : sums_kernel<false, scalar_t, acc>;
+    const Noise<acc> z = inputs.noise.pointers<acc>();
+    const auto sum = z.is_drawn() ? sums_kernel_of<Drawn, scalar_t, acc>(velocity_ref.has_value())
+                                  : sums_kernel_of<Stored, scalar_t, acc>(velocity_ref.has_value());
     launch(device, {size.samples * slices, SLICE_THREADS, sizeof(Sums) * SLICE_THREADS / WARP}, sum,
-           inputs.pointers<scalar_t>(), samples, size.elements, slices, of_slices);
+           inputs.pointers<scalar_t>(), z, samples, size.elements, slices, of_slices);
     // As many threads as there is work for, a warp at least.
     const int64_t wanted = (size.samples * lanes + WARP - 1) / WARP * WARP;
     const int threads = static_cast<int>(std::clamp<int64_t>(wanted, WARP, TERMS_THREADS));
@@ -258,9 +279,11 @@ Tensor flow_policy_loss_bwd(Tensor dloss, Tensor velocity, Tensor velocity_old, 
   const OnDeviceOf device(inputs.velocity);
   LVRPO_DISPATCH_FLOATING(inputs.velocity.scalar_type(), scalar_t, [&] {
     using acc = acc_t<scalar_t>;
-    const auto gradient = velocity_ref ? gradient_kernel<true, scalar_t, acc> : gradient_kernel<false, scalar_t, acc>;
+    const Noise<acc> z = inputs.noise.pointers<acc>();
+    const auto gradient = z.is_drawn() ? gradient_kernel_of<Drawn, scalar_t, acc>(velocity_ref.has_value())
+                                       : gradient_kernel_of<Stored, scalar_t, acc>(velocity_ref.has_value());
     launch(device, {size.samples * slices, SLICE_THREADS}, gradient, data<acc>(dloss, "dloss"),
-           inputs.pointers<scalar_t>(), data<double>(directions, "directions"), size.elements, slices,
+           inputs.pointers<scalar_t>(), z, data<double>(directions, "directions"), size.elements, slices,
            dvelocity.mutable_data_ptr<scalar_t>());
   });
   return dvelocity;

@@ -78,11 +78,11 @@ struct Slice {
 
   // body(Whole or Part, first element) of this thread's chunks of SIZE elements. `aligned`: at `begin` all arrays have an
   // address that is a multiple of 16. The first chunk begins `ahead` elements before the slice and leaves them out.
-  template <int SIZE, typename Body>
+  template <int SIZE, int IN_FLIGHT = CHUNKS_IN_FLIGHT, typename Body>
   __device__ __forceinline__ void for_each_chunk(bool aligned, const Body& body, int ahead = 0) const {
     if (aligned && size == SLICE && ahead == 0) {
       constexpr int CHUNKS = SLICE / (SIZE * SLICE_THREADS);
-#pragma unroll CHUNKS_IN_FLIGHT
+#pragma unroll IN_FLIGHT
       for (int i = 0; i < CHUNKS; ++i) body(Whole{}, begin + (i * SLICE_THREADS + static_cast<int>(threadIdx.x)) * SIZE);
       return;
     }

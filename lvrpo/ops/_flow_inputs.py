@@ -15,7 +15,7 @@ from torch import Tensor
 
 from lvrpo import checks
 from lvrpo.dtypes import numbers, widen
-from lvrpo.ops.flow_step import check_coefficients
+from lvrpo.ops.flow_step import as_noise, check_coefficients
 from lvrpo.params.flow import StepCoefficients
 
 LATENTS = ("velocity", "velocity_old", "noise", "velocity_ref")
@@ -28,7 +28,7 @@ class FlowInputs:
     Attributes:
         velocity: [N, ...].
         velocity_old: [N, ...].
-        noise: [N, ...].
+        noise: [N, ...], or int64 [N, 2].
         coeffs: [N] or [1].
         advantages: [N].
         velocity_ref: [N, ...], or None.
@@ -63,8 +63,9 @@ class FlowInputs:
             return None if x is None else checks.as_saved(x.detach().to(dtype))
 
         steps = {name: data(getattr(self.coeffs, name)) for name in ("c_v", "std", "dt")}
-        names = "velocity_old", "noise", "velocity_ref", "advantages", "policy_weights"
-        found = {name: data(getattr(self, name)) for name in (*names, "denominator")}
+        names = "velocity_old", "velocity_ref", "advantages", "policy_weights", "denominator"
+        found = {name: data(getattr(self, name)) for name in names}
+        found["noise"] = as_noise(self.noise, dtype)
         return dataclasses.replace(self, **found, coeffs=dataclasses.replace(self.coeffs, **steps))
 
     def samples(self) -> dict[str, Tensor | None]:

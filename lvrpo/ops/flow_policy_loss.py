@@ -17,7 +17,7 @@ from lvrpo import backends, checks
 from lvrpo.backends import Backend, library
 from lvrpo.dtypes import numbers_by_name
 from lvrpo.ops._flow_inputs import FlowInputs, as_denominator, per_sample
-from lvrpo.ops.flow_step import check_latents
+from lvrpo.ops.flow_step import check_latents, check_noise
 from lvrpo.params.flow import (
     FLOW_NUMBERS,
     FlowLossMetrics,
@@ -59,7 +59,8 @@ def flow_policy_loss(
     Args:
         velocity: [N, ...] fp32, fp64, bf16 or fp16; of the policy, at the stored latents.
         velocity_old: [N, ...] any floating dtype; of the policy that sampled.
-        noise: [N, ...] the standard normal draws z of the sampling steps.
+        noise: [N, ...] the standard normal draws z of the sampling steps; or int64 [N, 2], the
+            seeds and subsequences that `flow_step` drew them from.
         coeffs: [N], or [1] for one step shared by all; those that the latents were sampled with.
         advantages: [N] or [N, 1], any real dtype, or a list.
         velocity_ref: [N, ...] of the reference policy, for the KL term and its metrics.
@@ -87,7 +88,8 @@ def flow_policy_loss(
             not count, a weight or an advantage that is not finite takes the policy term away, and
             such a denominator the loss.
     """
-    check_latents(OP, velocity, velocity_old=velocity_old, noise=noise, velocity_ref=velocity_ref)
+    check_latents(OP, velocity, velocity_old=velocity_old, velocity_ref=velocity_ref)
+    check_noise(OP, noise, velocity)
     masked = None if mask is None else per_sample(OP, "mask", mask, velocity)
     weights = policy_weights
     if weights is not None:

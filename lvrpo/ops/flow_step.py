@@ -46,7 +46,8 @@ def flow_step(
         velocity: [N, ...] fp32, fp64, bf16 or fp16; dx/dt, from data to noise.
         x_t: [N, ...] any floating dtype; the latents at time `coeffs.t`.
         coeffs: [N], or [1] for one step shared by all images.
-        noise: [N, ...] standard normal. None when every std is 0.
+        noise: [N, ...] standard normal; or int64 [N, 2], the seed and the subsequence of the stream
+            that a sample's is drawn from (docs/ops/flow_step.md). None when every std is 0.
         backend: a name of `lvrpo.backends.ALL`, or None for the first that can run.
 
     Returns:
@@ -65,10 +66,8 @@ def flow_step(
         stepped: tuple[Tensor, Tensor] = functional(velocity, x_t, kept, checks.as_saved(noise))
         return stepped
     dtype = widen(velocity).dtype
-    data = [
-        None if x is None else checks.as_saved(x.detach().to(dtype))
-        for x in (noise, coeffs.c_x, coeffs.c_v, coeffs.std)
-    ]
+    steps = (coeffs.c_x, coeffs.c_v, coeffs.std)
+    data = [as_noise(noise, dtype), *(checks.as_saved(x.detach().to(dtype)) for x in steps)]
     return _FlowStep.apply(velocity, x_t.to(dtype), data, chosen)  # type: ignore[no-untyped-call,no-any-return]
 
 
@@ -143,8 +142,30 @@ def check_latents(op: str, velocity: Tensor, **others: Tensor | None) -> None:
             checks.check_shape(op, name, tensor, tuple(velocity.shape))
 
 
+def check_noise(op: str, noise: Tensor | None, velocity: Tensor) -> None:
+    """[N, ...] floating as the velocity, int64 [N, 2], or None."""
+    if noise is None:
+        return
+    if noise.is_floating_point():
+        checks.check_shape(op, "noise", noise, tuple(velocity.shape))
+    elif noise.dtype != torch.int64 or not checks.is_shape(noise.shape, (len(velocity), 2)):
+        raise ValueError(
+            f"{op}: noise is {noise.dtype} of shape {tuple(noise.shape)}, expected a floating "
+            f"dtype and the shape of velocity, or streams, torch.int64 of shape "
+            f"({len(velocity)}, 2)"
+        )
+
+
+def as_noise(noise: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    """As kernels take it: without a graph, in the dtype of the result or as streams."""
+    if noise is None or not noise.is_floating_point():
+        return checks.as_saved(noise)
+    return checks.as_saved(noise.detach().to(dtype))
+
+
 def _check(velocity: Tensor, x_t: Tensor, coeffs: StepCoefficients, noise: Tensor | None) -> None:
-    check_latents(OP, velocity, x_t=x_t, noise=noise)
+    check_latents(OP, velocity, x_t=x_t)
+    check_noise(OP, noise, velocity)
     check_coefficients(OP, coeffs, len(velocity))
     checks.check_same_device(OP, velocity=velocity, x_t=x_t, noise=noise, coeffs=coeffs.std)
     if noise is None and len(velocity) and checks.check_values(coeffs.std):

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from lvrpo.dtypes import number, widen
 from lvrpo.reference._log_ratio import saturate
+from lvrpo.reference._philox import as_noise
 from lvrpo.reference.flow_step import per_sample
 
 if TYPE_CHECKING:
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
 def flow_policy_loss(
     velocity: Tensor,  # [N, ...]
     velocity_old: Tensor,  # [N, ...]
-    noise: Tensor,  # [N, ...]
+    noise: Tensor,  # [N, ...], or int64 [N, 2]
     coeffs: StepCoefficients,  # [N] or [1]
     advantages: Tensor,  # [N]
     *,
@@ -60,7 +61,7 @@ def flow_policy_loss(
     if params.adv_clip is not None:
         most = number(params.adv_clip, a)
         a = a.clamp(-most, most)
-    v, z = kept(v), kept(noise.detach())
+    v, z = kept(v), kept(as_noise(noise, v))
 
     dv = v - kept(velocity_old.detach())
     dmu = bounded(c_v * dv / unit)

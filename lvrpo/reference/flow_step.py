@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from lvrpo.dtypes import widen
+from lvrpo.reference._philox import as_noise
 
 if TYPE_CHECKING:
     from lvrpo.params.flow import StepCoefficients
@@ -23,7 +24,7 @@ def flow_step(
     velocity: Tensor,  # [N, ...]
     x_t: Tensor,  # [N, ...]
     coeffs: StepCoefficients,  # [N] or [1]
-    noise: Tensor | None = None,  # [N, ...]
+    noise: Tensor | None = None,  # [N, ...], or int64 [N, 2]
 ) -> tuple[Tensor, Tensor]:
     """See `lvrpo.flow_step`."""
     v = widen(velocity)
@@ -33,7 +34,7 @@ def flow_step(
         return mean, v.new_zeros(len(v))
 
     stochastic = std > 0
-    z = torch.where(stochastic, noise.detach().to(v.dtype), 0.0)
+    z = torch.where(stochastic, as_noise(noise, v), 0.0)
     safe_std = torch.where(stochastic, std, 1.0)
     # The sample is data to its own density: mean - x_next has a gradient, and no other value.
     towards = c_x * (x_t.to(v.dtype).detach() - x_t.to(v.dtype)) + c_v * (v.detach() - v)

@@ -52,6 +52,9 @@ LOCAL = {
     ("flow_policy_loss", "sums_kernel", "double"): (8, 16),
     ("guided_velocity", "sums_kernel", "double"): (8, 24),
 }
+#: Of kernels that draw noise: fp64 fills their registers and their time, three blocks do. ptxas
+#: puts an address aside for the third.
+DRAWING, DRAWING_LOCAL = 80, (8, 24)
 #: Packs of 16 bytes that a thread has in flight.
 IN_FLIGHT = 4
 
@@ -69,17 +72,20 @@ pytestmark = [
 
 
 def local(kernel):
+    if kernel.draws:
+        return DRAWING_LOCAL
     of_type = LOCAL.get((*kernel.key, *kernel.types[:1]), (0, 0))
     return LOCAL.get(kernel.key, of_type)
 
 
 def test_no_kernel_spills_and_registers_leave_room_for_other_blocks(gpu):
     for kernel in kernels(gpu):
-        is_hot = kernel.key in EXPONENTIALS and "double" not in kernel.types
+        is_hot = kernel.key in EXPONENTIALS and "double" not in kernel.types and not kernel.draws
         stack, spills = local(kernel)
         assert kernel.stack <= stack, kernel
         assert kernel.spills <= spills, kernel
-        most = REGISTERS.get(kernel.key, HOT) if is_hot else OTHERS
+        others = DRAWING if kernel.draws else OTHERS
+        most = REGISTERS.get(kernel.key, HOT) if is_hot else others
         assert kernel.registers <= most, kernel
         # All of it is dynamic: the emulation checks its bounds.
         assert kernel.shared == 0, kernel
@@ -88,7 +94,7 @@ def test_no_kernel_spills_and_registers_leave_room_for_other_blocks(gpu):
 def test_hot_loops_load_16_bytes_at_a_time_and_take_one_exponential(gpu):
     seen = set()
     for kernel in kernels(gpu):
-        if kernel.key not in EXPONENTIALS:
+        if kernel.key not in EXPONENTIALS or kernel.draws:
             continue
         seen.add(kernel.key)
         body = kernel.hot_loop()
