@@ -106,7 +106,7 @@ def train(
     overrides += ["run.shuffle_rewards=true"] if shuffle_rewards else []
     overrides += ["run.objective=supervised"] if supervised else []
     with one_line_errors(debug):
-        from lvrpo.runs.commands import describe_run, run_training
+        from lvrpo.runs.commands import describe_run, opened_by_first, run_training
         from lvrpo.runs.config_file import load_config, to_toml
         from lvrpo.runs.opening import open_run
         from lvrpo.runs.processes import processes
@@ -126,16 +126,18 @@ def train(
             dry=dry_run,
         )
         try:
-            with processes(), opening as opened:
+            with processes() as ranks, opened_by_first(opening, ranks) as opened:
+                if dry_run and not ranks.is_first:
+                    return
                 if dry_run:
                     for line in describe_run(opened):
                         typer.echo(f"# {line}")  # so that the whole is TOML
                     typer.echo(to_toml(opened.config), nl=False)
                     return
-                run_training(opened)
+                run_training(opened, ranks)
         except KeyboardInterrupt as stop:
             _stopped(stop, f"lvrpo train {run}")
-        if report:
+        if report and ranks.is_first:
             _report_of_training(run)
 
 
@@ -429,11 +431,13 @@ def _report_of_training(run: Path) -> None:
 def _stopped(stop: KeyboardInterrupt, command: str) -> NoReturn:
     """Say how to go on after a signal, and end as it demands."""
     from lvrpo.runs.signals import Stopped
+    from lvrpo.trainer.ranks import is_said_by_first
 
     signum = stop.signum if isinstance(stop, Stopped) else signal.SIGINT
     name = signal.Signals(signum).name
     with contextlib.suppress(OSError):  # of a terminal that is gone
-        typer.echo(f"stopped by {name}; go on with: {command}", err=True)
+        if not is_said_by_first(stop):
+            typer.echo(f"stopped by {name}; go on with: {command}", err=True)
     raise typer.Exit(128 + signum) from None
 
 
@@ -453,7 +457,10 @@ def one_line_errors(debug: bool) -> Iterator[None]:
         if debug:
             raise
         from lvrpo.runs.errors import USER_ERRORS
+        from lvrpo.trainer.ranks import is_said_by_first
 
+        if is_said_by_first(error):
+            raise typer.Exit(2 if isinstance(error, USER_ERRORS) else 1) from None
         if isinstance(error, OSError) and error.filename and error.strerror:
             fail(f"{error.filename}: {error.strerror}")
         if isinstance(error, USER_ERRORS):

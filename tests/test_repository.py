@@ -190,7 +190,8 @@ MAY_IMPORT = {
     "rewards": "info data",
     "digits": "info data random rewards",
     "models": "info data random ops params masks dtypes integrations",
-    "trainer": "info data random rewards models ops params sampler_correction intervals",
+    "trainer": "info data random rewards models ops params sampler_correction intervals "
+    "distributed",
     "runs": "info lvrpo data random rewards models ops params backends trainer intervals digits "
     "planning",
     "report": "info data intervals runs trainer",

@@ -156,8 +156,8 @@ class Pictures:
 
     def take(self, groups: Sequence[int]) -> Pictures:
         """Some whole groups, in the order given."""
-        rows = torch.tensor(groups)[:, None] * self.group_size + torch.arange(self.group_size)
-        samples = rows.flatten()
+        first = torch.tensor(groups, dtype=torch.int64)[:, None] * self.group_size
+        samples = (first + torch.arange(self.group_size)).flatten()
         there = samples.to(self.latents.device)
         return dataclasses.replace(
             self,

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lvrpo.data.example import Skill
 from lvrpo.rewards._calls import (
     TimeLimitError,
     call_within,
@@ -93,51 +94,86 @@ class Scoring(Protocol):
         """See `score`."""
 
 
-def score_samples(
-    rewards: Mapping[str, Reward], samples: Samples, scoring: Scoring
-) -> tuple[Tensor, dict[str, Any]]:
-    """The table of scores of one skill, with what is told of cut answers and failing rewards.
+@dataclass(frozen=True)
+class Scores:
+    """What B samples of one skill have scored.
+
+    Attributes:
+        table: [B, K] fp32, NaN where a reward has no score.
+        truncated: [B] bool, the texts that were cut.
+        failures: of each reward by label, of which there are none unless some are allowed.
+    """
+
+    table: Tensor
+    truncated: Tensor
+    failures: Mapping[str, Sequence[RewardError]]
+
+    @classmethod
+    def concat(cls, parts: Sequence[Scores]) -> Scores:
+        """Those of all parts, in order."""
+        return cls(
+            torch.cat([part.table for part in parts]),
+            torch.cat([part.truncated for part in parts]),
+            {
+                label: [failure for part in parts for failure in part.failures[label]]
+                for label in parts[0].failures
+            },
+        )
+
+    def metrics(self, skill: Skill, scoring: Scoring) -> dict[str, Any]:
+        """What is told of cut answers and failing rewards.
+
+        Args:
+            skill: of the samples.
+            scoring: what the rewards were called with.
+
+        Returns:
+            The shares of cut answers, of samples without any score, and of those that each reward
+            failed at, with alarms.
+
+        Raises:
+            RewardError: a reward failed at more than `max_failures` of the samples.
+        """
+        metrics: dict[str, Any] = {"alarm": []}
+        for name, failures in self.failures.items():
+            if scoring.max_failures > 0:
+                share = sum(len(failure.samples) for failure in failures) / len(self.table)
+                metrics[f"failed/{skill}/{name}"] = share
+                if share > scoring.max_failures:
+                    raise RewardError(
+                        f"{failures[0]}; without a score are {share:.0%} of the samples, more than "
+                        f"rewards.max_failures = {scoring.max_failures:g} allows"
+                    )
+            metrics["alarm"] += dict.fromkeys(f"{failure.kind}: no signal" for failure in failures)
+        metrics[f"unscored/{skill}"] = float(self.table.isnan().all(dim=1).float().mean())
+        if skill == "understand":
+            metrics["truncated/understand"] = float(self.truncated.float().mean())
+        return metrics
+
+
+def score_samples(rewards: Mapping[str, Reward], samples: Samples, scoring: Scoring) -> Scores:
+    """The scores of one skill, however many of them failed.
 
     Args:
         rewards: by label, in the order of the configuration's weights.
         samples: B samples of one skill.
         scoring: see there.
 
-    Returns:
-        [B, K] fp32, NaN where a reward has no score, and metrics: the shares of cut answers, of
-        samples without any score, and of those that each reward failed at, with alarms.
-
     Raises:
-        RewardError: a reward failed at more than `max_failures` of the samples.
+        RewardError: a reward failed, and none may.
     """
-    metrics: dict[str, Any] = {"alarm": []}
     columns = []
-    tolerant = scoring.max_failures > 0
-    modality = samples.examples[0].task
+    failures: dict[str, list[RewardError]] = {name: [] for name in rewards}
     for name, reward in rewards.items():
-        failures: list[RewardError] = []
         column = score(
             [reward],
             samples,
             truncated=scoring.truncated,
             timeout=scoring.timeout,
-            on_failure=failures.append if tolerant else None,
+            on_failure=failures[name].append if scoring.max_failures > 0 else None,
         )
         columns.append(column)
-        if tolerant:
-            share = sum(len(failure.samples) for failure in failures) / len(samples)
-            metrics[f"failed/{modality}/{name}"] = share
-            if share > scoring.max_failures:
-                raise RewardError(
-                    f"{failures[0]}; without a score are {share:.0%} of the samples, more than "
-                    f"rewards.max_failures = {scoring.max_failures:g} allows"
-                )
-        metrics["alarm"] += dict.fromkeys(f"{failure.kind}: no signal" for failure in failures)
-    table = torch.cat(columns, dim=1)
-    metrics[f"unscored/{modality}"] = float(table.isnan().all(dim=1).float().mean())
-    if modality == "understand":
-        metrics["truncated/understand"] = float(samples.truncated.float().mean())
-    return table, metrics
+    return Scores(torch.cat(columns, dim=1), samples.truncated, failures)
 
 
 @dataclass(frozen=True)

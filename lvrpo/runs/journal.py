@@ -34,7 +34,83 @@ from lvrpo.trainer.journal import GalleryItem, Snapshot
 from lvrpo.trainer.measurement import Measurement
 
 
-class RunJournal:
+class FollowedRun:
+    """The journal of a process that is not the first of a run: it reads, and writes nothing.
+
+    Args:
+        directory: of the run, held by the first process.
+        config: in force.
+        task: fingerprint of the parts in `task/` that the weights are made for.
+
+    Raises:
+        CheckpointError: the newest checkpoint is damaged or foreign.
+    """
+
+    def __init__(self, directory: Path, config: TrainConfig, task: str) -> None:
+        self._directory, self._config = directory, config
+        self._made_with = {"fingerprint": fingerprint(config), "task": task}
+        self.bridge = rate_bridge(config, read_changes(directory))
+        newest = load_newest(directory / "checkpoints")
+        self._latest: Snapshot | None = None
+        if newest is not None:
+            newest.require(self._made_with)
+            self._latest = newest.snapshot()
+
+    def latest(self) -> Snapshot | None:
+        """The newest checkpoint as the run began; its memory is the caller's, so only once."""
+        latest, self._latest = self._latest, None
+        return latest
+
+    def reference(self) -> Snapshot:
+        """The weights in `reference/`.
+
+        Raises:
+            CheckpointError: they are missing, damaged or foreign.
+        """
+        folder = self._directory / "reference"
+        saved = load_newest(folder)
+        if saved is None:
+            raise CheckpointError(f"{folder}: the reference policy of this run is missing")
+        saved.require(self._made_with)
+        return saved.snapshot()
+
+    def is_evaluated(self, label: str, step: int) -> bool:
+        """Whether evals.jsonl has it."""
+        done = [(row.get("label"), row["step"]) for row in read_evals(self._directory)]
+        return (label, step) in done
+
+    def begin(self, *, device: str, dtype: str) -> None:
+        """Nothing, as for all that follows: the first process does it."""
+
+    def step(self, row: Mapping[str, Any]) -> None:
+        """See `begin`."""
+
+    def save(self, snapshot: Snapshot) -> None:
+        """See `begin`."""
+
+    def save_reference(self, snapshot: Snapshot) -> None:
+        """See `begin`."""
+
+    def evaluating(self, label: str, done: int, total: int) -> None:
+        """See `begin`."""
+
+    def evaluation(
+        self,
+        label: str,
+        step: int,
+        found: Sequence[Measurement],
+        gallery: Sequence[GalleryItem],
+    ) -> None:
+        """See `begin`."""
+
+    def message(self, text: str) -> None:
+        """See `begin`."""
+
+    def ended(self, error: BaseException, step: int, finished: Snapshot | None) -> None:
+        """See `begin`."""
+
+
+class RunJournal(FollowedRun):
     """Goes on with the run of a directory, or begins it; a context manager.
 
     Args:
@@ -56,14 +132,10 @@ class RunJournal:
         view: ProgressView,
         facts: Callable[[], Mapping[str, Any]] = dict,
     ) -> None:
-        self._directory, self._config, self._view, self._facts = directory, config, view, facts
-        self._made_with = {"fingerprint": fingerprint(config), "task": task}
-        self.bridge = rate_bridge(config, read_changes(directory))
-        newest = load_newest(directory / "checkpoints")
-        self._latest: Snapshot | None = None
+        super().__init__(directory, config, task)
+        self._view, self._facts = view, facts
+        newest = self._latest
         if newest is not None:
-            newest.require(self._made_with)
-            self._latest = newest.snapshot()
             self.message(f"going on after step {newest.step}")
         self._saved = newest.step if newest is not None else 0
         is_begun = newest is not None or (directory / METRICS).exists()
@@ -88,28 +160,10 @@ class RunJournal:
     ) -> None:
         self._log.close()
 
-    def latest(self) -> Snapshot | None:
-        """The newest checkpoint as the run began; its memory is the caller's, so only once."""
-        latest, self._latest = self._latest, None
-        return latest
-
     def begin(self, *, device: str, dtype: str) -> None:
         """Write environment.json, unless the run goes on."""
         if not (self._directory / ENVIRONMENT).exists():
             write_environment(self._directory, device=device, dtype=dtype, **self._facts())
-
-    def reference(self) -> Snapshot:
-        """The weights in `reference/`.
-
-        Raises:
-            CheckpointError: they are missing, damaged or foreign.
-        """
-        folder = self._directory / "reference"
-        saved = load_newest(folder)
-        if saved is None:
-            raise CheckpointError(f"{folder}: the reference policy of this run is missing")
-        saved.require(self._made_with)
-        return saved.snapshot()
 
     def step(self, row: Mapping[str, Any]) -> None:
         """Log a step and show it."""
@@ -136,11 +190,6 @@ class RunJournal:
     def _write(self, name: str, snapshot: Snapshot, keep: int) -> None:
         folder = self._directory / name
         save_checkpoint(folder, snapshot.step, snapshot.tensors, self._made_with, keep=keep)
-
-    def is_evaluated(self, label: str, step: int) -> bool:
-        """Whether evals.jsonl has it."""
-        done = [(row.get("label"), row["step"]) for row in read_evals(self._directory)]
-        return (label, step) in done
 
     def evaluating(self, label: str, done: int, total: int) -> None:
         """Show how far an evaluation is."""

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from itertools import chain
 
 import torch
+import torch.distributed
 
 from lvrpo import backends
 from lvrpo.data.example import SKILLS
@@ -43,6 +44,7 @@ def check_config(config: TrainConfig) -> Setup:
     """
     device = run_device(config.run.device)
     _check_backend(config.run.backend, device)
+    _check_ranks(config)
     with _named("rollout"):
         schedule = flow_schedule(config.rollout)
     if config.rollout.generate_prompts and not schedule.stochastic_steps:
@@ -70,6 +72,20 @@ def check_config(config: TrainConfig) -> Setup:
     with _named("rewards"):
         probe_rewards(setup, parts)
     return setup
+
+
+def _check_ranks(config: TrainConfig) -> None:
+    """Refuse more processes than an update has groups for."""
+    size = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
+    rollout, count = config.rollout, config.optimizer.minibatches
+    groups = rollout.understand_prompts // count + rollout.generate_prompts // count
+    if size > groups and config.run.objective == "grpo":
+        raise ConfigError(
+            f"rollout.understand_prompts is {rollout.understand_prompts} and "
+            f"rollout.generate_prompts {rollout.generate_prompts}, in optimizer.minibatches = "
+            f"{count}: an update has {groups} groups for {size} processes, expected one each at "
+            "least"
+        )
 
 
 def _check_curriculum(setup: Setup) -> None:

@@ -45,8 +45,9 @@ def probe_rewards(setup: Setup, parts: FrozenParts) -> None:
             samples = _answers(examples)
         else:
             samples = _drawings(examples, setup.family.drawing_shape(parts.family))
-        table, _ = score_samples(rewards, samples, setup.config.rewards)
-        if bool(table.isnan().all()):
+        scores = score_samples(rewards, samples, setup.config.rewards)
+        scores.metrics(skill, setup.config.rewards)  # too many that failed
+        if bool(scores.table.isnan().all()):
             raise RewardError(_nothing_to_say(skill, setup.rewards[skill], examples))
         if skill in setup.config.rewards.right:
             setup.checks.scores(samples)

@@ -24,6 +24,9 @@ class Stopped(KeyboardInterrupt):
         super().__init__(f"stopped by {signal.Signals(signum).name}")
         self.signum = signum
 
+    def __reduce__(self) -> tuple[type[Stopped], tuple[int]]:
+        return Stopped, (self.signum,)
+
 
 class Signals:
     """Raises `Stopped` in the main thread; a context manager, outside of which all is as before.
@@ -92,3 +95,31 @@ class Signals:
             self._waiting = True
         else:
             raise Stopped(signum)
+
+
+class SharedSignals(Signals):
+    """Of one of several processes: nothing is raised here, and `Ranks.together` asks what to raise.
+
+    A process that ended at once would leave the others waiting for it.
+    """
+
+    def heard(self) -> Stopped | None:
+        """What all processes have to end for; None while an update and its record are made."""
+        return None if self._held or self._received is None else Stopped(self._received)
+
+    @contextlib.contextmanager
+    def step(self) -> Iterator[None]:
+        """A step, which a signal does not outlive."""
+        yield
+
+    @contextlib.contextmanager
+    def held(self) -> Iterator[None]:
+        """What must not be torn apart."""
+        self._held += 1
+        try:
+            yield
+        finally:
+            self._held -= 1
+
+    def _handle(self, signum: int, frame: FrameType | None) -> None:
+        self._received = signum

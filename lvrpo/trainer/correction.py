@@ -6,6 +6,7 @@ Their sampler was not the trainer's own policy, or options such as top-p cut its
 from __future__ import annotations
 
 import dataclasses
+from functools import partial
 from itertools import accumulate
 
 import torch
@@ -15,7 +16,9 @@ from lvrpo.models.protocol import Answers, Policy
 from lvrpo.params.sampler_correction import SamplerCorrectionParams
 from lvrpo.sampler_correction import sampler_weights
 from lvrpo.trainer.config import TrainConfig
+from lvrpo.trainer.ranks import ALONE, Ranks
 from lvrpo.trainer.sampling import answer_sampling
+from lvrpo.trainer.sharing import shared_over_answers
 
 
 def distribution_notes(config: TrainConfig) -> list[str]:
@@ -51,12 +54,18 @@ def truncation_metrics(answers: Answers) -> dict[str, float]:
 
 @torch.no_grad()
 def correct_sampler(
-    policy: Policy, answers: Answers, config: TrainConfig
+    policy: Policy, answers: Answers, config: TrainConfig, ranks: Ranks = ALONE
 ) -> tuple[Answers, Tensor | None, dict[str, float]]:
     """Log-probs of the policy's own in place of the sampler's, and weights for the difference.
 
-    They take one more forward pass; without `loss.sampler_correction` there is none, and nothing
-    changes.
+    They take one more forward pass, that ranks share; without `loss.sampler_correction` there is
+    none, and nothing changes.
+
+    Args:
+        policy: that the update replays them with.
+        answers: of all ranks.
+        config: in force.
+        ranks: of which every one has them.
 
     Returns:
         The answers with those log-probs, [T] weights or None, and metrics of the mismatch.
@@ -67,14 +76,7 @@ def correct_sampler(
     sampled = answers.logprobs
     if answers.sampled_from is not None:
         sampled = answers.sampled_from.logprobs
-    old = torch.cat(
-        [
-            policy.forward(pack).logprobs(
-                pack, temperature=config.rollout.temperature, backend=policy.backend
-            )
-            for pack in policy.packs(answers.groups(), max_rows=config.optimizer.max_rows)
-        ]
-    )
+    old = shared_over_answers(answers, partial(_logprobs, policy, config), ranks)
     ends = accumulate(map(len, answers.token_ids))
     correction = sampler_weights(
         old,
@@ -86,3 +88,14 @@ def correct_sampler(
     values = torch.stack([getattr(correction.stats, key) for key in told]).tolist()
     metrics = {f"sampler/{key}": value for key, value in zip(told, values, strict=True)}
     return dataclasses.replace(answers, logprobs=old), correction.weights, metrics
+
+
+def _logprobs(policy: Policy, config: TrainConfig, answers: Answers) -> Tensor:
+    return torch.cat(
+        [
+            policy.forward(pack).logprobs(
+                pack, temperature=config.rollout.temperature, backend=policy.backend
+            )
+            for pack in policy.packs(answers.groups(), max_rows=config.optimizer.max_rows)
+        ]
+    )

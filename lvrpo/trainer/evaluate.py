@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import NamedTuple
@@ -19,6 +19,7 @@ from lvrpo.rewards.score import score_samples
 from lvrpo.trainer.config import TrainConfig
 from lvrpo.trainer.journal import GalleryItem
 from lvrpo.trainer.measurement import AS_TRAINED, Measurement
+from lvrpo.trainer.ranks import ALONE, Ranks
 from lvrpo.trainer.sampling import WayOfSampling, as_configured, as_trained, frontier, headline
 from lvrpo.trainer.task import Rewards, Task
 
@@ -47,6 +48,7 @@ def evaluate(
     label: str,
     step: int,
     progress: Callable[[int, int], None] = lambda done, total: None,
+    ranks: Ranks = ALONE,
 ) -> tuple[list[Measurement], list[GalleryItem]]:
     """What a run measures at both ends of its policy phase.
 
@@ -62,6 +64,7 @@ def evaluate(
         label: of the evaluation.
         step: after which it is made.
         progress: told how many samples there are, and of how many.
+        ranks: that share the prompts.
 
     Returns:
         The measurements, and the first prompts as the policy's mode answers them.
@@ -83,9 +86,11 @@ def evaluate(
             # The rewards are those of training, and some of them cost as much as the sampling.
             its = rewards if sampling.name == AS_TRAINED else {}
             plan.append(Planned(sampling, prompts[:count], its))
-        gallery += _gallery(policy, task, config, mode, prompts[:GALLERY_ITEMS])
+        shown = partial(_gallery, policy, task, config, mode, prompts[:GALLERY_ITEMS])
+        gallery += ranks.first(shown)
+    key = {"seed": run.seed, "step": step}
     found = measure_all(
-        policy, task, config, plan, seed=run.seed, label=label, step=step, progress=progress
+        policy, task, config, plan, label=label, progress=progress, ranks=ranks, **key
     )
     return found, gallery
 
@@ -105,6 +110,7 @@ def measure_all(
     label: str,
     step: int,
     progress: Callable[[int, int], None] = lambda done, total: None,
+    ranks: Ranks = ALONE,
 ) -> list[Measurement]:
     """One measurement of each part of a plan that has prompts; see `measure`.
 
@@ -117,6 +123,7 @@ def measure_all(
         label: of the measurements.
         step: after which they are made.
         progress: told how many samples there are, and of how many.
+        ranks: that share the prompts.
     """
     plan = [part for part in plan if part.prompts]
     sizes = [part.sampling.group_size * len(part.prompts) for part in plan]
@@ -134,6 +141,7 @@ def measure_all(
             label=label,
             step=step,
             progress=partial(tell, sum(sizes[:number])),
+            ranks=ranks,
         )
         for number, part in enumerate(plan)
     ]
@@ -149,6 +157,7 @@ def measure(
     label: str,
     step: int,
     progress: Callable[[int], None] = lambda done: None,
+    ranks: Ranks = ALONE,
 ) -> Measurement:
     """What one way of sampling gives.
 
@@ -161,34 +170,32 @@ def measure(
         label: of the measurement.
         step: after which it is made.
         progress: told how many of the samples there are.
+        ranks: that share the prompts; every one gets the measurement of all.
 
     Raises:
         DivergedError: what the policy sampled is not finite.
         RewardError: as in training.
     """
-    sampling, prompts, rewards = planned
+    sampling, prompts, _ = planned
     group = sampling.group_size
-    scores: defaultdict[str, list[float | None]] = defaultdict(list)
+    at_once = ranks.size * max(1, CHUNK // group)
+    scores: dict[str, list[float | None]] = {}
     diversity: list[float] = []
-    prompts_at_once = max(1, CHUNK // group)
-    for start in range(0, len(prompts), prompts_at_once):
-        samples = sampling.draw(
-            policy,
-            prompts[start : start + prompts_at_once],
-            seed=seed,
-            step=EVALUATION_STEP,
-        )
-        columns = {
-            **task.checks.scores(samples),
-            **_reward_scores(rewards.get(sampling.skill, {}), samples, config),
-        }
-        if sampling.skill == "understand":
-            columns["truncated"] = samples.truncated.float()
-        for name, column in columns.items():
-            scores[name] += [None if math.isnan(score) else score for score in column.tolist()]
-        if group > 1:
-            diversity += _diversity(samples, group)
-        progress(start * group + len(samples))
+    for start in range(0, len(prompts), at_once):
+        some = prompts[start : start + at_once]
+        # Every rank-th one: a prompt of held-out data is there once.
+        mine = some[ranks.rank :: ranks.size]
+        own = ranks.together(partial(_chunk, policy, task, config, planned, mine, seed))
+        parts = ranks.gather(own)
+        for i in range(len(some)):
+            of_rank, place = parts[i % ranks.size], i // ranks.size
+            samples = slice(place * group, (place + 1) * group)
+            before = (start + i) * group
+            for name in {**scores, **of_rank.scores}:
+                column = scores.setdefault(name, [None] * before)
+                column += of_rank.scores.get(name, [])[samples] or [None] * group
+            diversity += of_rank.diversity[place : place + 1]
+        progress((start + len(some)) * group)
     told = {
         name: column
         for name, column in scores.items()
@@ -209,6 +216,39 @@ def measure(
     )
 
 
+class _Chunk(NamedTuple):
+    """What some prompts gave, by sample and by prompt."""
+
+    scores: dict[str, list[float | None]]
+    diversity: list[float]
+
+
+def _chunk(
+    policy: Policy,
+    task: Task,
+    config: TrainConfig,
+    planned: Planned,
+    prompts: Sequence[Example],
+    seed: int,
+) -> _Chunk:
+    if not prompts:
+        return _Chunk({}, [])
+    sampling = planned.sampling
+    samples = sampling.draw(policy, prompts, seed=seed, step=EVALUATION_STEP)
+    columns = {
+        **task.checks.scores(samples),
+        **_reward_scores(planned.rewards.get(sampling.skill, {}), samples, config),
+    }
+    if sampling.skill == "understand":
+        columns["truncated"] = samples.truncated.float()
+    scores = {
+        name: [None if math.isnan(score) else score for score in column.tolist()]
+        for name, column in columns.items()
+    }
+    group = sampling.group_size
+    return _Chunk(scores, _diversity(samples, group) if group > 1 else [])
+
+
 def _reward_scores(
     rewards: Mapping[str, Reward], samples: Samples, config: TrainConfig
 ) -> dict[str, Tensor]:
@@ -221,10 +261,12 @@ def _reward_scores(
     parts = [
         score_samples(
             rewards, samples.take(range(start, min(start + size, len(samples)))), config.rewards
-        )[0]
+        )
         for start in range(0, len(samples), size)
     ]
-    table = torch.cat(parts)
+    for part in parts:
+        part.metrics(skill, config.rewards)  # too many that failed
+    table = torch.cat([part.table for part in parts])
     weights = torch.tensor([*getattr(config.rewards, skill).values()])
     total = (table * weights).nansum(dim=1).masked_fill(table.isnan().all(dim=1), math.nan)
     columns = {f"reward/{name}": table[:, k] for k, name in enumerate(rewards)}

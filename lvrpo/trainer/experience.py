@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias, TypeVar
 
 import torch
 from torch import Tensor
@@ -17,14 +18,27 @@ from lvrpo.models.protocol import Answers, Pictures, Policy
 from lvrpo.ops.normalize_advantages import normalize_advantages
 from lvrpo.params.advantages import AdvantageParams
 from lvrpo.rewards.registry import reward_label
-from lvrpo.rewards.reward import Samples
-from lvrpo.rewards.score import score_samples
+from lvrpo.rewards.reward import Reward, Samples
+from lvrpo.rewards.score import Scores, score_samples
 from lvrpo.trainer.config import TrainConfig
 from lvrpo.trainer.correction import correct_sampler, truncation_metrics
+from lvrpo.trainer.curriculum import Curriculum
+from lvrpo.trainer.ranks import ALONE, Ranks
 from lvrpo.trainer.resampling import Groups, resample
 from lvrpo.trainer.sampling import answer_sampling
 from lvrpo.trainer.schedule import flow_guidance
-from lvrpo.trainer.task import Rewards, Task, further_examples, mean_scores, training_examples
+from lvrpo.trainer.sharing import SharedPictures, gather_answers, of_rank, places
+from lvrpo.trainer.task import (
+    Checks,
+    Rewards,
+    Task,
+    further_examples,
+    mean_scores,
+    training_examples,
+)
+
+T = TypeVar("T")
+Sampled: TypeAlias = Answers | Pictures | SharedPictures
 
 
 @dataclass(frozen=True)
@@ -33,7 +47,7 @@ class Experience:
 
     answers: Answers | None
     answer_advantages: Tensor | None  # [P_text * G]
-    pictures: Pictures | None
+    pictures: Pictures | SharedPictures | None  # of several ranks, each has its own
     picture_advantages: Tensor | None  # [P_image * G]
     token_weights: Tensor | None = None  # [T] factors of the policy term of the answers' tokens
 
@@ -45,8 +59,11 @@ def gather_experience(
     config: TrainConfig,
     schedule: FlowSchedule,
     step: int,
+    ranks: Ranks = ALONE,
 ) -> tuple[Experience, dict[str, Any]]:
     """Sample the groups of one step and score them.
+
+    Ranks sample and score groups of their own, and know all answers and scores afterwards.
 
     Args:
         policy: that samples.
@@ -55,6 +72,7 @@ def gather_experience(
         config: in force.
         schedule: of the denoising.
         step: number of this step; with the run's seed it fixes every draw.
+        ranks: that share the groups.
 
     Returns:
         The experience, and metrics: rewards, each reward's share of the advantage variance, the
@@ -67,45 +85,30 @@ def gather_experience(
     rollout, seed = config.rollout, config.run.seed
     metrics: dict[str, Any] = {"alarm": []}
     clock = _Clock()
-    answers = pictures = None
-
-    def sample_texts(examples: list[Example]) -> Answers:
-        sampling = answer_sampling(rollout)
-        return policy.sample_texts(
-            examples, rollout.group_size, sampling=sampling, seed=seed, step=step
-        )
-
-    def sample_images(examples: list[Example]) -> Pictures:
-        return policy.sample_images(
-            examples,
-            rollout.group_size,
-            schedule,
-            guidance=flow_guidance(rollout),
-            seed=seed,
-            step=step,
-        )
-
+    answers: Answers | None = None
+    pictures: Pictures | SharedPictures | None = None
+    sampler = _Sampler(policy, config, schedule, step, ranks)
     if rollout.understand_prompts:
-        answers = sample_texts(_prompts(task, "understand", config, step))
+        answers = sampler.texts(_prompts(task, "understand", config, step, ranks))
     if rollout.generate_prompts:
-        pictures = sample_images(_prompts(task, "generate", config, step))
+        pictures = sampler.images(_prompts(task, "generate", config, step, ranks))
     metrics["time/rollout"] = clock.lap()
 
     tables: dict[Skill, Tensor] = {}
-    sampled: dict[Skill, Answers | Pictures | None] = {"understand": answers, "generate": pictures}
+    sampled: dict[Skill, Sampled | None] = {"understand": answers, "generate": pictures}
     for skill, groups in sampled.items():
         if groups is not None:
-            samples = _samples_of(groups)
-            tables[skill], reported = score_samples(rewards[skill], samples, config.rewards)
-            _merge(metrics, reported | mean_scores(task.checks, samples))
+            scores, found = _score(groups, rewards[skill], task.checks, config, ranks)
+            tables[skill] = scores.table
+            _merge(metrics, scores.metrics(skill, config.rewards) | mean_scores(found, skill))
     metrics["time/rewards"] = clock.lap()
 
     if rollout.resample_rounds:
-        more = _Resampling(task, rewards, config, step, metrics)
+        more = _Resampling(task, rewards, config, step, metrics, ranks)
         if answers is not None:
-            answers, tables["understand"] = more.of(answers, tables["understand"], sample_texts)
+            answers, tables["understand"] = more.of(answers, tables["understand"], sampler.texts)
         if pictures is not None:
-            pictures, tables["generate"] = more.of(pictures, tables["generate"], sample_images)
+            pictures, tables["generate"] = more.of(pictures, tables["generate"], sampler.images)
         metrics["time/resampling"] = clock.lap()
 
     advantages: dict[Skill, Tensor] = {}
@@ -119,7 +122,7 @@ def gather_experience(
         advantages[skill], reported = _advantages(table, lengths, skill, config)
         _merge(metrics, reported)
     if answers is not None and config.rewards.truncated == "mask":
-        kept = ~_samples_of(answers).truncated
+        kept = torch.tensor([reason != "length" for reason in answers.finish_reasons])
         advantages["understand"] = advantages["understand"][kept]
         answers = answers.where(kept)
     moved = {skill: values.to(policy.device) for skill, values in advantages.items()}
@@ -127,7 +130,7 @@ def gather_experience(
     weights = None
     if answers is not None:
         metrics |= truncation_metrics(answers)
-        answers, weights, reported = correct_sampler(policy, answers, config)
+        answers, weights, reported = correct_sampler(policy, answers, config, ranks)
         metrics |= reported
     experience = Experience(
         answers, moved.get("understand"), pictures, moved.get("generate"), weights
@@ -135,11 +138,120 @@ def gather_experience(
     return experience, metrics
 
 
-def _prompts(task: Task, skill: Skill, config: TrainConfig, step: int) -> list[Example]:
+def _prompts(
+    task: Task, skill: Skill, config: TrainConfig, step: int, ranks: Ranks
+) -> list[Example]:
     count, hook = getattr(config.rollout, f"{skill}_prompts"), task.curriculum
     drawn = count * (hook.pool if hook else 1)
     examples = training_examples(task.source, skill, drawn, config.run.seed, step)
-    return hook.pick(examples, count, step - config.warm_start.steps) if hook else examples
+    return _pick(hook, examples, count, step - config.warm_start.steps, ranks)
+
+
+def _pick(
+    hook: Curriculum | None, examples: list[Example], count: int, step: int, ranks: Ranks
+) -> list[Example]:
+    """What the hook chooses on the first rank: a user's code may draw at random."""
+    if hook is None or not examples:
+        return examples
+    numbers = {id(example): i for i, example in enumerate(examples)}
+    chosen = ranks.first(lambda: [numbers[id(e)] for e in hook.pick(examples, count, step)])
+    return [examples[i] for i in chosen]
+
+
+@dataclass(frozen=True)
+class _Sampler:
+    """Samples groups of one step, each on the rank that it is dealt to."""
+
+    policy: Policy
+    config: TrainConfig
+    schedule: FlowSchedule
+    step: int
+    ranks: Ranks
+
+    def texts(self, examples: list[Example]) -> Answers:
+        """Answers of all ranks."""
+        rollout = self.config.rollout
+
+        def sample(some: list[Example]) -> Answers:
+            sampling = answer_sampling(rollout)
+            return self.policy.sample_texts(
+                some, rollout.group_size, sampling=sampling, **self._key()
+            )
+
+        if self.ranks.size == 1:
+            return sample(examples)
+        owners, own = self._sample(examples, sample)
+        return gather_answers(own, examples, owners, self.ranks, self.policy.device)
+
+    def images(self, examples: list[Example]) -> Pictures | SharedPictures:
+        """Pictures, which stay where they are drawn."""
+        rollout = self.config.rollout
+
+        def sample(some: list[Example]) -> Pictures:
+            return self.policy.sample_images(
+                some,
+                rollout.group_size,
+                self.schedule,
+                guidance=flow_guidance(rollout),
+                **self._key(),
+            )
+
+        if self.ranks.size == 1:
+            return sample(examples)
+        owners, own = self._sample(examples, sample)
+        return SharedPictures.of(own, examples, owners, self.ranks, self.policy.device)
+
+    def _sample(
+        self, examples: list[Example], sample: Callable[[list[Example]], T]
+    ) -> tuple[list[int], T | None]:
+        owners = self.ranks.deal(examples)
+        mine = of_rank(examples, owners, self.ranks.rank)
+        return owners, self.ranks.together(lambda: sample(mine) if mine else None)
+
+    def _key(self) -> dict[str, int]:
+        return {"seed": self.config.run.seed, "step": self.step}
+
+
+def _score(
+    groups: Sampled,
+    rewards: Mapping[str, Reward],
+    checks: Checks | None,
+    config: TrainConfig,
+    ranks: Ranks,
+) -> tuple[Scores, Mapping[str, Tensor]]:
+    """Scores by rewards and by checks of all samples; each rank asks for those of its own."""
+    owners = groups.owners if isinstance(groups, SharedPictures) else ranks.deal(groups.examples)
+    own = _own_samples(groups, owners, ranks)
+
+    def ask() -> tuple[Scores, Mapping[str, Tensor]] | None:
+        if own is None:
+            return None
+        scores = score_samples(rewards, own, config.rewards)
+        return scores, {} if checks is None else checks.scores(own)
+
+    found = [part for part in ranks.gather(ranks.together(ask)) if part is not None]
+    if ranks.size == 1:
+        return found[0]
+    scores = Scores.concat([each for each, _ in found])
+    rows = torch.tensor(places(owners))[:, None] * groups.group_size
+    order = (rows + torch.arange(groups.group_size)).flatten()
+    names = dict.fromkeys(name for _, columns in found for name in columns)
+    columns = {
+        name: torch.cat(
+            [of.get(name, torch.full((len(each.table),), torch.nan)) for each, of in found]
+        )[order]
+        for name in names
+    }
+    table, truncated = scores.table[order], scores.truncated[order]
+    return dataclasses.replace(scores, table=table, truncated=truncated), columns
+
+
+def _own_samples(groups: Sampled, owners: list[int], ranks: Ranks) -> Samples | None:
+    if isinstance(groups, SharedPictures):
+        groups = groups.own
+    elif ranks.size > 1:
+        groups = groups.take(of_rank(range(len(owners)), owners, ranks.rank))
+    return _samples_of(groups) if groups.examples else None
 
 
 @dataclass(frozen=True)
@@ -151,6 +263,7 @@ class _Resampling:
     config: TrainConfig
     step: int
     metrics: dict[str, Any]
+    ranks: Ranks
 
     def of(
         self, groups: Groups, table: Tensor, sample: Callable[[list[Example]], Groups]
@@ -163,14 +276,15 @@ class _Resampling:
             hook = self.task.curriculum
             drawn = count * (hook.pool if hook else 1)
             examples = further_examples(self.task.source, skill, drawn, seen, **key)
-            if hook and examples:
-                examples = hook.pick(examples, count, self.step - config.warm_start.steps)
+            step = self.step - config.warm_start.steps
+            examples = _pick(hook, examples, count, step, self.ranks)
             return sample(examples) if examples else None
 
         def rate(more: Groups) -> Tensor:
-            scores, found = score_samples(self.rewards[skill], _samples_of(more), config.rewards)
-            self.metrics["alarm"] += found["alarm"]
-            return scores
+            assert isinstance(more, Answers | Pictures | SharedPictures)
+            scores, _ = _score(more, self.rewards[skill], None, config, self.ranks)
+            self.metrics["alarm"] += scores.metrics(skill, config.rewards)["alarm"]
+            return scores.table
 
         chosen, scores, found = resample(
             groups,

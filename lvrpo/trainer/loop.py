@@ -28,6 +28,7 @@ from lvrpo.trainer.journal import Interrupts, Journal, Snapshot
 from lvrpo.trainer.minibatches import minibatches
 from lvrpo.trainer.objective import Objective
 from lvrpo.trainer.placement import run_device
+from lvrpo.trainer.ranks import ALONE, Ranks
 from lvrpo.trainer.schedule import flow_schedule, window_start
 from lvrpo.trainer.state import TrainState, load_weights
 from lvrpo.trainer.task import Rewards, Task, warm_start_examples
@@ -47,6 +48,7 @@ class _Training:
     state: TrainState
     journal: Journal
     interrupts: Interrupts
+    ranks: Ranks
 
     @property
     def total(self) -> int:
@@ -54,14 +56,24 @@ class _Training:
         return self.config.warm_start.steps + self.config.run.steps
 
 
-def train(config: TrainConfig, task: Task, journal: Journal, interrupts: Interrupts) -> None:
+def train(
+    config: TrainConfig,
+    task: Task,
+    journal: Journal,
+    interrupts: Interrupts,
+    ranks: Ranks = ALONE,
+) -> None:
     """Run, or go on with, the training that `config` describes.
+
+    Ranks that share it all call, and come to the same weights as one process, to rounding. Each
+    has a journal of its own, which is told the same; all have to go on from the same snapshot.
 
     Args:
         config: in force.
         task: prompts, checks and rewards, and how a policy is made.
         journal: what the run goes on from, and what it tells.
         interrupts: when whatever ends the run has to wait.
+        ranks: that share it.
 
     Raises:
         ConfigError: there are prompts that ask for what the policy cannot do.
@@ -70,7 +82,7 @@ def train(config: TrainConfig, task: Task, journal: Journal, interrupts: Interru
         RewardError: a reward function failed.
         SelfTestError: the update does not reproduce the rollout.
     """
-    policy = task.new_policy().to(run_device(config.run.device))
+    policy = ranks.together(lambda: task.new_policy().to(run_device(config.run.device)))
     for skill in SKILLS:
         prompts = getattr(config.rollout, f"{skill}_prompts")
         if prompts and skill not in policy.skills:
@@ -78,10 +90,13 @@ def train(config: TrainConfig, task: Task, journal: Journal, interrupts: Interru
                 f"rollout.{skill}_prompts is {prompts}, expected 0: the policy can only "
                 f"{' and '.join(sorted(policy.skills))}"
             )
-    state = TrainState(policy.module, config, journal.latest(), journal.bridge)
-    training = _Training(config, task, policy, state, journal, interrupts)
+    state = ranks.together(
+        lambda: TrainState(policy.module, config, journal.latest(), journal.bridge)
+    )
+    training = _Training(config, task, policy, state, journal, interrupts, ranks)
     weight = next(policy.module.parameters())
-    journal.begin(device=str(weight.device), dtype=str(weight.dtype).removeprefix("torch."))
+    about = {"device": str(weight.device), "dtype": str(weight.dtype).removeprefix("torch.")}
+    ranks.together(lambda: journal.begin(**about))
     try:
         while state.step < config.warm_start.steps:
             _supervised_step(training, "warm_start")
@@ -89,22 +104,21 @@ def train(config: TrainConfig, task: Task, journal: Journal, interrupts: Interru
     except BaseException as error:
         interrupts.ignore()
         journal.ended(error, state.step, state.finished())
+        ranks.part(error)
         raise
 
 
 def _supervised_step(training: _Training, phase: str) -> None:
     config, state = training.config, training.state
+    ranks, key = training.ranks, {"seed": config.run.seed, "step": state.step + 1}
     with training.interrupts.step():
         started = time.perf_counter()
-        step = state.step + 1
-        questions, drawings = warm_start_examples(
-            training.task.source, config.warm_start, config.run.seed, step
-        )
+        questions, drawings = warm_start_examples(training.task.source, config.warm_start, **key)
         metrics: dict[str, Any] = supervised_gradient(
-            training.policy, questions, drawings, seed=config.run.seed, step=step
+            training.policy, questions, drawings, ranks=ranks, **key
         )
         with training.interrupts.held():
-            metrics |= state.update()
+            metrics |= ranks.together(state.update)
             metrics["time/total"] = time.perf_counter() - started
             _finish_step(training, phase, metrics)
 
@@ -112,7 +126,7 @@ def _supervised_step(training: _Training, phase: str) -> None:
 def _policy_phase(training: _Training) -> None:
     config = training.config
     reference = _reference(training)
-    rewards = training.task.make_rewards(reference)
+    rewards = training.ranks.together(partial(training.task.make_rewards, reference))
     objective = Objective.from_config(config)
     _evaluate_once(training, WARM_START, config.warm_start.steps, reference, rewards)
     while training.state.step < training.total:
@@ -127,31 +141,33 @@ def _grpo_step(
     training: _Training, reference: Policy, rewards: Rewards, objective: Objective
 ) -> None:
     config, policy, state = training.config, training.policy, training.state
+    ranks = training.ranks
     epochs, count = config.optimizer.updates_per_rollout, config.optimizer.minibatches
     with training.interrupts.step():
         started = time.perf_counter()
         step = state.step + 1
         schedule = flow_schedule(config.rollout, window_start(config, step))
         experience, metrics = gather_experience(
-            policy, training.task, rewards, config, schedule, step
+            policy, training.task, rewards, config, schedule, step, ranks
         )
         update_started = time.perf_counter()
         updates: list[dict[str, float]] = []
         for part in minibatches(experience, epochs, count, seed=config.run.seed, step=step):
             try:
-                found = policy_gradient(policy, reference, part, schedule, objective)
+                found = policy_gradient(policy, reference, part, schedule, objective, ranks)
             except ValueError as error:
                 if not updates:
                     raise
                 # Samples of this rollout have passed; the weights alone have changed since.
                 raise DivergedError.of_samples("outputs", step) from error
             if not updates and step == config.warm_start.steps + 1:
-                check_ratio(found, next(policy.module.parameters()).dtype)
+                dtype = next(policy.module.parameters()).dtype
+                ranks.together(partial(check_ratio, found, dtype))
             is_last = len(updates) + 1 == epochs * count
             with training.interrupts.held():
                 if not is_last:
                     state.keep()
-                updates.append(found | state.update())
+                updates.append(found | ranks.together(state.update))
                 if is_last:
                     metrics |= merge_updates(updates)
                     metrics["time/update"] = time.perf_counter() - update_started
@@ -162,20 +178,23 @@ def _grpo_step(
 def _finish_step(training: _Training, phase: str, metrics: dict[str, Any]) -> None:
     """Record a step whose weights are in place; its record comes before any snapshot of it."""
     config, state, journal = training.config, training.state, training.journal
-    journal.step({"step": state.step + 1, "phase": phase, **metrics})
+    row = {"step": state.step + 1, "phase": phase, **metrics}
+    training.ranks.together(lambda: journal.step(row))
     state.finish()
     last = state.step in (config.warm_start.steps, training.total)
     if last or state.step % config.run.checkpoint_every == 0:
-        journal.save(Snapshot(state.step, state.tensors()))
+        snapshot = Snapshot(state.step, state.tensors())
+        training.ranks.together(lambda: journal.save(snapshot))
 
 
 def _reference(training: _Training) -> Policy:
     """The policy of the end of the warm start: the KL's reference, and the frozen answerer."""
-    state, journal = training.state, training.journal
+    state, journal, ranks = training.state, training.journal, training.ranks
     if state.step == training.config.warm_start.steps:
-        journal.save_reference(Snapshot(state.step, state.model.state_dict()))
+        snapshot = Snapshot(state.step, state.model.state_dict())
+        ranks.together(lambda: journal.save_reference(snapshot))
     reference = training.task.new_policy().to(training.policy.device)
-    load_weights(reference.module, journal.reference())
+    load_weights(reference.module, ranks.together(journal.reference))
     reference.module.requires_grad_(False)
     return reference
 
@@ -184,10 +203,10 @@ def _evaluate_once(
     training: _Training, label: str, step: int, policy: Policy, rewards: Rewards
 ) -> None:
     # A run that was given more steps is evaluated again at its new end.
-    journal = training.journal
-    if journal.is_evaluated(label, step):
+    journal, ranks = training.journal, training.ranks
+    if ranks.first(lambda: journal.is_evaluated(label, step)):
         return
-    journal.message(f"evaluating on held-out prompts: {label}")
+    ranks.together(lambda: journal.message(f"evaluating on held-out prompts: {label}"))
     found, gallery = evaluate(
         policy,
         training.task,
@@ -196,8 +215,9 @@ def _evaluate_once(
         label=label,
         step=step,
         progress=partial(journal.evaluating, label),
+        ranks=ranks,
     )
-    journal.evaluation(label, step, found, gallery)
+    ranks.together(lambda: journal.evaluation(label, step, found, gallery))
 
 
 class SelfTestError(RuntimeError):

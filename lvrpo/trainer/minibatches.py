@@ -14,6 +14,8 @@ import torch
 
 from lvrpo import random
 from lvrpo.trainer.experience import Experience
+from lvrpo.trainer.ranks import Ranks
+from lvrpo.trainer.sharing import SharedPictures, takers_of
 
 
 def minibatches(
@@ -34,8 +36,8 @@ def minibatches(
     for epoch in range(epochs):
         parts = [experience] * count
         for skill, sampled, take in (
-            ("understand", experience.answers, _take_answers),
-            ("generate", experience.pictures, _take_pictures),
+            ("understand", experience.answers, take_answers),
+            ("generate", experience.pictures, take_pictures),
         ):
             if sampled is not None:
                 stream = random.stream(seed, "minibatches", step, epoch, skill)
@@ -44,7 +46,33 @@ def minibatches(
         yield from parts
 
 
-def _take_answers(experience: Experience, groups: np.ndarray) -> Experience:
+def own_share(experience: Experience, ranks: Ranks) -> Experience:
+    """What this rank learns from of an update's groups: as many rows as any other, about.
+
+    Args:
+        experience: of all ranks.
+        ranks: that share it; alone, everything.
+    """
+    if ranks.size == 1:
+        return experience
+    pictures = experience.pictures
+    of_answers, of_pictures = takers_of(experience.answers, pictures, ranks)
+    own = experience
+    if experience.answers is not None:
+        own = take_answers(own, np.flatnonzero(np.array(of_answers) == ranks.rank))
+    if pictures is not None:
+        assert isinstance(pictures, SharedPictures)
+        advantages = experience.picture_advantages
+        assert advantages is not None
+        mine = torch.tensor(of_pictures) == ranks.rank
+        mine = mine.repeat_interleave(pictures.group_size).to(advantages.device)
+        own = dataclasses.replace(
+            own, pictures=pictures.sent(of_pictures), picture_advantages=advantages[mine]
+        )
+    return own
+
+
+def take_answers(experience: Experience, groups: np.ndarray) -> Experience:
     """The answers of these groups alone; pictures stay as they are."""
     answers, advantages = experience.answers, experience.answer_advantages
     assert answers is not None
@@ -63,7 +91,7 @@ def _take_answers(experience: Experience, groups: np.ndarray) -> Experience:
     )
 
 
-def _take_pictures(experience: Experience, groups: np.ndarray) -> Experience:
+def take_pictures(experience: Experience, groups: np.ndarray) -> Experience:
     """The pictures of these groups alone; answers stay as they are."""
     pictures, advantages = experience.pictures, experience.picture_advantages
     assert pictures is not None

@@ -8,14 +8,36 @@ step keeps its number of prompts; what still has no signal then stays.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
-from lvrpo.models.protocol import Answers, Pictures
+from lvrpo.data.example import Example
 
-Groups = TypeVar("Groups", Answers, Pictures)
+G = TypeVar("G", bound="AnyGroups")
+
+
+class AnyGroups(Protocol):
+    """P groups of samples of one skill."""
+
+    @property
+    def examples(self) -> list[Example]:
+        """[P] the prompt of each."""
+
+    @property
+    def group_size(self) -> int:
+        """G, samples of each."""
+
+    @classmethod
+    def concat(cls: type[G], parts: Sequence[G]) -> G:
+        """The groups of all parts, in order."""
+
+    def take(self: G, groups: Sequence[int]) -> G:
+        """Some whole groups, in the order given."""
+
+
+Groups = TypeVar("Groups", bound=AnyGroups)
 
 
 def has_signal(table: Tensor, group_size: int, weights: Sequence[float]) -> Tensor:

@@ -57,12 +57,11 @@ class Task:
     curriculum: Curriculum | None = None
 
 
-def mean_scores(checks: Checks, samples: Samples) -> dict[str, float]:
-    """Metrics of a training batch of one skill; those that nothing tells of are left out."""
-    skill = samples.examples[0].task
+def mean_scores(scores: Mapping[str, Tensor], skill: Skill) -> dict[str, float]:
+    """Metrics of what `Checks` found of a batch; those that nothing tells of are left out."""
     means = {
         f"{'strict' if name == 'right' else name}/{skill}": float(column.nanmean())
-        for name, column in checks.scores(samples).items()
+        for name, column in scores.items()
     }
     return {name: value for name, value in means.items() if not math.isnan(value)}
 

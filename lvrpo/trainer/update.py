@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -11,13 +12,15 @@ from torch import Tensor
 
 from lvrpo.models.flow import FlowSchedule
 from lvrpo.models.packs import GuidedPictures, Pack, PictureGroup
-from lvrpo.models.protocol import Outputs, Policy
+from lvrpo.models.protocol import Outputs, Pictures, Policy
 from lvrpo.ops.flow_policy_loss import flow_policy_loss
 from lvrpo.ops.linear_grpo_loss import linear_grpo_loss
 from lvrpo.params.flow import FlowLossMetrics
 from lvrpo.params.loss_metrics import LossMetrics
 from lvrpo.trainer.experience import Experience
+from lvrpo.trainer.minibatches import own_share
 from lvrpo.trainer.objective import Objective
+from lvrpo.trainer.ranks import ALONE, Ranks, sum_gradients
 
 
 class ScheduleMismatch(RuntimeError):
@@ -30,14 +33,23 @@ def policy_gradient(
     experience: Experience,
     schedule: FlowSchedule,
     objective: Objective,
+    ranks: Ranks = ALONE,
 ) -> dict[str, float]:
     """Add the gradient of the objective to the model's parameters.
 
     The gradient is that of the whole experience, a rollout or a minibatch of one, however many
-    packs it takes: every pack's loss is divided by the experience's own counts. The reference is
-    evaluated only where a KL to it weighs. The tensors of `experience` are on the policy's device;
-    before the last pack is done nothing is read from it but the number of rows that
-    `linear_grpo_loss` asks for.
+    packs it takes, and however many ranks share them: every pack's loss is divided by the
+    experience's own counts. The reference is evaluated only where a KL to it weighs. The tensors of
+    `experience` are on the policy's device; before the last pack is done nothing is read from it
+    but the number of rows that `linear_grpo_loss` asks for.
+
+    Args:
+        policy: that learns.
+        reference: that it stays close to.
+        experience: of all ranks.
+        schedule: that the pictures were sampled with.
+        objective: what is minimised.
+        ranks: that share the experience, whose gradients are added up.
 
     Returns:
         Metrics of the update, keyed as in the run's records.
@@ -51,10 +63,16 @@ def policy_gradient(
             f"pictures were sampled with schedule {pictures.fingerprint}, the update uses "
             f"{schedule.fingerprint()}"
         )
-    step = _Update(policy, reference, experience, schedule, objective, _Metrics(objective))
-    for pack in pack_experience(policy, experience, schedule, objective):
-        _pack_loss(step, pack).backward()  # type: ignore[no-untyped-call]
-    return step.metrics.result()
+    own, metrics = own_share(experience, ranks), _Metrics(objective)
+    step = _Update(policy, reference, own, schedule, objective, metrics, _Counts.of(experience))
+
+    def add_gradients() -> None:
+        for pack in pack_experience(policy, own, schedule, objective):
+            _pack_loss(step, pack).backward()  # type: ignore[no-untyped-call]
+
+    ranks.together(add_gradients)
+    sum_gradients(policy.module, ranks)
+    return metrics.of_all(ranks).result()
 
 
 def merge_updates(updates: Sequence[Mapping[str, float]]) -> dict[str, float]:
@@ -82,6 +100,7 @@ def pack_experience(
     groups: list[PictureGroup] = []
     latents = times = guided = None
     if pictures is not None:
+        assert isinstance(pictures, Pictures)
         count, steps = pictures.latents.shape[:2]
         groups = [(example, pictures.group_size * steps) for example in pictures.examples]
         latents = pictures.latents.flatten(0, 1)
@@ -101,6 +120,24 @@ def pack_experience(
     )
 
 
+class _Counts(NamedTuple):
+    """What the losses are means over, of all ranks."""
+
+    tokens: int
+    answers: int
+    pictures: int  # the steps of each that are trained
+
+    @classmethod
+    def of(cls, experience: Experience) -> _Counts:
+        answers, pictures = experience.answers, experience.pictures
+        steps = 0
+        if pictures is not None:
+            steps = len(pictures.examples) * pictures.group_size * len(pictures.steps)
+        if answers is None:
+            return cls(0, 0, steps)
+        return cls(len(answers.logprobs), len(answers.token_ids), steps)
+
+
 @dataclass(frozen=True)
 class _Update:
     """What the losses of all packs of one update share."""
@@ -111,6 +148,7 @@ class _Update:
     schedule: FlowSchedule
     objective: Objective
     metrics: _Metrics
+    counts: _Counts
 
 
 def _pack_loss(step: _Update, pack: Pack) -> Tensor:
@@ -152,7 +190,7 @@ def _text_loss(step: _Update, pack: Pack, outputs: Outputs, reference: Outputs |
         policy_weights=None if weights is None else weights[pack.tokens],
         level="sequence",
         ref_logprobs=ref_logprobs,
-        denominator=float(len(answers.logprobs if per_token else answers.token_ids)),
+        denominator=float(step.counts.tokens if per_token else step.counts.answers),
         params=objective.text,
         backend=policy.backend,
     )
@@ -162,10 +200,9 @@ def _text_loss(step: _Update, pack: Pack, outputs: Outputs, reference: Outputs |
 
 def _image_loss(step: _Update, pack: Pack, outputs: Outputs, reference: Outputs | None) -> Tensor:
     pictures, advantages = step.experience.pictures, step.experience.picture_advantages
-    assert pictures is not None
+    assert isinstance(pictures, Pictures)
     assert advantages is not None
     steps = len(pictures.steps)
-    total = len(pictures.latents) * steps
     taken = torch.tensor(pictures.steps).repeat(len(pictures.latents))[pack.pictures]
     velocity_ref = None
     if reference is not None and step.objective.image.beta:
@@ -177,7 +214,7 @@ def _image_loss(step: _Update, pack: Pack, outputs: Outputs, reference: Outputs 
         step.schedule.coefficients(taken, device=step.policy.device),
         advantages.repeat_interleave(steps)[pack.pictures].float(),
         velocity_ref=velocity_ref,
-        denominator=float(total),
+        denominator=float(step.counts.pictures),
         params=step.objective.image,
         backend=step.policy.backend,
     )
@@ -205,6 +242,23 @@ class _Metrics:
             self.texts.append(metrics)
         else:
             self.images.append(metrics)
+
+    def of_all(self, ranks: Ranks) -> _Metrics:
+        """Those of the packs of all ranks."""
+        if ranks.size == 1:
+            return self
+        own = (
+            {name: loss.cpu() for name, loss in self.losses.items()},
+            [LossMetrics(part.sums.cpu(), part.extremes.cpu()) for part in self.texts],
+            [FlowLossMetrics(part.sums.cpu(), part.extremes.cpu()) for part in self.images],
+        )
+        whole = _Metrics(self.objective)
+        for losses, texts, images in ranks.gather(own):
+            for name, loss in losses.items():
+                whole.losses[name] = whole.losses.get(name, 0.0) + loss
+            whole.texts += texts
+            whole.images += images
+        return whole
 
     def result(self) -> dict[str, float]:
         """All metrics by name."""

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
+from itertools import compress
 
 import torch
 from torch import Tensor
@@ -12,6 +14,7 @@ from lvrpo.data.example import Example, Picture
 from lvrpo.models.flow import interpolate, velocity_target
 from lvrpo.models.protocol import Policy
 from lvrpo.ops.linear_logprobs import linear_logprobs
+from lvrpo.trainer.ranks import ALONE, Ranks, balance, sum_gradients
 
 
 def supervised_gradient(
@@ -21,6 +24,7 @@ def supervised_gradient(
     *,
     seed: int,
     step: int,
+    ranks: Ranks = ALONE,
 ) -> dict[str, float]:
     """Add the gradient of cross entropy plus velocity error to the model's parameters.
 
@@ -31,13 +35,44 @@ def supervised_gradient(
             prompt is computed once for the group.
         seed: of the run.
         step: number of this step; with `seed` it fixes the noise.
+        ranks: that share the examples, whose gradients are added up.
 
     Returns:
         "loss/text" in nats per token and "loss/image", the mean squared velocity error.
     """
+    losses = ranks.together(partial(_add_gradients, policy, questions, drawings, seed, step, ranks))
+    sum_gradients(policy.module, ranks)
+    metrics: dict[str, float] = {}
+    for part in ranks.gather(losses):
+        for name, loss in part.items():
+            metrics[name] = metrics.get(name, 0.0) + loss
+    return metrics
+
+
+def _add_gradients(
+    policy: Policy,
+    questions: Sequence[Example],
+    drawings: Sequence[Sequence[Example]],
+    seed: int,
+    step: int,
+    ranks: Ranks,
+) -> dict[str, float]:
+    """Of this rank's examples; returns its part of each loss."""
+    tokens = [len(policy.answer_ids(_answer(example))) for example in questions]
+    targets = [len(group) for group in drawings]
+    owners = balance(tokens, ranks.size), balance(targets, ranks.size)
+    mine = [owner == ranks.rank for owner in owners[0]]
+    questions = [example for example, own in zip(questions, mine, strict=True) if own]
+    text_share = sum(compress(tokens, mine)) / max(1, sum(tokens))
+    mine = [owner == ranks.rank for owner in owners[1]]
     latents = times = target = None
-    if drawings:
-        latents, times, target = _noisy_targets(policy, drawings, seed, step)
+    if any(mine):
+        chosen = torch.tensor(mine).repeat_interleave(torch.tensor(targets))
+        latents, times, target = _noisy_targets(policy, drawings, chosen, seed, step)
+    drawings = [group for group, own in zip(drawings, mine, strict=True) if own]
+    image_share = sum(compress(targets, mine)) / max(1, sum(targets))
+    if not questions and not drawings:
+        return {}
     (pack,) = policy.packs(
         [(example, [policy.answer_ids(_answer(example))]) for example in questions],
         [(group[0], len(group)) for group in drawings],
@@ -56,11 +91,11 @@ def supervised_gradient(
             **head,
             backend=policy.backend,
         )
-        loss = -logprobs.mean()
+        loss = -logprobs.mean() * text_share
         metrics["loss/text"] = float(loss.detach())
         total = total + loss
     if target is not None:
-        loss = (outputs.velocity - target).square().mean()
+        loss = (outputs.velocity - target).square().mean() * image_share
         metrics["loss/image"] = float(loss.detach())
         total = total + loss
     total.backward()  # type: ignore[no-untyped-call]
@@ -68,17 +103,25 @@ def supervised_gradient(
 
 
 def _noisy_targets(
-    policy: Policy, drawings: Sequence[Sequence[Example]], seed: int, step: int
+    policy: Policy,
+    drawings: Sequence[Sequence[Example]],
+    chosen: Tensor,
+    seed: int,
+    step: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """x_t [M, n, c], t [M] and the velocity [M, n, c] they should predict, for all M examples."""
+    """x_t [M, n, c], t [M] and the velocity [M, n, c] they should predict.
+
+    Of all examples M are chosen; what is drawn for them does not depend on which.
+    """
     targets = [torch.from_numpy(_target(example)) for group in drawings for example in group]
-    clean = policy.encode(torch.stack(targets))
+    clean = policy.encode(torch.stack([t for t, own in zip(targets, chosen, strict=True) if own]))
+    count = len(targets)
     generator = random.stream(seed, "flow noise", step)
-    noise = torch.from_numpy(generator.standard_normal(clean.shape, dtype="float32"))
-    noise = noise.to(clean.device)
-    # One time in each M-th part of [0, 1]: uniform like independent draws, with less variance.
-    strata = generator.permutation(len(clean)) + generator.random(len(clean))
-    times = torch.from_numpy((strata / len(clean)).astype("float32")).to(clean.device)
+    noise = torch.from_numpy(generator.standard_normal((count, *clean.shape[1:]), dtype="float32"))
+    noise = noise[chosen].to(clean.device)
+    # One time in each part of [0, 1]: uniform like independent draws, with less variance.
+    strata = generator.permutation(count) + generator.random(count)
+    times = torch.from_numpy((strata / count).astype("float32"))[chosen].to(clean.device)
     return interpolate(clean, noise, times), times, velocity_target(clean, noise)
 
 

@@ -99,10 +99,10 @@ def seen(monkeypatch) -> Iterator[list[tuple[str, str, list[int]]]]:
     found: list[tuple[str, str, list[int]]] = []
     gradient = loop.policy_gradient
 
-    def told(policy, reference, experience, schedule, objective):
+    def told(policy, reference, experience, schedule, *others):
         pictures = experience.pictures
         found.append((pictures.fingerprint, schedule.fingerprint(), pictures.steps))
-        return gradient(policy, reference, experience, schedule, objective)
+        return gradient(policy, reference, experience, schedule, *others)
 
     with monkeypatch.context() as patched:
         patched.setattr(loop, "policy_gradient", told)
