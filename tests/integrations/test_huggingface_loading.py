@@ -27,6 +27,7 @@ TOWER = {
     "smolvlm": "model.vision_model",
     "gemma3": "model.vision_tower",
     "llava": "model.vision_tower",
+    "fast_vlm": "model.vision_tower",
 }
 
 

@@ -118,6 +118,17 @@ def _llava() -> Any:
     )
 
 
+def _fast_vlm() -> Any:
+    made = tokenizer()
+    return transformers.LlavaProcessor(
+        transformers.ViTImageProcessorPil(size={"height": SIDE, "width": SIDE}),
+        made,
+        patch_size=SIDE // 2,
+        vision_feature_select_strategy="full",
+        chat_template=made.chat_template,
+    )
+
+
 def _idefics() -> Any:
     made = tokenizer()
     images = transformers.Idefics3ImageProcessorPil(
@@ -141,6 +152,7 @@ _PROCESSORS = {
     "qwen2_5_vl": lambda: _qwen("Qwen2_5_VL"),
     "qwen3_vl": lambda: _qwen("Qwen3VL"),
     "llava": _llava,
+    "fast_vlm": _fast_vlm,
     "idefics3": _idefics,
     "smolvlm": _idefics,  # its own one needs a package more, for videos
     "gemma3": _gemma,

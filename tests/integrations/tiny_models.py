@@ -35,6 +35,19 @@ SIGLIP = {
     "image_size": 16,
     "patch_size": 4,
 }
+#: 2 x 2 places of 16 x 16 pixels.
+EFFICIENTNET = {
+    "width_coefficient": 0.025,
+    "depth_coefficient": 1.0,
+    "in_channels": (32, 16),
+    "out_channels": (16, 24),
+    "kernel_sizes": (3, 5),
+    "strides": (2, 2),
+    "num_block_repeats": (1, 2),
+    "expand_ratios": (1, 6),
+    "hidden_dim": 32,
+    "hidden_size": 32,
+}
 QWEN_TOWER = {
     "depth": 2,
     "num_heads": 2,
@@ -214,6 +227,15 @@ IMAGES = {
             image_token_index=IMAGE,
         ),
         16,
+        lambda count: {"pixel_values": pixels(count)},
+    ),
+    "fast_vlm": Family(
+        lambda: transformers.FastVlmConfig(
+            text_config={"model_type": "llama", **text()},
+            vision_config={"model_type": "efficientnet", **EFFICIENTNET},
+            image_token_index=IMAGE,
+        ),
+        4,
         lambda count: {"pixel_values": pixels(count)},
     ),
     "idefics3": idefics("Idefics3"),
