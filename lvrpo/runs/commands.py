@@ -41,7 +41,8 @@ def describe_run(run: OpenRun) -> list[str]:
             lines.append(f"  {skill}: {prompts} prompts x {rollout.group_size} samples; {rewards}")
     kind = "policy" if config.run.objective == "grpo" else "supervised"
     steps = f"{config.warm_start.steps} warm-start steps, {config.run.steps} {kind} steps"
-    return [*lines, f"  data: {config.data.source}", f"  {steps}"]
+    lines += [f"  data: {config.data.source}", f"  {steps}"]
+    return lines + [f"  {note}" for note in run.setup.notes(run.setup.unfitted_parts())]
 
 
 @contextlib.contextmanager

@@ -78,8 +78,9 @@ def require_folder(path: Path) -> None:
     """
     if not path.is_dir():
         raise ConfigError(
-            f"model.path is {str(path)!r}, where there is no folder, expected that of a model; a "
-            "run whose folder was moved goes on by `lvrpo train RUN --set model.path=FOLDER`"
+            f"model.path is {str(path)!r}, where there is no folder, expected that of a model, for "
+            "nothing is downloaded; a run whose folder was moved goes on by `lvrpo train RUN --set "
+            "model.path=FOLDER`"
         )
 
 

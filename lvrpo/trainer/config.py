@@ -154,6 +154,11 @@ class ModelSection:
                     f"model.{made.name} is {given!r}, expected no such key where model.family is "
                     f"{self.family!r}, whose models do not go by it"
                 )
+        if not self.lora_rank and (self.lora_targets or self.lora_alpha != ModelSection.lora_alpha):
+            raise ValueError(
+                "model.lora_rank is 0, expected at least 1 where model.lora_alpha or "
+                "model.lora_targets is given: there is no LoRA"
+            )
         return self
 
 

@@ -214,6 +214,12 @@ def test_what_is_frozen_is_something_and_not_all(frozen, match):
         make_policy(model_of("llama"), tokenizer(), frozen=frozen)
 
 
+def test_a_lora_is_of_layers_that_there_are():
+    pytest.importorskip("peft", reason="pip install peft")
+    with pytest.raises(ValueError, match=r"lora targets \['eye'\]: .*has .*down_proj, .*q_proj"):
+        make_policy(model_of("llama"), tokenizer(), lora=Lora(2, targets=("eye",)))
+
+
 def test_a_folder_that_is_none(tmp_path):
     with pytest.raises(ValueError, match=r"there is no config.json, expected a folder"):
         from_pretrained(tmp_path)

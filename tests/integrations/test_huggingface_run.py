@@ -177,6 +177,7 @@ def test_pictures_keep_their_size(tmp_path):
             "model.hidden=64",
             "model.hidden is 64, expected no such key where model.family is 'huggingface'",
         ),
+        ('model.lora_targets=["q_proj"]', "model.lora_rank is 0, expected at least 1"),
         ("rollout.max_answer_tokens=200", "the model has positions for 128"),
     ],
 )

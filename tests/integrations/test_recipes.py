@@ -19,6 +19,8 @@ from typer.testing import CliRunner
 
 from lvrpo.cli import app
 from lvrpo.runs import huggingface_family
+from lvrpo.trainer import loop
+from lvrpo.trainer.loop import check_ratio
 
 pytest.importorskip("transformers")
 RECIPES = Path(__file__).parents[2] / "docs" / "recipes"
@@ -74,8 +76,14 @@ def write_data(folder: Path, recipe: str) -> None:
         (folder / f"{split}.jsonl").write_text("\n".join(lines))
 
 
-@pytest.mark.parametrize(("recipe", "model"), [("qwen-vl", qwen), ("bagel", bagel)])
-def test_a_recipe_trains(recipe, model, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("recipe", "model", "kinds"),
+    [("qwen-vl", qwen, ["text"]), ("bagel", bagel, ["text", "image"])],
+)
+def test_a_recipe_trains(recipe, model, kinds, tmp_path, monkeypatch):
+    """And its first update replays the rollout, within the tolerance that runs hold it to."""
+    first_updates: list[dict[str, Any]] = []
+    monkeypatch.setattr(loop, "check_ratio", lambda found, *_: first_updates.append(found))
     write_data(tmp_path, recipe)
     (tmp_path / "rewards.py").write_text(blocks(recipe, "python"))
     (tmp_path / "recipe.toml").write_text(blocks(recipe, "toml"))
@@ -87,8 +95,9 @@ def test_a_recipe_trains(recipe, model, tmp_path, monkeypatch):
     assert result.exit_code == 0, result.output
     (step,) = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
     assert step["phase"] == "grpo"
-    ratios = [value for key, value in step.items() if key.startswith("ratio/") and "max" in key]
-    assert ratios
-    assert all(abs(ratio - 1) < 0.2 for ratio in ratios)
+    (first,) = first_updates
+    ratios = {key for key in first if key.startswith("ratio/") and key.endswith(("/min", "/max"))}
+    assert ratios == {f"ratio/{kind}/{end}" for kind in kinds for end in ("min", "max")}
+    check_ratio(first)
     commands = re.findall(r"^lvrpo (\w+)", blocks(recipe, "bash"), re.MULTILINE)
     assert {"train"} <= set(commands) <= {"train", "eval", "plan"}

@@ -297,7 +297,14 @@ def with_lora(model: Any, lora: Lora) -> Any:
         lora_dropout=0.0,
         target_modules=[*lora.targets] or text_layers(model),
     )
-    return peft.get_peft_model(model, config).eval()
+    try:
+        return peft.get_peft_model(model, config).eval()
+    except ValueError as error:
+        names = sorted({name.rpartition(".")[2] for name in text_layers(model)})
+        raise ValueError(
+            f"lora targets {list(lora.targets)}: {' '.join(str(error).split())} Its text model has "
+            f"{', '.join(names)}"
+        ) from error
 
 
 def text_layers(model: Any) -> list[str]:
