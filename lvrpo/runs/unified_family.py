@@ -99,10 +99,12 @@ class UnifiedFamily:
                     "pixels"
                 )
         numbers = channels * section.latent_patch**2
-        if section.latent_dim > numbers:
+        tokens, dim = section.latent_tokens_per_patch, section.latent_dim
+        if tokens * dim > numbers:
             raise ConfigError(
-                f"model.latent_dim is {section.latent_dim}, expected 1 to {numbers}, the numbers "
-                f"of a patch of {channels} x {section.latent_patch} x {section.latent_patch}"
+                f"model.latent_dim is {dim}, in each of model.latent_tokens_per_patch = {tokens}, "
+                f"expected at most {numbers} numbers in all, those of a patch of {channels} x "
+                f"{section.latent_patch} x {section.latent_patch}"
             )
 
     def unfitted(self, data: FamilyData) -> UnifiedParts:
@@ -111,9 +113,7 @@ class UnifiedFamily:
 
     def fit(self, data: FamilyData) -> UnifiedParts:
         """See `Family`."""
-        section = self.config.model
-        pictures = pictures_to_fit(data.source)
-        autoencoder = LinearAutoencoder.fit(pictures, section.latent_patch, section.latent_dim)
+        autoencoder = LinearAutoencoder.fit(pictures_to_fit(data.source), **self._latents)
         return self._parts(data, autoencoder)
 
     def load(self, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> UnifiedParts:
@@ -129,13 +129,11 @@ class UnifiedFamily:
             torch.manual_seed(self.config.run.seed)
             module = UnifiedModel(self._model_config(parts))
         module.gradient_checkpointing = self.config.model.gradient_checkpointing
-        _, height, width = parts.picture_shape
-        patch = self.config.model.latent_patch
         return UnifiedPolicy(
             module=module,
             tokenizer=Tokenizer(parts.words),
             autoencoder=parts.autoencoder,
-            latent_grid=(height // patch, width // patch),
+            latent_grid=parts.autoencoder.grid,
             answer_range=parts.answer_range,
             backend=self.config.run.backend or None,
         )
@@ -171,15 +169,23 @@ class UnifiedFamily:
         answers = tokenizer.text_token_range if data.spelled else tokenizer.word_token_range
         return UnifiedParts(tuple(data.words), data.source.picture_shape, answers, autoencoder)
 
-    def _new_autoencoder(self, picture_shape: tuple[int, int, int]) -> LinearAutoencoder:
+    @property
+    def _latents(self) -> dict[str, int]:
         section = self.config.model
-        return LinearAutoencoder(*picture_shape, patch=section.latent_patch, dim=section.latent_dim)
+        return {
+            "patch": section.latent_patch,
+            "dim": section.latent_dim,
+            "tokens_per_patch": section.latent_tokens_per_patch,
+        }
+
+    def _new_autoencoder(self, picture_shape: tuple[int, int, int]) -> LinearAutoencoder:
+        return LinearAutoencoder(*picture_shape, **self._latents)
 
     def _model_config(self, parts: UnifiedParts) -> UnifiedConfig:
         """The model's shape: the configuration's sizes, the data's channels and vocabulary."""
         section = self.config.model
         channels, *sides = parts.picture_shape
-        patch = min(section.image_patch, section.latent_patch)
+        patches = max(sides) // section.image_patch
         return UnifiedConfig(
             vocab_size=len(Tokenizer(parts.words)),
             hidden=section.hidden,
@@ -189,7 +195,7 @@ class UnifiedFamily:
             image_channels=channels,
             image_patch=section.image_patch,
             latent_dim=section.latent_dim,
-            max_grid=max(UnifiedConfig.max_grid, max(sides) // patch),
+            max_grid=max(UnifiedConfig.max_grid, patches, *parts.autoencoder.grid),
         )
 
 

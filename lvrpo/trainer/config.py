@@ -107,7 +107,10 @@ class DataSection:
 
 
 #: Keys of `ModelSection` that size the unified model.
-OF_UNIFIED = ("hidden", "layers", "heads", "mlp", "image_patch", "latent_patch", "latent_dim")
+OF_UNIFIED = (
+    *("hidden", "layers", "heads", "mlp", "image_patch"),
+    *("latent_patch", "latent_dim", "latent_tokens_per_patch"),
+)
 #: Keys of it for a model that is read from a folder.
 OF_FOLDERS = ("chat", "frozen", "lora_rank", "lora_alpha", "lora_targets")
 
@@ -124,6 +127,7 @@ class ModelSection:
     image_patch: Pixels = 8
     latent_patch: Pixels = 8
     latent_dim: Size = 12
+    latent_tokens_per_patch: Size = 1
     gradient_checkpointing: bool = False  # of every family
     # Of a folder alone:
     path: str = ""  # as save_pretrained writes it, or as BAGEL is published

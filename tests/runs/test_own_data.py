@@ -342,6 +342,24 @@ def test_pictures_larger_than_the_default_grid(tmp_path):
     builder.build()
 
 
+def test_one_patch_of_several_tokens_is_trained_and_goes_on_and_draws(tmp_path):
+    whole = ["model.latent_patch=16", "model.latent_tokens_per_patch=9", "model.latent_dim=2"]
+    changes = [*OVERRIDES, *write_own_data(tmp_path), *whole]
+    run = tmp_path / "run"
+    result = command("train", run, *settings(changes))
+    assert result.exit_code == 0, result.output
+    setup, parts, policy = load_policy(run)
+    assert policy.latent_grid == (1, 9)
+    assert policy.module.config.max_grid == 9
+    fitted = check_config(setup.config).frozen_parts(tmp_path / "again")
+    for name, tensor in fitted.family.tensors().items():
+        assert torch.equal(tensor, parts.family.tensors()[name])
+    result = command("train", run, "--steps", setup.config.run.steps + 1)
+    assert result.exit_code == 0, result.output
+    result = command("sample", run, "draw a light square", "-o", tmp_path / "drawing.png")
+    assert result.exit_code == 0, result.output
+
+
 def test_a_data_section_names_its_source():
     with pytest.raises(ConfigError, match=r"data.eval_source is empty.*mine\.jsonl"):
         data_of(DataSection(source="mine.jsonl"))
