@@ -17,7 +17,7 @@ from lvrpo.models.protocol import Policy
 from lvrpo.rewards.reward import FunctionReward, Samples
 from lvrpo.runs.setup import Setup
 from lvrpo.runs.signals import Signals
-from lvrpo.trainer import loop
+from lvrpo.trainer import loop, update
 from lvrpo.trainer.journal import Snapshot
 from lvrpo.trainer.loop import train
 from lvrpo.trainer.ranks import Ranks
@@ -56,6 +56,7 @@ def run(
     overrides: Sequence[str] = (),
     reward: str = "",
     saved: tuple[Sequence[Snapshot], Sequence[Snapshot]] = ((), ()),
+    equal_passes: bool = False,
 ) -> Told:
     """Train, or go on from what was saved.
 
@@ -64,6 +65,7 @@ def run(
         overrides: of the tiny configuration.
         reward: of answers, in place of those of the configuration, see `rewards_of`.
         saved: snapshots, and references.
+        equal_passes: as if ranks had parts of the parameters.
     """
     config = tiny_config(*overrides)
     journal, sampled = MemoryJournal(), []
@@ -76,7 +78,11 @@ def run(
         return experience, metrics
 
     error = ""
-    with mock.patch.object(loop, "gather_experience", told):
+    parts = update.has_parts if not equal_passes else lambda module: True
+    with (
+        mock.patch.object(loop, "gather_experience", told),
+        mock.patch.object(update, "has_parts", parts),
+    ):
         try:
             train(config, task_of(folder, overrides, reward), journal, Signals(), Ranks.joined())
         except Exception as raised:

@@ -193,20 +193,30 @@ def balance(costs: Sequence[float], size: int, preferred: Sequence[int] | None =
     return chosen
 
 
+def has_parts(module: nn.Module) -> bool:
+    """Whether ranks have parts of its parameters, so that all make each of its passes together."""
+    return any(map(_is_part, module.parameters()))
+
+
+def _is_part(parameter: Tensor) -> bool:
+    return isinstance(parameter, DTensor) and parameter.device_mesh.size() > 1
+
+
 def sum_gradients(module: nn.Module, ranks: Ranks) -> None:
     """Add up over ranks the gradients of the parameters that every rank has whole.
 
-    Those that FSDP splits are sums already. A parameter without a gradient on any rank has none.
+    Those of parts are sums already. A parameter without a gradient on any rank has none.
     """
     if ranks.size == 1:
         return
-    whole = [p for p in module.parameters() if p.requires_grad and not isinstance(p, DTensor)]
+    whole = [p for p in module.parameters() if p.requires_grad and not _is_part(p)]
     given = ranks.gather([parameter.grad is not None for parameter in whole])
     used = [p for p, has in zip(whole, zip(*given, strict=True), strict=True) if any(has)]
     for parameter in used:
         if parameter.grad is None:
             parameter.grad = torch.zeros_like(parameter)
-    for bucket in _buckets([p.grad for p in used if p.grad is not None]):
+    gradients = [p.grad for p in used if p.grad is not None]
+    for bucket in _buckets([g.to_local() if isinstance(g, DTensor) else g for g in gradients]):
         flat = torch.cat([gradient.flatten() for gradient in bucket])
         with all_there("train"):
             torch.distributed.all_reduce(flat)

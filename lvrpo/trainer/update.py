@@ -20,7 +20,8 @@ from lvrpo.params.loss_metrics import LossMetrics
 from lvrpo.trainer.experience import Experience
 from lvrpo.trainer.minibatches import own_share
 from lvrpo.trainer.objective import Objective
-from lvrpo.trainer.ranks import ALONE, Ranks, sum_gradients
+from lvrpo.trainer.ranks import ALONE, Ranks, has_parts, sum_gradients
+from lvrpo.trainer.sharing import SharedPictures
 
 
 class ScheduleMismatch(RuntimeError):
@@ -66,13 +67,51 @@ def policy_gradient(
     own, metrics = own_share(experience, ranks), _Metrics(objective)
     step = _Update(policy, reference, own, schedule, objective, metrics, _Counts.of(experience))
 
+    packs = pack_experience(policy, own, schedule, objective)
+
     def add_gradients() -> None:
-        for pack in pack_experience(policy, own, schedule, objective):
+        for pack in packs:
             _pack_loss(step, pack).backward()  # type: ignore[no-untyped-call]
 
-    ranks.together(add_gradients)
+    if ranks.size > 1 and has_parts(policy.module):
+        for pass_loss in _equal_passes(step, packs, experience, ranks):
+            pass_loss.backward()  # type: ignore[no-untyped-call]
+    else:
+        ranks.together(add_gradients)
     sum_gradients(policy.module, ranks)
     return metrics.of_all(ranks).result()
+
+
+def _equal_passes(
+    step: _Update, packs: Iterator[Pack], experience: Experience, ranks: Ranks
+) -> Iterator[Tensor]:
+    """The losses of this rank's packs, and zeros while others have more of them.
+
+    What ranks have parts of is put together for each pass by all of them. So one that raises in a
+    pass is not waited for: its process ends, which the others notice.
+    """
+    while True:
+        pack = next(packs, None)
+        if not any(ranks.gather(pack is not None)):
+            return
+        if pack is not None:
+            yield _pack_loss(step, pack, with_reference=True)
+            continue
+        outputs, _ = _forward(step, _idle_pack(step.policy, experience), with_reference=True)
+        yield 0.0 * (outputs.hidden.sum() + outputs.velocity.sum())
+
+
+def _idle_pack(policy: Policy, experience: Experience) -> Pack:
+    """The least of a pack."""
+    answers, pictures = experience.answers, experience.pictures
+    if answers is not None and answers.token_ids:
+        example, completions = answers.groups()[0]
+        (pack,) = policy.packs([(example, [completions[0][:1]])])
+        return pack
+    assert isinstance(pictures, SharedPictures)
+    latents = pictures.own.latents.new_zeros(1, *pictures.own.latents.shape[2:])
+    (pack,) = policy.packs([], [(pictures.examples[0], 1)], latents, torch.zeros(1))
+    return pack
 
 
 def merge_updates(updates: Sequence[Mapping[str, float]]) -> dict[str, float]:
@@ -151,13 +190,21 @@ class _Update:
     counts: _Counts
 
 
-def _pack_loss(step: _Update, pack: Pack) -> Tensor:
-    objective, outputs = step.objective, step.policy.forward(pack)
+def _forward(step: _Update, pack: Pack, with_reference: bool) -> tuple[Outputs, Outputs | None]:
+    """Of the policy, and of the reference where a KL to it weighs, here or, if asked, at all."""
+    text, image = step.objective.text.beta > 0, step.objective.image.beta > 0
+    outputs, reference = step.policy.forward(pack), None
     has_text, has_pictures = len(pack.token_ids) > 0, len(outputs.velocity) > 0
-    reference = None
-    if (has_text and objective.text.beta) or (has_pictures and objective.image.beta):
+    if (text and (has_text or with_reference)) or (image and (has_pictures or with_reference)):
         with torch.no_grad():
             reference = step.reference.forward(pack)
+    return outputs, reference
+
+
+def _pack_loss(step: _Update, pack: Pack, with_reference: bool = False) -> Tensor:
+    objective = step.objective
+    outputs, reference = _forward(step, pack, with_reference)
+    has_text, has_pictures = len(pack.token_ids) > 0, len(outputs.velocity) > 0
     terms = []
     if has_text:
         terms.append(objective.text_weight * _text_loss(step, pack, outputs, reference))

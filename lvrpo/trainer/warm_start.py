@@ -60,19 +60,14 @@ def _add_gradients(
     """Of this rank's examples; returns its part of each loss."""
     tokens = [len(policy.answer_ids(_answer(example))) for example in questions]
     targets = [len(group) for group in drawings]
-    owners = balance(tokens, ranks.size), balance(targets, ranks.size)
-    mine = [owner == ranks.rank for owner in owners[0]]
-    questions = [example for example, own in zip(questions, mine, strict=True) if own]
-    text_share = sum(compress(tokens, mine)) / max(1, sum(tokens))
-    mine = [owner == ranks.rank for owner in owners[1]]
+    own, text_share = _own_part(tokens, ranks)
+    questions = list(compress(questions, own))
+    own, image_share = _own_part(targets, ranks)
     latents = times = target = None
-    if any(mine):
-        chosen = torch.tensor(mine).repeat_interleave(torch.tensor(targets))
+    if drawings:
+        chosen = torch.tensor(own).repeat_interleave(torch.tensor(targets))
         latents, times, target = _noisy_targets(policy, drawings, chosen, seed, step)
-    drawings = [group for group, own in zip(drawings, mine, strict=True) if own]
-    image_share = sum(compress(targets, mine)) / max(1, sum(targets))
-    if not questions and not drawings:
-        return {}
+    drawings = list(compress(drawings, own))
     (pack,) = policy.packs(
         [(example, [policy.answer_ids(_answer(example))]) for example in questions],
         [(group[0], len(group)) for group in drawings],
@@ -100,6 +95,17 @@ def _add_gradients(
         total = total + loss
     total.backward()  # type: ignore[no-untyped-call]
     return metrics
+
+
+def _own_part(costs: Sequence[int], ranks: Ranks) -> tuple[list[bool], float]:
+    """Which pieces of work are this rank's, and which share of all they are.
+
+    Ranks that have parts of the parameters all make the same pass: one without a piece takes the
+    first, of weight 0.
+    """
+    own = [owner == ranks.rank for owner in balance(costs, ranks.size)]
+    share = sum(compress(costs, own)) / max(1, sum(costs))
+    return own if any(own) else [i == 0 for i in range(len(own))], share
 
 
 def _noisy_targets(

@@ -84,6 +84,20 @@ def test_as_one_process(groups, folder, name):
             assert_same(told, alone)
 
 
+@pytest.mark.parametrize("prompts", [(5, 4), (4, 0), (0, 4)])
+def test_ranks_that_make_as_many_passes_as_any_other(groups, folder, prompts):
+    settings = (
+        *PLAIN,
+        "optimizer.max_rows=40",
+        "run.eval_items=0",
+        *map("rollout.{}_prompts={}".format, ("understand", "generate"), prompts),
+    )
+    alone = shared_runs.run(folder, settings)
+    for group in groups.values():
+        for told in group.run(shared_runs.run, folder, settings, "", ((), ()), True):
+            assert_same(told, alone)
+
+
 def test_an_error_of_one_is_of_all(groups, folder):
     settings = (*PLAIN, "rewards.understand={failing=1.0}", "run.eval_items=0")
     for told in groups[2].run(shared_runs.run, folder, settings, "failing"):
