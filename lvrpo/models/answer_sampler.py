@@ -185,13 +185,13 @@ class AnswerSampler:
 
     def _ends(self, sample: int, token: int) -> bool:
         """Append a token to an answer; whether that was its last one."""
-        ids, is_early = self._token_ids[sample], self.position <= self.sampling.min_tokens
+        ids = self._token_ids[sample]
         ids.append(token)
         if token in self.end_ids or token in self.sampling.stop_token_ids:
             self._texts[sample] = self.decode(ids[:-1])
             self._finish_reasons[sample] = "end" if token in self.end_ids else "stop"
             return True
-        text = None if is_early else self._before_stop(ids)
+        text = self._before_stop(ids)
         if text is not None:
             self._texts[sample], self._finish_reasons[sample] = text, "stop"
             return True
