@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import inspect
 import textwrap
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import pytest
@@ -25,7 +26,7 @@ class Mistake(NamedTuple):
     right: str
     wrong: str
     test: Callable[..., Any]
-    arguments: dict[str, Any] = {}
+    arguments: Mapping[str, Any] = MappingProxyType({})
 
     def is_noticed(self) -> bool:
         """Whether the test fails, and not by an error of another kind, for whoever calls it."""

@@ -209,7 +209,7 @@ def test_answers_end_as_generate_ends_them():
         assert (ids[-1] == 2) == (reason == "end")
         assert "<eos>" not in text
     assert policy.answer_ids("w20 w21") == [20, 21, 2]
-    assert policy.decode_answer([20, 21]) == "w20 w21"
+    assert policy.decode_answer([20, 1, 21]) == "w20 w21"  # a beginning is no word
 
 
 def test_a_sampled_picture_token_is_no_picture():

@@ -10,7 +10,11 @@ import torch
 from runs.test_bad_input import refused
 from runs.tiny import command
 
-from lvrpo.models.unified.folder import load_unified
+from lvrpo.models.unified.folder import load_unified, save_unified
+from lvrpo.models.unified.latents import LinearAutoencoder
+from lvrpo.models.unified.model import UnifiedConfig, UnifiedModel
+from lvrpo.models.unified.policy import UnifiedPolicy
+from lvrpo.models.unified.tokenizer import Tokenizer
 from lvrpo.runs.checkpoint import checkpoints, load_checkpoint
 from lvrpo.runs.inference import load_policy, load_reference, read_run
 from lvrpo.trainer.sampling import answer_sampling
@@ -75,6 +79,26 @@ def test_nothing_is_replaced_and_nothing_is_left_half(trained, tmp_path, monkeyp
     monkeypatch.setattr("lvrpo.models.unified.folder.save_model", full)
     assert "No space left" in refused("export", trained, tmp_path / "new")
     assert [path.name for path in tmp_path.iterdir()] == ["there"]
+
+
+def test_every_size_is_written(tmp_path):
+    """Of a policy whose sizes are all other than the defaults."""
+    sizes = {"hidden": 20, "layers": 2, "heads": 2, "kv_heads": 1, "head_dim": 6, "mlp": 24}
+    sizes |= {"vision_layers": 1, "vision_hidden": 12, "vision_heads": 2, "vision_mlp": 20}
+    sizes |= {"image_channels": 2, "image_patch": 4, "latent_dim": 3, "timestep_dim": 10}
+    config = UnifiedConfig(vocab_size=265, max_grid=9, tie_embeddings=True, **sizes)
+    codec = LinearAutoencoder(2, 8, 16, patch=8, dim=3, tokens_per_patch=5)
+    tokenizer = Tokenizer(["boat", "red"])
+    policy = UnifiedPolicy(UnifiedModel(config), tokenizer, codec, codec.grid, (6, 263))
+    save_unified(policy, tmp_path / "model")
+    again = load_unified(tmp_path / "model")
+    assert again.module.config == config
+    assert same(dict(again.module.state_dict()), dict(policy.module.state_dict()))
+    assert (again.latent_grid, again.answer_range) == (codec.grid, (6, 263))
+    assert again.latent_shape == policy.latent_shape
+    assert again.tokenizer.words == tokenizer.words
+    with pytest.raises(FileExistsError, match="is not empty, expected a new folder"):
+        save_unified(policy, tmp_path / "model")
 
 
 def test_a_folder_that_is_none_is_refused(trained, tmp_path):

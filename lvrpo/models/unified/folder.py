@@ -22,6 +22,8 @@ from lvrpo.models.unified.policy import UnifiedPolicy
 from lvrpo.models.unified.tokenizer import Tokenizer
 
 FORMAT = "lvrpo-unified-1"
+#: Arguments of the autoencoder.
+CODEC = ("channels", "height", "width", "patch", "dim", "tokens_per_patch")
 CONFIG, WEIGHTS, AUTOENCODER = "config.json", "model.safetensors", "autoencoder.safetensors"
 
 
@@ -43,9 +45,7 @@ def save_unified(policy: UnifiedPolicy, path: Path | str) -> None:
     described = {
         "format": FORMAT,
         "model": dataclasses.asdict(policy.module.config),
-        "autoencoder": {
-            name: getattr(codec, name) for name in ("channels", "height", "width", "patch", "dim")
-        },
+        "autoencoder": {name: getattr(codec, name) for name in CODEC},
         "words": policy.tokenizer.words,
         "answer_range": policy.answer_range,
     }
@@ -82,13 +82,12 @@ def load_unified(path: Path | str, *, backend: str | None = None) -> UnifiedPoli
             load_model(part, folder / name)
         except (RuntimeError, SafetensorError) as error:
             raise ValueError(f"{folder / name}: {' '.join(str(error).split())}") from error
-    patch = autoencoder.patch
     low, high = described["answer_range"]
     return UnifiedPolicy(
         module=module,
         tokenizer=Tokenizer(described["words"]),
         autoencoder=autoencoder,
-        latent_grid=(autoencoder.height // patch, autoencoder.width // patch),
+        latent_grid=autoencoder.grid,
         answer_range=(low, high),
         backend=backend,
     )
