@@ -17,6 +17,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
+from lvrpo.ops.flow_step import flow_step
 from lvrpo.params.flow import FlowLossParams, GuidanceParams, StepCoefficients
 
 Dynamics = Literal["flow_sde", "dance_sde", "cps", "ode"]
@@ -37,6 +38,14 @@ def interpolate(x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
 def velocity_target(x0: Tensor, noise: Tensor) -> Tensor:
     """noise - x0: what a velocity model regresses on at `interpolate(x0, noise, t)`."""
     return noise - x0
+
+
+def drawn_noise(streams: Tensor, shape: Sequence[int], backend: str | None = None) -> Tensor:
+    """The numbers of streams [N, 2] as `flow_step` draws them, fp32 [N, *shape]."""
+    nothing = torch.zeros(len(streams), *shape, device=streams.device)
+    zero, one = nothing.new_zeros(1), nothing.new_ones(1)
+    coeffs = StepCoefficients(c_x=zero, c_v=zero, std=one, t=one, dt=-one)
+    return flow_step(nothing, nothing, coeffs, streams, backend=backend)[0]
 
 
 @dataclass(frozen=True)

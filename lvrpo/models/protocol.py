@@ -137,7 +137,7 @@ class Pictures:
     images: Tensor  # [N, C, H, W] fp32 in [0, 1], on the host
     latents: Tensor  # [N, K, n, c] x_t before each stochastic step
     velocities: Tensor  # [N, K, n, c] of the sampling weights, guided where the sampling was
-    noise: Tensor  # [N, K, n, c] that each step drew
+    noise: Tensor  # [N, K, n, c] that each step drew, or int64 [N, K, 2], its streams
     steps: list[int]  # [K] step numbers in the schedule
     fingerprint: str  # of the schedule
     guidance: Guidance | None = None  # of the velocities
@@ -320,14 +320,25 @@ class Policy(Protocol):
 def sample_streams(
     kind: str, examples: Sequence[Example], group_size: int, seed: int, step: int
 ) -> list[np.random.Generator]:
-    """A stream per sample, keyed so that a sample does not depend on what shares its batch.
+    """A stream per sample, keyed so that a sample does not depend on what shares its batch."""
+    keys = _sample_keys(kind, examples, group_size, step)
+    return [random.stream(seed, *key) for key in keys]
 
-    A prompt that comes twice goes on counting, so its samples differ.
-    """
-    streams = []
+
+def sample_seeds(
+    kind: str, examples: Sequence[Example], group_size: int, seed: int, step: int
+) -> Tensor:
+    """Likewise a seed per sample, int64 [N]."""
+    keys = _sample_keys(kind, examples, group_size, step)
+    return torch.tensor([random.seed_of(seed, *key) for key in keys], dtype=torch.int64)
+
+
+def _sample_keys(
+    kind: str, examples: Sequence[Example], group_size: int, step: int
+) -> Iterator[tuple[int | str, ...]]:
+    """A prompt that comes twice goes on counting, so its samples differ."""
     taken: Counter[str] = Counter()
     for example in examples:
         for _ in range(group_size):
-            streams.append(random.stream(seed, kind, step, example.uid, taken[example.uid]))
+            yield kind, step, example.uid, taken[example.uid]
             taken[example.uid] += 1
-    return streams

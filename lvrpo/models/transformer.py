@@ -66,6 +66,7 @@ class Transformer:
         connector: widths of the MLP from patches to the language model, both ends included.
         latent: numbers of a latent token of a drawing; 0 for a model that draws none.
         timestep: width of the embedding of a drawing's time.
+        keeps_noise: whether a drawing keeps the noise of its steps.
     """
 
     language: Stack
@@ -76,6 +77,7 @@ class Transformer:
     connector: tuple[int, ...] = ()
     latent: int = 0
     timestep: int = 0
+    keeps_noise: bool = True
 
     @property
     def tower(self) -> Stack:

@@ -98,9 +98,9 @@ class Plan:
         ]
         each[0]["keys and values"] *= 2  # answers that outgrow their layout are copied to another
         each[0]["logits"] = memory.sampling(self.model, work.texts.samples, self.numerics)
-        each[1]["trajectories"] = memory.trajectory(
-            pictures.samples, tokens, latent, pictures.passes, work.trained
-        )
+        drawn = self.model, pictures.samples, tokens, latent
+        each[1]["trajectories"] = memory.trajectory(*drawn, work.trained)
+        each[1]["noise"] = memory.noise(*drawn, pictures.passes)
         return max(each, key=lambda parts: sum(parts.values()))
 
     def update(self, rows: Rows, *, reference: bool) -> dict[str, int]:
@@ -123,7 +123,7 @@ class Plan:
         """
         tokens, latent = work.picture
         pictures = work.pictures
-        experience = memory.trajectory(pictures.samples, tokens, latent, -1, work.trained)
+        experience = memory.trajectory(self.model, pictures.samples, tokens, latent, work.trained)
         state = self.state(work)
         there = sum(state.values()) + experience
         added = max(

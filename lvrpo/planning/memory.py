@@ -189,6 +189,11 @@ def sampling(model: Transformer, samples: int, numerics: Numerics) -> int:
     return samples * (numerics.compute * model.vocab + 3 * FP64 * model.answers)
 
 
-def trajectory(pictures: int, tokens: int, latent: int, steps: int, trained: int) -> int:
-    """Noise of all steps, and latents, velocities and noise of those that are trained, in fp32."""
-    return FP32 * pictures * tokens * latent * (1 + steps + 3 * trained)
+def trajectory(model: Transformer, pictures: int, tokens: int, latent: int, trained: int) -> int:
+    """Latents, velocities and, where it is kept, noise of the steps that are trained, in fp32."""
+    return FP32 * pictures * tokens * latent * (2 + model.keeps_noise) * trained
+
+
+def noise(model: Transformer, pictures: int, tokens: int, latent: int, steps: int) -> int:
+    """What drawings start from and, where it is kept, the noise of all steps, in fp32."""
+    return FP32 * pictures * tokens * latent * (1 + model.keeps_noise * steps)

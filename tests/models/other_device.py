@@ -8,6 +8,7 @@ the numbers that are sent to or made on the device from nothing that is there.
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import torch
@@ -78,7 +79,8 @@ class Device(TorchDispatchMode):
             return tree_map(lambda x: x.clone() if isinstance(x, Tensor) and ours else x, result)
         if not ours:
             self.sent += result.numel()
-        if func._schema.name.endswith("_") and isinstance(given[0], OnDevice):
+        in_place = re.search(r"[^_]_$", func._schema.name)  # and no operator, as __and__
+        if in_place and isinstance(given[0], OnDevice):
             return given[0]
         return tree_map(lambda x: OnDevice(x) if isinstance(x, Tensor) else x, result)
 

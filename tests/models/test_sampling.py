@@ -18,7 +18,7 @@ from trainer.small_policy import (
     small_policy,
 )
 
-from lvrpo.models.flow import Guidance
+from lvrpo.models.flow import Guidance, drawn_noise
 from lvrpo.models.protocol import DivergedError
 from lvrpo.models.sampling import Sampling
 from lvrpo.models.unified import decoding
@@ -29,8 +29,10 @@ from lvrpo.params.flow import GuidanceParams
 from lvrpo.testing import check_against_plain
 
 
-@pytest.fixture(params=[torch.float32, torch.float64], ids=str)
+@pytest.fixture(params=[torch.float32, torch.float64, "streams"], ids=str)
 def policy(request):
+    if request.param == "streams":
+        return small_policy(torch.float32, backend=None, keeps_noise=False)
     return small_policy(request.param, backend=None)
 
 
@@ -211,6 +213,24 @@ def test_the_stored_steps_make_the_picture_again(policy):
         velocity, noise = found.velocities[:, k], found.noise[:, k]
         x, _ = flow_step(velocity, found.latents[:, k], at, noise, backend=policy.backend)
         assert torch.equal(x, found.latents[:, k + 1])
+
+
+@pytest.mark.parametrize("window", [None, (2, 4)])
+def test_noise_that_is_not_kept_is_that_of_streams(window):
+    """Of a sample's seed: the start is subsequence 0, and every step has the next."""
+    policy = small_policy(torch.float32, keeps_noise=False)
+    schedule = dataclasses.replace(SCHEDULE, num_steps=6, window=window)
+    found = policy.sample_images(prompts("generate", 2), GROUP, schedule, seed=7, step=2)
+    seeds, subsequences = found.noise.unbind(2)
+    assert found.noise.dtype == torch.int64
+    assert len(seeds[:, 0].unique()) == 2 * GROUP
+    assert torch.equal(seeds, seeds[:, :1].expand_as(seeds))
+    steps = torch.tensor(found.steps)
+    assert steps.tolist() == (list(schedule.stochastic_steps) if window is None else [2, 3, 4])
+    assert torch.equal(subsequences, (1 + steps).expand_as(subsequences))
+    if window is None:
+        start = torch.stack([seeds[:, 0], torch.zeros_like(seeds[:, 0])], dim=1)
+        assert torch.equal(found.latents[:, 0], drawn_noise(start, policy.latent_shape))
 
 
 def test_the_stored_velocities_are_those_of_a_full_forward_pass(policy):

@@ -35,8 +35,18 @@ OBJECTIVE = Objective(
 )
 
 
+class WithoutNoise(UnifiedPolicy):
+    """Its drawings keep streams."""
+
+    keeps_noise = False
+
+
 def small_policy(
-    dtype: torch.dtype = torch.float64, backend: str | None = "torch", seed: int = 0
+    dtype: torch.dtype = torch.float64,
+    backend: str | None = "torch",
+    seed: int = 0,
+    *,
+    keeps_noise: bool = True,
 ) -> UnifiedPolicy:
     tokenizer = Tokenizer(scene_words())
     config = UnifiedConfig(
@@ -56,7 +66,8 @@ def small_policy(
     with torch.no_grad():  # logits are nearly equal; some answers are to end before the limit
         model.head.weight[EOS] *= 60
     autoencoder = LinearAutoencoder(1, 16, 16, patch=8, dim=3).to(dtype)
-    return UnifiedPolicy(model, tokenizer, autoencoder, (2, 2), tokenizer.word_token_range, backend)
+    family = UnifiedPolicy if keeps_noise else WithoutNoise
+    return family(model, tokenizer, autoencoder, (2, 2), tokenizer.word_token_range, backend)
 
 
 def prompts(task: Skill, count: int, seed: int = 0) -> list[Example]:

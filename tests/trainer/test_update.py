@@ -292,9 +292,10 @@ def image_terms(policy: UnifiedPolicy, reference: UnifiedPolicy, found: Experien
     return terms
 
 
+@pytest.mark.parametrize("keeps_noise", [True, False])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
-def test_every_ratio_is_one_before_the_first_update(dtype):
-    policy = small_policy(dtype, backend=None)
+def test_every_ratio_is_one_before_the_first_update(dtype, keeps_noise):
+    policy = small_policy(dtype, backend=None, keeps_noise=keeps_noise)
     found = experience(policy, 2, 2)
     metrics = policy_gradient(policy, policy, found, SCHEDULE, OBJECTIVE)
     # fp32 old log-probs, and in fp32 two passes over the same tokens in another order.

@@ -45,6 +45,8 @@ class BagelPolicy(PackedPolicy):
     sides: PictureSides  # of pictures to be read
     backend: str | None = None
 
+    keeps_noise = False  # of 1024 pixels, a megabyte of every step
+
     @classmethod
     def from_checkpoint(
         cls,

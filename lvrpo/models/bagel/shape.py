@@ -47,4 +47,5 @@ def transformer(config: BagelConfig, answers: int | None = None) -> Transformer:
         connector=(width, config.hidden, config.hidden),
         latent=config.latent_dim,
         timestep=config.timestep_dim,
+        keeps_noise=False,
     )

@@ -13,6 +13,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -21,7 +22,7 @@ from lvrpo import random
 from lvrpo.data.example import SKILLS, Example, Skill
 from lvrpo.data.marks import IMAGE_MARK
 from lvrpo.models.answer_sampler import AnswerSampler
-from lvrpo.models.flow import FlowSchedule, Guidance
+from lvrpo.models.flow import FlowSchedule, Guidance, drawn_noise
 from lvrpo.models.packs import GuidedPictures, Pack, PictureGroup, TextGroup, pack_groups
 from lvrpo.models.protocol import (
     Answers,
@@ -29,6 +30,7 @@ from lvrpo.models.protocol import (
     Head,
     Outputs,
     Pictures,
+    sample_seeds,
     sample_streams,
 )
 from lvrpo.models.sampling import Sampling
@@ -46,7 +48,13 @@ class PackedPolicy(ABC):
     """A `lvrpo.models.protocol.Policy` of a model of packed buffers, but for its words and pixels.
 
     A subclass has the attributes.
+
+    Attributes:
+        keeps_noise: whether a drawing keeps the noise of its steps, drawn on the host, or the
+            streams that `flow_step` draws it from: a third less memory for a trajectory.
     """
+
+    keeps_noise: ClassVar[bool] = True
 
     module: PackedModel
     latent_grid: tuple[int, int]  # rows and columns of latent tokens of a picture
@@ -226,11 +234,8 @@ class PackedPolicy(ABC):
         unguided = run.part(torch.tensor(unguided_rows))
         guided = run.part(torch.tensor(noise_rows)) if guidance is not None else unguided
 
-        # One draw holds a sample's starting noise and then the noise of each step.
-        streams = sample_streams("picture", examples, group_size, seed, step)
-        shape = 1 + schedule.num_steps, *self.latent_shape
-        drawn = random.normal(streams, shape).to(self.device)
-        x = drawn[:, 0] * start_noise
+        start, of_steps = self._noise(examples, group_size, schedule.num_steps, seed, step)
+        x = start * start_noise
         latents, velocities, noise, steps = [], [], [], []
         for k in range(schedule.num_steps):
             coefficients = schedule.coefficients(k, device=self.device)
@@ -243,11 +248,11 @@ class PackedPolicy(ABC):
             else:
                 velocity = run.run_latents(*unguided, x, time)
             stochastic = k in schedule.stochastic_steps
-            z = drawn[:, 1 + k] if stochastic else None
+            z = of_steps[:, k] if stochastic else None
             if stochastic:
                 latents.append(x)
                 velocities.append(velocity)
-                noise.append(drawn[:, 1 + k])
+                noise.append(of_steps[:, k])
                 steps.append(k)
             x, _ = flow_step(velocity, x, coefficients, z, backend=self.backend)
         if not bool(x.isfinite().all()):
@@ -265,6 +270,20 @@ class PackedPolicy(ABC):
             fingerprint=schedule.fingerprint(),
             guidance=guidance,
         )
+
+    def _noise(
+        self, examples: Sequence[Example], group_size: int, steps: int, seed: int, step: int
+    ) -> tuple[Tensor, Tensor]:
+        """What drawings start from [N, n, c], and that of all steps [N, steps, n, c] or [.., 2]."""
+        if self.keeps_noise:
+            # One draw holds a sample's starting noise and then the noise of each step.
+            samplers = sample_streams("picture", examples, group_size, seed, step)
+            drawn = random.normal(samplers, (1 + steps, *self.latent_shape)).to(self.device)
+            return drawn[:, 0], drawn[:, 1:]
+        seeds = sample_seeds("picture", examples, group_size, seed, step).to(self.device)
+        subsequences = torch.arange(1 + steps, device=self.device)
+        streams = torch.stack(torch.broadcast_tensors(seeds[:, None], subsequences), dim=2)
+        return drawn_noise(streams[:, 0], self.latent_shape, self.backend), streams[:, 1:]
 
 
 @dataclass(frozen=True)
