@@ -32,6 +32,8 @@ def _made(seed: int) -> tuple[Experience, list[int]]:
         ["end"] * len(lengths),
     )
     steps = [torch.randn(images * G, STEPS, TOKENS, 2, generator=generator) for _ in range(3)]
+    if seed % 2:  # streams in place of noise
+        steps[2] = torch.randint(1 << 40, (images * G, STEPS, 2), generator=generator)
     pictures = Pictures(
         [Example("generate", f"d{i}", "draw") for i in range(images)],
         G,
@@ -78,7 +80,8 @@ def _listed(found: Experience) -> dict[str, list[Any]]:
     assert found.token_weights is not None
     tokens = [tuple(ids) for ids in answers.token_ids]
     logprobs = zip(answers.logprobs.tolist(), found.token_weights.tolist(), strict=True)
-    steps = torch.stack([pictures.latents, pictures.velocities, pictures.noise], dim=1).flatten(1)
+    kept = pictures.latents, pictures.velocities, pictures.noise.double()
+    steps = torch.cat([each.flatten(1) for each in kept], dim=1)
     uids = [example.uid for example in pictures.examples for _ in range(G)]
     own = [ids for _, group in answers.groups() for ids in group]
     assert own == answers.token_ids

@@ -148,34 +148,30 @@ class SharedPictures:
 
         Their images stay behind: rewards have seen them.
         """
-        tensors = torch.stack([self.own.latents, self.own.velocities, self.own.noise])
-        groups = iter(tensors.split(self.group_size, dim=1))
-        found = [tensors[:, :0]]
-        for owner, taker in zip(self.owners, takers, strict=True):
-            group = next(groups).contiguous() if owner == self.rank else None
-            if owner != taker:
-                group = self._pass_on(group, owner, taker, tensors)
-            if taker == self.rank:
-                assert group is not None
-                found.append(group)
-        latents, velocities, noise = torch.cat(found, dim=1).unbind()
         return dataclasses.replace(
             self.own,
             examples=of_rank(self.examples, takers, self.rank),
             images=self.own.images[:0],
-            latents=latents,
-            velocities=velocities,
-            noise=noise,
+            latents=self._sent(self.own.latents, takers),
+            velocities=self._sent(self.own.velocities, takers),
+            noise=self._sent(self.own.noise, takers),
         )
 
-    def _pass_on(self, group: Tensor | None, owner: int, taker: int, like: Tensor) -> Tensor | None:
-        with all_there("train"):
-            if group is not None:
-                torch.distributed.send(group, taker)
-            elif taker == self.rank:
-                group = like.new_empty(len(like), self.group_size, *like.shape[2:])
-                torch.distributed.recv(group, owner)
-        return group
+    def _sent(self, tensor: Tensor, takers: Sequence[int]) -> Tensor:
+        own = iter(tensor.split(self.group_size))
+        found = [tensor[:0]]
+        for owner, taker in zip(self.owners, takers, strict=True):
+            group = next(own) if owner == self.rank else None
+            with all_there("train"):
+                if group is not None and taker != self.rank:
+                    torch.distributed.send(group.contiguous(), taker)
+                elif group is None and taker == self.rank:
+                    group = tensor.new_empty(self.group_size, *tensor.shape[1:])
+                    torch.distributed.recv(group, owner)
+            if taker == self.rank:
+                assert group is not None
+                found.append(group)
+        return torch.cat(found)
 
 
 def _without_groups(pictures: Pictures, device: torch.device | str) -> Pictures:
