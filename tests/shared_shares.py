@@ -6,13 +6,19 @@ import random
 from typing import Any
 
 import torch
+from trainer.fake_family import LinearPolicy
+from trainer.test_fake_family import NoChecks, Numbers
 
 from lvrpo.data.example import Example
 from lvrpo.models.protocol import Answers, Pictures
-from lvrpo.trainer.experience import Experience
+from lvrpo.rewards.reward import FunctionReward
+from lvrpo.runs.config_file import load_config
+from lvrpo.trainer.experience import Experience, gather_experience
 from lvrpo.trainer.minibatches import own_share
 from lvrpo.trainer.ranks import Ranks
+from lvrpo.trainer.schedule import flow_schedule
 from lvrpo.trainer.sharing import SharedPictures, of_rank
+from lvrpo.trainer.task import Rewards, Task
 
 G, STEPS, TOKENS = 3, 2, 4
 
@@ -94,3 +100,25 @@ def _listed(found: Experience) -> dict[str, list[Any]]:
             *[G * STEPS * TOKENS] * len(pictures.examples),
         ],
     }
+
+
+def sampled_copies() -> tuple[list[list[int]], list[float], list[float]]:
+    """Tokens, log-probs and advantages of a step in which prompts come several times."""
+    ranks, policy = Ranks.joined(), LinearPolicy.fresh()
+    reward = FunctionReward(lambda samples: [len(text or "") for text in samples.texts], "length")
+    config = load_config(
+        overrides=[
+            *("rollout.understand_prompts=14", "rollout.generate_prompts=0"),
+            *("rollout.group_size=3", "rewards.understand={length=1.0}"),
+        ]
+    )
+    rewards: Rewards = {"understand": {"length": reward}}
+    task = Task(Numbers(), NoChecks(), LinearPolicy.fresh, lambda reference: rewards, "numbers")
+    found, _ = gather_experience(
+        policy, task, rewards, config, flow_schedule(config.rollout), 1, ranks
+    )
+    answers = found.answers
+    assert answers is not None
+    assert found.answer_advantages is not None
+    assert len({example.uid for example in answers.examples}) < len(answers.examples)
+    return answers.token_ids, answers.logprobs.tolist(), found.answer_advantages.tolist()

@@ -95,7 +95,8 @@ def run_training(run: OpenRun, ranks: Ranks = ALONE) -> None:
             ranks = dataclasses.replace(ranks, heard=signals.heard)
 
         def facts() -> dict[str, Any]:
-            return {"seed": config.run.seed, **run.facts, **run.setup.data.facts()}
+            about = {"seed": config.run.seed, "processes": ranks.size}
+            return {**about, **run.facts, **run.setup.data.facts()}
 
         def journal() -> FollowedRun:
             about = run.directory, config, parts.fingerprint

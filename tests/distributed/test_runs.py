@@ -128,6 +128,13 @@ def test_a_run_goes_on_with_other_processes(groups, folder, before):
     assert_same(whole, alone)
 
 
+def test_samples_of_copies_of_a_prompt_are_told_apart(groups):
+    alone = shared_shares.sampled_copies()
+    assert any(alone[2])
+    for group in groups.values():
+        assert group.run(shared_shares.sampled_copies) == [alone] * group.size
+
+
 @pytest.mark.parametrize("seed", range(6))
 def test_what_ranks_learn_from_is_the_whole_and_each_group_once(groups, seed):
     for size, group in groups.items():
