@@ -121,6 +121,8 @@ INSTALL = {
     "train": "the trainer and the command need: pip install 'lvrpo[train]'",
     "report": "the report needs: pip install 'lvrpo[report]'",
     "transformers": "models of transformers need: pip install 'lvrpo[transformers]'",
+    "wandb": "run.tracker = 'wandb' needs: pip install 'lvrpo[wandb]'",
+    "trackio": "run.tracker = 'trackio' needs: pip install 'lvrpo[trackio]'",
     "ocr": "the reward 'ocr' needs: pip install 'lvrpo[ocr]'",
 }
 #: Packages that are imported by another name than they are installed by.

@@ -7,6 +7,7 @@ that page.html.jinja lays out. A part that the run lacks is said on the page.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -34,8 +35,10 @@ from lvrpo.runs.gallery import to_png
 from lvrpo.runs.log import PHASES
 from lvrpo.runs.results import Pooled, frontier, pooled_change
 from lvrpo.runs.scores import eval_rewards, eval_scores
+from lvrpo.trainer.journal import GalleryItem
 
 GALLERY_LIMIT = 24  # pairs of one task on the page; the folder keeps all
+SAMPLED_STEPS = 6  # on the page, from the first to the last; likewise
 
 
 def write_report(
@@ -67,6 +70,7 @@ def write_report(
         **_judge(run),
         gallery=pair_gallery(run),
         gallery_limit=GALLERY_LIMIT,
+        **_samples(run),
         training=[
             figure(chart, folder) for chart in charts.training_charts(run.metrics, run.evals)
         ],
@@ -81,10 +85,29 @@ def _template() -> jinja2.Template:
     environment = page_environment()
     environment.filters |= {
         "picture": lambda item: data_uri(to_png(item.image, item.uid)),
+        "shown": lambda item: data_uri(to_png(_shown(item), item.uid)),
         "task_name": task_name,
     }
+    environment.tests["shown"] = lambda item: _shown(item) is not None
     environment.globals |= {"rate_of": rate_of, "verdict_of": verdict_of}
     return environment.get_template("page.html.jinja")
+
+
+def _shown(item: GalleryItem) -> Any:
+    """The picture that a prompt has, if any."""
+    return item.image if item.task == "understand" else item.source
+
+
+def _samples(run: Run) -> dict[str, Any]:
+    """Some of the steps whose samples were kept, by prompt."""
+    steps = list(run.samples)
+    count = min(SAMPLED_STEPS, len(steps))
+    chosen = [steps[round(i * (len(steps) - 1) / max(1, count - 1))] for i in range(count)]
+    prompts = {
+        step: [list(alike) for _, alike in groupby(run.samples[step], lambda item: item.uid)]
+        for step in chosen
+    }
+    return {"samples": prompts, "samples_left_out": len(steps) - count}
 
 
 def _results(run: Run, others: Sequence[Run], folder: Path) -> dict[str, Any]:

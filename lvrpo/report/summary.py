@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 
 from lvrpo.data.example import Skill
 from lvrpo.runs.environment import read_environment
-from lvrpo.runs.gallery import load_gallery
+from lvrpo.runs.gallery import load_gallery, load_samples
 from lvrpo.runs.log import EVALS, METRICS, Row, read_evals, read_measurements, read_metrics
 from lvrpo.trainer.journal import GalleryItem
 from lvrpo.trainer.measurement import Measurement
@@ -42,6 +42,7 @@ class Run:
     gallery: dict[str, list[GalleryItem]]
     notes: list[str]
     measurements: list[Measurement] = field(default_factory=list)
+    samples: dict[int, list[GalleryItem]] = field(default_factory=dict)  # of training, by step
 
     @property
     def name(self) -> str:
@@ -152,6 +153,7 @@ def load_run(run_dir: str | Path) -> Run:
         gallery=_optional("gallery", notes, lambda: load_gallery(path)) or {},
         notes=notes,
         measurements=read_measurements(path),
+        samples=_optional("samples", notes, lambda: load_samples(path)) or {},
     )
     if not run.environment:
         notes.append("Versions and commit were not recorded (no environment.json).")

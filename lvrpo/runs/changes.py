@@ -26,6 +26,9 @@ RATE = {
 CHANGEABLE = RATE | {
     "run.checkpoint_every",
     "run.keep_checkpoints",
+    "run.eval_every",
+    "run.gallery_every",
+    "run.tracker",
     "run.eval_items",
     "run.frontier_items",
     "run.threads",

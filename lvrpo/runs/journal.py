@@ -24,11 +24,13 @@ from lvrpo.runs.checkpoint import (
     save_checkpoint,
     step_of,
 )
+from lvrpo.runs.config_file import to_table
 from lvrpo.runs.environment import ENVIRONMENT, write_environment
 from lvrpo.runs.evals import evaluation_row
-from lvrpo.runs.gallery import save_gallery
-from lvrpo.runs.log import METRICS, RunWriter, read_changes, read_evals
+from lvrpo.runs.gallery import drop_samples, save_gallery, save_samples
+from lvrpo.runs.log import METRICS, PHASES, RunWriter, read_changes, read_evals
 from lvrpo.runs.progress import ProgressView
+from lvrpo.runs.trackers import open_tracker
 from lvrpo.trainer.config import TrainConfig
 from lvrpo.trainer.journal import GalleryItem, Snapshot
 from lvrpo.trainer.measurement import Measurement
@@ -103,6 +105,9 @@ class FollowedRun:
     ) -> None:
         """See `begin`."""
 
+    def samples(self, step: int, items: Sequence[GalleryItem]) -> None:
+        """See `begin`."""
+
     def message(self, text: str) -> None:
         """See `begin`."""
 
@@ -139,12 +144,20 @@ class RunJournal(FollowedRun):
             self.message(f"going on after step {newest.step}")
         self._saved = newest.step if newest is not None else 0
         is_begun = newest is not None or (directory / METRICS).exists()
+        phase = "warm_start" if self._saved <= config.warm_start.steps else config.run.objective
+        self._tracker = open_tracker(
+            config.run.tracker,
+            directory,
+            to_table(config),
+            purge={phase: self._saved + 1} if is_begun else {},
+            dropped=PHASES[PHASES.index(phase) + 1 :] if is_begun else (),
+        )
+        drop_samples(directory, self._saved)
         self._log = RunWriter(
             directory,
             resume_from=self._saved if is_begun else None,
-            phase=(
-                "warm_start" if self._saved <= config.warm_start.steps else config.run.objective
-            ),
+            phase=phase,
+            tracker=self._tracker,
         )
         for note in self._log.notes:
             self.message(note)
@@ -204,8 +217,15 @@ class RunJournal(FollowedRun):
     ) -> None:
         """Log an evaluation and keep its gallery; its row of evals.jsonl, the last, says so."""
         save_gallery(self._directory, label, gallery)
+        phase = self._config.run.objective
+        self._tracker.samples(phase, step, f"gallery/{label}", gallery)
         self._log.write_measurements(found)
         self._log.write_eval({"step": step, **evaluation_row(found), "label": label})
+
+    def samples(self, step: int, items: Sequence[GalleryItem]) -> None:
+        """Keep samples of training in `samples/`, and show them."""
+        save_samples(self._directory, step, items)
+        self._tracker.samples(self._config.run.objective, step, "samples", items)
 
     def message(self, text: str) -> None:
         """Show a line."""

@@ -4,7 +4,6 @@
     evals.jsonl        one flat JSON object per evaluation on held-out data
     measurements.jsonl what these are made of, sample by sample: one per way of sampling
     changes.jsonl      one object per key that was changed, or input accepted, on the way
-    tensorboard/       the same scalars for TensorBoard, one run per phase
 
 A run killed at any moment and resumed leaves the same `metrics.jsonl` as one that was not, up to
 the keys under "time/": everything measured by a clock belongs there. Keys: docs/report.md.
@@ -13,7 +12,6 @@ the keys under "time/": everything measured by a clock belongs there. Keys: docs
 from __future__ import annotations
 
 import math
-import shutil
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from types import TracebackType
@@ -22,6 +20,7 @@ from typing import Any
 from lvrpo.runs.files import Row as Row
 from lvrpo.runs.files import append_row, flush_to_disk, keep_rows, read_rows
 from lvrpo.runs.scores import eval_rewards, eval_scores
+from lvrpo.runs.trackers import Tracker
 from lvrpo.trainer.measurement import Measurement
 
 #: A run has the first and one of the others, `run.objective`.
@@ -31,7 +30,6 @@ METRICS = "metrics.jsonl"
 EVALS = "evals.jsonl"
 MEASUREMENTS = "measurements.jsonl"
 CHANGES = "changes.jsonl"
-TENSORBOARD = "tensorboard"
 
 
 class RunWriter:
@@ -44,7 +42,7 @@ class RunWriter:
             `phase`. None: a new run.
         phase: the phase `resume_from` counts in. Rows of earlier phases stay, of later ones go, so
             steps may be counted through or anew in each phase.
-        tensorboard: also write `tensorboard/`.
+        tracker: shows the same numbers.
 
     Raises:
         ValueError: a new run in a directory that has a log, or a log that is damaged in the middle.
@@ -56,14 +54,12 @@ class RunWriter:
         *,
         resume_from: int | None = None,
         phase: str = "grpo",
-        tensorboard: bool = True,
+        tracker: Tracker | None = None,
     ) -> None:
         self.run_dir = Path(run_dir)
         self.run_dir.mkdir(parents=True, exist_ok=True)
         self.notes: list[str] = []  # what was mended
-        self._purge: dict[str, int] = {}
-        self._scalars: dict[str, Any] = {}
-        self._tensorboard = tensorboard
+        self._tracker = tracker
         if resume_from is None:
             if (self.run_dir / METRICS).exists():
                 raise ValueError(
@@ -76,9 +72,6 @@ class RunWriter:
             dropped = keep_rows(self.run_dir / name, lambda row: _position(row) <= last)
             if dropped:
                 self.notes.append(f"dropped {dropped} bytes of a damaged last line of {name}")
-        self._purge[phase] = resume_from + 1
-        for later in PHASES[PHASES.index(phase) + 1 :]:
-            shutil.rmtree(self.run_dir / TENSORBOARD / later, ignore_errors=True)
 
     def write_metrics(self, row: Mapping[str, Any]) -> None:
         """Append one step: "step", optionally "phase" (default "grpo"), and any scalars.
@@ -118,10 +111,9 @@ class RunWriter:
             flush_to_disk(self.run_dir / name)
 
     def close(self) -> None:
-        """Flush TensorBoard's events; the JSON lines are on disk already."""
-        for writer in self._scalars.values():
-            writer.close()
-        self._scalars.clear()
+        """Close the tracker; the JSON lines are on disk already."""
+        if self._tracker is not None:
+            self._tracker.close()
 
     def __enter__(self) -> RunWriter:
         return self
@@ -135,18 +127,14 @@ class RunWriter:
         self.close()
 
     def _add_scalars(self, row: Row, values: Mapping[str, Any]) -> None:
-        if not self._tensorboard:
+        if self._tracker is None:
             return
-        phase = row.get("phase", "grpo")
-        if phase not in self._scalars:
-            from torch.utils.tensorboard import SummaryWriter  # slow import, needed only here
-
-            self._scalars[phase] = SummaryWriter(
-                str(self.run_dir / TENSORBOARD / phase), purge_step=self._purge.get(phase)
-            )
-        for key, value in values.items():
-            if isinstance(value, (int, float)) and not isinstance(value, bool):
-                self._scalars[phase].add_scalar(key, value, row["step"])
+        numbers = {
+            key: value
+            for key, value in values.items()
+            if isinstance(value, (int, float)) and not isinstance(value, bool)
+        }
+        self._tracker.scalars(row.get("phase", "grpo"), row["step"], numbers)
 
 
 def read_metrics(run_dir: str | Path) -> list[Row]:

@@ -25,6 +25,7 @@ from lvrpo.rewards.registry import BUILT_IN, reward_label
 from lvrpo.runs.family import LaidOutPolicy
 from lvrpo.runs.probe import probe_rewards
 from lvrpo.runs.setup import Data, Setup, used_rewards
+from lvrpo.runs.trackers import check_tracker
 from lvrpo.trainer.config import ConfigError, TrainConfig
 from lvrpo.trainer.objective import Objective
 from lvrpo.trainer.placement import run_device
@@ -45,6 +46,7 @@ def check_config(config: TrainConfig) -> Setup:
     device = run_device(config.run.device)
     _check_backend(config.run.backend, device)
     _check_ranks(config)
+    check_tracker(config.run.tracker)
     with _named("rollout"):
         schedule = flow_schedule(config.rollout)
     if config.rollout.generate_prompts and not schedule.stochastic_steps:

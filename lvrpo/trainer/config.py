@@ -45,6 +45,7 @@ class OneOf:
         return core_schema.literal_schema(list(self.names))
 
 
+TrackerName = Literal["tensorboard", "wandb", "trackio"]
 Count = Annotated[int, Field(ge=0, le=10**12)]
 Positive = Annotated[int, Field(ge=1, le=10**12)]
 Batch = Annotated[int, Field(ge=0, le=65536)]
@@ -73,6 +74,9 @@ class RunSection:
     objective: Literal["grpo", "supervised"] = "grpo"  # of the steps after the warm start
     checkpoint_every: Positive = 20
     keep_checkpoints: Positive = 2
+    eval_every: Count = 0  # policy steps between held-out evaluations; 0: before and after alone
+    gallery_every: Count = 20  # policy steps between samples that are kept to be looked at; 0: none
+    tracker: TrackerName = "tensorboard"  # what shows the numbers and these samples
     eval_items: Count = 2048
     frontier_items: Count = 256  # sampled in groups, from sharp to diverse; 0: none
     threads: Annotated[int, Field(ge=0, le=1024)] = 0  # 0: torch's own choice

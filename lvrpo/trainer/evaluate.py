@@ -21,6 +21,7 @@ from lvrpo.trainer.journal import GalleryItem
 from lvrpo.trainer.measurement import AS_TRAINED, Measurement
 from lvrpo.trainer.ranks import ALONE, Ranks
 from lvrpo.trainer.sampling import WayOfSampling, as_configured, as_trained, frontier, headline
+from lvrpo.trainer.shown import gallery_item
 from lvrpo.trainer.task import Rewards, Task
 
 #: Samples drawn at once; bounds the memory, changes no number.
@@ -294,20 +295,7 @@ def _gallery(
         return []
     seed = config.run.seed
     samples = sampling.draw(policy, prompts, seed=seed, step=EVALUATION_STEP)
-    items = []
-    for i, right in enumerate(task.checks.scores(samples)["right"].tolist()):
-        example = samples.examples[i]
-        shown = example.image if samples.images is None else samples.images[i].numpy()
-        items.append(
-            GalleryItem(
-                task=example.task,
-                uid=example.uid,
-                prompt=example.prompt,
-                seed=seed,
-                image=shown,
-                answer=samples.texts[i],
-                expected=example.answer,
-                right=None if math.isnan(right) else bool(right),
-            )
-        )
-    return items
+    return [
+        gallery_item(samples, i, seed, right=None if math.isnan(right) else bool(right))
+        for i, right in enumerate(task.checks.scores(samples)["right"].tolist())
+    ]

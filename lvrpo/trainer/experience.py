@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias, TypeVar
 
@@ -23,11 +23,13 @@ from lvrpo.rewards.score import Scores, score_samples
 from lvrpo.trainer.config import TrainConfig
 from lvrpo.trainer.correction import correct_sampler, truncation_metrics
 from lvrpo.trainer.curriculum import Curriculum
+from lvrpo.trainer.journal import GalleryItem
 from lvrpo.trainer.ranks import ALONE, Ranks
 from lvrpo.trainer.resampling import Groups, resample
 from lvrpo.trainer.sampling import answer_sampling
 from lvrpo.trainer.schedule import flow_guidance
 from lvrpo.trainer.sharing import SharedPictures, gather_answers, of_rank, places
+from lvrpo.trainer.shown import training_samples
 from lvrpo.trainer.task import (
     Checks,
     Rewards,
@@ -50,6 +52,7 @@ class Experience:
     pictures: Pictures | SharedPictures | None  # of several ranks, each has its own
     picture_advantages: Tensor | None  # [P_image * G]
     token_weights: Tensor | None = None  # [T] factors of the policy term of the answers' tokens
+    shown: Sequence[GalleryItem] = ()  # some samples with their scores, for a reader
 
 
 def gather_experience(
@@ -95,12 +98,14 @@ def gather_experience(
     metrics["time/rollout"] = clock.lap()
 
     tables: dict[Skill, Tensor] = {}
+    shown: list[GalleryItem] = []
     sampled: dict[Skill, Sampled | None] = {"understand": answers, "generate": pictures}
     for skill, groups in sampled.items():
         if groups is not None:
             scores, found = _score(groups, rewards[skill], task.checks, config, ranks)
             tables[skill] = scores.table
             _merge(metrics, scores.metrics(skill, config.rewards) | mean_scores(found, skill))
+            shown += _shown(groups, scores.table, config, ranks)
     metrics["time/rewards"] = clock.lap()
 
     if rollout.resample_rounds:
@@ -133,7 +138,7 @@ def gather_experience(
         answers, weights, reported = correct_sampler(policy, answers, config, ranks)
         metrics |= reported
     experience = Experience(
-        answers, moved.get("understand"), pictures, moved.get("generate"), weights
+        answers, moved.get("understand"), pictures, moved.get("generate"), weights, shown
     )
     return experience, metrics
 
@@ -252,6 +257,18 @@ def _own_samples(groups: Sampled, owners: list[int], ranks: Ranks) -> Samples | 
     elif ranks.size > 1:
         groups = groups.take(of_rank(range(len(owners)), owners, ranks.rank))
     return _samples_of(groups) if groups.examples else None
+
+
+def _shown(groups: Sampled, table: Tensor, config: TrainConfig, ranks: Ranks) -> list[GalleryItem]:
+    """Some of the samples that this rank has."""
+    owners = groups.owners if isinstance(groups, SharedPictures) else ranks.deal(groups.examples)
+    own, size = _own_samples(groups, owners, ranks), groups.group_size
+    if own is None:
+        return []
+    mine = torch.tensor(of_rank(range(len(owners)), owners, ranks.rank))
+    rows = (mine[:, None] * size + torch.arange(size)).flatten()
+    weights = getattr(config.rewards, own.examples[0].task)
+    return training_samples(own, table[rows], weights, config.run.seed)
 
 
 @dataclass(frozen=True)

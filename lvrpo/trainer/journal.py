@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import numpy as np
@@ -48,6 +48,8 @@ class GalleryItem:
         answer: the model's words (understand).
         expected: the right answer, or the requirement in words.
         right: the judge's verdict; None where no rule tells.
+        source: [C, H, W] likewise, the picture that was to be edited.
+        scores: of each reward by label, None where it has none; empty where nothing was scored.
     """
 
     task: Skill
@@ -58,6 +60,8 @@ class GalleryItem:
     answer: str | None
     expected: str | None
     right: bool | None
+    source: np.ndarray | None = None
+    scores: Mapping[str, float | None] = field(default_factory=dict)
 
 
 class Journal(Protocol):
@@ -106,6 +110,9 @@ class Journal(Protocol):
         gallery: Sequence[GalleryItem],
     ) -> None:
         """Record an evaluation, all of it or none."""
+
+    def samples(self, step: int, items: Sequence[GalleryItem]) -> None:
+        """Record some samples of a training step, of which only its own record is missing."""
 
     def message(self, text: str) -> None:
         """Say a line to whoever waits."""

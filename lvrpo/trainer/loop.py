@@ -130,6 +130,10 @@ def _policy_phase(training: _Training) -> None:
     objective = Objective.from_config(config)
     _evaluate_once(training, WARM_START, config.warm_start.steps, reference, rewards)
     while training.state.step < training.total:
+        step, every = training.state.step, config.run.eval_every
+        done = step - config.warm_start.steps
+        if every and done and done % every == 0:
+            _evaluate_once(training, f"step {step}", step, training.policy, rewards)
         if config.run.objective == "supervised":
             _supervised_step(training, "supervised")
         else:
@@ -172,6 +176,10 @@ def _grpo_step(
                     metrics |= merge_updates(updates)
                     metrics["time/update"] = time.perf_counter() - update_started
                     metrics["time/total"] = time.perf_counter() - started
+                    every, done = config.run.gallery_every, state.step - config.warm_start.steps
+                    if every and done % every == 0:
+                        journal, shown = training.journal, experience.shown
+                        ranks.together(partial(journal.samples, step, shown))
                     _finish_step(training, "grpo", metrics)
 
 

@@ -45,7 +45,7 @@ def make_run(
     what is wrong after is right for the judge that the rewards see.
     """
     random = np.random.default_rng(seed)
-    with RunWriter(run_dir, tensorboard=False) as writer:
+    with RunWriter(run_dir) as writer:
         for step in range(1, 41):
             writer.write_metrics(warm_start_row(step, random))
         for step in range(1, steps + 1):

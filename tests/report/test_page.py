@@ -20,7 +20,7 @@ from lvrpo.report.drawing import DARK, LIGHT, Theme, duration, smooth
 from lvrpo.report.page import write_report
 from lvrpo.report.summary import collect_alarms
 from lvrpo.runs.evals import reward_row
-from lvrpo.runs.gallery import save_gallery
+from lvrpo.runs.gallery import save_gallery, save_samples
 from lvrpo.runs.log import RunWriter
 from lvrpo.trainer.journal import GalleryItem
 
@@ -37,7 +37,7 @@ def page(run: Path) -> Page:
 
 
 def small_run(path: Path, rows: list[dict[str, object]]) -> Path:
-    with RunWriter(path, tensorboard=False) as writer:
+    with RunWriter(path) as writer:
         for row in rows:
             writer.write_metrics(row)
     return path
@@ -135,7 +135,7 @@ def test_a_run_that_just_began_has_a_page(tmp_path: Path) -> None:
 
 def test_one_evaluation_is_shown_without_a_comparison(tmp_path: Path) -> None:
     run = tmp_path / "half"
-    with RunWriter(run, tensorboard=False) as writer:
+    with RunWriter(run) as writer:
         writer.write_eval(eval_row(0, "warm start", 0.0))
     text = Page(write_report(run)).text
     assert "Only one evaluation was recorded" in text
@@ -158,7 +158,7 @@ def test_names_of_the_users_own_are_drawn(tmp_path: Path) -> None:
         {"step": s, "reward/edit/sharpness": s / 9, "reward/generate/mine": 0.5, "time/brew": 0.1}
         for s in range(1, 4)
     ]
-    with RunWriter(tmp_path / "own", tensorboard=False) as writer:
+    with RunWriter(tmp_path / "own") as writer:
         for row in rows:
             writer.write_metrics(row)
         for step, label in ((0, "warm start"), (3, "after")):
@@ -325,7 +325,7 @@ def test_steps_without_a_signal_have_no_share() -> None:
 def test_rewards_of_the_users_own_have_a_before_and_an_after(tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
     name = "mine/my_rewards.py:colour"
-    with RunWriter(tmp_path / "own", tensorboard=False) as writer:
+    with RunWriter(tmp_path / "own") as writer:
         for step, label, lift in ((0, "warm start", 0.0), (3, "after", 0.5)):
             mean = clustered_mean((lift + rng.normal(size=400)).tolist(), range(400))
             row = {"step": step, "label": label, **reward_row("generate", name, mean)}
@@ -343,3 +343,30 @@ def test_the_page_for_a_keyboard_and_for_words(page: Page) -> None:
     assert all('tabindex="0"' in each and 'role="region"' in each for each in scrollers)
     assert "Generate: low-noise drawings right" in page.text
     assert "<details open" not in page.source
+
+
+def test_samples_of_training_are_shown_with_their_scores(tmp_path: Path) -> None:
+    run = small_run(tmp_path / "run", [{"step": 1, "grad_norm": 1.0}])
+    evil = "<b>red</b>"
+    for step in range(1, 21):
+        shade = np.full((3, 4, 4), step / 20, dtype=np.float32)
+        drawn = [
+            GalleryItem("generate", "g", evil, 0, shade, None, None, None, 1 - shade, {"mine": s})
+            for s in (0.75, None)
+        ]
+        told = GalleryItem("understand", "q", "which", 0, None, f"word {step}", "x", None)
+        save_samples(run, step, [*drawn, told])
+    page = Page(write_report(run))
+    shown = [int(number) for number in re.findall(r"<h3>Step (\d+)</h3>", page.source)]
+    assert (shown[0], shown[-1], len(shown)) == (1, 20, 6)
+    assert "14 more steps" in page.text
+    assert "b" not in page.tags
+    assert "word 20" in page.text
+    assert "word 2 " not in page.text
+    assert "mine 0.75" in page.text
+    assert "mine none" in page.text
+    alts = [picture["alt"] for picture in page.pictures]
+    assert alts.count("the picture to be edited") == 6
+    assert alts.count(f"drawn: {evil}") == 12
+    (run / "samples" / "step-000000020.json").write_text("{")
+    assert "The samples could not be read" in Page(write_report(run)).text

@@ -83,7 +83,7 @@ def test_groups_and_other_samplings_are_no_part_of_a_row():
 def test_a_measurement_comes_back_as_it_was_written(tmp_path_factory, rows, group):
     folder = tmp_path_factory.mktemp("run")
     written = measurement(rows, group=group)
-    with RunWriter(folder, tensorboard=False) as writer:
+    with RunWriter(folder) as writer:
         writer.write_measurements([written])
     assert read_measurements(folder) == [written]
 
@@ -100,7 +100,7 @@ def of_a_run() -> list[Measurement]:
 
 def test_an_evaluation_that_is_made_again_replaces_its_own_measurements_alone(tmp_path):
     found = of_a_run()
-    with RunWriter(tmp_path, tensorboard=False) as writer:
+    with RunWriter(tmp_path) as writer:
         writer.write_measurements(found)
         again = [dataclasses.replace(each, clusters=["z", "z"]) for each in found[:3]]
         writer.write_measurements(again)
@@ -116,7 +116,7 @@ def test_whatever_a_kill_leaves_the_same_evaluation_makes_whole(tmp_path):
         path.write_bytes(whole[:kept])
         lines = whole[:kept].count(b"\n")
         assert read_measurements(tmp_path) == found[:lines]
-        with RunWriter(tmp_path, resume_from=6, tensorboard=False) as writer:
+        with RunWriter(tmp_path, resume_from=6) as writer:
             assert path.read_bytes() == whole[: len(path.read_bytes())]
             writer.write_measurements(found)
         assert path.read_bytes() == whole
@@ -124,10 +124,10 @@ def test_whatever_a_kill_leaves_the_same_evaluation_makes_whole(tmp_path):
 
 @pytest.mark.parametrize(("step", "left"), [(2, 0), (3, 3), (5, 3), (6, 6)])
 def test_measurements_of_steps_that_are_taken_back_go_with_them(tmp_path, step, left):
-    with RunWriter(tmp_path, tensorboard=False) as writer:
+    with RunWriter(tmp_path) as writer:
         writer.write_metrics({"step": 1})
         writer.write_measurements(of_a_run())
-    RunWriter(tmp_path, resume_from=step, tensorboard=False).close()
+    RunWriter(tmp_path, resume_from=step).close()
     assert read_measurements(tmp_path) == of_a_run()[:left]
 
 

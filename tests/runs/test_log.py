@@ -15,11 +15,19 @@ from lvrpo import info
 from lvrpo.intervals import (
     clustered_mean,
 )
+from lvrpo.runs import gallery
 from lvrpo.runs.environment import environment, read_environment, write_environment
 from lvrpo.runs.evals import reward_row
-from lvrpo.runs.gallery import load_gallery, save_gallery
+from lvrpo.runs.gallery import (
+    drop_samples,
+    load_gallery,
+    load_samples,
+    save_gallery,
+    save_samples,
+)
 from lvrpo.runs.log import RunWriter, read_evals, read_metrics
 from lvrpo.runs.scores import eval_rewards, eval_scores
+from lvrpo.runs.trackers import TensorBoard
 from lvrpo.trainer.journal import GalleryItem
 
 
@@ -35,7 +43,7 @@ def log_bytes(run_dir: Path) -> bytes:
 @pytest.fixture
 def whole(tmp_path: Path) -> bytes:
     """The log of a run that nobody interrupted: five warm-start steps, eight GRPO steps."""
-    with RunWriter(tmp_path / "whole", tensorboard=False) as writer:
+    with RunWriter(tmp_path / "whole") as writer:
         write_steps(writer, range(1, 6), "warm_start")
         write_steps(writer, range(1, 9))
     return log_bytes(tmp_path / "whole")
@@ -43,7 +51,7 @@ def whole(tmp_path: Path) -> bytes:
 
 def test_rows_come_back_as_written(tmp_path: Path) -> None:
     row = {"step": 3, "phase": "grpo", "kl/text": 0.1 + 0.2, "alarm": ["one", "two"], "n": 7}
-    with RunWriter(tmp_path, tensorboard=False) as writer:
+    with RunWriter(tmp_path) as writer:
         writer.write_metrics(row)
     assert read_metrics(tmp_path) == [row]
     assert read_evals(tmp_path) == []
@@ -51,7 +59,7 @@ def test_rows_come_back_as_written(tmp_path: Path) -> None:
 
 def test_tensors_become_numbers_and_nan_stays_valid_json(tmp_path: Path) -> None:
     row = {"step": 1, "a": torch.tensor(0.5), "b": np.float32(0.25), "c": math.inf, "d": math.nan}
-    with RunWriter(tmp_path, tensorboard=False) as writer:
+    with RunWriter(tmp_path) as writer:
         writer.write_metrics(row)
     assert b"NaN" not in log_bytes(tmp_path)
     assert b"Infinity" not in log_bytes(tmp_path)
@@ -72,7 +80,7 @@ def test_tensors_become_numbers_and_nan_stays_valid_json(tmp_path: Path) -> None
 def test_a_row_that_could_not_be_read_back_is_refused(
     tmp_path: Path, row: dict[str, object], named: str
 ) -> None:
-    writer = RunWriter(tmp_path, tensorboard=False)
+    writer = RunWriter(tmp_path)
     with pytest.raises(ValueError, match=named):
         writer.write_metrics(row)
     assert read_metrics(tmp_path) == []
@@ -96,7 +104,7 @@ def test_a_killed_and_resumed_run_leaves_the_same_log(
     earliest = len(b"\n".join(whole.split(b"\n")[:behind])) + 1
     for killed_at in range(earliest, len(whole) + 1, 29):
         (tmp_path / "metrics.jsonl").write_bytes(whole[:killed_at])
-        with RunWriter(tmp_path, resume_from=step, phase=phase, tensorboard=False) as writer:
+        with RunWriter(tmp_path, resume_from=step, phase=phase) as writer:
             if phase == "warm_start":
                 write_steps(writer, range(step + 1, 6), phase)
             write_steps(writer, range(1 if phase == "warm_start" else step + 1, 9))
@@ -119,7 +127,7 @@ def test_damage_in_the_middle_names_file_and_line(tmp_path: Path, whole: bytes) 
 
 
 def test_an_evaluation_made_again_counts_once(tmp_path: Path) -> None:
-    with RunWriter(tmp_path, tensorboard=False) as writer:
+    with RunWriter(tmp_path) as writer:
         for correct in (3, 4):
             writer.write_eval(
                 {"step": 0, "label": "warm start", "a/correct": correct, "a/total": 9}
@@ -147,7 +155,7 @@ def test_a_full_disk_leaves_no_part_of_a_row(
         def __getattr__(self, name: str) -> object:
             return getattr(self.file, name)
 
-    with RunWriter(tmp_path, tensorboard=False) as writer:
+    with RunWriter(tmp_path) as writer:
         write_steps(writer, range(1, 3))
         before = log_bytes(tmp_path)
         open_file = Path.open
@@ -182,10 +190,10 @@ def test_scores_are_found_by_their_totals() -> None:
 def test_tensorboard_has_the_scalars_of_each_phase(tmp_path: Path) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    with RunWriter(tmp_path) as writer:
+    with RunWriter(tmp_path, tracker=TensorBoard(tmp_path)) as writer:
         write_steps(writer, range(1, 3), "warm_start")
         write_steps(writer, range(1, 5))
-    with RunWriter(tmp_path, resume_from=2) as writer:
+    with RunWriter(tmp_path, resume_from=2, tracker=TensorBoard(tmp_path, {"grpo": 3})) as writer:
         writer.write_metrics({"step": 3, "loss/total": 9.0})
         writer.write_eval({"step": 3, "label": "after", "a/correct": 3, "a/total": 4})
     events = EventAccumulator(str(tmp_path / "tensorboard" / "grpo")).Reload()
@@ -203,6 +211,61 @@ def test_a_gallery_comes_back(tmp_path: Path, channels: int) -> None:
     (read,) = load_gallery(tmp_path)["warm start"]
     np.testing.assert_array_equal(read.image, image)
     assert {**asdict(read), "image": 0} == {**asdict(item), "image": 0}
+
+
+def sampled(number: int, side: int = 4) -> list[GalleryItem]:
+    """Two drawings of one picture, and an answer about another."""
+    draw = np.random.default_rng(number)
+    first, second, source = draw.random((3, 3, side, side)).astype(np.float32)
+    scores = {"r_ins": 0.5, "mine": None}
+    kept = {"source": source, "scores": scores}
+    return [
+        GalleryItem("generate", "g", "red", 0, first, None, None, None, **kept),
+        GalleryItem("generate", "g", "red", 0, second, None, None, None, **kept),
+        GalleryItem("understand", "u", "what", 0, source, "a", "b", None, scores={"exact": 0.0}),
+    ]
+
+
+def test_samples_of_training_come_back_and_go_with_their_steps(tmp_path: Path) -> None:
+    for step in (1, 21, 41):
+        save_samples(tmp_path, step, sampled(step))
+    drop_samples(tmp_path, 21)
+    found = load_samples(tmp_path)
+    assert list(found) == [1, 21]
+    for step, items in found.items():
+        for ours, given in zip(items, sampled(step), strict=True):
+            for name in ("image", "source"):
+                pixels = getattr(given, name)
+                if pixels is not None:
+                    kept = np.rint(getattr(ours, name) * 255)
+                    np.testing.assert_array_equal(kept, np.rint(pixels * 255))
+            told = {"image": 0, "source": 0}
+            assert {**asdict(ours), **told} == {**asdict(given), **told}
+    # The picture that all three share is one file.
+    assert len(list((tmp_path / "samples").glob("step-000000021-*.png"))) == 3
+    assert not list((tmp_path / "samples").glob("*41*"))
+
+
+def test_samples_are_bounded_in_number_and_bytes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gallery, "MOST_STEPS", 5)
+    for step in range(1, 40):
+        save_samples(tmp_path, step, sampled(step))
+        found = list(load_samples(tmp_path))
+        assert len(found) <= 5
+        assert (found[0], found[-1]) == (1, step)
+    names = {path.stem.split("-")[1] for path in (tmp_path / "samples").iterdir()}
+    assert len(names) == len(found)  # no picture is left behind
+    monkeypatch.setattr(gallery, "MOST_STEPS", 10**6)
+    monkeypatch.setattr(gallery, "MOST_BYTES", 40_000)
+    for step in range(1, 30):
+        save_samples(tmp_path / "bytes", step, sampled(step, side=32))
+        kept = sum(path.stat().st_size for path in (tmp_path / "bytes" / "samples").iterdir())
+        assert kept < 60_000
+    monkeypatch.setattr(gallery, "SIDE", 16)
+    save_samples(tmp_path / "small", 1, sampled(1, side=32))
+    assert load_samples(tmp_path / "small")[1][0].image.shape == (3, 16, 16)
 
 
 def test_a_picture_of_another_shape_is_refused_by_name(tmp_path: Path) -> None:
@@ -234,7 +297,7 @@ def test_rewards_of_an_evaluation_come_back(tmp_path: Path) -> None:
     name = "mine/my_rewards.py:colour"
     mean = clustered_mean([0.25, 0.5, -3.0], [0, 1, 2])
     lone = clustered_mean([2.0], [0])
-    with RunWriter(tmp_path, tensorboard=False) as writer:
+    with RunWriter(tmp_path) as writer:
         row = {"step": 3, "label": "after", "generate/strict": 1, "generate/total": 3}
         writer.write_eval(
             row | reward_row("generate", name, mean) | reward_row("understand", "total", lone)

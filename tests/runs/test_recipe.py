@@ -31,7 +31,10 @@ def folder(tmp_path, monkeypatch) -> Path:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "my_rewards.py").write_text(block("rewards.md", "python", "# my_rewards.py"))
     (tmp_path / "pets.toml").write_text(block("data.md", "toml", "# pets.toml"))
-    lines = block("data.md", "json", "{").splitlines()[:2]  # the third is of a digit scene
+    shown = block("data.md", "json", "{").splitlines()
+    # The unified model reads one picture, edits none, and the last line is of a digit scene.
+    lines = [line for line in shown if json.loads(line).keys() & {"id", "target"}]
+    assert len(lines) == 2
     (tmp_path / "pets.jsonl").write_text("\n".join(lines))
     held_out = [json.loads(line) for line in lines]
     held_out[0] |= {"prompt": "what else is in the bowl", "id": "bowl-2"}

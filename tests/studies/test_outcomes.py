@@ -60,7 +60,7 @@ def make_run(
 ) -> StudyRun:
     rng = np.random.default_rng([seed, len(arm.settings)])
     run_dir = directory / arm.name / str(seed)
-    with RunWriter(run_dir, tensorboard=False) as writer:
+    with RunWriter(run_dir) as writer:
         for step, row in enumerate(shares, 1):
             writer.write_metrics({"step": step, **row})
         writer.write_measurements(measured(rng, "warm start", 0) + measured(rng, "after", 3))

@@ -21,6 +21,7 @@ class MemoryJournal:
         self.references: list[Snapshot] = []
         self.rows: list[Mapping[str, Any]] = []
         self.evals: dict[tuple[str, int], tuple[Sequence[Measurement], Sequence[GalleryItem]]] = {}
+        self.shown: dict[int, Sequence[GalleryItem]] = {}
         self.said: list[str] = []
         self.sampled: list[tuple[str, int, int]] = []
         self.end: tuple[BaseException, int, Snapshot | None] | None = None
@@ -57,6 +58,9 @@ class MemoryJournal:
         gallery: Sequence[GalleryItem],
     ) -> None:
         self.evals[label, step] = found, gallery
+
+    def samples(self, step: int, items: Sequence[GalleryItem]) -> None:
+        self.shown[step] = items
 
     def message(self, text: str) -> None:
         self.said.append(text)
