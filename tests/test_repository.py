@@ -189,6 +189,7 @@ MAY_IMPORT = {
     "data": "info random",
     "rewards": "info data",
     "digits": "info data random rewards",
+    "real": "rewards",
     "models": "info data random ops params masks dtypes integrations",
     "trainer": "info data random rewards models ops params sampler_correction intervals "
     "distributed",

