@@ -52,8 +52,8 @@ real: setup  ## real models, SmolLM2-135M and EfficientNet, learn sums and photo
 	$(BIN)/python -m lvrpo.real "$(REAL)"
 	$(BIN)/lvrpo study demo "$(REAL)/sums" --config "$(REAL)/sums.toml" --seeds 1
 	@[ -e "$(REAL)/photos.toml" ] || exit 0; set -x; \
-	  $(BIN)/lvrpo study demo "$(REAL)/photos-study" --config "$(REAL)/photos.toml" --seeds 3; \
-	  $(BIN)/lvrpo report "$(REAL)/photos-study/lvrpo/0"
+	  $(BIN)/lvrpo study demo "$(REAL)/photos-study" --config "$(REAL)/photos.toml" --seeds 1; \
+	  $(BIN)/lvrpo report "$(REAL)/photos-study/lvrpo/0" --compare "$(REAL)/photos-study/shuffled/0"
 
 test: setup  ## every test but the slow ones, and the benchmarks at small size
 	$(PARALLEL) -m "not slow"

@@ -42,8 +42,8 @@ CONFIG = r"""# A vision-language model of real parts learns to name photos.
 # docs/recipes/photos.md has what comes of it.
 
 [run]
-steps = 16
-checkpoint_every = 8
+steps = 20
+checkpoint_every = 10
 keep_checkpoints = 1
 eval_items = 1000
 frontier_items = 0
@@ -84,7 +84,7 @@ text_clip_low = 0.2
 text_clip_high = 0.2
 
 [optimizer]
-lr = 1e-5
+lr = 2e-5
 warmup_steps = 0
 minibatches = 1
 """
