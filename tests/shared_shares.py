@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import random
+from itertools import chain
 from typing import Any
 
 import torch
+from mistakes import Mistake
 from trainer.fake_family import LinearPolicy
 from trainer.test_fake_family import NoChecks, Numbers
 
@@ -13,11 +15,12 @@ from lvrpo.data.example import Example
 from lvrpo.models.protocol import Answers, Pictures
 from lvrpo.rewards.reward import FunctionReward
 from lvrpo.runs.config_file import load_config
+from lvrpo.trainer import experience
 from lvrpo.trainer.experience import Experience, gather_experience
 from lvrpo.trainer.minibatches import own_share
-from lvrpo.trainer.ranks import Ranks
+from lvrpo.trainer.ranks import ALONE, Ranks
 from lvrpo.trainer.schedule import flow_schedule
-from lvrpo.trainer.sharing import SharedPictures, of_rank
+from lvrpo.trainer.sharing import SharedPictures, gather_answers, of_rank
 from lvrpo.trainer.task import Rewards, Task
 
 G, STEPS, TOKENS = 3, 2, 4
@@ -62,14 +65,14 @@ def share(seed: int) -> dict[str, list[Any]]:
     assert isinstance(pictures, Pictures)
     mine = pictures.take(of_rank(range(len(owners)), owners, ranks.rank))
     shared = SharedPictures(pictures.examples, owners, mine, ranks.rank)
-    experience = Experience(
+    of_all = Experience(
         found.answers,
         found.answer_advantages,
         shared,
         found.picture_advantages,
         found.token_weights,
     )
-    return _listed(own_share(experience, ranks))
+    return _listed(own_share(of_all, ranks))
 
 
 def whole(seed: int) -> dict[str, list[Any]]:
@@ -89,6 +92,8 @@ def _listed(found: Experience) -> dict[str, list[Any]]:
     kept = pictures.latents, pictures.velocities, pictures.noise.double()
     steps = torch.cat([each.flatten(1) for each in kept], dim=1)
     uids = [example.uid for example in pictures.examples for _ in range(G)]
+    assert len(found.picture_advantages) == len(uids)
+    assert len(found.answer_advantages) == len(tokens)
     own = [ids for _, group in answers.groups() for ids in group]
     assert own == answers.token_ids
     return {
@@ -102,9 +107,14 @@ def _listed(found: Experience) -> dict[str, list[Any]]:
     }
 
 
-def sampled_copies() -> tuple[list[list[int]], list[float], list[float]]:
-    """Tokens, log-probs and advantages of a step in which prompts come several times."""
-    ranks, policy = Ranks.joined(), LinearPolicy.fresh()
+def check_copies() -> None:
+    """A step in which prompts come several times is that of one process."""
+    assert _sampled_copies(Ranks.joined()) == _sampled_copies(ALONE)
+
+
+def _sampled_copies(ranks: Ranks) -> tuple[list[list[int]], list[float], list[float]]:
+    """Tokens, log-probs and advantages."""
+    policy = LinearPolicy.fresh()
     reward = FunctionReward(lambda samples: [len(text or "") for text in samples.texts], "length")
     config = load_config(
         overrides=[
@@ -122,3 +132,46 @@ def sampled_copies() -> tuple[list[list[int]], list[float], list[float]]:
     assert found.answer_advantages is not None
     assert len({example.uid for example in answers.examples}) < len(answers.examples)
     return answers.token_ids, answers.logprobs.tolist(), found.answer_advantages.tolist()
+
+
+def check_shares(seed: int) -> None:
+    """All that ranks learn from is the whole, each group once."""
+    ranks = Ranks.joined()
+    found = ranks.gather(ranks.together(lambda: share(seed)))
+    for name, expected in whole(seed).items():
+        assert sorted(chain(*(each[name] for each in found))) == sorted(expected), name
+
+
+#: By what is wrong; every rank makes them.
+MISTAKES = {
+    "copies of a prompt on any rank": Mistake(
+        Ranks.deal,
+        "copies.setdefault(example.uid, [])",
+        "copies.setdefault(str(i), [])",
+        check_copies,
+    ),
+    "answers in the order of the ranks": Mistake(
+        gather_answers, ".take(places(owners))", ".take(range(len(owners)))", check_copies
+    ),
+    "scores in the order of the ranks": Mistake(
+        experience._score, "torch.tensor(places(owners))", "torch.arange(len(owners))", check_copies
+    ),
+    "advantages of pictures that were sent away": Mistake(
+        own_share,
+        "torch.tensor(of_pictures) ==",
+        "torch.tensor(pictures.owners) ==",
+        check_shares,
+        {"seed": 5},
+    ),
+    "every group of answers on every rank": Mistake(
+        own_share,
+        "np.array(of_answers) == ranks.rank",
+        "np.array(of_answers) >= 0",
+        check_shares,
+        {"seed": 5},
+    ),
+}
+
+
+def is_noticed(name: str) -> bool:
+    return MISTAKES[name].is_noticed()

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import pickle
+import random
 from collections.abc import Sequence
 from itertools import product
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from mistakes import Mistake
 
 from lvrpo.data.example import Example
 from lvrpo.runs.signals import Stopped
@@ -45,9 +47,9 @@ def test_equal_pieces_are_dealt_as_evenly_as_they_go(count, size):
 
 
 @given(SIZES, st.integers(1, 4), st.randoms(use_true_random=False))
-def test_what_is_balanced_stays_where_it_is(size, each, random):
+def test_what_is_balanced_stays_where_it_is(size, each, draw):
     owners = [rank for rank in range(size) for _ in range(each)]
-    random.shuffle(owners)
+    draw.shuffle(owners)
     assert balance([5] * len(owners), size, owners) == owners
 
 
@@ -81,3 +83,36 @@ def test_alone_errors_and_results_are_as_they_are():
 def test_a_signal_can_be_told_to_others():
     told = pickle.loads(pickle.dumps(Stopped(15)))
     assert (told.signum, str(told)) == (15, "stopped by SIGTERM")
+
+
+BOUND, BEST = (
+    test_no_rank_has_more_than_graham_s_bound,
+    test_the_longest_first_is_four_thirds_of_the_best_deal_at_most,
+)
+MISTAKES = {
+    "loads are not counted": Mistake(
+        balance, "loads[rank] += cost", "loads[rank] += 0", BOUND, {"costs": [3, 2], "size": 2}
+    ),
+    "the shortest first": Mistake(
+        balance, "-costs[i]", "costs[i]", BEST, {"costs": [1, 1, 2], "size": 2}
+    ),
+    "pieces leave a rank for an equal one": Mistake(
+        balance,
+        "next((i for i in left if preferred[i] in idle), i)",
+        "i",
+        test_what_is_balanced_stays_where_it_is,
+        {"size": 4, "each": 4, "draw": random.Random(1)},
+    ),
+    "a place is the group": Mistake(
+        places,
+        "found[group] = place",
+        "found[place] = group",
+        test_groups_find_their_place_again,
+        {"owners": [2, 0, 1, 0]},
+    ),
+}
+
+
+@pytest.mark.parametrize("name", MISTAKES)
+def test_a_mistake_is_noticed(name):
+    assert MISTAKES[name].is_noticed()
