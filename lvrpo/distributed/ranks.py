@@ -108,7 +108,8 @@ def all_there(op: str) -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
+        why = str(error).splitlines()[0].partition(". ")[0]
         raise RuntimeError(
-            f"{op}: a rank of the group did not answer ({str(error).splitlines()[0]}); its process "
-            "has ended or raised, or called something else: see its own output"
+            f"{op}: a rank of the group did not answer ({why}); its process has ended or raised, "
+            "or called something else: see its own output"
         ) from error
