@@ -67,6 +67,8 @@ class Transformer:
         latent: numbers of a latent token of a drawing; 0 for a model that draws none.
         timestep: width of the embedding of a drawing's time.
         keeps_noise: whether a drawing keeps the noise of its steps.
+        experts: whether rows that are drawn have parameters of their own, for which rows are put in
+            another order around attention.
     """
 
     language: Stack
@@ -78,6 +80,7 @@ class Transformer:
     latent: int = 0
     timestep: int = 0
     keeps_noise: bool = True
+    experts: bool = True
 
     @property
     def tower(self) -> Stack:

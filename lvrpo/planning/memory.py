@@ -47,7 +47,7 @@ def state(parameters: Parameters, numerics: Numerics, ranks: int, *, kept: bool)
         "weights": FP32 * every,
         "gradients": FP32 * trained,
         "optimizer": 2 * FP32 * trained,
-        "reference": numerics.compute * every,
+        "reference": numerics.compute * trained,  # what is frozen is the policy's own
         "kept step": 3 * FP32 * trained if kept else 0,
     }
     if ranks > 1 or numerics.compute < FP32:
@@ -114,8 +114,8 @@ def saved_ends(model: Transformer, rows: Rows, numerics: Numerics) -> int:
 def saved(model: Transformer, rows: Rows, numerics: Numerics) -> int:
     """What autograd saves of a forward pass over one packed buffer, the loss apart."""
     layers = [
-        (model.language, rows.read, True),
-        (model.language, rows.latents, True),
+        (model.language, rows.read, model.experts),
+        (model.language, rows.latents, model.experts),
         (model.tower, rows.patches, False),
     ]
     found = saved_ends(model, rows, numerics)
@@ -152,7 +152,10 @@ def unsaved(model: Transformer, rows: Rows, numerics: Numerics) -> int:
 
 def saved_again(model: Transformer, rows: Rows, numerics: Numerics) -> int:
     """What the layer of a checkpointed model saves that is computed again in the backward pass."""
-    language = sum(saved_layer(model.language, n, numerics) for n in (rows.read, rows.latents))
+    language = sum(
+        saved_layer(model.language, count, numerics, packed=model.experts)
+        for count in (rows.read, rows.latents)
+    )
     return max(language, saved_layer(model.tower, rows.patches, numerics, packed=False))
 
 

@@ -38,6 +38,7 @@ class BagelFamily:
     """
 
     own_size = True
+    uncounted = ()
 
     def __init__(self, config: TrainConfig) -> None:
         self.config = config
@@ -109,6 +110,10 @@ class BagelFamily:
         policy = self._shapes
         low, high = policy.answer_range
         return transformer(policy.module.config, high - low)
+
+    def parameters(self, policy: BagelPolicy) -> Parameters:
+        """See `Family`."""
+        return Parameters.of(policy.module)
 
     def answer_length(self, parts: FolderParts, answer: str) -> int:
         """See `Family`."""

@@ -11,7 +11,7 @@ from torch import Tensor
 from lvrpo.data.sources import Source
 from lvrpo.models.packs import Layout
 from lvrpo.models.protocol import Policy
-from lvrpo.models.transformer import Transformer
+from lvrpo.models.transformer import Parameters, Transformer
 
 
 class LaidOutPolicy(Policy, Layout, Protocol):
@@ -110,6 +110,13 @@ class Family(Protocol):
 
     def transformer(self, parts: Any) -> Transformer:
         """What the policy's model is made of, for a plan."""
+
+    def parameters(self, policy: Any) -> Parameters:
+        """Those of a policy's model, counted, the frozen ones included."""
+
+    @property
+    def uncounted(self) -> Sequence[str]:
+        """What a plan leaves out, in words."""
 
     def answer_length(self, parts: Any, answer: str) -> int:
         """Tokens of an answer, its end left out."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,8 @@ from lvrpo.models.huggingface.loading import (
     make_policy,
 )
 from lvrpo.models.huggingface.policy import HuggingFacePolicy
-from lvrpo.models.transformer import Transformer
+from lvrpo.models.huggingface.shape import transformer
+from lvrpo.models.transformer import Parameters, Transformer
 from lvrpo.runs.family import FamilyData
 from lvrpo.runs.folder import (
     FolderParts,
@@ -125,15 +126,26 @@ class HuggingFaceFamily:
         return parts.picture_shape
 
     def transformer(self, parts: FolderParts) -> Transformer:
-        """Refused: plans count the layers of other families.
+        """The text model; of the folder, its configuration alone is read."""
+        try:
+            with torch.device("meta"):
+                return transformer(load_folder(self.path, torch.float32, with_weights=False))
+        except ValueError as error:
+            raise ConfigError(f"model.path: {error}") from error
 
-        Raises:
-            ConfigError: always.
-        """
-        raise ConfigError(
-            "model.family is 'huggingface', expected 'unified' or 'bagel' for a plan: layers of a "
-            "model of transformers are not counted yet"
-        )
+    def parameters(self, policy: HuggingFacePolicy) -> Parameters:
+        """Of the whole model; the policy's module has what is trained."""
+        return Parameters.of(policy.model)
+
+    @property
+    def uncounted(self) -> Sequence[str]:
+        """The vision tower."""
+        if getattr(self._processor, "tokenizer", None) is None:  # it reads text alone
+            return []
+        return [
+            "the passes of the vision tower are not counted: its parameters are, and the rows of "
+            "pictures in the text model"
+        ]
 
     def answer_length(self, parts: FolderParts, answer: str) -> int:
         """See `Family`."""

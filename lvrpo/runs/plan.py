@@ -13,7 +13,6 @@ from torch import Tensor
 
 from lvrpo.data.example import SKILLS, Example, Skill
 from lvrpo.models.packs import Layout, PictureGroup, TextGroup, pack_groups
-from lvrpo.models.transformer import Parameters
 from lvrpo.planning.forecast import Plan, Sampled, Work
 from lvrpo.planning.memory import Numerics
 from lvrpo.planning.rows import Rows
@@ -82,7 +81,11 @@ def plan_run(
     with torch.device("meta"):
         policy = setup.new_policy(parts)
     plan = Plan(
-        setup.transformer(parts), Parameters.of(policy.module), numerics, ranks, on_gpu=on_gpu
+        setup.transformer(parts),
+        setup.family.parameters(policy),
+        numerics,
+        ranks,
+        on_gpu=on_gpu,
     )
     source, seed = setup.data.source, config.run.seed
     prompts: dict[Skill, list[Example]] = {}
@@ -105,7 +108,7 @@ def plan_run(
     held_out = [source.examples("test", skill, items, 0) for skill in SKILLS]
     evaluated = sampling_of(policy, config.rollout, *held_out, group=1)
     work = step_of(policy, config, prompts["understand"], prompts["generate"])
-    return RunPlan(plan, work, evaluated, warm_start)
+    return RunPlan(plan, work, evaluated, warm_start, setup.family.uncounted)
 
 
 def step_of(

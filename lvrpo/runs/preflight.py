@@ -17,7 +17,6 @@ import torch.distributed
 from lvrpo import backends
 from lvrpo.data.example import SKILLS
 from lvrpo.data.sources import LabelErrors
-from lvrpo.models.transformer import Parameters
 from lvrpo.params.advantages import AdvantageParams
 from lvrpo.planning import memory
 from lvrpo.planning.memory import Numerics
@@ -120,7 +119,7 @@ def _check_backend(name: str, device: torch.device) -> None:
 
 def _check_memory(setup: Setup, policy: LaidOutPolicy, device: torch.device) -> None:
     """Refuse a model whose weights, reference, gradient and moments do not fit."""
-    counted = Parameters.of(policy.module)
+    counted = setup.family.parameters(policy)
     section = setup.config.optimizer
     kept = section.minibatches * section.updates_per_rollout > 1
     needed = sum(memory.state(counted, Numerics(), ranks=1, kept=kept).values())

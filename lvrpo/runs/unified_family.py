@@ -12,7 +12,7 @@ from torch import Tensor
 
 from lvrpo.data.sources import LabelErrors, Source
 from lvrpo.models.flow import noise_floor_note
-from lvrpo.models.transformer import Transformer
+from lvrpo.models.transformer import Parameters, Transformer
 from lvrpo.models.unified.folder import save_unified
 from lvrpo.models.unified.latents import LinearAutoencoder
 from lvrpo.models.unified.model import UnifiedConfig, UnifiedModel
@@ -60,6 +60,7 @@ class UnifiedFamily:
     """
 
     own_size = False
+    uncounted = ()
 
     def __init__(self, config: TrainConfig) -> None:
         self.config = config
@@ -146,6 +147,10 @@ class UnifiedFamily:
         """See `Family`."""
         low, high = parts.answer_range
         return transformer(self._model_config(parts), high - low)
+
+    def parameters(self, policy: UnifiedPolicy) -> Parameters:
+        """See `Family`."""
+        return Parameters.of(policy.module)
 
     def answer_length(self, parts: UnifiedParts, answer: str) -> int:
         """See `Family`."""

@@ -60,6 +60,13 @@ class TokenBatch:
         """[L] int64: all of them, for every row has a hidden state."""
         return torch.arange(self.rows)
 
+    @property
+    def patch_rows(self) -> Tensor:
+        """[0]: pictures are tokens of the text model, and patches are no rows."""
+        return torch.arange(0)
+
+    latent_rows = patch_rows
+
     def to(self, device: torch.device | str) -> TokenBatch:
         """The same batch with its tensors on `device`."""
         return TokenBatch(
