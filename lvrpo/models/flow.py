@@ -42,7 +42,8 @@ def velocity_target(x0: Tensor, noise: Tensor) -> Tensor:
 
 def drawn_noise(streams: Tensor, shape: Sequence[int], backend: str | None = None) -> Tensor:
     """The numbers of streams [N, 2] as `flow_step` draws them, fp32 [N, *shape]."""
-    nothing = torch.zeros(len(streams), *shape, device=streams.device)
+    size = len(streams), *shape
+    nothing = torch.zeros(size, dtype=torch.float32, device=streams.device)
     zero, one = nothing.new_zeros(1), nothing.new_ones(1)
     coeffs = StepCoefficients(c_x=zero, c_v=zero, std=one, t=one, dt=-one)
     return flow_step(nothing, nothing, coeffs, streams, backend=backend)[0]
