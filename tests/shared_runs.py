@@ -20,6 +20,7 @@ from lvrpo.runs.signals import Signals
 from lvrpo.trainer import loop, update
 from lvrpo.trainer.journal import Snapshot
 from lvrpo.trainer.loop import train
+from lvrpo.trainer.placement import whole_tensor
 from lvrpo.trainer.ranks import Ranks
 from lvrpo.trainer.task import Rewards, Task
 
@@ -87,7 +88,14 @@ def run(
             train(config, task_of(folder, overrides, reward), journal, Signals(), Ranks.joined())
         except Exception as raised:
             error = f"{type(raised).__name__}: {raised}"
-    return Told(journal.rows, sampled, journal.evals, journal.saved, journal.references, error)
+    saved_since = [list(map(whole, part)) for part in (journal.saved, journal.references)]
+    return Told(journal.rows, sampled, journal.evals, *saved_since, error)
+
+
+def whole(snapshot: Snapshot) -> Snapshot:
+    """With all of its tensors on every rank."""
+    tensors = {name: whole_tensor(tensor) for name, tensor in snapshot.tensors.items()}
+    return Snapshot(snapshot.step, tensors)
 
 
 def text_length(samples: Samples) -> list[float]:

@@ -240,6 +240,17 @@ class Policy(Protocol):
     def device(self) -> torch.device:
         """Where the module is."""
 
+    @property
+    def network(self) -> nn.Module:
+        """Whose forward is a pass, with all parameters, frozen ones too."""
+
+    @property
+    def blocks(self) -> Sequence[nn.Module]:
+        """Modules of the network that every pass runs once, one after the other."""
+
+    def renewed(self) -> Policy:
+        """The policy after its network was given other parameters."""
+
     def to(self, device: torch.device) -> Policy:
         """The policy with all that it has on a device; what it had may have been moved there."""
 

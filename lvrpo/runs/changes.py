@@ -33,6 +33,7 @@ CHANGEABLE = RATE | {
     "run.frontier_items",
     "run.threads",
     "run.device",
+    "run.shard",
     "eval.temperature",
     "eval.top_k",
     "eval.top_p",

@@ -2,7 +2,8 @@
 
 A checkpoint is a folder `checkpoints/step-00000120` with `tensors.safetensors` and `state.json`. It
 is written under a temporary name, flushed to the disk and renamed, so a folder of that name is
-complete; `state.json` holds the SHA-256 of the tensors.
+complete; `state.json` holds the SHA-256 of the tensors. Of a run whose processes share the weights
+the tensors are in several files, see parts.py.
 """
 
 from __future__ import annotations
@@ -18,11 +19,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch.distributed
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from lvrpo.runs.files import flush_to_disk, sha256, write_atomically
+from lvrpo.runs.parts import have_parts, in_step, read_parts, write_parts
 from lvrpo.trainer.journal import Snapshot
 
 FORMAT = "lvrpo-checkpoint-3"
@@ -72,35 +75,68 @@ def save_checkpoint(
 ) -> Path:
     """Write `folder/step-<step>` and then delete all but the newest `keep` checkpoints.
 
+    Where processes have parts of the tensors all of them call, with the same; the first makes the
+    folder, and gives it its name when all have written.
+
     Raises:
-        CheckpointError: the disk is full or not writable; earlier checkpoints are untouched.
+        CheckpointError: the disk is full or not writable; earlier checkpoints are untouched. On
+            every process.
     """
     final = folder / f"step-{step:08d}"
     temporary = folder / f".writing-{step:08d}"
+    shared = have_parts(tensors)
+    is_first = not shared or torch.distributed.get_rank() == 0
+
+    def make() -> None:
+        if is_first:
+            _make_folder(folder, temporary)
+
+    def write() -> None:
+        if shared:
+            write_parts(temporary, tensors)
+        else:
+            _write_tensors(temporary / _TENSORS, tensors)
+
+    def finish() -> None:
+        if is_first:
+            _finish(temporary, final, {"format": FORMAT, "step": step, **state})
+
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        for leftover in (*folder.glob(".writing-*"), *folder.glob(".deleting-*")):
-            shutil.rmtree(leftover)
-        temporary.mkdir()
-        _write_tensors(temporary / _TENSORS, tensors)
-        content = {
-            "format": FORMAT,
-            "step": step,
-            "sha256": sha256(temporary / _TENSORS),
-            **state,
-        }
-        text = json.dumps(content, indent=1, sort_keys=True) + "\n"
-        write_atomically(temporary / _STATE, text.encode())
-        if final.exists():
-            _delete(final)
-        os.replace(temporary, final)
-        _sync_folder(folder)
+        for do in (make, write, finish):
+            in_step(do) if shared else do()
     except (OSError, SafetensorError) as error:
-        shutil.rmtree(temporary, ignore_errors=True)
+        if is_first:
+            shutil.rmtree(temporary, ignore_errors=True)
         raise CheckpointError(_write_failed(final, error)) from error
-    for old in checkpoints(folder)[:-keep]:
-        _delete(old)
+    if is_first:
+        for old in checkpoints(folder)[:-keep]:
+            _delete(old)
     return final
+
+
+def _make_folder(folder: Path, temporary: Path) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    for leftover in (*folder.glob(".writing-*"), *folder.glob(".deleting-*")):
+        shutil.rmtree(leftover)
+    temporary.mkdir()
+
+
+def _finish(temporary: Path, final: Path, state: Mapping[str, Any]) -> None:
+    content = {"sha256": _digests(temporary), **state}
+    text = json.dumps(content, indent=1, sort_keys=True) + "\n"
+    write_atomically(temporary / _STATE, text.encode())
+    if final.exists():
+        _delete(final)
+    os.replace(temporary, final)
+    _sync_folder(final.parent)
+
+
+def _digests(folder: Path) -> str | dict[str, str]:
+    """Of the one file of tensors, or of each of several by name."""
+    names = sorted(path.name for path in folder.iterdir() if path.name != _STATE)
+    if names == [_TENSORS]:
+        return sha256(folder / _TENSORS)
+    return {name: sha256(folder / name) for name in names}
 
 
 def _delete(path: Path) -> None:
@@ -135,16 +171,21 @@ def load_checkpoint(path: Path) -> Checkpoint:
     step = state.get("step")
     if not isinstance(step, int) or isinstance(step, bool) or step < 0:
         raise CheckpointError(f"{path} is corrupt: the step in {_STATE} is {step!r}")
+    expected = state.get("sha256")
+    files = expected if isinstance(expected, dict) else {_TENSORS: str(expected)}
     try:
-        digest = sha256(path / _TENSORS)
-        expected = str(state.get("sha256"))
-        if digest != expected:
-            raise CheckpointError(
-                f"{path} is corrupt: the checksum of {_TENSORS} is {digest[:12]}..., expected "
-                f"{expected[:12]}..."
-            )
-        tensors = load_file(path / _TENSORS)
-    except (OSError, SafetensorError) as error:
+        for name, known in files.items():
+            digest = sha256(path / name)
+            if digest != known:
+                raise CheckpointError(
+                    f"{path} is corrupt: the checksum of {name} is {digest[:12]}..., expected "
+                    f"{str(known)[:12]}..."
+                )
+        tensors = read_parts(path) if isinstance(expected, dict) else load_file(path / _TENSORS)
+    except OSError as error:
+        name = Path(error.filename or _TENSORS).name
+        raise CheckpointError(f"{path} is corrupt: {name}: {error}") from error
+    except SafetensorError as error:
         raise CheckpointError(f"{path} is corrupt: {_TENSORS}: {error}") from error
     return Checkpoint(path, step, tensors, state, hashlib.sha256(text).hexdigest()[:16])
 

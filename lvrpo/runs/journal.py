@@ -29,11 +29,13 @@ from lvrpo.runs.environment import ENVIRONMENT, write_environment
 from lvrpo.runs.evals import evaluation_row
 from lvrpo.runs.gallery import drop_samples, save_gallery, save_samples
 from lvrpo.runs.log import METRICS, PHASES, RunWriter, read_changes, read_evals
+from lvrpo.runs.parts import have_parts
 from lvrpo.runs.progress import ProgressView
 from lvrpo.runs.trackers import open_tracker
 from lvrpo.trainer.config import TrainConfig
 from lvrpo.trainer.journal import GalleryItem, Snapshot
 from lvrpo.trainer.measurement import Measurement
+from lvrpo.trainer.ranks import is_raised_by_all
 
 
 class FollowedRun:
@@ -54,9 +56,10 @@ class FollowedRun:
         self.bridge = rate_bridge(config, read_changes(directory))
         newest = load_newest(directory / "checkpoints")
         self._latest: Snapshot | None = None
+        self._saved = 0
         if newest is not None:
             newest.require(self._made_with)
-            self._latest = newest.snapshot()
+            self._latest, self._saved = newest.snapshot(), newest.step
 
     def latest(self) -> Snapshot | None:
         """The newest checkpoint as the run began; its memory is the caller's, so only once."""
@@ -88,10 +91,21 @@ class FollowedRun:
         """See `begin`."""
 
     def save(self, snapshot: Snapshot) -> None:
-        """See `begin`."""
+        """Write what this process has parts of, with the others; else nothing."""
+        self._save(snapshot, self._config.run.keep_checkpoints)
 
     def save_reference(self, snapshot: Snapshot) -> None:
-        """See `begin`."""
+        """As `save`."""
+        self._write("reference", snapshot, keep=1)
+
+    def _save(self, snapshot: Snapshot, keep: int) -> None:
+        self._write("checkpoints", snapshot, keep)
+        self._saved = snapshot.step
+
+    def _write(self, name: str, snapshot: Snapshot, keep: int) -> None:
+        if have_parts(snapshot.tensors):
+            folder = self._directory / name
+            save_checkpoint(folder, snapshot.step, snapshot.tensors, self._made_with, keep=keep)
 
     def evaluating(self, label: str, done: int, total: int) -> None:
         """See `begin`."""
@@ -112,7 +126,16 @@ class FollowedRun:
         """See `begin`."""
 
     def ended(self, error: BaseException, step: int, finished: Snapshot | None) -> None:
-        """See `begin`."""
+        """Write the parts of the last finished step, as the first process does."""
+        with contextlib.suppress(CheckpointError, OSError, MemoryError):
+            if finished is not None and self._is_worth_saving(error, step, finished):
+                self._save(finished, self._config.run.keep_checkpoints + 1)
+
+    def _is_worth_saving(self, error: BaseException, step: int, finished: Snapshot) -> bool:
+        if self._saved >= step or isinstance(error, CheckpointError):
+            return False
+        # Parts are written together, or waited for in vain.
+        return is_raised_by_all(error) or not have_parts(finished.tensors)
 
 
 class RunJournal(FollowedRun):
@@ -142,7 +165,6 @@ class RunJournal(FollowedRun):
         newest = self._latest
         if newest is not None:
             self.message(f"going on after step {newest.step}")
-        self._saved = newest.step if newest is not None else 0
         is_begun = newest is not None or (directory / METRICS).exists()
         phase = "warm_start" if self._saved <= config.warm_start.steps else config.run.objective
         self._tracker = open_tracker(
@@ -189,16 +211,11 @@ class RunJournal(FollowedRun):
         Raises:
             CheckpointError: the disk is full or not writable.
         """
-        self._save(snapshot, self._config.run.keep_checkpoints)
+        super().save(snapshot)
 
     def _save(self, snapshot: Snapshot, keep: int) -> None:
         self._log.flush()  # the rows of the steps reach the disk first
-        self._write("checkpoints", snapshot, keep)
-        self._saved = snapshot.step
-
-    def save_reference(self, snapshot: Snapshot) -> None:
-        """Write `reference/`; as `save`."""
-        self._write("reference", snapshot, keep=1)
+        super()._save(snapshot, keep)
 
     def _write(self, name: str, snapshot: Snapshot, keep: int) -> None:
         folder = self._directory / name
@@ -241,12 +258,12 @@ class RunJournal(FollowedRun):
             self.message(note)
 
     def _save_last_step(self, error: BaseException, step: int, finished: Snapshot | None) -> str:
-        if self._saved < step and not isinstance(error, CheckpointError):
-            if finished is None:
-                return (
-                    f"step {step} could not be saved: the update of step {step + 1} was cut off "
-                    "in its middle"
-                )
+        if self._saved < step and not isinstance(error, CheckpointError) and finished is None:
+            return (
+                f"step {step} could not be saved: the update of step {step + 1} was cut off in its "
+                "middle"
+            )
+        if finished is not None and self._is_worth_saving(error, step, finished):
             try:
                 self._save(finished, self._config.run.keep_checkpoints + 1)
             except (CheckpointError, OSError, MemoryError) as failed:

@@ -81,6 +81,8 @@ class RunSection:
     frontier_items: Count = 256  # sampled in groups, from sharp to diverse; 0: none
     threads: Annotated[int, Field(ge=0, le=1024)] = 0  # 0: torch's own choice
     device: str = ""  # of the policy and its reference: "cpu", "cuda" or "cuda:N"; empty: the CPU
+    precision: Literal["fp32", "bf16"] = "fp32"  # of a pass; what is trained stays in fp32
+    shard: bool = False  # weights, gradients and optimizer over the processes
     backend: str = ""  # of every op, a name of `lvrpo.backends.ALL`; empty: the first that can run
     shuffle_rewards: bool = False  # the control: rewards are permuted within each group
 

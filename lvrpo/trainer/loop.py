@@ -27,7 +27,7 @@ from lvrpo.trainer.experience import gather_experience
 from lvrpo.trainer.journal import Interrupts, Journal, Snapshot
 from lvrpo.trainer.minibatches import minibatches
 from lvrpo.trainer.objective import Objective
-from lvrpo.trainer.placement import run_device
+from lvrpo.trainer.placement import compute_dtype, place_frozen, place_trained, whole
 from lvrpo.trainer.ranks import ALONE, Ranks
 from lvrpo.trainer.schedule import flow_schedule, window_start
 from lvrpo.trainer.state import TrainState, load_weights
@@ -82,7 +82,7 @@ def train(
         RewardError: a reward function failed.
         SelfTestError: the update does not reproduce the rollout.
     """
-    policy = ranks.together(lambda: task.new_policy().to(run_device(config.run.device)))
+    policy = ranks.together(lambda: place_trained(task.new_policy(), config.run))
     for skill in SKILLS:
         prompts = getattr(config.rollout, f"{skill}_prompts")
         if prompts and skill not in policy.skills:
@@ -94,9 +94,8 @@ def train(
         lambda: TrainState(policy.module, config, journal.latest(), journal.bridge)
     )
     training = _Training(config, task, policy, state, journal, interrupts, ranks)
-    weight = next(policy.module.parameters())
-    about = {"device": str(weight.device), "dtype": str(weight.dtype).removeprefix("torch.")}
-    ranks.together(lambda: journal.begin(**about))
+    dtype = str(compute_dtype(config.run, policy)).removeprefix("torch.")
+    ranks.together(lambda: journal.begin(device=str(policy.device), dtype=dtype))
     try:
         while state.step < config.warm_start.steps:
             _supervised_step(training, "warm_start")
@@ -128,17 +127,20 @@ def _policy_phase(training: _Training) -> None:
     reference = _reference(training)
     rewards = training.ranks.together(partial(training.task.make_rewards, reference))
     objective = Objective.from_config(config)
-    _evaluate_once(training, WARM_START, config.warm_start.steps, reference, rewards)
+    with whole(reference):
+        _evaluate_once(training, WARM_START, config.warm_start.steps, reference, rewards)
     while training.state.step < training.total:
         step, every = training.state.step, config.run.eval_every
         done = step - config.warm_start.steps
         if every and done and done % every == 0:
-            _evaluate_once(training, f"step {step}", step, training.policy, rewards)
+            with whole(training.policy, reference):
+                _evaluate_once(training, f"step {step}", step, training.policy, rewards)
         if config.run.objective == "supervised":
             _supervised_step(training, "supervised")
         else:
             _grpo_step(training, reference, rewards, objective)
-    _evaluate_once(training, AFTER, training.total, training.policy, rewards)
+    with whole(training.policy, reference):  # which may be a reward
+        _evaluate_once(training, AFTER, training.total, training.policy, rewards)
 
 
 def _grpo_step(
@@ -151,9 +153,10 @@ def _grpo_step(
         started = time.perf_counter()
         step = state.step + 1
         schedule = flow_schedule(config.rollout, window_start(config, step))
-        experience, metrics = gather_experience(
-            policy, training.task, rewards, config, schedule, step, ranks
-        )
+        with whole(policy, reference):
+            experience, metrics = gather_experience(
+                policy, training.task, rewards, config, schedule, step, ranks
+            )
         update_started = time.perf_counter()
         updates: list[dict[str, float]] = []
         for part in minibatches(experience, epochs, count, seed=config.run.seed, step=step):
@@ -165,7 +168,7 @@ def _grpo_step(
                 # Samples of this rollout have passed; the weights alone have changed since.
                 raise DivergedError.of_samples("outputs", step) from error
             if not updates and step == config.warm_start.steps + 1:
-                dtype = next(policy.module.parameters()).dtype
+                dtype = compute_dtype(config.run, policy)
                 ranks.together(partial(check_ratio, found, dtype))
             is_last = len(updates) + 1 == epochs * count
             with training.interrupts.held():
@@ -199,12 +202,11 @@ def _reference(training: _Training) -> Policy:
     """The policy of the end of the warm start: the KL's reference, and the frozen answerer."""
     state, journal, ranks = training.state, training.journal, training.ranks
     if state.step == training.config.warm_start.steps:
-        snapshot = Snapshot(state.step, state.model.state_dict())
+        snapshot = Snapshot(state.step, state.weights())
         ranks.together(lambda: journal.save_reference(snapshot))
-    reference = training.task.new_policy().to(training.policy.device)
+    reference = training.task.new_policy()
     load_weights(reference.module, ranks.together(journal.reference))
-    reference.module.requires_grad_(False)
-    return reference
+    return place_frozen(reference, training.config.run)
 
 
 def _evaluate_once(

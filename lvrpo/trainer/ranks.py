@@ -16,10 +16,10 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from lvrpo.data.example import Example
 from lvrpo.distributed.ranks import all_there
+from lvrpo.trainer.placement import as_stored, is_split
 
 T = TypeVar("T")
 
@@ -144,6 +144,11 @@ ALONE = Ranks()
 _RAISED_BY_ALL, _SAID_BY_FIRST = "raised_by_all_ranks", "said_by_first_rank"
 
 
+def is_raised_by_all(error: BaseException) -> bool:
+    """Whether every rank has it, and goes on alike."""
+    return _has(error, _RAISED_BY_ALL)
+
+
 def is_said_by_first(error: BaseException) -> bool:
     """Whether this is another rank than the first, which says the same."""
     return _has(error, _SAID_BY_FIRST)
@@ -195,11 +200,7 @@ def balance(costs: Sequence[float], size: int, preferred: Sequence[int] | None =
 
 def has_parts(module: nn.Module) -> bool:
     """Whether ranks have parts of its parameters, so that all make each of its passes together."""
-    return any(map(_is_part, module.parameters()))
-
-
-def _is_part(parameter: Tensor) -> bool:
-    return isinstance(parameter, DTensor) and parameter.device_mesh.size() > 1
+    return any(map(is_split, module.parameters()))
 
 
 def sum_gradients(module: nn.Module, ranks: Ranks) -> None:
@@ -209,14 +210,14 @@ def sum_gradients(module: nn.Module, ranks: Ranks) -> None:
     """
     if ranks.size == 1:
         return
-    whole = [p for p in module.parameters() if p.requires_grad and not _is_part(p)]
+    whole = [p for p in module.parameters() if p.requires_grad and not is_split(p)]
     given = ranks.gather([parameter.grad is not None for parameter in whole])
     used = [p for p, has in zip(whole, zip(*given, strict=True), strict=True) if any(has)]
     for parameter in used:
         if parameter.grad is None:
             parameter.grad = torch.zeros_like(parameter)
     gradients = [p.grad for p in used if p.grad is not None]
-    for bucket in _buckets([g.to_local() if isinstance(g, DTensor) else g for g in gradients]):
+    for bucket in _buckets([*map(as_stored, gradients)]):
         flat = torch.cat([gradient.flatten() for gradient in bucket])
         with all_there("train"):
             torch.distributed.all_reduce(flat)

@@ -16,11 +16,11 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from lvrpo.models.protocol import DivergedError
 from lvrpo.trainer.config import TrainConfig
 from lvrpo.trainer.journal import Snapshot
+from lvrpo.trainer.placement import as_stored, leave_unused, like_stored, whole_tensor
 from lvrpo.trainer.schedule import Bridge, learning_rate, warm_start_rate
 
 #: Decay of the average of the warm start's weights.
@@ -56,11 +56,11 @@ class TrainState:
     ) -> None:
         self.model, self.config, self._bridge = model, config, bridge
         self.step = 0 if saved is None else saved.step
-        self.average: AveragedModel | None = None
+        self.average: RunningAverage | None = None
         self._mid_step = False  # the weights are no longer, or not yet, those of a finished step
         self._kept: Snapshot | None = None  # the last finished step, see `keep`
         if self.step < config.warm_start.steps:
-            self.average = running_average(model, EMA)
+            self.average = RunningAverage(model, EMA)
             self._begin_warm_start()
         else:
             self._begin_policy_phase()
@@ -69,7 +69,7 @@ class TrainState:
             # The weights last: what makes room in an optimizer is a step that moves none.
             load_weights(model, saved, "model.")
             if self.average is not None:
-                load_weights(self.average, saved, "average.")
+                self.average.load(_part(saved, "average."))
 
     def _begin_warm_start(self) -> None:
         optimizer = AdamW(self.model.parameters(), lr=1.0, betas=(0.9, 0.98), weight_decay=0.01)
@@ -98,7 +98,9 @@ class TrainState:
             DivergedError: the gradient is not finite; the weights are left alone.
         """
         bound = self.config.optimizer.grad_clip or math.inf
-        norm = float(nn.utils.clip_grad_norm_(self.model.parameters(), bound))
+        leave_unused(self.model)
+        total = nn.utils.clip_grad_norm_(self.model.parameters(), bound)
+        norm = float(whole_tensor(total))
         (lr,) = self._rates.get_last_lr()
         if not math.isfinite(norm):
             section = "optimizer" if self.average is None else "warm_start"
@@ -110,7 +112,7 @@ class TrainState:
         self._optimizer.step()
         self._optimizer.zero_grad(set_to_none=True)
         if self.average is not None:
-            self.average.update_parameters(self.model)
+            self.average.update(self.model)
         return {"grad_norm": norm, "lr": float(lr)}
 
     def finish(self) -> None:
@@ -118,7 +120,7 @@ class TrainState:
         self.step += 1
         self._rates.step()
         if self.average is not None and self.step == self.config.warm_start.steps:
-            self.model.load_state_dict(self.average.module.state_dict())
+            self.model.load_state_dict(self.average.weights)
             self.average = None
             self._begin_policy_phase()
         self._mid_step, self._kept = False, None
@@ -134,27 +136,57 @@ class TrainState:
         return self._kept if self._mid_step else Snapshot(self.step, self.tensors())
 
     def tensors(self) -> dict[str, Tensor]:
-        """Everything a snapshot needs, by name; not copied."""
-        parts: dict[str, Mapping[str, Tensor]] = {"model": self.model.state_dict()}
+        """Everything a snapshot needs, by name; not copied. Those of shards are DTensors."""
+        parts: dict[str, Mapping[str, Tensor]] = {"model": self.weights()}
         if self.average is not None:
-            parts["average"] = self.average.state_dict()
+            parts["average"] = self.average.tensors()
         parts["optimizer"] = optimizer_tensors(self.model, self._optimizer)
         return {f"{part}.{name}": t for part, named in parts.items() for name, t in named.items()}
 
+    def weights(self) -> dict[str, Tensor]:
+        """Those of the model alone, as in `tensors`."""
+        return {name: as_stored(tensor) for name, tensor in self.model.state_dict().items()}
 
-_Tensors = tuple[Tensor, ...] | list[Tensor]
 
+class RunningAverage:
+    """The exponential average of a model's weights, which begins with them.
 
-def running_average(model: nn.Module, decay: float) -> AveragedModel:
-    """The exponential average of a model's weights, this one's first."""
+    Args:
+        model: as it is now.
+        decay: of what was averaged.
 
-    def average(averaged: _Tensors, weights: _Tensors, seen: Tensor | int) -> None:
-        # It must forget the first steps even in a short run.
-        get_ema_multi_avg_fn(min(decay, int(seen) / (9 + int(seen))))(averaged, weights, seen)
+    Attributes:
+        weights: averaged, placed as the model's own are.
+    """
 
-    averaged = AveragedModel(model, multi_avg_fn=average).requires_grad_(False)
-    averaged.update_parameters(model)
-    return averaged
+    def __init__(self, model: nn.Module, decay: float) -> None:
+        self.decay = decay
+        self.weights = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+        self._count = torch.ones((), dtype=torch.int64)
+
+    @torch.no_grad()
+    def update(self, model: nn.Module) -> None:
+        """Take in the weights after one more update."""
+        seen = int(self._count)
+        decay = min(self.decay, seen / (9 + seen))  # it must forget the first steps of a short run
+        for name, weight in model.state_dict().items():
+            average = self.weights[name]
+            if weight.is_floating_point():
+                average.lerp_(weight, 1 - decay)
+            else:
+                average.copy_(weight)
+        self._count += 1
+
+    def tensors(self) -> dict[str, Tensor]:
+        """What a snapshot needs; not copied."""
+        named = {f"module.{name}": as_stored(tensor) for name, tensor in self.weights.items()}
+        return {"n_averaged": self._count, **named}
+
+    def load(self, saved: Mapping[str, Tensor]) -> None:
+        """Copy what `tensors` gave."""
+        for name, average in self.weights.items():
+            average.copy_(like_stored(saved[f"module.{name}"], average))
+        self._count.copy_(saved["n_averaged"])
 
 
 #: One tensor per parameter and kind of state, by name, whatever the optimizer.
@@ -169,7 +201,11 @@ def optimizer_tensors(model: nn.Module, optimizer: Optimizer) -> dict[str, Tenso
     if not optimizer.state:  # asking torch would give it one, of a step that was never made
         return {}
     named = get_optimizer_state_dict(model, optimizer, options=_FLAT)
-    return {name: torch.as_tensor(v) for name, v in named.items() if name.startswith("state.")}
+    return {
+        name: as_stored(torch.as_tensor(value))
+        for name, value in named.items()
+        if name.startswith("state.")
+    }
 
 
 def restore_optimizer(model: nn.Module, optimizer: Optimizer, saved: Mapping[str, Tensor]) -> None:
@@ -179,7 +215,11 @@ def restore_optimizer(model: nn.Module, optimizer: Optimizer, saved: Mapping[str
     """
     named: dict[str, Any] = get_optimizer_state_dict(model, optimizer, options=_FLAT)
     for name, value in saved.items():
-        named[name] = value.item() if isinstance(named.get(name), int | float) else value.clone()
+        own = named.get(name)
+        if isinstance(own, int | float):
+            named[name] = value.item()
+        else:
+            named[name] = value.clone() if own is None else like_stored(value.clone(), own)
     set_optimizer_state_dict(model, optimizer, named, options=_FLAT)
     for name, parameter in model.named_parameters():
         if not any(key.startswith(f"state.{name}.") for key in saved):
@@ -200,8 +240,14 @@ def load_weights(module: nn.Module, snapshot: Snapshot, prefix: str = "") -> Non
     Raises:
         ValueError: names or shapes are not those of this module.
     """
+    own = module.state_dict()
     try:
-        module.load_state_dict(_part(snapshot, prefix))
+        module.load_state_dict(
+            {
+                name: like_stored(tensor, own[name]) if name in own else tensor
+                for name, tensor in _part(snapshot, prefix).items()
+            }
+        )
     except RuntimeError as error:
         reason = str(error).splitlines()[1].strip() if "\n" in str(error) else str(error)
         raise ValueError(f"{snapshot.origin} is of another model: {reason}") from error

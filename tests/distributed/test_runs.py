@@ -24,6 +24,14 @@ RUNS = {
         ("rollout.top_p=0.8", "loss.sampler_correction=tis", "rewards.truncated=mask"),
         "",
     ),
+    "shared weights": (("run.shard=true",), ""),
+    "shared weights, unequal packs": (
+        (
+            *("run.shard=true", "optimizer.max_rows=40", "optimizer.minibatches=2"),
+            *("warm_start.generate_batch=1", "warm_start.understand_batch=1"),
+        ),
+        "",
+    ),
     "answers alone": (
         ("rollout.generate_prompts=0", "warm_start.generate_batch=0", "run.eval_items=0"),
         "",

@@ -72,6 +72,17 @@ class LinearPolicy:
     def device(self) -> torch.device:
         return self.module.head.weight.device
 
+    @property
+    def network(self) -> LinearModel:
+        return self.module
+
+    @property
+    def blocks(self) -> list[nn.Module]:
+        return []
+
+    def renewed(self) -> LinearPolicy:
+        return self
+
     def to(self, device: torch.device) -> LinearPolicy:
         self.module.to(device)
         return self

@@ -16,7 +16,7 @@ from itertools import chain
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lvrpo.data.example import Example, Picture, Skill, Video
 from lvrpo.data.marks import parts_of, words_of_parts
@@ -102,6 +102,13 @@ class BagelPolicy(PackedPolicy):
     ) -> BagelPolicy:
         """See `load_bagel` and `from_checkpoint`."""
         return cls.from_checkpoint(load_bagel(path, dtype=dtype), drawing, backend=backend)
+
+    @property
+    def blocks(self) -> Sequence[nn.Module]:
+        """See `PackedPolicy`."""
+        layers = self.module.language_model["model"].layers
+        assert isinstance(layers, nn.ModuleList)
+        return [*layers]
 
     def to(self, device: torch.device) -> BagelPolicy:
         """See `lvrpo.models.protocol.Policy`."""

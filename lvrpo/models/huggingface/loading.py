@@ -15,7 +15,7 @@ from lvrpo.info import require
 from lvrpo.integrations.prompt_groups import unshared
 from lvrpo.integrations.transformers import set_attention
 from lvrpo.integrations.transformers.release import require_transformers
-from lvrpo.models.huggingface.policy import HuggingFacePolicy
+from lvrpo.models.huggingface.policy import HuggingFacePolicy, trained_part
 from lvrpo.models.huggingface.prompts import LAID_OUT, PromptReader
 
 #: Tensors of a kind that are told one by one.
@@ -328,18 +328,3 @@ def checkpoint_layers(model: Any) -> None:
     for module in model.modules():
         if isinstance(module, GradientCheckpointingLayer):
             module.training = True
-
-
-def trained_part(model: nn.Module) -> nn.Module:
-    """The trained parameters of a model, by their names, and nothing else that it has."""
-    root = nn.Module()
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad:
-            *path, last = name.split(".")
-            module = root
-            for part in path:
-                if part not in dict(module.named_children()):
-                    module.add_module(part, nn.Module())
-                module = module.get_submodule(part)
-            module.register_parameter(last, parameter)
-    return root

@@ -52,6 +52,20 @@ class HuggingFacePolicy:
         """Where the model reads tokens."""
         return self.model.get_input_embeddings().weight.device  # type: ignore[no-any-return]
 
+    @property
+    def network(self) -> nn.Module:
+        """The model."""
+        return self.model  # type: ignore[no-any-return]
+
+    @property
+    def blocks(self) -> Sequence[nn.Module]:
+        """The layers of the text model."""
+        return [*self.model.get_decoder().layers]
+
+    def renewed(self) -> HuggingFacePolicy:
+        """See `lvrpo.models.protocol.Policy`."""
+        return dataclasses.replace(self, module=trained_part(self.model))
+
     def to(self, device: torch.device) -> HuggingFacePolicy:
         """See `lvrpo.models.protocol.Policy`."""
         return dataclasses.replace(self, model=self.model.to(device))
@@ -211,3 +225,18 @@ class HuggingFacePolicy:
     @property
     def _name(self) -> str:
         return f"a policy of {type(self.model).__name__}"
+
+
+def trained_part(model: nn.Module) -> nn.Module:
+    """The trained parameters of a model, by their names, and nothing else that it has."""
+    root = nn.Module()
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            *path, last = name.split(".")
+            module = root
+            for part in path:
+                if part not in dict(module.named_children()):
+                    module.add_module(part, nn.Module())
+                module = module.get_submodule(part)
+            module.register_parameter(last, parameter)
+    return root

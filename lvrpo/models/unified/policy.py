@@ -13,10 +13,10 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
-from typing import ClassVar
+from typing import ClassVar, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lvrpo import random
 from lvrpo.data.example import SKILLS, Example, Skill
@@ -43,6 +43,8 @@ from lvrpo.models.unified.tokenizer import BOS, DRAW, EOS, IMAGE, IMAGE_END, Tok
 from lvrpo.ops.flow_step import flow_step
 from lvrpo.ops.guided_velocity import guided_velocity
 
+Renewed = TypeVar("Renewed", bound="PackedPolicy")
+
 
 class PackedPolicy(ABC):
     """A `lvrpo.models.protocol.Policy` of a model of packed buffers, but for its words and pixels.
@@ -60,6 +62,11 @@ class PackedPolicy(ABC):
     latent_grid: tuple[int, int]  # rows and columns of latent tokens of a picture
     answer_range: tuple[int, int]  # [low, high) of the tokens an answer may hold
     backend: str | None
+
+    @property
+    @abstractmethod
+    def blocks(self) -> Sequence[nn.Module]:
+        """The layers of the language model."""
 
     @abstractmethod
     def add_prompt(self, builder: PackBuilder, example: Example) -> int:
@@ -102,6 +109,16 @@ class PackedPolicy(ABC):
     def device(self) -> torch.device:
         """Where the module is."""
         return self.module.head.weight.device
+
+    @property
+    def network(self) -> nn.Module:
+        """The module."""
+        assert isinstance(self.module, nn.Module)
+        return self.module
+
+    def renewed(self: Renewed) -> Renewed:
+        """As it is: its module has the parameters themselves."""
+        return self
 
     @property
     def latent_shape(self) -> tuple[int, int]:
@@ -331,6 +348,11 @@ class UnifiedPolicy(PackedPolicy):
     def decode(self, ids: Sequence[int]) -> str:
         """See `PackedPolicy`."""
         return self.tokenizer.decode(ids)
+
+    @property
+    def blocks(self) -> Sequence[nn.Module]:
+        """See `PackedPolicy`."""
+        return [*self.module.layers]
 
     def to(self, device: torch.device) -> UnifiedPolicy:
         """See `lvrpo.models.protocol.Policy`; the autoencoder is copied."""
