@@ -13,7 +13,7 @@ from models.bagel.tiny import CONFIG
 from models.bagel.tiny_policy import GRID, SIDES, Letters, questions, requests, tiny_policy
 
 from lvrpo.data.example import Example
-from lvrpo.models.bagel import BagelConfig, PictureSides
+from lvrpo.models.bagel import BagelConfig, BagelPolicy, PictureSides
 from lvrpo.models.bagel.pictures import resize
 from lvrpo.models.flow import Guidance
 from lvrpo.params.flow import GuidanceParams
@@ -83,7 +83,7 @@ def test_pictures_to_be_edited_stand_where_they_are_marked():
 
 def test_a_guided_edit_keeps_its_picture_where_it_has_no_words():
     policy = tiny_policy()
-    examples = [*requests(1), *edits(2)[1:], *requests(3)[2:]]  # with and without pictures
+    examples = [*requests(1), *edits(4)[1:], *requests(5)[4:]]  # with and without pictures
     guidance = Guidance(GuidanceParams(text_scale=3.0, renorm="none"))
     found = policy.sample_images(examples, GROUP, SCHEDULE, guidance=guidance, seed=7, step=2)
     for at in range(len(examples) * GROUP):
@@ -139,3 +139,53 @@ def test_sides_of_pictures_to_be_edited_are_bagels():
     """512 to 1024, multiples of 16."""
     assert PictureSides.of_latents(BagelConfig(), 16) == PictureSides(16, 512, 1024)
     assert PictureSides.of_latents(CONFIG, TOKEN) == PictureSides(4, 8, 20)
+
+
+def agrees() -> bool:
+    """A guided edit has the oracle's velocity."""
+    try:
+        test_a_guided_edit_keeps_its_picture_where_it_has_no_words()
+    except AssertionError:
+        return False
+    return True
+
+
+def latents_of(policy, picture: np.ndarray) -> tuple[torch.Tensor, int, int]:
+    token = policy.autoencoder.config.token
+    sides = PictureSides.of_latents(policy.module.config, token)
+    resized = torch.from_numpy(resize(picture, sides))[None]
+    return policy.autoencoder.encode(resized)[0], *(side // token for side in resized.shape[2:])
+
+
+def patches_first(self, builder, picture, span, task):
+    """Understanding before generation, as no BAGEL was trained."""
+    return builder.clean(*latents_of(self, picture), builder.read(resize(picture, SIDES), span))
+
+
+def latents_alone(self, builder, picture, span, task):
+    return builder.clean(*latents_of(self, picture), span)
+
+
+def patches_alone(self, builder, picture, span, task):
+    return builder.read(resize(picture, SIDES), span)
+
+
+def patches_of_the_file(self, builder, picture, span, task):
+    """What is read is not what has latents, but the picture in its own size."""
+    return builder.read(resize(picture, SIDES), builder.clean(*latents_of(self, picture), span))
+
+
+MUTANTS = {
+    "patches come first": ("_add_picture", patches_first),
+    "nothing is read": ("_add_picture", latents_alone),
+    "there are no latents": ("_add_picture", patches_alone),
+    "patches are of the file": ("_add_picture", patches_of_the_file),
+    "guidance forgets the picture": ("add_unconditional", lambda self, builder, example: -1),
+}
+
+
+@pytest.mark.parametrize("mistake", MUTANTS)
+def test_a_mistake_is_noticed(monkeypatch, mistake):
+    assert agrees()
+    monkeypatch.setattr(BagelPolicy, *MUTANTS[mistake])
+    assert not agrees()
