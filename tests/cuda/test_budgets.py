@@ -52,9 +52,9 @@ LOCAL = {
     ("flow_policy_loss", "sums_kernel", "double"): (8, 16),
     ("guided_velocity", "sums_kernel", "double"): (8, 24),
 }
-#: Of kernels that draw noise: fp64 fills their registers and their time, three blocks do. ptxas
-#: puts an address aside for the third.
-DRAWING, DRAWING_LOCAL = 80, (8, 24)
+#: Of kernels that draw noise: fp64 fills their registers and their time, three blocks do, for the
+#: third of which ptxas puts an address aside; on sm_100a, in 16 bits, two.
+DRAWING, DRAWING_LOCAL = 97, (8, 24)
 #: Packs of 16 bytes that a thread has in flight.
 IN_FLIGHT = 4
 
