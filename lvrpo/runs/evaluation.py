@@ -24,7 +24,7 @@ from lvrpo.runs.setup import FrozenParts, Setup
 from lvrpo.trainer.config import ConfigError, TrainConfig
 from lvrpo.trainer.evaluate import Planned, held_out, measure_all
 from lvrpo.trainer.measurement import Measurement
-from lvrpo.trainer.placement import run_device
+from lvrpo.trainer.placement import place_frozen
 from lvrpo.trainer.sampling import (
     WayOfSampling,
     as_configured,
@@ -248,7 +248,7 @@ def evaluate_run(directory: Path, options: EvalOptions) -> tuple[list[Result], l
             for text in (example.prompt, example.answer or "")
         ]
         notes = foreign_notes(parts.family.words, texts, options.data)
-    policy = policy_at(directory, setup, parts).to(run_device(config.run.device))
+    policy = place_frozen(policy_at(directory, setup, parts), config.run)
     rewards = _rewards(directory, setup, parts, task, notes)
     plan = [
         Planned(way, prompts[way.skill], rewards)
@@ -288,7 +288,7 @@ def _rewards(
         notes.append("the warm start goes on: rewards are not measured yet")
         return {}
     try:
-        return task.make_rewards(reference.to(run_device(setup.config.run.device)))
+        return task.make_rewards(place_frozen(reference, setup.config.run))
     except RewardError as error:
         notes.append(f"rewards are not measured: {error}")
         return {}

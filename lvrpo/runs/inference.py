@@ -24,7 +24,7 @@ from lvrpo.runs.config_file import load_config
 from lvrpo.runs.directory import RunDirectoryError, is_run, require_format
 from lvrpo.runs.gallery import save_enlarged
 from lvrpo.runs.setup import FrozenParts, Setup
-from lvrpo.trainer.placement import run_device
+from lvrpo.trainer.placement import place_frozen
 from lvrpo.trainer.sampling import answer_sampling
 from lvrpo.trainer.schedule import flow_guidance, flow_schedule
 from lvrpo.trainer.state import load_weights
@@ -63,7 +63,7 @@ def load_policy(directory: Path) -> tuple[Setup, FrozenParts, Policy]:
     """
     setup, parts = read_run(directory)
     policy = policy_at(directory, setup, parts)
-    return setup, parts, policy.to(run_device(setup.config.run.device))
+    return setup, parts, place_frozen(policy, setup.config.run)
 
 
 def policy_at(directory: Path, setup: Setup, parts: FrozenParts, step: int | None = None) -> Policy:

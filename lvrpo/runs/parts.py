@@ -6,6 +6,7 @@ number of processes reads them.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -60,5 +61,7 @@ def read_parts(folder: Path) -> dict[str, Tensor]:
     for name, stored in reader.read_metadata().state_dict_metadata.items():
         assert isinstance(stored, TensorStorageMetadata), name
         found[name] = torch.empty(stored.size, dtype=stored.properties.dtype)
-    load(found, storage_reader=reader, no_dist=True)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # it is meant
+        load(found, storage_reader=reader, no_dist=True)
     return found

@@ -25,7 +25,7 @@ from lvrpo.runs.directory import RunDirectoryError
 from lvrpo.runs.inference import load_reference, read_run
 from lvrpo.runs.setup import Setup
 from lvrpo.studies.attacks import ascend, plain_attacks, scores_of, search
-from lvrpo.trainer.placement import run_device
+from lvrpo.trainer.placement import place_frozen
 
 RIGHT = "right drawing"
 _QUERIES, _STEPS = 200, 60  # of a search and of an ascent
@@ -123,7 +123,7 @@ def reward_attacks(directory: Path, *, items: int, seed: int) -> RewardAttacks:
             f"{directory} has not finished its warm start, whose end its rewards are made from: "
             f"lvrpo train {directory}"
         )
-    reference = reference.to(run_device(setup.config.run.device))
+    reference = place_frozen(reference, setup.config.run)
     rewards = task.make_rewards(reference).get("generate", {})
     if not rewards:
         raise RunDirectoryError(f"{directory} has no rewards of drawings: it draws nothing")

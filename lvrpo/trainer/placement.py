@@ -74,7 +74,7 @@ def place_trained(policy: Policy, run: RunSection) -> Policy:
         ConfigError: there is no such device.
     """
     device = run_device(run.device)
-    if run.precision == "fp32" and not run.shard:
+    if run.precision == "fp32" and not _is_shared(run):
         return policy.to(device)
     shared = _shard(policy, run, device)
     placed = policy.to(device).renewed()
@@ -93,9 +93,15 @@ def place_frozen(policy: Policy, run: RunSection) -> Policy:
     policy.network.requires_grad_(False)
     if run.precision == "bf16":
         policy.network.to(torch.bfloat16)
-    if run.shard:
+    if _is_shared(run):
         _shard(policy, run, device)
     return policy.to(device)
+
+
+def _is_shared(run: RunSection) -> bool:
+    """Whether there are other processes to share weights with, and it is wanted."""
+    there = torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1
+    return run.shard and there
 
 
 def _shard(policy: Policy, run: RunSection, device: torch.device) -> bool:
