@@ -118,11 +118,15 @@ def _check_backend(name: str, device: torch.device) -> None:
 
 
 def _check_memory(setup: Setup, policy: LaidOutPolicy, device: torch.device) -> None:
-    """Refuse a model whose weights, reference, gradient and moments do not fit."""
+    """Refuse a model whose weights, reference, gradient and moments do not fit into a process."""
     counted = setup.family.parameters(policy)
     section = setup.config.optimizer
     kept = section.minibatches * section.updates_per_rollout > 1
-    needed = sum(memory.state(counted, Numerics(), ranks=1, kept=kept).values())
+    run, ranks = setup.config.run, 1
+    if run.shard and torch.distributed.is_initialized():
+        ranks = torch.distributed.get_world_size()
+    numerics = Numerics(2 if run.precision == "bf16" else 4)
+    needed = sum(memory.state(counted, numerics, ranks=ranks, kept=kept).values())
     owner, there = "this machine", os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     if device.type == "cuda":
         owner, there = str(device), torch.cuda.get_device_properties(device).total_memory
