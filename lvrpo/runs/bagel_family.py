@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import torch
-from torch import Tensor, nn
 
 from lvrpo.models.bagel import BagelPolicy, load_bagel, save_bagel
 from lvrpo.models.bagel.model import Bagel
@@ -19,36 +16,24 @@ from lvrpo.models.huggingface.loading import freeze
 from lvrpo.models.transformer import Parameters, Transformer
 from lvrpo.runs.family import FamilyData
 from lvrpo.runs.folder import (
+    FolderFamily,
     FolderParts,
-    folder_digest,
     require_folder,
     share_frozen,
-    unchanged,
 )
-from lvrpo.trainer.config import ConfigError, TrainConfig
+from lvrpo.trainer.config import ConfigError
 from lvrpo.trainer.objective import Objective
 from lvrpo.trainer.schedule import every_window
 
 
-class BagelFamily:
+class BagelFamily(FolderFamily):
     """A `lvrpo.runs.family.Family`. Drawings have the height and width of `[data]`.
 
     Args:
         config: of a run.
     """
 
-    own_size = True
     uncounted = ()
-
-    def __init__(self, config: TrainConfig) -> None:
-        self.config = config
-        self.path = Path(config.model.path)
-        self._frozen: dict[str, nn.Parameter] = {}  # one copy for all policies
-
-    @property
-    def described(self) -> str:
-        """See `Family`."""
-        return f"model.path = {self.config.model.path!r}"
 
     def check(self, data: FamilyData) -> None:
         """The folder is one of BAGEL's, pictures are RGB, and no key asks for what it has not."""
@@ -68,18 +53,6 @@ class BagelFamily:
         needed = self._shapes.module.config.image_channels
         if channels != needed:
             raise ConfigError(f"data.source has pictures of {channels} channels, expected {needed}")
-
-    def unfitted(self, data: FamilyData) -> FolderParts:
-        """See `Family`."""
-        return self.fit(data)
-
-    def fit(self, data: FamilyData) -> FolderParts:
-        """See `Family`."""
-        return FolderParts(folder_digest(self.path))
-
-    def load(self, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> FolderParts:
-        """See `Family`."""
-        return unchanged(self.path, state)
 
     def new_policy(self, parts: FolderParts) -> BagelPolicy:
         """The weights of the folder, in fp32."""

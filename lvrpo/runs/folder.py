@@ -10,7 +10,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from lvrpo.trainer.config import ConfigError
+from lvrpo.runs.family import FamilyData
+from lvrpo.trainer.config import ConfigError, TrainConfig
 
 #: Files that are compared byte by byte; of larger ones, weights, the size is.
 COMPARED_BYTES = 64 << 20
@@ -35,6 +36,38 @@ class FolderParts:
     def state(self) -> dict[str, Any]:
         """The digest."""
         return {"folder": self.digest}
+
+
+class FolderFamily:
+    """The part of a `lvrpo.runs.family.Family` that goes by the folder alone: nothing is fitted.
+
+    Args:
+        config: of a run.
+    """
+
+    own_size = True
+
+    def __init__(self, config: TrainConfig) -> None:
+        self.config = config
+        self.path = Path(config.model.path)
+        self._frozen: dict[str, nn.Parameter] = {}  # one copy for all policies
+
+    @property
+    def described(self) -> str:
+        """See `Family`."""
+        return f"model.path = {self.config.model.path!r}"
+
+    def unfitted(self, data: FamilyData) -> FolderParts:
+        """See `Family`."""
+        return self.fit(data)
+
+    def fit(self, data: FamilyData) -> FolderParts:
+        """See `Family`."""
+        return FolderParts(folder_digest(self.path))
+
+    def load(self, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> FolderParts:
+        """See `Family`."""
+        return unchanged(self.path, state)
 
 
 def folder_digest(path: Path) -> str:

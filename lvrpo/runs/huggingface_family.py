@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
 
 from lvrpo.data.sources import Split
 from lvrpo.models.huggingface.loading import (
@@ -23,36 +22,23 @@ from lvrpo.models.huggingface.shape import transformer
 from lvrpo.models.transformer import Parameters, Transformer
 from lvrpo.runs.family import FamilyData
 from lvrpo.runs.folder import (
+    FolderFamily,
     FolderParts,
-    folder_digest,
     require_folder,
     share_frozen,
-    unchanged,
 )
-from lvrpo.trainer.config import ConfigError, TrainConfig
+from lvrpo.trainer.config import ConfigError
 
 #: Questions of a split that are read before a run.
 CHECKED_PROMPTS = 32
 
 
-class HuggingFaceFamily:
+class HuggingFaceFamily(FolderFamily):
     """A `lvrpo.runs.family.Family`.
 
     Args:
         config: of a run.
     """
-
-    own_size = True
-
-    def __init__(self, config: TrainConfig) -> None:
-        self.config = config
-        self.path = Path(config.model.path)
-        self._frozen: dict[str, nn.Parameter] = {}  # one copy for all policies
-
-    @property
-    def described(self) -> str:
-        """See `Family`."""
-        return f"model.path = {self.config.model.path!r}"
 
     def check(self, data: FamilyData) -> None:
         """A policy of transformers answers, and can read the first questions whole."""
@@ -81,18 +67,6 @@ class HuggingFaceFamily:
         for split in splits:
             questions = data.source.examples(split, "understand", CHECKED_PROMPTS, 0)
             policy.check_prompts(questions, config.rollout.max_answer_tokens)
-
-    def unfitted(self, data: FamilyData) -> FolderParts:
-        """See `Family`."""
-        return self.fit(data)
-
-    def fit(self, data: FamilyData) -> FolderParts:
-        """See `Family`."""
-        return FolderParts(folder_digest(self.path))
-
-    def load(self, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> FolderParts:
-        """See `Family`."""
-        return unchanged(self.path, state)
 
     def new_policy(self, parts: FolderParts) -> HuggingFacePolicy:
         """The weights of the folder; a LoRA begins from the run's seed."""
