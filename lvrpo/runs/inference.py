@@ -79,11 +79,13 @@ def policy_at(directory: Path, setup: Setup, parts: FrozenParts, step: int | Non
         RunDirectoryError: there is none of this step.
         CheckpointError: the checkpoint is damaged.
     """
-    found = {step_of(path): path for path in checkpoints(directory / "checkpoints")}
+    folder = directory / "checkpoints"
+    found = {step_of(path): path for path in checkpoints(folder)}
     if step is not None and step not in found:
         there = ", ".join(map(str, found))
         raise RunDirectoryError(f"{directory} has no checkpoint of step {step}; there are {there}")
-    saved = load_checkpoint(found[max(found) if step is None else step])
+    saved = load_newest(folder) if step is None else load_checkpoint(found[step])
+    assert saved is not None
     # Those of the warm start have an average.
     prefix = "average.module." if "average.n_averaged" in saved.tensors else "model."
     return _policy_of(saved, setup, parts, prefix)

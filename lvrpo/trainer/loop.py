@@ -27,7 +27,13 @@ from lvrpo.trainer.experience import gather_experience
 from lvrpo.trainer.journal import Interrupts, Journal, Snapshot
 from lvrpo.trainer.minibatches import minibatches
 from lvrpo.trainer.objective import Objective
-from lvrpo.trainer.placement import compute_dtype, place_frozen, place_trained, whole
+from lvrpo.trainer.placement import (
+    compute_dtype,
+    leaves_no_group,
+    place_frozen,
+    place_trained,
+    whole,
+)
 from lvrpo.trainer.ranks import ALONE, Ranks
 from lvrpo.trainer.schedule import flow_schedule, window_start
 from lvrpo.trainer.state import TrainState, load_weights
@@ -56,6 +62,7 @@ class _Training:
         return self.config.warm_start.steps + self.config.run.steps
 
 
+@leaves_no_group()
 def train(
     config: TrainConfig,
     task: Task,

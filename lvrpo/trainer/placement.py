@@ -136,6 +136,17 @@ def _shard(policy: Policy, run: RunSection, device: torch.device) -> bool:
     return shared
 
 
+@contextlib.contextmanager
+def leaves_no_group() -> Iterator[None]:
+    """At the end there are other processes to talk to only if there were any before."""
+    joined = torch.distributed.is_initialized()
+    try:
+        yield
+    finally:
+        if torch.distributed.is_initialized() and not joined:
+            torch.distributed.destroy_process_group()
+
+
 def _mesh(run: RunSection, device: torch.device) -> DeviceMesh:
     if not torch.distributed.is_initialized():
         # A mesh is of a group, and this one of this process alone.

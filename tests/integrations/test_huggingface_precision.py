@@ -14,13 +14,14 @@ from runs.tiny import tiny_config
 from lvrpo.models.huggingface.loading import Lora, with_lora
 from lvrpo.models.huggingface.policy import trained_part
 from lvrpo.trainer.loop import check_ratio
-from lvrpo.trainer.placement import place_trained, whole
+from lvrpo.trainer.placement import leaves_no_group, place_trained, whole
 
 RUN = tiny_config("run.precision=bf16").run
 
 
 @pytest.mark.parametrize("name", ["llama", "smolvlm"])
 @pytest.mark.parametrize("adapters", [False, True])
+@leaves_no_group()
 def test_an_update_in_bf16_moves_weights_in_fp32(name, adapters):
     made = policy_of(name)
     model = copy.deepcopy(made.model)

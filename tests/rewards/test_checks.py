@@ -56,13 +56,13 @@ def test_a_second_opinion_on_drawings_is_told_beside_the_first():
         "gold": 0,
     }
     assert all(math.isnan(column[1]) for column in found.values())
-    assert mean_scores(checks.scores(samples), "understand") == {
+    assert mean_scores(checks.scores(samples), "generate") == {
         "strict/generate": 1,
         "partial/generate": 1,
         "gold/generate": 0,
     }
     # Without a rule nothing is said at all.
-    assert mean_scores(VerdictChecks(check_answers).scores(samples), "understand") == {}
+    assert mean_scores(VerdictChecks(check_answers).scores(samples), "generate") == {}
 
 
 def test_a_reward_says_what_is_right_where_it_gives_all_there_is():

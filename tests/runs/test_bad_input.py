@@ -441,9 +441,9 @@ def test_a_rollout_that_the_update_cannot_reproduce(tmp_path, monkeypatch):
 def test_a_rollout_with_another_schedule(tmp_path, monkeypatch):
     gather = loop.gather_experience
 
-    def with_another(policy, task, rewards, config, schedule, step):
+    def with_another(policy, task, rewards, config, schedule, *others):
         other = dataclasses.replace(schedule, shift=2.0)
-        return gather(policy, task, rewards, config, other, step)
+        return gather(policy, task, rewards, config, other, *others)
 
     monkeypatch.setattr(loop, "gather_experience", with_another)
     message = refused("train", tmp_path / "run", tiny=True, after_start=True)

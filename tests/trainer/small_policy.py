@@ -44,7 +44,7 @@ class WithoutNoise(UnifiedPolicy):
 def small_policy(
     dtype: torch.dtype = torch.float64,
     backend: str | None = "torch",
-    seed: int = 0,
+    seed: int = 11,
     *,
     keeps_noise: bool = True,
 ) -> UnifiedPolicy:
@@ -63,7 +63,8 @@ def small_policy(
     model = UnifiedModel(config).to(dtype)
     for parameter in model.parameters():  # a zero-initialised output would hide everything
         torch.nn.init.normal_(parameter, std=0.2)
-    with torch.no_grad():  # logits are nearly equal; some answers are to end before the limit
+    # Logits are nearly equal; with this seed some answers end before the limit, and some do not.
+    with torch.no_grad():
         model.head.weight[EOS] *= 60
     autoencoder = LinearAutoencoder(1, 16, 16, patch=8, dim=3).to(dtype)
     family = UnifiedPolicy if keeps_noise else WithoutNoise

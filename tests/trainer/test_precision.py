@@ -12,7 +12,7 @@ from trainer.memory_journal import MemoryJournal
 from lvrpo.runs.setup import Setup
 from lvrpo.runs.signals import Signals
 from lvrpo.trainer.loop import train
-from lvrpo.trainer.placement import place_frozen, place_trained, whole
+from lvrpo.trainer.placement import leaves_no_group, place_frozen, place_trained, whole
 
 BF16 = "run.precision=bf16"
 #: A warm start that learns something, and no evaluation.
@@ -48,6 +48,7 @@ def test_a_run_learns_the_same(tmp_path):
         assert found == pytest.approx([row[name] for row in wide], rel=2**-4)
 
 
+@leaves_no_group()
 def test_updates_are_smaller_than_the_roundings_of_what_computes(tmp_path):
     """Most weights of a step move by less than their copy in bf16 can tell, and are not lost."""
     config = tiny_config(BF16)
@@ -78,3 +79,8 @@ def test_what_is_saved_is_in_fp32_and_goes_on_bit_for_bit(tmp_path):
     assert ours.keys() == theirs.keys()
     assert all(torch.equal(tensor, theirs[name]) for name, tensor in ours.items())
     assert {tensor.dtype for tensor in ours.values()} == {torch.float32}
+
+
+def test_a_run_of_one_process_leaves_no_group_behind(tmp_path):
+    trained(tmp_path, BF16, steps=1)
+    assert not torch.distributed.is_initialized()
