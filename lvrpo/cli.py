@@ -363,13 +363,13 @@ def plan(
         int, typer.Option(min=1, help="That share parameters and groups, as by fully_shard.")
     ] = 1,
     bf16: Annotated[
-        bool, typer.Option("--bf16", help="Compute in bf16, with fp32 master weights.")
+        bool, typer.Option("--bf16", help="As with run.precision=bf16: fp32 master weights.")
     ] = False,
     checkpointing: Annotated[
-        bool, typer.Option("--checkpointing", help="Compute layers again in the backward pass.")
+        bool, typer.Option("--checkpointing", help="As with model.gradient_checkpointing=true.")
     ] = False,
     gpu: Annotated[
-        bool, typer.Option("--gpu", help="Norms of one kernel and chunks of logits of a GPU.")
+        bool, typer.Option("--gpu", help="As with run.device=cuda: its kernels and chunks.")
     ] = False,
     rate: Annotated[
         float, typer.Option(min=0, help="FLOPs a second of a rank, with --bandwidth: seconds.")
@@ -396,8 +396,12 @@ def plan(
             return
         if bool(rate) != bool(bandwidth):
             fail(f"plan: --rate is {rate:g} and --bandwidth {bandwidth:g}, expected both or none")
-        numerics = Numerics(2 if bf16 else 4, fused_norms=gpu, checkpointing=checkpointing)
-        found = plan_run(load_config(config, set_ or []), numerics, ranks=ranks, on_gpu=gpu)
+        wanted = load_config(config, set_ or [])
+        narrow = bf16 or wanted.run.precision == "bf16"
+        on_gpu = gpu or wanted.run.device.startswith("cuda")
+        again = checkpointing or wanted.model.gradient_checkpointing
+        numerics = Numerics(2 if narrow else 4, fused_norms=on_gpu, checkpointing=again)
+        found = plan_run(wanted, numerics, ranks=ranks, on_gpu=on_gpu)
         told = found.to_dict(rate, bandwidth)
         typer.echo(to_json(told)) if as_json else show(told)
 

@@ -74,6 +74,18 @@ def test_ranks_share_the_state_and_the_groups():
     assert narrow["update"]["activations"] < shared["update"]["activations"]
 
 
+@pytest.mark.parametrize(
+    ("key", "option"),
+    [
+        ("run.precision=bf16", "--bf16"),
+        ("model.gradient_checkpointing=true", "--checkpointing"),
+        ("run.device=cuda", "--gpu"),
+    ],
+)
+def test_what_the_configuration_says_is_not_said_again(key, option):
+    assert planned("--set", key) == planned(option) != planned()
+
+
 def test_seconds_follow_from_rate_and_bandwidth():
     found = planned("--rate", 1e9, "--bandwidth", 1e6, "--ranks", 2)
     for kind, rate in (("flops", 1e9), ("wire", 1e6)):
