@@ -114,7 +114,10 @@ class UnifiedFamily:
 
     def fit(self, data: FamilyData) -> UnifiedParts:
         """See `Family`."""
-        autoencoder = LinearAutoencoder.fit(pictures_to_fit(data.source), **self._latents)
+        try:
+            autoencoder = LinearAutoencoder.fit(pictures_to_fit(data.source), **self._latents)
+        except ValueError as error:
+            raise ConfigError(f"model.latent_dim: {error}; give fewer, or more pictures") from error
         return self._parts(data, autoencoder)
 
     def load(self, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> UnifiedParts:

@@ -360,6 +360,16 @@ def test_one_patch_of_several_tokens_is_trained_and_goes_on_and_draws(tmp_path):
     assert result.exit_code == 0, result.output
 
 
+def test_more_numbers_of_a_patch_than_patches_to_fit_them_on_are_refused(tmp_path):
+    size = ["data.height=32", "data.width=32", "model.latent_patch=32"]
+    whole = [*size, "model.latent_tokens_per_patch=33", "model.latent_dim=32"]
+    setup = check_config(tiny_config(*write_own_data(tmp_path), *whole))
+    with pytest.raises(
+        ConfigError, match=r"model\.latent_dim: .* patches for 1056 numbers of each"
+    ):
+        setup.frozen_parts(tmp_path / "run")
+
+
 def test_a_data_section_names_its_source():
     with pytest.raises(ConfigError, match=r"data.eval_source is empty.*mine\.jsonl"):
         data_of(DataSection(source="mine.jsonl"))
