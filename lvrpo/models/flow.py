@@ -221,8 +221,17 @@ def noise_floor(
     return floor
 
 
-def noise_floor_note(schedule: FlowSchedule, num_elements: int, params: FlowLossParams) -> str:
-    """The largest `noise_floor` in fp32 and bf16, next to the clip range it competes with."""
+def noise_floor_note(
+    schedule: FlowSchedule, num_elements: int, params: FlowLossParams, precision: str = "fp32"
+) -> str:
+    """The largest `noise_floor` in fp32 and bf16, next to the clip range it competes with.
+
+    Args:
+        schedule: the sampling schedule.
+        num_elements: of one image's latent.
+        params: of the loss.
+        precision: that the model computes in; a clip range below its floor is warned of.
+    """
     clip = min(params.clip_low, params.clip_high)
     floors = {}
     for dtype, kind in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
@@ -230,6 +239,6 @@ def noise_floor_note(schedule: FlowSchedule, num_elements: int, params: FlowLoss
         floors[dtype] = float(floor.max())
     line = ", ".join(f"{dtype} {floor:.1e}" for dtype, floor in floors.items())
     note = f"noise floor of the image log-ratio: {line}; clip range {clip:g}"
-    if clip < 3 * floors["fp32"]:
-        note += " - WARNING: below 3x the fp32 floor, the clip cuts noise"
+    if clip < 3 * floors[precision]:
+        note += f" - WARNING: below 3x the {precision} floor, the clip cuts noise"
     return note

@@ -103,7 +103,7 @@ class BagelFamily(FolderFamily):
         tokens, numbers = self._shapes.latent_shape
         schedule = every_window(self.config.rollout)
         image = Objective.from_config(self.config).image
-        return [noise_floor_note(schedule, tokens * numbers, image)]
+        return [noise_floor_note(schedule, tokens * numbers, image, self.config.run.precision)]
 
     @cached_property
     def _shapes(self) -> BagelPolicy:

@@ -170,7 +170,7 @@ class UnifiedFamily:
         elements = parts.autoencoder.tokens * parts.autoencoder.dim
         schedule = every_window(self.config.rollout)
         image = Objective.from_config(self.config).image
-        return [noise_floor_note(schedule, elements, image)]
+        return [noise_floor_note(schedule, elements, image, self.config.run.precision)]
 
     def _parts(self, data: FamilyData, autoencoder: LinearAutoencoder) -> UnifiedParts:
         tokenizer = Tokenizer(data.words)

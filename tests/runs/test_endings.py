@@ -441,6 +441,8 @@ def test_a_dry_run_checks_and_creates_nothing(trained, tmp_path):
     assert "#   noise floor of the image log-ratio: fp32" in result.stdout
     narrow = command("train", tmp_path / "new", "--dry-run", "-s", "loss.image_clip=1e-9")
     assert "clip range 1e-09 - WARNING: below 3x the fp32 floor" in narrow.stdout
+    rounded = command("train", tmp_path / "new", "--dry-run", "-s", "run.precision=bf16")
+    assert "clip range 0.001 - WARNING: below 3x the bf16 floor" in rounded.stdout
     (tmp_path / "resolved.toml").write_text(result.stdout)
     assert load_config(tmp_path / "resolved.toml") == tiny_config()
     assert not (tmp_path / "new").exists()
