@@ -135,7 +135,9 @@ def open_run(
         inputs = find_inputs(config, _rewards(config))
         changes: list[Row] = []
         if origin is not None:
-            changes = _accepted(origin, _data_of(origin), inputs, 0, accept_changes)
+            then = read_inputs(origin) or {}
+            # A warm start depends on data alone.
+            changes = _accepted(origin, _of_data(then), _of_data(inputs), 0, accept_changes)
         if not dry:
             if origin is not None:
                 _copy_warm_start(origin, directory, config)
@@ -269,9 +271,7 @@ def _new_config(origin: Path | None, named: Settings) -> tuple[TrainConfig, list
     return dataclasses.replace(config, run=run), [note]
 
 
-def _data_of(origin: Path) -> Inputs:
-    """The inputs that a warm start depends on."""
-    inputs = read_inputs(origin) or {}
+def _of_data(inputs: Inputs) -> Inputs:
     return {key: value for key, value in inputs.items() if key.startswith("data.")}
 
 

@@ -57,6 +57,20 @@ def test_the_run_learns_from_the_users_reward(own):
     }
 
 
+def test_a_fork_has_the_users_reward_as_it_is_now(own, tmp_path):
+    other = tmp_path / "other.py"
+    other.write_text((own / "reward.py").read_text())
+    changed = "-s", f"rewards.generate={{ '{other}:brightness' = 1.0 }}"
+    for name, flags in (("same", ()), ("control", ("--shuffle-rewards",)), ("other", changed)):
+        fork = command("train", tmp_path / name, "--from", own / "run", "--no-report", *flags)
+        assert fork.exit_code == 0, fork.output
+        assert command("train", tmp_path / name, "--steps", 4, "--no-report").exit_code == 0
+    other.write_text(other.read_text() + "\n")
+    result = command("train", tmp_path / "other", "--steps", 5)
+    assert result.exit_code == 2
+    assert "the code in" in result.stderr
+
+
 def test_drawings_without_a_rule_are_neither_right_nor_wrong(own):
     for row in read_evals(own / "run"):
         assert row["understand/total"] == 3
