@@ -280,16 +280,20 @@ __device__ __forceinline__ T over_block(T value, const Join& join, T* scratch) {
 
 // ---- Loads and stores of 16 bytes ----
 
+// 16 bytes of which some may be around an array, and are not used: allocations are whole multiples of them.
+#ifdef LVRPO_EMULATE
+using emulate::aligned_16;
+#else
+__device__ __forceinline__ uint4 aligned_16(const uint4* at) { return *at; }
+#endif
+
 template <typename T>
 struct alignas(16) Pack {
   static constexpr int SIZE = 16 / sizeof(T);
   uint32_t word[4];
 
   // From an address that is a multiple of 16.
-  __device__ __forceinline__ void read(const T* from) {
-    const uint4 four = *reinterpret_cast<const uint4*>(from);
-    word[0] = four.x, word[1] = four.y, word[2] = four.z, word[3] = four.w;
-  }
+  __device__ __forceinline__ void read(const T* from) { set(*reinterpret_cast<const uint4*>(from)); }
   __device__ __forceinline__ void write(T* to) const {
     // As one number: nvcc takes a uint4 apart, and does not always find its four words together again.
     const uint64_t low = static_cast<uint64_t>(word[1]) << 32 | word[0], high = static_cast<uint64_t>(word[3]) << 32 | word[2];
@@ -302,10 +306,10 @@ struct alignas(16) Pack {
     if (at == begin) return read(from);
     const unsigned bytes = static_cast<unsigned>(at - begin), words = bytes / 4, bits = bytes % 4 * 8;
     // From the pointer and not from its number, of which nvcc would not know in what memory it is.
-    const char* aligned = reinterpret_cast<const char*>(from) - bytes;
+    const uint4* aligned = reinterpret_cast<const uint4*>(reinterpret_cast<const char*>(from) - bytes);
     Pack low, high;
-    low.read(reinterpret_cast<const T*>(aligned));
-    high.read(reinterpret_cast<const T*>(aligned + 16));
+    low.set(aligned_16(aligned));
+    high.set(aligned_16(aligned + 1));
     uint32_t all[8];
 #pragma unroll
     for (int i = 0; i < 4; ++i) all[i] = low.word[i], all[4 + i] = high.word[i];
@@ -319,6 +323,9 @@ struct alignas(16) Pack {
       word[i] = static_cast<uint32_t>((static_cast<uint64_t>(all[i + 1]) << 32 | all[i]) >> bits);
   }
 
+  __device__ __forceinline__ void set(const uint4& four) {
+    word[0] = four.x, word[1] = four.y, word[2] = four.z, word[3] = four.w;
+  }
   __device__ __forceinline__ acc_t<T> operator[](int i) const {
     T value;
     memcpy(&value, reinterpret_cast<const char*>(word) + i * sizeof(T), sizeof(T));
