@@ -54,7 +54,8 @@ class Guidance:
     """Classifier-free guidance of a drawing, by the model's velocity without the words.
 
     Attributes:
-        params: see `lvrpo.ops.guided_velocity`; no branch without an image is evaluated.
+        params: see `lvrpo.ops.guided_velocity`. A drawing that has pictures to be edited is guided
+            by the velocity without these, too, unless `image_scale` is 1; any other has none.
         until: a time in [0, 1]. Steps from times above it are guided; BAGEL's `cfg_interval` is
             (0.4, 1).
     """

@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple, Protocol, get_args
 
 import torch
 from torch import Tensor
@@ -25,13 +25,25 @@ from lvrpo.params.flow import GuidanceParams
 TextGroup = tuple[Example, Sequence[Sequence[int]]]
 #: A prompt and how many noisy pictures hang below it.
 PictureGroup = tuple[Example, int]
+#: What of its prompt a noisy picture hangs below: guidance takes some away.
+Branch = Literal["whole", "without words", "without pictures"]
+#: The number of a noisy picture, and the branch that it is laid out in.
+LaidOut = tuple[int, Branch]
 
 
 class GuidedPictures(NamedTuple):
-    """Noisy pictures whose velocity is guided, by that of the same picture without its words."""
+    """Noisy pictures whose velocity is guided, by those of the same picture with less before it.
+
+    That is without its words, and where `guided_by_image` says so without its input images, too.
+    """
 
     params: GuidanceParams
     which: Tensor  # [M_total] bool, on the host
+
+
+def guided_by_image(params: GuidanceParams, example: Example) -> bool:
+    """Whether guidance takes the velocity without input images: there are some, and a scale."""
+    return params.image_scale != 1 and bool(example.images)
 
 
 class Batch(Protocol):
@@ -94,8 +106,11 @@ class Layout(Protocol):
     def prompt(self, example: Example) -> Builder:
         """A buffer with one prompt in it, whose last span its completions continue."""
 
-    def unconditional(self, example: Example) -> Builder:
+    def without_words(self, example: Example) -> Builder:
         """A request to draw without its words, but with its pictures; may be empty."""
+
+    def without_pictures(self, example: Example) -> Builder:
+        """A request to draw with its words, but without its pictures; may be empty."""
 
 
 @dataclass(frozen=True)
@@ -124,28 +139,67 @@ class Pack:
         return dataclasses.replace(self, **moved, guided=guided)
 
 
+class Branches(NamedTuple):
+    """Pictures that are guided by the same branches, [m] of the M of `GuidedRows`."""
+
+    which: Tensor  # [m] int64, ascending, of the M
+    without_words: Tensor  # [m] int64
+    without_pictures: Tensor | None  # [m] int64; None: by the words alone
+
+    def to(self, device: torch.device | str) -> Branches:
+        """The same with its tensors on `device`."""
+        edits = self.without_pictures
+        moved = None if edits is None else edits.to(device)
+        return Branches(self.which.to(device), self.without_words.to(device), moved)
+
+
 @dataclass(frozen=True)
 class GuidedRows:
     """Where a pack has the velocities that guidance needs, counted over the pictures laid out."""
 
     params: GuidanceParams
-    pictures: Tensor  # [M] int64, each picture with its words
-    unconditional: Tensor  # [m] int64, the guided ones without
-    guided: Tensor  # [m] int64, ascending: which of the M those are
+    pictures: Tensor  # [M] int64, each picture with all that is before it
+    branches: tuple[Branches, ...]
+
+    @classmethod
+    def of(cls, params: GuidanceParams, laid_out: Sequence[LaidOut]) -> GuidedRows:
+        """Those of M pictures laid out in any order, each once with all that is before it."""
+        place = {its: place for place, its in enumerate(laid_out)}
+
+        def places(numbers: Sequence[int], branch: Branch) -> Tensor:
+            return torch.tensor([place[number, branch] for number in numbers])
+
+        whole, words, edits = (
+            sorted(number for number, its in laid_out if its == branch)
+            for branch in get_args(Branch)
+        )
+        words = sorted(set(words) - set(edits))
+        branches = []
+        if words:
+            branches.append(Branches(torch.tensor(words), places(words, "without words"), None))
+        if edits:
+            without = places(edits, "without words"), places(edits, "without pictures")
+            branches.append(Branches(torch.tensor(edits), *without))
+        return cls(params, places(whole, "whole"), tuple(branches))
 
     def to(self, device: torch.device | str) -> GuidedRows:
         """The same with its tensors on `device`."""
-        names = ("pictures", "unconditional", "guided")
-        moved = {name: getattr(self, name).to(device) for name in names}
-        return dataclasses.replace(self, **moved)
+        branches = (branch.to(device) for branch in self.branches)
+        return GuidedRows(self.params, self.pictures.to(device), tuple(branches))
 
     def velocity(self, laid_out: Tensor, backend: str | None) -> Tensor:
         """[M, n, c] velocities, guided where they are, of those of all pictures laid out."""
-        velocity = laid_out[self.pictures]
-        pushed = guided_velocity(
-            velocity[self.guided], laid_out[self.unconditional], params=self.params, backend=backend
-        )
-        return velocity.index_copy(0, self.guided, pushed.to(velocity.dtype))
+        guided = velocity = laid_out[self.pictures]
+        for which, words, pictures in self.branches:
+            pushed = guided_velocity(
+                velocity[which],
+                laid_out[words],
+                None if pictures is None else laid_out[pictures],
+                params=self.params,
+                backend=backend,
+            )
+            guided = guided.index_copy(0, which, pushed.to(velocity.dtype))
+        return guided
 
 
 def pack_groups(
@@ -174,7 +228,8 @@ def pack_groups(
         max_rows: token budget.
         share_prompts: False lays the prompt out again for every completion, as trainers without
             shared prefixes do: what sharing is compared with.
-        guided: pictures that are laid out without their words, too; None: none.
+        guided: pictures that are laid out without their words, too, and without the pictures
+            before them, where they are guided by these; None: none.
 
     Raises:
         ValueError: a group is empty, a completion has no tokens, or the latents or their times are
@@ -199,7 +254,7 @@ class _Part:
     rows: int
     texts: Sequence[Sequence[int]] = ()
     pictures: int = 0
-    unconditional: Builder | None = None  # None: no picture is guided
+    branches: Sequence[tuple[Branch, Builder]] = ()  # that guided pictures have beside the whole
 
 
 def _parts(
@@ -215,19 +270,22 @@ def _parts(
         for some, rows in _divide(prompt.rows, lengths, most):
             yield _Part(prompt, rows, texts=completions[some])
     per_picture = _rows_of_a_picture(layout) if pictures else 0
-    twice = [False] * sum(count for _, count in pictures)
+    which = [False] * sum(count for _, count in pictures)
     if guided is not None:
-        twice = guided.which.tolist()
-    first = 0
+        which = guided.which.tolist()
     for example, count in pictures:
         prompt = layout.prompt(example)
-        unconditional = layout.unconditional(example) if guided is not None else None
-        shared = prompt.rows + (unconditional.rows if unconditional is not None else 0)
-        lengths = [per_picture * (1 + is_guided) for is_guided in twice[first : first + count]]
-        first += count
+        branches: list[tuple[Branch, Builder]] = []
+        if guided is not None:
+            branches.append(("without words", layout.without_words(example)))
+            if guided_by_image(guided.params, example):
+                branches.append(("without pictures", layout.without_pictures(example)))
+        shared = prompt.rows + sum(builder.rows for _, builder in branches)
+        lengths = [per_picture * (1 + len(branches) * is_guided) for is_guided in which[:count]]
+        del which[:count]
         for some, rows in _divide(shared, lengths, most):
             number = some.stop - some.start
-            yield _Part(prompt, rows, pictures=number, unconditional=unconditional)
+            yield _Part(prompt, rows, pictures=number, branches=branches)
 
 
 def _rows_of_a_picture(layout: Layout) -> int:
@@ -260,7 +318,7 @@ class _OpenPack:
         self.layout, self.guided = layout, guided
         self.builder = layout.builder()
         self.first = completion, token, picture
-        self.laid_out: list[int] = []  # the number of each noisy picture; one without words is < 0
+        self.laid_out: list[LaidOut] = []
         self.token_ids: list[int] = []
         self.text_spans: list[int] = []
         self.pictures = 0
@@ -273,16 +331,17 @@ class _OpenPack:
         numbers = range(self.pictures, self.pictures + part.pictures)
         for number in numbers:
             self.builder.noise(*self.layout.latent_grid, parent=prompt)
-            self.laid_out.append(number)
+            self.laid_out.append((number, "whole"))
         self.pictures += part.pictures
-        if self.guided is None or part.unconditional is None:
+        if self.guided is None:
             return
         which = self.guided.which[self.first[2] :]
-        root = self.builder.append(part.unconditional) if part.unconditional.rows else -1
-        for number in numbers:
-            if which[number]:
-                self.builder.noise(*self.layout.latent_grid, parent=root)
-                self.laid_out.append(~number)
+        for branch, before in part.branches:
+            root = self.builder.append(before) if before.rows else -1
+            for number in numbers:
+                if which[number]:
+                    self.builder.noise(*self.layout.latent_grid, parent=root)
+                    self.laid_out.append((number, branch))
 
     def _end(self) -> tuple[int, int, int]:
         completion, token, picture = self.first
@@ -296,13 +355,9 @@ class _OpenPack:
         return _OpenPack(self.layout, *self._end(), self.guided)
 
     def _guided_rows(self) -> GuidedRows | None:
-        if self.guided is None or min(self.laid_out, default=0) >= 0:
+        if self.guided is None or len(self.laid_out) == self.pictures:
             return None
-        places = torch.tensor(self.laid_out, dtype=torch.int64)
-        without = (places < 0).nonzero().flatten()
-        return GuidedRows(
-            self.guided.params, (places >= 0).nonzero().flatten(), without, ~places[without]
-        )
+        return GuidedRows.of(self.guided.params, self.laid_out)
 
     def close(self, latents: Tensor | None, timesteps: Tensor | None) -> Pack:
         completions, tokens, pictures = map(slice, self.first, self._end())
@@ -312,7 +367,7 @@ class _OpenPack:
             per_picture = self.layout.latent_shape[0]
             latents, timesteps = latents[pictures], timesteps[pictures]
             if self.guided is not None:
-                order = torch.tensor([max(number, ~number) for number in self.laid_out])
+                order = torch.tensor([number for number, _ in self.laid_out])
                 latents, timesteps = latents[order.to(latents.device)], timesteps[order]
             batch = self.builder.build(
                 latents.flatten(0, 1), timesteps.repeat_interleave(per_picture)

@@ -40,6 +40,7 @@ CHANGEABLE = RATE | {
     "eval.min_p",
     "eval.repetition_penalty",
     "eval.guidance",
+    "eval.guidance_image",
     "eval.guidance_renorm",
     "eval.guidance_renorm_min",
     "eval.guidance_until",

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from lvrpo.data.example import SKILLS, Example, Skill
-from lvrpo.models.packs import Layout, PictureGroup, TextGroup, pack_groups
+from lvrpo.models.packs import Layout, PictureGroup, TextGroup, guided_by_image, pack_groups
 from lvrpo.planning.forecast import Plan, Sampled, Work
 from lvrpo.planning.memory import Numerics
 from lvrpo.planning.rows import Rows
@@ -20,7 +20,7 @@ from lvrpo.runs.setup import Setup
 from lvrpo.trainer.config import ConfigError, RolloutSection, TrainConfig
 from lvrpo.trainer.evaluate import CHUNK
 from lvrpo.trainer.objective import Objective
-from lvrpo.trainer.schedule import flow_schedule
+from lvrpo.trainer.schedule import flow_guidance, flow_schedule
 from lvrpo.trainer.task import training_examples, warm_start_examples
 
 
@@ -127,9 +127,8 @@ def step_of(
     sampled = sampling_of(layout, rollout, questions, drawings, group=rollout.group_size)
     answer = [0] * rollout.max_answer_tokens
     texts = [(example, [answer] * rollout.group_size) for example in questions]
-    # A guided picture is laid out without its words, too; here as if every step were guided.
-    noisy = rollout.group_size * sampled.trained * (1 if rollout.guidance == 1 else 2)
-    pictures = [(example, noisy) for example in drawings]
+    noisy = rollout.group_size * sampled.trained
+    pictures = [(example, noisy * _branches(rollout, example)) for example in drawings]
     buffers: list[Rows] = []
     separate = Rows()
     count = optimizer.minibatches
@@ -157,7 +156,7 @@ def sampling_of(
 ) -> Work:
     """The sampling alone of a step, with so many samples of each prompt."""
     longest = [0] * rollout.max_answer_tokens
-    noisy = group * (1 if rollout.guidance == 1 else 2)
+    pictures = [(example, group * _branches(rollout, example)) for example in drawings]
     answers = [(example, [[*longest, 0]] * group) for example in questions]
     return Work(
         texts=Sampled(
@@ -168,7 +167,7 @@ def sampling_of(
             passes=rollout.max_answer_tokens - 1,
         ),
         pictures=Sampled(
-            sum(_buffers(layout, [], [(example, noisy) for example in drawings]), Rows()),
+            sum(_buffers(layout, [], pictures), Rows()),
             _prompts(layout, drawings),
             samples=len(drawings) * group,
             passes=rollout.denoise_steps,
@@ -176,6 +175,12 @@ def sampling_of(
         picture=layout.latent_shape,
         trained=len(flow_schedule(rollout).stochastic_steps),
     )
+
+
+def _branches(rollout: RolloutSection, example: Example) -> int:
+    """How often a drawing is laid out, as if every step were guided: whole, and with less."""
+    guidance = flow_guidance(rollout)
+    return 1 if guidance is None else 2 + guided_by_image(guidance.params, example)
 
 
 def _prompts(layout: Layout, examples: Sequence[Example]) -> Rows:

@@ -90,6 +90,13 @@ class UnifiedFamily:
                 check_shown(row["task"], row["uid"], row["prompt"], images=images, videos=videos)
             except ValueError as error:
                 raise ConfigError(f"data: {error}") from error
+        for key in ("rollout", "eval"):
+            scale = getattr(self.config, key).guidance_image
+            if scale != 1:
+                raise ConfigError(
+                    f"{key}.guidance_image is {scale}, expected 1: it is of pictures to be edited, "
+                    "and the unified model edits none"
+                )
         section = self.config.model
         channels, height, width = data.source.picture_shape
         for key in ("image_patch", "latent_patch"):

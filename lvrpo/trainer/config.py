@@ -217,6 +217,7 @@ class RolloutSection:
     window: Literal["first", "sliding", "random"] = "random"  # where it is in a policy step
     window_interval: Positive = 25  # policy steps before a sliding window moves on by one
     guidance: Scale = 1.0  # of drawings, sampled and trained; 1: none
+    guidance_image: Scale = 1.0  # of edits, by the velocity without their pictures; 1: none
     guidance_renorm: Renorm = "global"
     guidance_renorm_min: Share = 0.0
     guidance_until: Share = 0.4  # guided from the noise, at time 1, to this time
@@ -233,6 +234,7 @@ class RolloutSection:
                 f"rollout.noise_level is {self.noise_level}, expected at most 1 where "
                 "rollout.dynamics is 'cps'"
             )
+        _check_guidance("rollout", self)
         if self.min_answer_tokens > self.max_answer_tokens:
             raise ValueError(
                 f"rollout.min_answer_tokens is {self.min_answer_tokens}, expected 0 to "
@@ -258,6 +260,7 @@ class EvalSection:
     min_p: Share = 0.0
     repetition_penalty: Penalty = 1.0
     guidance: Scale = 1.0  # of drawings; 1: no further way
+    guidance_image: Scale = 1.0  # of edits, by the velocity without their pictures; 1: none
     guidance_renorm: Renorm = "global"
     guidance_renorm_min: Share = 0.0
     guidance_until: Share = 0.4  # guided from the noise, at time 1, to this time
@@ -268,6 +271,7 @@ class EvalSection:
             raise ValueError(
                 f"eval.temperature is {self.temperature}, expected 0 or a number in [0.0001, 10000]"
             )
+        _check_guidance("eval", self)
         off = {"top_k": 0, "top_p": 1.0, "min_p": 0.0, "repetition_penalty": 1.0}
         for name, value in off.items():
             if not self.temperature and getattr(self, name) != value:
@@ -276,6 +280,15 @@ class EvalSection:
                     "eval.temperature is 0: nothing is sampled with it"
                 )
         return self
+
+
+def _check_guidance(key: str, section: RolloutSection | EvalSection) -> None:
+    """See that images guide only what the words do, too: BAGEL guides nothing else."""
+    if section.guidance == 1 and section.guidance_image != 1:
+        raise ValueError(
+            f"{key}.guidance_image is {section.guidance_image}, expected 1 where {key}.guidance is "
+            "1: nothing is guided"
+        )
 
 
 @dataclass(frozen=True, config=STRICT)

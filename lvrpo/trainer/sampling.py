@@ -60,8 +60,12 @@ class WayOfSampling:
             return {"temperature": self.texts.temperature, **changed}
         assert self.schedule is not None
         told = {"dynamics": self.schedule.dynamics, "start_noise": self.start_noise}
-        guided = {} if self.guidance is None else {"guidance": self.guidance.params.text_scale}
-        return {**told, **guided}
+        if self.guidance is not None:
+            scales = self.guidance.params
+            told["guidance"] = scales.text_scale
+            if scales.image_scale != 1:
+                told["guidance_image"] = scales.image_scale
+        return told
 
     def draw(self, policy: Policy, prompts: Sequence[Example], *, seed: int, step: int) -> Samples:
         """Sample every prompt `group_size` times, those of a prompt one after the other.

@@ -50,6 +50,7 @@ def flow_guidance(section: RolloutSection | EvalSection) -> Guidance | None:
         return None
     params = GuidanceParams(
         text_scale=section.guidance,
+        image_scale=section.guidance_image,
         renorm=section.guidance_renorm,
         renorm_min=section.guidance_renorm_min,
     )

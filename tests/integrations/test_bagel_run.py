@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -113,7 +114,8 @@ def test_it_answers_and_draws_in_one_run(tmp_path, guidance):
     lvrpo("eval", run)
 
 
-def test_it_edits(tmp_path):
+@pytest.mark.parametrize("image_scale", [1.0, 1.5])
+def test_it_edits(tmp_path, image_scale):
     """Rewards see the picture that was edited; `lvrpo sample --edit` draws it anew."""
     config, run = write(tmp_path), tmp_path / "run"
     for split in ("train", "test"):
@@ -126,7 +128,8 @@ def test_it_edits(tmp_path):
         "    sources = [float(example.image.mean()) for example in samples.examples]\n"
         "    return [float(x.mean()) - s for x, s in zip(samples.images, sources)]\n"
     )
-    lvrpo("train", run, "--config", config, "--set", "rollout.guidance=4.0")
+    scales = "rollout.guidance=4.0", f"rollout.guidance_image={image_scale}"
+    lvrpo("train", run, "--config", config, *chain.from_iterable(("--set", key) for key in scales))
     steps = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert abs(steps[1]["ratio/image/max"] - 1) < 1e-5
     image, output = tmp_path / "test0.png", tmp_path / "edited.png"

@@ -154,6 +154,14 @@ def test_more_pictures_than_the_unified_model_reads(tmp_path, split, change, giv
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize("section", ["rollout", "eval"])
+def test_a_model_that_edits_nothing_is_not_guided_by_pictures(tmp_path, section):
+    scales = f"{section}.guidance=4.0", f"{section}.guidance_image=1.5"
+    message = refused("train", tmp_path / "run", *settings([*OVERRIDES, *scales]))
+    assert message.startswith(f"{section}.guidance_image is 1.5, expected 1: it is of pictures to ")
+    assert not (tmp_path / "run").exists()
+
+
 def test_eval_with_more_pictures_than_the_unified_model_reads(trained, tmp_path):
     Image.new("L", (16, 16)).save(tmp_path / "a.png")
     row = {"task": "understand", "prompt": "which", "images": ["a.png"] * 2, "answer": "3"}

@@ -70,6 +70,14 @@ BAD = {
     "an empty stop string": (["rollout.stop=['']"], r"rollout.stop is \[''\], expected strings"),
     "more tokens than the most": (["rollout.min_answer_tokens=9"], "min_answer_tokens is 9, .*8"),
     "a sampling that is off": (["eval.top_p=0.5"], "eval.top_p is 0.5, expected 1.0 where eval.t"),
+    "an image that guides alone": (
+        ["rollout.guidance_image=1.5"],
+        "rollout.guidance_image is 1.5, expected 1 where rollout.guidance is 1: nothing is guided",
+    ),
+    "an image that guides an eval alone": (
+        ["eval.guidance_image=0.5", "rollout.guidance=4"],
+        "eval.guidance_image is 0.5, expected 1 where eval.guidance is 1: nothing is guided",
+    ),
     "an overflowing eval": (["eval.temperature=1e-9"], "eval.temperature is 1e-09, expected 0 or"),
     "advantage": (["rewards.advantage=best"], "rewards.advantage is 'best'"),
     "noise": (["warm_start.label_noise=2"], "label_noise is 2"),

@@ -177,6 +177,10 @@ def test_ways_end_answers_alike_and_differ_in_what_they_sample_from():
     assert settings_of["temperature 1"] == {"temperature": 1.0}
     (guided,) = as_configured(tiny_config("eval.guidance=4", "eval.guidance_until=0.3"), "generate")
     assert guided.settings == {"dynamics": "ode", "start_noise": 1.0, "guidance": 4.0}
+    scales = "eval.guidance=4", "eval.guidance_image=1.5"
+    (edited,) = as_configured(tiny_config(*scales), "generate")
+    assert edited.settings == guided.settings | {"guidance_image": 1.5}
+    assert (edited.guidance.params.text_scale, edited.guidance.params.image_scale) == (4.0, 1.5)
     assert guided.guidance.until == 0.3
     assert as_configured(CONFIG, "understand") == as_configured(CONFIG, "generate") == []
 

@@ -152,12 +152,19 @@ class BagelPolicy(PackedPolicy):
             span = builder.clean(latents[0].cpu(), height, width, span)
         return builder.read(resize(picture, self.sides), span)
 
-    def add_unconditional(self, builder: PackBuilder, example: Example) -> int:
+    def add_without_words(self, builder: PackBuilder, example: Example) -> int:
         """See `PackedPolicy`; BAGEL's drawing without a text has no context but pictures."""
         assert isinstance(builder, BagelBuilder)
         span = ROOT
         for picture in example.images:
             span = self._add_picture(builder, picture, span, "generate")
+        return span
+
+    def add_without_pictures(self, builder: PackBuilder, example: Example) -> int:
+        """See `PackedPolicy`; words that a picture has parted stay texts of their own."""
+        span = ROOT
+        for words in words_of_parts(example):
+            span = builder.text(self._text_ids(words), span)
         return span
 
     def prompt_ids(self, example: Example) -> list[int]:

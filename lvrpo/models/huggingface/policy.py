@@ -108,13 +108,15 @@ class HuggingFacePolicy:
         """
         raise ValueError(f"{self._name} cannot draw, expected no pictures to encode")
 
-    def unconditional(self, example: Example) -> PromptBuilder:
+    def without_words(self, example: Example) -> PromptBuilder:
         """Refused: see `skills`.
 
         Raises:
             ValueError: always.
         """
         raise ValueError(f"{self._name} cannot draw, expected questions alone")
+
+    without_pictures = without_words
 
     def packs(
         self,

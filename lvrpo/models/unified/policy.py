@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from typing import ClassVar, TypeVar
@@ -23,7 +23,17 @@ from lvrpo.data.example import SKILLS, Example, Skill
 from lvrpo.data.marks import IMAGE_MARK
 from lvrpo.models.answer_sampler import AnswerSampler
 from lvrpo.models.flow import FlowSchedule, Guidance, drawn_noise
-from lvrpo.models.packs import GuidedPictures, Pack, PictureGroup, TextGroup, pack_groups
+from lvrpo.models.packs import (
+    Branch,
+    GuidedPictures,
+    GuidedRows,
+    LaidOut,
+    Pack,
+    PictureGroup,
+    TextGroup,
+    guided_by_image,
+    pack_groups,
+)
 from lvrpo.models.protocol import (
     Answers,
     DivergedError,
@@ -41,7 +51,6 @@ from lvrpo.models.unified.layout import ROOT, PackBuilder
 from lvrpo.models.unified.model import PackedBatch, PackedModel, UnifiedModel
 from lvrpo.models.unified.tokenizer import BOS, DRAW, EOS, IMAGE, IMAGE_END, Tokenizer
 from lvrpo.ops.flow_step import flow_step
-from lvrpo.ops.guided_velocity import guided_velocity
 
 Renewed = TypeVar("Renewed", bound="PackedPolicy")
 
@@ -73,11 +82,15 @@ class PackedPolicy(ABC):
         """Lay out the picture (if any) and the words of a prompt; returns its last span."""
 
     @abstractmethod
-    def add_unconditional(self, builder: PackBuilder, example: Example) -> int:
+    def add_without_words(self, builder: PackBuilder, example: Example) -> int:
         """Lay out a request to draw without its words; returns its last span, `ROOT` for none.
 
         It is the same for all requests without a picture to be edited.
         """
+
+    @abstractmethod
+    def add_without_pictures(self, builder: PackBuilder, example: Example) -> int:
+        """Lay out the words of a request to draw alone; returns the last span, `ROOT` for none."""
 
     @abstractmethod
     def prompt_ids(self, example: Example) -> list[int]:
@@ -135,10 +148,16 @@ class PackedPolicy(ABC):
         self.add_prompt(builder, example)
         return builder
 
-    def unconditional(self, example: Example) -> PackBuilder:
+    def without_words(self, example: Example) -> PackBuilder:
         """A buffer with a request to draw without its words."""
         builder = self.builder()
-        self.add_unconditional(builder, example)
+        self.add_without_words(builder, example)
+        return builder
+
+    def without_pictures(self, example: Example) -> PackBuilder:
+        """A buffer with a request to draw without its pictures."""
+        builder = self.builder()
+        self.add_without_pictures(builder, example)
         return builder
 
     def packs(
@@ -226,44 +245,14 @@ class PackedPolicy(ABC):
         step: int,
     ) -> Pictures:
         """See `lvrpo.models.protocol.Policy`."""
-        builder = self.builder()
-        prompt_rows: list[int] = []
-        noise_rows: list[int] = []
-        for example in examples:
-            first = builder.rows
-            prompt = self.add_prompt(builder, example)
-            prompt_rows.extend(range(first, builder.rows))
-            for _ in range(group_size):
-                picture = builder.noise(*self.latent_grid, parent=prompt)
-                noise_rows.extend(range(builder.start(picture), builder.end(picture)))
-        unguided_rows = list(noise_rows)
-        if guidance is not None:
-            # Without its words a prompt is like any other: neighbours have it once, but for edits.
-            for _, alike in groupby(examples, lambda each: each.uid if each.images else ""):
-                its = list(alike)
-                first = builder.rows
-                unconditional = self.add_unconditional(builder, its[0])
-                prompt_rows.extend(range(first, builder.rows))
-                for _ in range(len(its) * group_size):
-                    picture = builder.noise(*self.latent_grid, parent=unconditional)
-                    noise_rows.extend(range(builder.start(picture), builder.end(picture)))
-        run = CachedPass(self.module, builder.build(), torch.tensor(prompt_rows), self.backend)
-        unguided = run.part(torch.tensor(unguided_rows))
-        guided = run.part(torch.tensor(noise_rows)) if guidance is not None else unguided
-
+        drawings = _Drawings(self, examples, group_size, guidance)
         start, of_steps = self._noise(examples, group_size, schedule.num_steps, seed, step)
         x = start * start_noise
         latents, velocities, noise, steps = [], [], [], []
         for k in range(schedule.num_steps):
             coefficients = schedule.coefficients(k, device=self.device)
             time = float(schedule.times[k])
-            if guidance is not None and guidance.guides(time):
-                both = run.run_latents(*guided, torch.cat([x, x]), time)
-                velocity = guided_velocity(
-                    *both.chunk(2), params=guidance.params, backend=self.backend
-                )
-            else:
-                velocity = run.run_latents(*unguided, x, time)
+            velocity = drawings.velocity(x, time)
             stochastic = k in schedule.stochastic_steps
             z = of_steps[:, k] if stochastic else None
             if stochastic:
@@ -303,6 +292,73 @@ class PackedPolicy(ABC):
         return drawn_noise(streams[:, 0], self.latent_shape, self.backend), streams[:, 1:]
 
 
+class _Drawings:
+    """The velocity of drawings on their way, guided or not; their prompts are computed once.
+
+    Args:
+        policy: that draws.
+        examples: drawing prompts.
+        group_size: drawings of each.
+        guidance: of the velocity; None: the model's own.
+    """
+
+    def __init__(
+        self,
+        policy: PackedPolicy,
+        examples: Sequence[Example],
+        group_size: int,
+        guidance: Guidance | None,
+    ) -> None:
+        self.policy, self.examples, self.group_size = policy, examples, group_size
+        self.guidance = guidance
+        self.builder = policy.builder()
+        self.prompt_rows: list[int] = []
+        self.noise_rows: list[int] = []
+        self.laid_out: list[LaidOut] = []
+        prompts = range(len(examples))
+        for i in prompts:
+            self._lay_out("whole", policy.add_prompt, [i])
+        unguided_rows = torch.tensor(self.noise_rows)
+        if guidance is not None:
+            # Without its words a prompt is like any other: neighbours have it once, but for edits.
+            for _, alike in groupby(prompts, lambda i: examples[i].images and examples[i].uid):
+                self._lay_out("without words", policy.add_without_words, list(alike))
+            for i in prompts:
+                if guided_by_image(guidance.params, examples[i]):
+                    self._lay_out("without pictures", policy.add_without_pictures, [i])
+        layout, prompt_rows = self.builder.build(), torch.tensor(self.prompt_rows)
+        self.run = CachedPass(policy.module, layout, prompt_rows, policy.backend)
+        self.unguided = self.run.part(unguided_rows)
+        if guidance is not None:
+            self.guided = self.run.part(torch.tensor(self.noise_rows))
+            self.rows = GuidedRows.of(guidance.params, self.laid_out).to(policy.device)
+            samples = [sample for sample, _ in self.laid_out]
+            self.order = torch.tensor(samples, device=policy.device)
+
+    def _lay_out(
+        self,
+        branch: Branch,
+        add: Callable[[PackBuilder, Example], int],
+        alike: Sequence[int],
+    ) -> None:
+        """What the branch leaves of these prompts, the same of each, and all their drawings."""
+        first = self.builder.rows
+        parent = add(self.builder, self.examples[alike[0]])
+        self.prompt_rows.extend(range(first, self.builder.rows))
+        for prompt in alike:
+            for sample in range(prompt * self.group_size, (prompt + 1) * self.group_size):
+                noise = self.builder.noise(*self.policy.latent_grid, parent=parent)
+                self.noise_rows.extend(range(self.builder.start(noise), self.builder.end(noise)))
+                self.laid_out.append((sample, branch))
+
+    def velocity(self, x: Tensor, time: float) -> Tensor:
+        """[N, n, c] of the latents `x` [N, n, c] at one time."""
+        if self.guidance is None or not self.guidance.guides(time):
+            return self.run.run_latents(*self.unguided, x, time)
+        laid_out = self.run.run_latents(*self.guided, x[self.order], time)
+        return self.rows.velocity(laid_out, self.policy.backend)
+
+
 @dataclass(frozen=True)
 class UnifiedPolicy(PackedPolicy):
     """The unified model, its words and its autoencoder, which is on the module's device."""
@@ -327,9 +383,13 @@ class UnifiedPolicy(PackedPolicy):
             span = builder.picture(example.image, IMAGE, IMAGE_END, span)
         return builder.text(self.prompt_ids(example), span)
 
-    def add_unconditional(self, builder: PackBuilder, example: Example) -> int:
+    def add_without_words(self, builder: PackBuilder, example: Example) -> int:
         """See `PackedPolicy`."""
         return builder.text([BOS, DRAW])
+
+    def add_without_pictures(self, builder: PackBuilder, example: Example) -> int:
+        """See `PackedPolicy`; a request has no pictures, see `check_shown`."""
+        return self.add_prompt(builder, example)
 
     def prompt_ids(self, example: Example) -> list[int]:
         """See `PackedPolicy`."""

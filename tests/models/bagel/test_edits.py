@@ -13,10 +13,14 @@ from models.bagel.tiny import CONFIG
 from models.bagel.tiny_policy import GRID, SIDES, Letters, questions, requests, tiny_policy
 
 from lvrpo.data.example import Example
+from lvrpo.data.marks import words_of_parts
 from lvrpo.models.bagel import BagelConfig, BagelPolicy, PictureSides
 from lvrpo.models.bagel.pictures import resize
 from lvrpo.models.flow import Guidance
-from lvrpo.params.flow import GuidanceParams
+from lvrpo.models.packs import GuidedPictures
+from lvrpo.params.flow import RENORMS, GuidanceParams
+from lvrpo.runs.plan import sampling_of
+from lvrpo.trainer.config import TrainConfig
 from lvrpo.trainer.experience import Experience
 from lvrpo.trainer.loop import check_ratio
 from lvrpo.trainer.warm_start import supervised_gradient
@@ -84,7 +88,7 @@ def test_pictures_to_be_edited_stand_where_they_are_marked():
 def test_a_guided_edit_keeps_its_picture_where_it_has_no_words():
     policy = tiny_policy()
     examples = [*requests(1), *edits(4)[1:], *requests(5)[4:]]  # with and without pictures
-    guidance = Guidance(GuidanceParams(text_scale=3.0, renorm="none"))
+    guidance = Guidance(GuidanceParams(text_scale=3.0, image_scale=1.0, renorm="none"))
     found = policy.sample_images(examples, GROUP, SCHEDULE, guidance=guidance, seed=7, step=2)
     for at in range(len(examples) * GROUP):
         example = examples[at // GROUP]
@@ -95,6 +99,116 @@ def test_a_guided_edit_keeps_its_picture_where_it_has_no_words():
         assert_near(found.velocities[at, 2], without + 3 * (with_words - without))
 
 
+def published(v, without_text, without_image, params: GuidanceParams) -> torch.Tensor:
+    """The velocity [n, c] of one edit, as BAGEL's sampler guides it."""
+
+    def factor(pushed, dims):
+        norms = (x.pow(2).sum(dims, keepdim=True).sqrt() for x in (v, pushed))
+        return (next(norms) / (next(norms) + 1e-8)).clamp(params.renorm_min, 1)
+
+    text = without_text + params.text_scale * (v - without_text)
+    if params.renorm == "text_channel":
+        text = text * factor(text, 1)
+    if without_image is not None:
+        text = without_image + params.image_scale * (text - without_image)
+    over = {"global": (0, 1), "channel": 1}.get(params.renorm)
+    return text if over is None else text * factor(text, over)
+
+
+def check_image_guidance(renorm: str, image_scale: float = 1.5) -> None:
+    """Edits among other requests, some of them with several pictures among their words."""
+    policy = tiny_policy()
+    a, b = (example.image for example in questions(2, seed=3))
+    marked = Example("generate", "marked", "ab <image> c", image=a, further_images=(b,))
+    examples = [*requests(1), *edits(3)[1:], *requests(4)[3:], marked]
+    params = GuidanceParams(3.0, image_scale, renorm, renorm_min=0.6)
+    guidance = Guidance(params, until=0.7)
+    found = policy.sample_images(examples, GROUP, SCHEDULE, guidance=guidance, seed=7, step=2)
+    times = [float(SCHEDULE.times[step]) for step in found.steps]
+    assert min(times) < 0.7 < max(times)
+    for at in range(len(examples) * GROUP):
+        example = examples[at // GROUP]
+        seen = [source_splits(policy, image) for image in example.images]
+        shown = [split for source in seen for split in source]
+        if example is marked:
+            text = [words("ab "), words(" c")]
+            whole = [*seen[0], text[0], *seen[1], text[1]]
+        else:
+            text = [words(example.prompt)]
+            whole = [*shown, *text]
+        for k, time in enumerate(times):
+            x = found.latents[at, k]
+            expected = velocities(policy, whole, x, time)
+            if time > 0.7:
+                without_text = velocities(policy, shown, x, time)
+                without_image = velocities(policy, text, x, time) if seen else None
+                expected = published(expected, without_text, without_image, params)
+            assert_near(found.velocities[at, k], expected)
+
+
+@pytest.mark.parametrize("renorm", RENORMS)
+def test_edits_are_guided_by_their_pictures_as_bagels(renorm):
+    check_image_guidance(renorm)
+
+
+def test_requests_without_pictures_know_no_image_scale():
+    policy = tiny_policy()
+    found = [
+        policy.sample_images(
+            requests(3), GROUP, SCHEDULE, guidance=Guidance(params), seed=7, step=2
+        )
+        for params in (GuidanceParams(3.0, 1.0), GuidanceParams(3.0, 2.0))
+    ]
+    assert torch.equal(found[0].velocities, found[1].velocities)
+    assert torch.equal(found[0].images, found[1].images)
+
+
+@pytest.mark.parametrize("renorm", RENORMS)
+def test_the_gradient_goes_through_every_pass(renorm):
+    """That of the oracle, to all weights; without images, guided and not, too."""
+    policy, examples = tiny_policy(), [*edits(2), *requests(3)[2:]]
+    params = GuidanceParams(3.0, 1.5, renorm, renorm_min=0.6)
+    which = torch.tensor([True, True, False, True, True, False])
+    generator = torch.Generator().manual_seed(1)
+    x, weights = (
+        torch.randn(6, *policy.latent_shape, generator=generator, dtype=torch.float64)
+        for _ in range(2)
+    )
+    times = torch.tensor([0.9, 0.7, 0.8, 0.9, 0.6, 0.3])
+    (pack,) = policy.packs(
+        [], [(each, 2) for each in examples], x, times, guided=GuidedPictures(params, which)
+    )
+    (policy.forward(pack).velocity * weights).sum().backward()
+
+    named = {name: p for name, p in policy.module.named_parameters() if p.requires_grad}
+    state = policy.module.state_dict() | {
+        name: parameter.detach().clone().requires_grad_() for name, parameter in named.items()
+    }
+
+    def velocity(splits, i):
+        noise = ("noise", x[i].view(*GRID, -1), float(times[i]))
+        return oracle.run(state, CHAT, [*splits, noise])[1][-GRID[0] * GRID[1] :]
+
+    total = torch.zeros((), dtype=torch.float64)
+    for i in range(6):
+        example = examples[i // 2]
+        seen = [] if example.image is None else source_splits(policy, example.image)
+        text = [words(example.prompt)]
+        expected = velocity([*seen, *text], i)
+        if which[i]:
+            without_image = velocity(text, i) if seen else None
+            expected = published(expected, velocity(seen, i), without_image, params)
+        total = total + (expected * weights[i]).sum()
+    total.backward()
+    gradients = {
+        name: [torch.zeros_like(p) if p.grad is None else p.grad for p in (ours, state[name])]
+        for name, ours in named.items()
+    }
+    largest = max(float(theirs.abs().max()) for _, theirs in gradients.values())
+    for name, (ours, theirs) in gradients.items():
+        assert (ours - theirs).abs().max() < 1e-6 * largest, name
+
+
 def experience(policy, guidance: Guidance | None = None) -> Experience:
     generator = torch.Generator().manual_seed(1)
     examples = [*edits(2), *requests(3)[2:]]
@@ -102,7 +216,14 @@ def experience(policy, guidance: Guidance | None = None) -> Experience:
     return Experience(None, None, found, torch.randn(3 * GROUP, generator=generator))
 
 
-@pytest.mark.parametrize("guidance", [None, Guidance(GuidanceParams(text_scale=3.0))])
+@pytest.mark.parametrize(
+    "guidance",
+    [
+        None,
+        Guidance(GuidanceParams(text_scale=3.0, image_scale=1.0)),
+        *(Guidance(GuidanceParams(3.0, 2.0, renorm), until=0.5) for renorm in RENORMS),
+    ],
+)
 def test_the_update_replays_edits(guidance):
     policy = tiny_policy()
     _, metrics = gradients(policy, tiny_policy(), experience(policy, guidance))
@@ -112,15 +233,35 @@ def test_the_update_replays_edits(guidance):
 
 
 @pytest.mark.parametrize("changes", [{"max_rows": 1}, {"max_rows": 150}, {"share_prompts": False}])
-def test_however_edits_are_packed_the_gradient_is_one(changes):
+@pytest.mark.parametrize("image_scale", [1.0, 2.0])
+def test_however_edits_are_packed_the_gradient_is_one(changes, image_scale):
     policy, reference = tiny_policy(), tiny_policy(seed=1)
-    found = experience(policy, Guidance(GuidanceParams(text_scale=3.0), until=0.8))
+    found = experience(policy, Guidance(GuidanceParams(3.0, image_scale), until=0.8))
     whole, _ = gradients(policy, reference, found)
     parts, _ = gradients(policy, reference, found, **changes)
     assert whole.keys() == parts.keys()
     largest = max(gradient.abs().max() for gradient in whole.values())
     for name, gradient in whole.items():
         assert (parts[name] - gradient).abs().max() <= 1e-10 * largest, name
+
+
+@pytest.mark.parametrize(("scales", "branches"), [((1, 1), 1), ((3, 1), 2), ((3, 1.5), 3)])
+def test_a_plan_counts_an_edit_in_every_branch(scales, branches):
+    """Two prompts of four are edits."""
+    policy, clean = tiny_policy(), 0
+    for example in edits(2):
+        height, width = resize(example.image, PictureSides(TOKEN, 2 * TOKEN, 5 * TOKEN)).shape[1:]
+        clean += height * width // TOKEN**2
+    rollout = dataclasses.replace(
+        TrainConfig().rollout,
+        guidance=scales[0],
+        guidance_image=scales[1],
+        denoise_steps=3,
+        stochastic_steps=1,
+    )
+    work = sampling_of(policy, rollout, [], [*edits(2), *requests(4)[2:]], group=GROUP)
+    noisy = 2 * GROUP * (branches + min(branches, 2)) * GRID[0] * GRID[1]
+    assert work.pictures.layout.latents == noisy + clean
 
 
 def test_a_supervised_step_learns_the_targets_alone():
@@ -144,7 +285,7 @@ def test_sides_of_pictures_to_be_edited_are_bagels():
 def agrees() -> bool:
     """A guided edit has the oracle's velocity."""
     try:
-        test_a_guided_edit_keeps_its_picture_where_it_has_no_words()
+        check_image_guidance("global")
     except AssertionError:
         return False
     return True
@@ -175,12 +316,22 @@ def patches_of_the_file(self, builder, picture, span, task):
     return builder.read(resize(picture, SIDES), builder.clean(*latents_of(self, picture), span))
 
 
+def one_text(self, builder, example):
+    return builder.text(self._text_ids("".join(words_of_parts(example))), -1)
+
+
 MUTANTS = {
     "patches come first": ("_add_picture", patches_first),
     "nothing is read": ("_add_picture", latents_alone),
     "there are no latents": ("_add_picture", patches_alone),
     "patches are of the file": ("_add_picture", patches_of_the_file),
-    "guidance forgets the picture": ("add_unconditional", lambda self, builder, example: -1),
+    "guidance forgets the picture": ("add_without_words", lambda self, builder, example: -1),
+    "guidance by the picture keeps it": ("add_without_pictures", BagelPolicy.add_prompt),
+    "guidance by the picture forgets the words": (
+        "add_without_pictures",
+        lambda self, builder, example: -1,
+    ),
+    "words are one text where no picture parts them": ("add_without_pictures", one_text),
 }
 
 
