@@ -18,6 +18,7 @@ from lvrpo.rewards.reward import FunctionReward, Samples
 from lvrpo.runs.setup import Setup
 from lvrpo.runs.signals import Signals
 from lvrpo.trainer import loop, update
+from lvrpo.trainer.config import TrainConfig
 from lvrpo.trainer.journal import Snapshot
 from lvrpo.trainer.loop import train
 from lvrpo.trainer.placement import whole_tensor
@@ -37,15 +38,16 @@ class Told(NamedTuple):
 
 
 def task_of(folder: Path, overrides: Sequence[str], reward: str = "") -> Task:
-    """In fp64, so that what differs is more than rounding."""
+    """In fp64, so that what differs is more than rounding, unless the run computes in bf16."""
     setup = Setup(tiny_config(*overrides))
     parts = Setup(tiny_config()).frozen_parts(folder)
-    parts.family.autoencoder.double()
+    dtype = torch.float64 if setup.config.run.precision == "fp32" else torch.float32
+    parts.family.autoencoder.to(dtype)
     task = setup.task(parts)
 
     def new_policy() -> Policy:
         policy = setup.new_policy(parts)
-        policy.module.double()
+        policy.module.to(dtype)
         return policy
 
     make = (lambda reference: rewards_of(reward)) if reward else task.make_rewards
@@ -68,9 +70,17 @@ def run(
         saved: snapshots, and references.
         equal_passes: as if ranks had parts of the parameters.
     """
-    config = tiny_config(*overrides)
-    journal, sampled = MemoryJournal(), []
+    journal = MemoryJournal()
     journal.saved, journal.references = map(list, saved)
+    task = task_of(folder, overrides, reward)
+    return trained(tiny_config(*overrides), task, journal, equal_passes)
+
+
+def trained(
+    config: TrainConfig, task: Task, journal: MemoryJournal, equal_passes: bool = False
+) -> Told:
+    """Train, and tell what the journal was told, with what each step learned from."""
+    sampled = []
     gather = loop.gather_experience
 
     def told(*arguments: Any) -> Any:
@@ -85,7 +95,7 @@ def run(
         mock.patch.object(update, "has_parts", parts),
     ):
         try:
-            train(config, task_of(folder, overrides, reward), journal, Signals(), Ranks.joined())
+            train(config, task, journal, Signals(), Ranks.joined())
         except Exception as raised:
             error = f"{type(raised).__name__}: {raised}"
     saved_since = [list(map(whole, part)) for part in (journal.saved, journal.references)]

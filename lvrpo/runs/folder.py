@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Mapping, MutableMapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from weakref import WeakValueDictionary
 
 from torch import Tensor, nn
 
@@ -50,7 +51,8 @@ class FolderFamily:
     def __init__(self, config: TrainConfig) -> None:
         self.config = config
         self.path = Path(config.model.path)
-        self._frozen: dict[str, nn.Parameter] = {}  # one copy for all policies
+        # One copy for all policies that have it: of those that are sharded none has it whole.
+        self._frozen = WeakValueDictionary[str, nn.Parameter]()
 
     @property
     def described(self) -> str:
@@ -117,7 +119,7 @@ def require_folder(path: Path) -> None:
         )
 
 
-def share_frozen(model: nn.Module, kept: dict[str, nn.Parameter]) -> None:
+def share_frozen(model: nn.Module, kept: MutableMapping[str, nn.Parameter]) -> None:
     """Give a model the frozen parameters of another of the same folder, or keep its own for others.
 
     A policy and its reference then differ by what is trained, and the rest is in memory once.

@@ -95,7 +95,8 @@ def place_frozen(policy: Policy, run: RunSection) -> Policy:
         policy.network.to(torch.bfloat16)
     if _is_shared(run):
         _shard(policy, run, device)
-    return policy.to(device)
+    # Or else `module` would keep what was sharded whole.
+    return policy.to(device).renewed()
 
 
 def _is_shared(run: RunSection) -> bool:
