@@ -31,6 +31,10 @@ Overrides = Annotated[
     list[str] | None,
     typer.Option("--set", "-s", metavar="SECTION.KEY=VALUE", help="One key; may be repeated."),
 ]
+Device = Annotated[
+    str | None,
+    typer.Option(help="cpu, cuda or cuda:N, in place of run.device of the run."),
+]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
 
 
@@ -172,6 +176,7 @@ def evaluate(
         ),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    device: Device = None,
     debug: Debug = False,
 ) -> None:
     """Measure the newest checkpoint on held-out prompts, with 95 % intervals.
@@ -193,6 +198,7 @@ def evaluate(
             start_noises=noise or (),
             pass_at=pass_at,
             overrides=set_ or (),
+            device=device,
         )
         results, notes = evaluate_run(run, options)
         _notes(notes)
@@ -214,6 +220,7 @@ def sample(
         Path | None,
         typer.Option("--output", "-o", help="New file of the drawing; else drawing.png, -2, ..."),
     ] = None,
+    device: Device = None,
     debug: Debug = False,
 ) -> None:
     """Draw a prompt; with an image file, or of a model that does not draw, answer it."""
@@ -221,7 +228,14 @@ def sample(
 
     with one_line_errors(debug):
         said, notes = sample_prompt(
-            run, prompt, image, edit=edit, count=count, seed=seed, output=output
+            run,
+            prompt,
+            image,
+            edit=edit,
+            count=count,
+            seed=seed,
+            output=output,
+            device=device,
         )
         _notes(notes)
         for each in said:
@@ -336,6 +350,7 @@ def study_reward_attacks(
         Path | None,
         typer.Option("--output", "-o", help="JSON file; else RUN/studies/reward-attacks.json."),
     ] = None,
+    device: Device = None,
     debug: Debug = False,
 ) -> None:
     """Set drawings made to please the rewards of a run against the right ones."""
@@ -346,7 +361,7 @@ def study_reward_attacks(
         path = output or run / "studies" / "reward-attacks.json"
         if output is not None and not output.parent.is_dir():  # said before the work, not after
             fail(f"{output}: cannot be written: no folder {output.parent}")
-        found = reward_attacks(run, items=items, seed=seed)
+        found = reward_attacks(run, items=items, seed=seed, device=device)
         path.parent.mkdir(exist_ok=True)
         write_atomically(path, found.to_json().encode() + b"\n")
         typer.echo("\n".join([*found.lines(), f"study: {path}"]))

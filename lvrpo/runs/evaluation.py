@@ -57,6 +57,7 @@ class EvalOptions:
         start_noises: the same, from noise of these standard deviations.
         pass_at: samples of each prompt, for pass@k and the best of k by the reward.
         overrides: "eval.key=value" in place of the run's own [eval].
+        device: in place of the run's own `run.device`; None for that.
 
     Raises:
         ValueError: a value is wrong, or two contradict each other.
@@ -72,6 +73,7 @@ class EvalOptions:
     start_noises: Sequence[float] = ()
     pass_at: int | None = None
     overrides: Sequence[str] = ()
+    device: str | None = None
 
     def __post_init__(self) -> None:
         if self.split not in get_args(Split)[1:]:
@@ -226,9 +228,10 @@ def evaluate_run(directory: Path, options: EvalOptions) -> tuple[list[Result], l
 
     Raises:
         DataError: the data is wrong, or no rule and no answer tells what is right in it.
+        ConfigError: there is no such device here.
         ValueError: a way of sampling is named that there is no prompt for.
     """
-    setup, parts = read_run(directory)
+    setup, parts = read_run(directory, options.device)
     config, task = options.config(setup.config), setup.task(parts, options.data)
     split = cast(Split, options.split)
     prompts = {skill: held_out(task, split, skill, options.items) for skill in SKILLS}

@@ -40,7 +40,7 @@ def export_run(
         raise RunDirectoryError(f"{output}: is there already, expected the name of a new folder")
     if not output.absolute().parent.is_dir():
         raise RunDirectoryError(f"{output}: cannot be written: no folder {output.parent}")
-    setup, parts = read_run(directory)
+    setup, parts = read_run(directory, device="cpu")
     if adapter and not setup.config.model.lora_rank:
         raise ConfigError(f"--adapter: model.lora_rank is 0 in {directory}, which trains no LoRA")
     load = load_reference if reference else partial(policy_at, step=step)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
 import itertools
 from collections import Counter
@@ -24,7 +25,8 @@ from lvrpo.runs.config_file import load_config
 from lvrpo.runs.directory import RunDirectoryError, is_run, require_format
 from lvrpo.runs.gallery import save_enlarged
 from lvrpo.runs.setup import FrozenParts, Setup
-from lvrpo.trainer.placement import place_frozen
+from lvrpo.trainer.config import ConfigError
+from lvrpo.trainer.placement import place_frozen, run_device
 from lvrpo.trainer.sampling import answer_sampling
 from lvrpo.trainer.schedule import flow_guidance, flow_schedule
 from lvrpo.trainer.state import load_weights
@@ -37,17 +39,30 @@ _REQUESTS = frozenset(("draw", "paint", "sketch", "create", "generate", "render"
 _NAMED = 5  # unknown words that are told one by one
 
 
-def read_run(directory: Path) -> tuple[Setup, FrozenParts]:
+def read_run(directory: Path, device: str | None = None) -> tuple[Setup, FrozenParts]:
     """What a run is made of; no weight of its model is read.
+
+    Args:
+        directory: of the run.
+        device: in place of its `run.device`; None for that.
 
     Raises:
         RunDirectoryError: not a run, or it has only begun.
         CheckpointError: `task/` is damaged.
+        ConfigError: there is no such device here.
     """
     if not is_run(directory):
         raise RunDirectoryError(f"{directory} is not a run: it has no config.toml")
     require_format(directory)
-    setup = Setup(load_config(directory / "config.toml"))
+    config = load_config(directory / "config.toml")
+    if device is not None:
+        run = dataclasses.replace(config.run, device=device)
+        config = dataclasses.replace(config, run=run)
+    try:
+        run_device(config.run.device)
+    except ConfigError as error:
+        raise ConfigError(f"{error}; --device names another") from error
+    setup = Setup(config)
     parts = setup.saved_parts(directory)
     if parts is None or not checkpoints(directory / "checkpoints"):
         raise RunDirectoryError(f"{directory} has no checkpoint yet: lvrpo train {directory}")
@@ -60,6 +75,7 @@ def load_policy(directory: Path) -> tuple[Setup, FrozenParts, Policy]:
     Raises:
         RunDirectoryError: not a run, or no checkpoint yet.
         CheckpointError: the checkpoint is damaged.
+        ConfigError: there is no such device here.
     """
     setup, parts = read_run(directory)
     policy = policy_at(directory, setup, parts)
@@ -201,6 +217,7 @@ def sample_prompt(
     count: int,
     seed: int,
     output: Path | None,
+    device: str | None = None,
 ) -> tuple[Sequence[object], list[str]]:
     """Answer a prompt `count` times, or draw it into files, see `output_paths`.
 
@@ -211,6 +228,7 @@ def sample_prompt(
         The answers or the files, and what to know about them.
 
     Raises:
+        ConfigError: there is no such device here.
         ValueError: there is no picture to be edited, or the policy does not draw.
     """
     if edit and image is None:
@@ -218,9 +236,9 @@ def sample_prompt(
     is_drawn = edit or image is None
     if is_drawn:  # whatever cannot be written is said before anything is drawn
         output_paths(output, count)
-    setup, parts = read_run(directory)
+    setup, parts = read_run(directory, device)
     picture = _picture(image, parts)
-    policy = policy_at(directory, setup, parts)
+    policy = place_frozen(policy_at(directory, setup, parts), setup.config.run)
     draws = "generate" in policy.skills
     if edit and not draws:
         raise ValueError(f"--edit with {directory}, whose model answers and does not draw")

@@ -102,20 +102,24 @@ class RewardAttacks:
         return json.dumps(asdict(self), indent=1, allow_nan=False)
 
 
-def reward_attacks(directory: Path, *, items: int, seed: int) -> RewardAttacks:
+def reward_attacks(
+    directory: Path, *, items: int, seed: int, device: str | None = None
+) -> RewardAttacks:
     """Attack every reward of drawings that a run has, as it was during its training.
 
     Args:
         directory: of a run whose warm start is finished: its end is the frozen answerer.
         items: held-out drawing prompts.
         seed: of the attacks; the prompts are those of an evaluation.
+        device: in place of `run.device`; None for that.
 
     Raises:
+        ConfigError: there is no such device here.
         DataError: no held-out drawing prompt has a target to set an attack against.
         RewardError: a reward cannot be made, or fails.
         RunDirectoryError: no run, its warm start goes on, or it has no reward of drawings.
     """
-    setup, parts = read_run(directory)
+    setup, parts = read_run(directory, device)
     task = setup.task(parts)
     reference = load_reference(directory, setup, parts)
     if reference is None:
