@@ -20,9 +20,14 @@ QUICK = ("run.eval_items=0", "run.frontier_items=0", "run.checkpoint_every=1")
 
 
 def run(directory: Path, *overrides: str) -> None:
-    """As `lvrpo train` makes it, or goes on with it."""
+    """As `lvrpo train` makes it, or goes on with it, with the tiny configuration."""
+    run_of(directory, None, *OVERRIDES, *QUICK, *overrides)
+
+
+def run_of(directory: Path, config_file: Path | None, *overrides: str) -> None:
+    """Likewise with that of a file; None where it is there."""
     ranks = Ranks.joined()
-    opening = open_run(directory, None, [*OVERRIDES, *QUICK, *overrides])
+    opening = open_run(directory, config_file, overrides)
     with contextlib.redirect_stderr(io.StringIO()), opened_by_first(opening, ranks) as opened:
         run_training(opened, ranks)
 

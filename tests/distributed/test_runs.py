@@ -90,12 +90,13 @@ def assert_near(told: Sequence[Told], sharded: Sequence[Told], alone: Told) -> N
         assert_same(other, told[0])
         for name, tensor in final.items():
             assert torch.equal(other.saved[-1].tensors[name], tensor), name
-
-    def apart(ours: Mapping[str, Tensor], theirs: Mapping[str, Tensor]) -> float:
-        names = [name for name in theirs if name.startswith("model.")]
-        return math.hypot(*(float((ours[name] - theirs[name]).norm()) for name in names))
-
     assert apart(final, expected) < 0.2 * apart(alone.saved[0].tensors, expected)
+
+
+def apart(ours: Mapping[str, Tensor], theirs: Mapping[str, Tensor]) -> float:
+    """How far the weights of two snapshots are from each other."""
+    names = [name for name in theirs if name.startswith("model.")]
+    return math.hypot(*(float((ours[name] - theirs[name]).norm()) for name in names))
 
 
 def same(found: object, expected: object) -> bool:

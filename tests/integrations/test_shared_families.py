@@ -7,11 +7,16 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import shared_directories
 import shared_families
 import torch
-from distributed.test_runs import assert_near, assert_same
+from distributed.test_runs import apart, assert_near, assert_same
 from integrations import test_bagel_run, test_huggingface_run
+from integrations.test_bagel_run import lvrpo
 from rank_pool import Ranks, ranks
+
+from lvrpo.models.bagel import load_bagel
+from lvrpo.runs.checkpoint import checkpoints, load_checkpoint, load_newest
 
 pytest.importorskip("transformers")
 
@@ -72,6 +77,33 @@ def test_shards_of_two_are_the_weights_of_one(group, tmp_path, name):
     shared = (*settings, reward, SHARD)
     for told in group.run(shared_families.run, config, shared, torch.float64):
         assert_same(told, alone)
+
+
+@pytest.mark.parametrize("name", ["bagel", "answers", "answers, adapters"])
+def test_checkpoints_of_shards_are_read_by_one(group, tmp_path, name):
+    """And by two again: the run is evaluated, exported, and goes on."""
+    family, settings = CASES[name]
+    config, reward = write(tmp_path, family)
+    rate = "optimizer.final_lr_fraction=1.0", "optimizer.warmup_steps=0"
+    settings = (*settings, reward, *rate, "run.eval_items=1")
+    whole, shared, exported = (tmp_path / name for name in ("whole", "shared", "exported"))
+    shared_directories.run_of(whole, config, *settings)
+    group.run(shared_directories.run_of, shared, config, *settings, "run.steps=1", SHARD)
+    newest = load_newest(shared / "checkpoints")
+    assert len([*newest.path.glob("*.distcp")]) == 2
+    lvrpo("eval", shared)
+    lvrpo("export", shared, exported)
+    if family == "bagel":
+        for name, tensor in load_bagel(exported).model.state_dict().items():
+            assert torch.equal(tensor, newest.tensors[f"model.{name}"].to(tensor.dtype)), name
+    shared_directories.run_of(shared, None, "run.steps=2", "run.shard=false")
+    ours, theirs = (load_newest(each / "checkpoints") for each in (shared, whole))
+    begun = load_checkpoint(checkpoints(whole / "checkpoints")[0]).tensors
+    assert (ours.step, ours.tensors.keys()) == (theirs.step, theirs.tensors.keys())
+    assert not [*ours.path.glob("*.distcp")]
+    assert apart(ours.tensors, theirs.tensors) < 0.1 * apart(begun, theirs.tensors)
+    group.run(shared_directories.run_of, shared, None, "run.steps=3", SHARD)
+    assert load_newest(shared / "checkpoints").step == theirs.step + 1
 
 
 @pytest.mark.parametrize("family", ["bagel", "llama"])
