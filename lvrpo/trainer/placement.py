@@ -93,10 +93,12 @@ def place_frozen(policy: Policy, run: RunSection) -> Policy:
     policy.network.requires_grad_(False)
     if run.precision == "bf16":
         policy.network.to(torch.bfloat16)
-    if _is_shared(run):
+    shared = _is_shared(run)
+    if shared:
         _shard(policy, run, device)
-    # Or else `module` would keep what was sharded whole.
-    return policy.to(device).renewed()
+    placed = policy.to(device)
+    # Or else `module` would keep what has been sharded whole.
+    return placed.renewed() if shared else placed
 
 
 def _is_shared(run: RunSection) -> bool:

@@ -110,7 +110,8 @@ def test_text_questions_are_trained_on_and_measured(tmp_path, warm):
     assert not any("generate" in key for row in labels for key in row)
     _, _, policy = load_policy(run)
     saved = {n: x for n, x in weights(run).items() if n.startswith("model.")}
-    assert saved.keys() == {f"model.{n}" for n, _ in policy.model.named_parameters()}
+    for part in (policy.model, policy.module):
+        assert saved.keys() == {f"model.{n}" for n, _ in part.named_parameters()}
     lvrpo("eval", run)
     assert len(set(lvrpo("sample", run, "w20 w7", "-n", 3, "--seed", 1).splitlines()[-3:])) > 1
 
