@@ -92,7 +92,9 @@ def run_training(run: OpenRun, ranks: Ranks = ALONE) -> None:
                 view.message(line)
         signals = stack.enter_context(Signals() if ranks.size == 1 else SharedSignals())
         if isinstance(signals, SharedSignals):
-            ranks = dataclasses.replace(ranks, heard=signals.heard)
+            ranks = dataclasses.replace(
+                ranks, heard=signals.heard, interruptible=signals.interruptible
+            )
 
         def facts() -> dict[str, Any]:
             about = {"seed": config.run.seed, "processes": ranks.size}

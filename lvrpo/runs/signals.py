@@ -98,10 +98,14 @@ class Signals:
 
 
 class SharedSignals(Signals):
-    """Of one of several processes: nothing is raised here, and `Ranks.together` asks what to raise.
+    """Of one of several processes: `Ranks.together` asks what to raise, so that all raise it.
 
     A process that ended at once would leave the others waiting for it.
     """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._interruptible = False
 
     def heard(self) -> Stopped | None:
         """What all processes have to end for; None while an update and its record are made."""
@@ -113,13 +117,19 @@ class SharedSignals(Signals):
         yield
 
     @contextlib.contextmanager
-    def held(self) -> Iterator[None]:
-        """What must not be torn apart."""
-        self._held += 1
+    def interruptible(self) -> Iterator[None]:
+        """What a signal raises in, once; whoever catches it tells the other processes."""
+        self._interruptible = True
         try:
+            stop = self.heard()
+            if stop is not None:
+                raise stop
             yield
         finally:
-            self._held -= 1
+            self._interruptible = False
 
     def _handle(self, signum: int, frame: FrameType | None) -> None:
         self._received = signum
+        if self._interruptible:
+            self._interruptible = False  # a second one must not cut off what the first began
+            raise Stopped(signum)

@@ -186,7 +186,7 @@ def measure(
         some = prompts[start : start + at_once]
         # Every rank-th one: a prompt of held-out data is there once.
         mine = some[ranks.rank :: ranks.size]
-        own = ranks.together(partial(_chunk, policy, task, config, planned, mine, seed))
+        own = ranks.apart(partial(_chunk, policy, task, config, planned, mine, seed))
         parts = ranks.gather(own)
         for i in range(len(some)):
             of_rank, place = parts[i % ranks.size], i // ranks.size

@@ -211,7 +211,7 @@ class _Sampler:
     ) -> tuple[list[int], T | None]:
         owners = self.ranks.deal(examples)
         mine = of_rank(examples, owners, self.ranks.rank)
-        return owners, self.ranks.together(lambda: sample(mine) if mine else None)
+        return owners, self.ranks.apart(lambda: sample(mine) if mine else None)
 
     def _key(self) -> dict[str, int]:
         return {"seed": self.config.run.seed, "step": self.step}
@@ -234,7 +234,7 @@ def _score(
         scores = score_samples(rewards, own, config.rewards)
         return scores, {} if checks is None else checks.scores(own)
 
-    found = [part for part in ranks.gather(ranks.together(ask)) if part is not None]
+    found = [part for part in ranks.gather(ranks.apart(ask)) if part is not None]
     if ranks.size == 1:
         return found[0]
     scores = Scores.concat([each for each, _ in found])

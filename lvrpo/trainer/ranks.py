@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import pickle
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from itertools import groupby
 from typing import Any, TypeVar
@@ -42,12 +43,14 @@ class Ranks:
         size: how many there are.
         group: for messages between hosts; tensors of the model go by the default group.
         heard: what has to end the run, a signal say, that this process alone knows of.
+        interruptible: inside, that is raised at once, as a `KeyboardInterrupt`.
     """
 
     rank: int = 0
     size: int = 1
     group: torch.distributed.ProcessGroup | None = None
     heard: Callable[[], BaseException | None] = nothing_heard
+    interruptible: Callable[[], AbstractContextManager[None]] = contextlib.nullcontext
 
     @classmethod
     def joined(cls) -> Ranks:
@@ -92,7 +95,7 @@ class Ranks:
         raised: BaseException | None = None
         try:
             result = own()
-        except Exception as error:
+        except (Exception, KeyboardInterrupt) as error:
             raised = error
         for rank, ended in enumerate(self.gather(_to_send(raised or self.heard()))):
             if ended is not None:
@@ -102,6 +105,18 @@ class Ranks:
                 setattr(reason, _SAID_BY_FIRST, not self.is_first)
                 raise reason
         return result
+
+    def apart(self, own: Callable[[], T]) -> T:
+        """As `together`, of a call that sends nothing: what ends the run ends it in its middle.
+
+        A process may sample for minutes, and is killed seconds after it was told to end.
+        """
+
+        def work() -> T:
+            with self.interruptible():
+                return own()
+
+        return self.together(work)
 
     def part(self, error: BaseException) -> None:
         """Wait until all ranks have done what they do after an error that all of them raised.

@@ -198,7 +198,7 @@ def shared_over_answers(
         return compute(answers)
     owners = balance(_tokens(answers), ranks.size)
     mine = answers.take(of_rank(range(len(owners)), owners, ranks.rank))
-    own = ranks.together(lambda: compute(mine) if mine.token_ids else answers.logprobs[:0])
+    own = ranks.apart(lambda: compute(mine) if mine.token_ids else answers.logprobs[:0])
     found = torch.cat(ranks.gather(own.cpu()))
     of_ranks = sorted(range(len(owners)), key=lambda group: owners[group])
     ordered = dataclasses.replace(answers.take(of_ranks), logprobs=found, sampled_from=None)

@@ -77,9 +77,9 @@ def said(errors: str) -> list[str]:
     return [line for line in errors.splitlines() if line.startswith(ours)]
 
 
-def held_at_step_5(folder: Path, size: int) -> tuple[subprocess.Popen, list[int]]:
+def held_at_step_5(folder: Path, size: int, *overrides: str) -> tuple[subprocess.Popen, list[int]]:
     (folder / "hold").touch()
-    process = start(folder, size)
+    process = start(folder, size, *overrides)
     return process, processes(folder, size, process)
 
 
@@ -96,6 +96,20 @@ def test_a_signal_to_one_ends_all(tmp_path):
     os.kill(pids[1], signal.SIGTERM)
     (tmp_path / "hold").unlink()
     _, errors = process.communicate(timeout=120)
+    assert said(errors) == [
+        "step 4 is saved",
+        f"stopped by SIGTERM; go on with: lvrpo train {tmp_path / 'run'}",
+    ], errors
+    go_on(tmp_path)
+
+
+def test_a_signal_to_torchrun_does_not_wait_for_samples_or_rewards(tmp_path):
+    """It kills after 30 seconds, and these would wait for longer; step 4 has no checkpoint yet."""
+    process, _ = held_at_step_5(tmp_path, 2, "run.checkpoint_every=1000")
+    asked = time.monotonic()
+    process.send_signal(signal.SIGTERM)
+    _, errors = process.communicate(timeout=120)
+    assert time.monotonic() - asked < 25
     assert said(errors) == [
         "step 4 is saved",
         f"stopped by SIGTERM; go on with: lvrpo train {tmp_path / 'run'}",

@@ -30,7 +30,7 @@ from runs.tiny import (
 from lvrpo.runs.checkpoint import checkpoints, load_newest
 from lvrpo.runs.config_file import load_config
 from lvrpo.runs.log import read_changes, read_evals, read_metrics
-from lvrpo.runs.signals import Signals, Stopped
+from lvrpo.runs.signals import SharedSignals, Signals, Stopped
 from lvrpo.trainer import loop
 
 RARE = ("run.checkpoint_every=1000", "run.eval_items=2")
@@ -254,6 +254,35 @@ def test_what_is_held_is_finished_first():
         step()
     assert (done, stop.value.signum) == (["held"], signal.SIGTERM)
     assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_of_several_processes_a_signal_ends_once_what_no_other_waits_for():
+    """All else goes on: the processes have to hear of it together."""
+    done = []
+
+    def kill() -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    def work() -> None:
+        try:
+            kill()
+            done.append("more of it")
+        finally:
+            kill()
+            done.append("tidied")
+
+    with SharedSignals() as signals:
+        with pytest.raises(Stopped), signals.interruptible():
+            work()
+        assert done == ["tidied"]
+        with pytest.raises(Stopped), signals.interruptible():
+            done.append("begun again")
+        assert done == ["tidied"]
+        with signals.step(), signals.held():
+            kill()
+            assert signals.heard() is None
+        kill()
+        assert signals.heard().signum == signal.SIGTERM
 
 
 def test_in_another_thread_signals_are_left_alone(whole, tmp_path):
