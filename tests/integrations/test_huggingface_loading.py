@@ -237,6 +237,12 @@ def resized(folder: Path, **sizes: int) -> None:
     (folder / "config.json").write_text(json.dumps(config | sizes))
 
 
+def cut_generation_config(folder: Path) -> None:
+    """Its end tokens are those of answers; transformers would take others."""
+    file = folder / "generation_config.json"
+    file.write_bytes(file.read_bytes()[:-9])
+
+
 def shard_is_gone(folder: Path) -> None:
     index = {"metadata": {}, "weight_map": {"lm_head.weight": "a.safetensors"}}
     (folder / "model.safetensors").unlink()
@@ -254,6 +260,7 @@ def shard_is_gone(folder: Path) -> None:
         (lambda folder: resized(folder, num_hidden_layers=1), r"9 extra: model\.layers\.1\..*,"),
         (lambda folder: resized(folder, hidden_size=16), r"of another shape: lm_head\.weight .64,"),
         (lambda folder: resized(folder, model_type="t5"), "model_type is 't5', expected"),
+        (cut_generation_config, r"generation_config\.json' is not a valid JSON file"),
     ],
 )
 def test_weights_are_those_of_the_model_or_refused(tmp_path, capfd, damage, match):

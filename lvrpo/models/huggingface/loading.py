@@ -160,6 +160,9 @@ def _kind(path: Path) -> tuple[Any, Any]:
     import transformers
 
     config = transformers.AutoConfig.from_pretrained(path)
+    if (path / "generation_config.json").is_file():
+        # A model would be loaded with another one in place of one that cannot be read.
+        transformers.GenerationConfig.from_pretrained(path, local_files_only=True)
     if reads_pictures(config):
         return transformers.AutoModelForImageTextToText, config
     if answers(config):
