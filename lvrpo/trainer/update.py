@@ -77,7 +77,7 @@ def policy_gradient(
         for pass_loss in _equal_passes(step, packs, experience, ranks):
             pass_loss.backward()  # type: ignore[no-untyped-call]
     else:
-        ranks.apart(add_gradients)
+        ranks.together(add_gradients)
     sum_gradients(policy.module, ranks)
     return metrics.of_all(ranks).result()
 

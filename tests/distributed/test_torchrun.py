@@ -103,9 +103,11 @@ def test_a_signal_to_one_ends_all(tmp_path):
     go_on(tmp_path)
 
 
-def test_a_signal_to_torchrun_does_not_wait_for_samples_or_rewards(tmp_path):
+@pytest.mark.parametrize("weights", ["whole", "sharded"])
+def test_a_signal_to_torchrun_does_not_wait_for_samples_or_rewards(tmp_path, weights):
     """It kills after 30 seconds, and these would wait for longer; step 4 has no checkpoint yet."""
-    process, _ = held_at_step_5(tmp_path, 2, "run.checkpoint_every=1000")
+    sharded = ["run.shard=true", "run.precision=bf16"] if weights == "sharded" else []
+    process, _ = held_at_step_5(tmp_path, 2, "run.checkpoint_every=1000", *sharded)
     asked = time.monotonic()
     process.send_signal(signal.SIGTERM)
     _, errors = process.communicate(timeout=120)

@@ -9,12 +9,14 @@ import torch
 from runs.tiny import Stop, StopAfter, tiny_config
 from trainer.memory_journal import MemoryJournal
 
+from lvrpo.models.unified import model
 from lvrpo.runs.setup import Setup
 from lvrpo.runs.signals import Signals
+from lvrpo.trainer import loop
 from lvrpo.trainer.loop import train
 from lvrpo.trainer.placement import leaves_no_group, place_frozen, place_trained, whole
 
-BF16 = "run.precision=bf16"
+BF16, UNMEASURED = "run.precision=bf16", "run.eval_items=0"
 #: A warm start that learns something, and no evaluation.
 LEARNS = (
     "warm_start.steps=60",
@@ -79,6 +81,33 @@ def test_what_is_saved_is_in_fp32_and_goes_on_bit_for_bit(tmp_path):
     assert ours.keys() == theirs.keys()
     assert all(torch.equal(tensor, theirs[name]) for name, tensor in ours.items())
     assert {tensor.dtype for tensor in ours.values()} == {torch.float32}
+
+
+def test_a_pass_that_is_cut_off_leaves_the_weights_in_fp32(tmp_path, monkeypatch):
+    whole_run = trained(tmp_path, BF16, UNMEASURED)
+    gather, attend, rollouts = loop.gather_experience, model.packed_attention, []
+
+    def gather_experience(*given, **named):
+        rollouts.append("of a step")
+        return gather(*given, **named)
+
+    def packed_attention(*given, **named):
+        if len(rollouts) == 2:
+            raise Stop
+        return attend(*given, **named)
+
+    monkeypatch.setattr(loop, "gather_experience", gather_experience)
+    monkeypatch.setattr(model, "packed_attention", packed_attention)
+    cut = trained(tmp_path, BF16, UNMEASURED, steps=99)
+    monkeypatch.undo()
+    assert cut.end is not None
+    assert cut.end[2] is not None
+    assert cut.end[2].step == 4  # the first of the policy phase
+    assert {tensor.dtype for tensor in cut.end[2].tensors.values()} == {torch.float32}
+    cut.saved = [cut.end[2]]
+    trained(tmp_path, BF16, UNMEASURED, journal=cut)
+    ours, theirs = cut.saved[-1].tensors, whole_run.saved[-1].tensors
+    assert all(torch.equal(tensor, theirs[name]) for name, tensor in ours.items())
 
 
 def test_a_run_of_one_process_leaves_no_group_behind(tmp_path):
