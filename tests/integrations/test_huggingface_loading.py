@@ -152,10 +152,10 @@ def without_end() -> tuple[Any, Any]:
     return model, made
 
 
-def of_template(template: str) -> tuple[Any, Any]:
-    made = tokenizer()
+def of_template(template: str, name: str = "llama") -> tuple[Any, Any]:
+    made = processor(name)
     made.chat_template = template
-    return model_of("llama"), made
+    return model_of(name), made
 
 
 def encoder() -> tuple[Any, Any]:
@@ -191,6 +191,11 @@ def hybrid() -> tuple[Any, Any]:
         (without_template, "no chat template, expected one in the folder .* chat=False"),
         (lambda: of_template("{% for %}"), "chat template refuses a user's turn: TemplateSyntaxE"),
         (lambda: of_template("{{ raise_exception('no') }}"), "refuses a user's turn: .*: no"),
+        (lambda: of_template("{{ messages[0].content | int / 0 }}"), "turn: ZeroDivisionError"),
+        (
+            lambda: of_template("{{ 'w9 ' + messages[0].content }}", "llava"),
+            "turn: TypeError: .*; expected one that takes a list of parts as content .* chat=False",
+        ),
         (lambda: of_template("w10 "), "chat template makes 'w10 ' of .*, expected these words"),
         (without_end, "has an end token"),
         (encoder, "BertLMHeadModel cannot be a policy: tokens of bert see later ones"),

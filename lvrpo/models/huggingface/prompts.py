@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Collection, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -78,7 +79,7 @@ class PromptReader:
 
     def _check_template(self) -> None:
         words = "words of a question"
-        text = self._templated([{"type": "text", "text": words}], tokenize=False)
+        text = self._templated([{"type": "text", "text": words}])
         if words not in text:
             raise ValueError(
                 f"the chat template makes {text!r} of the user's turn {words!r}, expected these "
@@ -165,17 +166,20 @@ class PromptReader:
         return Prompt(ids, self._spans(ids, types), positions, after, types, pictures)
 
     def _templated(self, content: Sequence[Mapping[str, Any]], **how: Any) -> Any:
-        from jinja2 import TemplateError
-
-        turn = {"role": "user", "content": list(content)}
-        if not self.has_pictures:
-            turn["content"] = words_of(content)
-        try:
-            return self.processor.apply_chat_template([turn], add_generation_prompt=True, **how)
-        except TemplateError as error:
+        """The text of a user's turn, or what the processor makes of it where `how` is named."""
+        parts = words_of(content) if not self.has_pictures else list(content)
+        turns = [{"role": "user", "content": parts}]
+        form = partial(self.processor.apply_chat_template, turns, add_generation_prompt=True)
+        try:  # a template is a program, which may raise anything
+            text = form(tokenize=False)
+        except Exception as error:
+            taken = "a list of parts" if self.has_pictures else "a text"
             raise ValueError(
-                f"the chat template refuses a user's turn: {type(error).__name__}: {error}"
+                f"the chat template refuses a user's turn: {type(error).__name__}: {error}; "
+                f"expected one that takes {taken} as content (chat_template.jinja of the folder), "
+                "or prompts that are plain text: chat=False"
             ) from error
+        return form(tokenize=True, return_dict=True, **how) if how else text
 
     def _encoded(self, content: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
         how: dict[str, Any] = {"return_tensors": "pt"}
@@ -184,7 +188,7 @@ class PromptReader:
         of_videos = of_whole_videos(videos) if videos else {}
         if self.chat:
             how |= {"processor_kwargs": of_videos} if of_videos else {}
-            found = self._templated(content, tokenize=True, return_dict=True, **how)
+            found = self._templated(content, **how)
             return found
         if not self.has_pictures:
             found = self.tokenizer(words_of(content), **how)
