@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import json
 import math
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias, overload
@@ -147,7 +148,9 @@ class JsonlExamples(Sequence[Example]):
 
     def _parse(self, text: str, line: int) -> dict[str, Any]:
         try:
-            values = json.loads(text)
+            values = json.loads(text, object_pairs_hook=_named_once, parse_constant=_no_number)
+            if "\\u" in text:  # half of a pair of them is in no text that can be written again
+                json.dumps(values, ensure_ascii=False).encode()
         except (ValueError, RecursionError) as error:
             raise DataError(f"{self.path}:{line}: not JSON: {_one_line(error)}") from error
         if not isinstance(values, dict):
@@ -271,7 +274,11 @@ class JsonlExamples(Sequence[Example]):
         if name in self._kept:
             return self._kept[name]
         path = self.path.parent / name
-        if not path.is_file():
+        try:
+            there = path.is_file()
+        except OSError as error:  # a name that is too long, a folder that may not be entered
+            raise self._error(line, field, f"cannot read {path}: {error.strerror}") from error
+        if not there:
             raise self._error(line, field, f"there is no file {path}")
         try:
             pixels = load_pixels(path, self.picture_shape)
@@ -294,6 +301,20 @@ def picture_files(values: Mapping[str, Any]) -> set[str]:
     return names | {file for files in values.get("videos") or () for file in files}
 
 
+def _named_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """The fields of a JSON object, of which `json` would keep the last of those with one name."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        twice = next(name for name, count in Counter(n for n, _ in pairs).items() if count > 1)
+        raise ValueError(f"{twice!r} stands there more than once, expected one of each name")
+    return found
+
+
+def _no_number(word: str) -> Any:
+    """What `json` takes for a number and no other reader of JSON does."""
+    raise ValueError(f"{word}, expected a number, or null where there is none")
+
+
 def _is_names(value: Any) -> bool:
     """Whether it is a list of file names."""
     return isinstance(value, list) and bool(value) and all(isinstance(v, str) for v in value)
@@ -313,8 +334,8 @@ def load_pixels(path: str | Path, shape: tuple[int, int, int]) -> NDArray[np.uin
             they are 0.
 
     Raises:
-        ValueError: the channels have more than 8 bits; and whatever Pillow raises for a file that
-            it cannot read.
+        ValueError: the channels have more than 8 bits, or there are several frames; and whatever Pillow raises
+            for a file that it cannot read.
     """
     from PIL import Image, ImageOps
 
@@ -322,6 +343,10 @@ def load_pixels(path: str | Path, shape: tuple[int, int, int]) -> NDArray[np.uin
     with Image.open(path) as file:
         if file.mode[0] in "IF":
             raise ValueError(f"pixels of mode {file.mode}, expected 8 bits per channel")
+        # The first of a camera's MPO is the photo, that of a PSD the whole of its layers.
+        frames = 1 if file.format in ("MPO", "PSD") else getattr(file, "n_frames", 1)
+        if frames > 1:
+            raise ValueError(f"{frames} frames, expected one: save those to be read as files")
         _mend_transparent_colour(file)
         picture = ImageOps.exif_transpose(file)
         if picture.has_transparency_data:

@@ -173,6 +173,40 @@ def test_files_that_hold_nothing(write, tmp_path):
         JsonlExamples(write(QUESTION), (2, 16, 16))
 
 
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ('"prompt": "q", "prompt": "z", "answer": "a"', "'prompt' stands there more than once"),
+        ('"prompt": "q", "answer": "a", "box": {"x": 1, "x": 2}', "'x' stands there more than"),
+        *(
+            (f'"prompt": "q", "answer": "a", "weight": [{word}]', f"{word}, expected a number, or")
+            for word in ("NaN", "Infinity", "-Infinity")
+        ),
+        *(
+            (f'"prompt": "q", "answer": "a", {field}', "surrogates not allowed")
+            for field in (r'"note": "\ud83d"', r'"note": ["\uDE00"]', r'"\ud83d": 1')
+        ),
+    ],
+)
+def test_lines_that_readers_of_json_take_for_different_things(write, tmp_path, line, message):
+    path = tmp_path / "said.jsonl"
+    path.write_text('{"task": "understand", ' + line + "}\n")
+    with pytest.raises(DataError, match=message) as error:
+        JsonlExamples(path, SHAPE)
+    assert str(error.value).startswith(f"{path}:1: not JSON: ")
+
+
+def test_a_pair_of_surrogates_is_a_letter(tmp_path):
+    path = tmp_path / "said.jsonl"
+    path.write_text(r'{"task": "understand", "prompt": "\ud83d\ude00", "answer": "a"}')
+    assert JsonlExamples(path, SHAPE)[0].prompt == "\U0001f600"
+
+
+def test_a_name_that_no_file_can_have(write):
+    with pytest.raises(DataError, match="field 'image' cannot read .*: File name too long"):
+        JsonlExamples(write(QUESTION | {"image": "a" * 5000}), SHAPE)
+
+
 def test_several_pictures_and_videos(write, tmp_path):
     seen = {"prompt": "is <image> this", "images": ["a.png", "colour.png"]}
     film = {"prompt": "<video> what", "videos": [["a.png", "colour.png"], ["a.png"]], "fps": 4}

@@ -171,3 +171,21 @@ def test_a_transparent_colour_of_16_bits_is_refused_like_other_deep_pictures(tmp
     )
     with pytest.raises(DataError, match=r"data\.jsonl:1: field 'target' .* expected 8 bits"):
         JsonlExamples(tmp_path / "data.jsonl", (3, 4, 4))
+
+
+@pytest.mark.parametrize("kind", ["gif", "png", "webp", "tiff"])
+@pytest.mark.parametrize("frames", [1, 2, 3])
+def test_a_file_of_several_frames_is_no_picture(tmp_path, kind, frames):
+    drawn = [Image.new("RGB", (8, 8), (80 * at, 0, 0)) for at in range(frames)]
+    drawn[0].save(tmp_path / f"a.{kind}", save_all=True, append_images=drawn[1:])
+    if frames == 1:
+        assert load_picture(tmp_path / f"a.{kind}", (3, 8, 8)).max() == 0
+        return
+    with pytest.raises(ValueError, match=f"{frames} frames, expected one: save those"):
+        load_picture(tmp_path / f"a.{kind}", (3, 8, 8))
+
+
+def test_the_photo_of_a_camera_that_keeps_others_beside_it(tmp_path):
+    photo, depth = Image.new("RGB", (8, 8), "white"), Image.new("RGB", (8, 8))
+    photo.save(tmp_path / "a.jpg", format="MPO", save_all=True, append_images=[depth])
+    assert load_picture(tmp_path / "a.jpg", (3, 8, 8)).min() > 0.9
