@@ -334,8 +334,8 @@ def load_pixels(path: str | Path, shape: tuple[int, int, int]) -> NDArray[np.uin
             they are 0.
 
     Raises:
-        ValueError: the channels have more than 8 bits, or there are several frames; and whatever Pillow raises
-            for a file that it cannot read.
+        ValueError: the channels have more than 8 bits, or there are several frames; and whatever
+            Pillow raises for a file that it cannot read.
     """
     from PIL import Image, ImageOps
 

@@ -203,7 +203,7 @@ def test_a_pair_of_surrogates_is_a_letter(tmp_path):
 
 
 def test_a_name_that_no_file_can_have(write):
-    with pytest.raises(DataError, match="field 'image' cannot read .*: File name too long"):
+    with pytest.raises(DataError, match=r"field 'image' cannot read .*: File name too long"):
         JsonlExamples(write(QUESTION | {"image": "a" * 5000}), SHAPE)
 
 
