@@ -229,7 +229,8 @@ def sample_prompt(
 
     Raises:
         ConfigError: there is no such device here.
-        ValueError: there is no picture to be edited, or the policy does not draw.
+        ValueError: there is no picture to be edited, the policy does not draw, or there is a file
+            for an answer.
     """
     if edit and image is None:
         raise ValueError("--edit without a picture, expected the one to be edited as --image")
@@ -242,6 +243,10 @@ def sample_prompt(
     draws = "generate" in policy.skills
     if edit and not draws:
         raise ValueError(f"--edit with {directory}, whose model answers and does not draw")
+    if output is not None and not (is_drawn and draws):
+        raise ValueError(
+            f"--output is {output}, expected none: the prompt is answered, and answers are printed"
+        )
     if is_drawn and draws:
         return _drawings(
             setup, parts, policy, prompt, picture, count=count, seed=seed, output=output

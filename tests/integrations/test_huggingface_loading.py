@@ -237,6 +237,18 @@ def test_a_folder_that_is_none(tmp_path):
         from_pretrained(tmp_path)
 
 
+@pytest.mark.parametrize(
+    "name",
+    ["config.json", "tokenizer.json", "tokenizer_config.json", "model.safetensors"],
+)
+def test_a_damaged_file_of_a_folder_is_named(tmp_path, name):
+    for part in (model_of("llama"), tokenizer()):
+        part.save_pretrained(tmp_path)
+    (tmp_path / name).write_bytes((tmp_path / name).read_bytes()[:-9])
+    with pytest.raises(ValueError, match=f"^{tmp_path / name}: "):
+        from_pretrained(tmp_path)
+
+
 def resized(folder: Path, **sizes: int) -> None:
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | sizes))
@@ -276,7 +288,7 @@ def test_weights_are_those_of_the_model_or_refused(tmp_path, capfd, damage, matc
     damage(tmp_path)
     capfd.readouterr()
     for read in (from_pretrained, check_weights):
-        with pytest.raises(ValueError, match=f"{tmp_path}: .*{match}"):
+        with pytest.raises(ValueError, match=f"^{tmp_path}[:/].*{match}"):
             read(tmp_path)
     assert capfd.readouterr() == ("", "")  # transformers' own reports
 

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
 from runs.test_bad_input import refused
 from runs.tiny import command
 
@@ -139,3 +140,12 @@ def test_a_page_elsewhere_leaves_the_run_alone(trained, tmp_path):
     assert before == {path: path.stat().st_mtime_ns for path in trained.rglob("*")}
     assert "expected a name with an ending" in refused("report", trained, "-o", tmp_path / "page")
     assert str(tmp_path / "no") in refused("report", trained, "-o", tmp_path / "no" / "page.html")
+
+
+def test_an_answer_has_no_file(trained, tmp_path):
+    picture = tmp_path / "a.png"
+    Image.new("L", (32, 32)).save(picture)
+    asked = ("sample", trained, "what digit is at top-left", "--image", picture)
+    message = refused(*asked, "-o", tmp_path / "answer.png")
+    assert "answer.png, expected none: the prompt is answered" in message
+    assert command(*asked).stdout.strip()

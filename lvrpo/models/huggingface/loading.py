@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -265,7 +266,22 @@ def _named(path: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, ValueError, KeyError, SafetensorError) as error:
-        raise ValueError(f"{path}: {' '.join(str(error).split())}") from error
+        raise ValueError(f"{_unreadable(path)}: {' '.join(str(error).split())}") from error
+
+
+def _unreadable(path: Path) -> Path:
+    """The damaged file of a folder, which few errors of transformers name; or the folder."""
+    from safetensors import SafetensorError, safe_open
+
+    for file in sorted(path.iterdir()):
+        try:
+            if file.suffix == ".json":
+                json.loads(file.read_bytes())
+            elif file.suffix == ".safetensors":
+                safe_open(file, framework="pt")
+        except (OSError, ValueError, SafetensorError):
+            return file
+    return path
 
 
 def freeze(model: nn.Module, prefixes: Sequence[str]) -> None:
