@@ -333,7 +333,7 @@ class _Drawings:
             self.guided = self.run.part(torch.tensor(self.noise_rows))
             self.rows = GuidedRows.of(guidance.params, self.laid_out).to(policy.device)
             samples = [sample for sample, _ in self.laid_out]
-            self.order = torch.tensor(samples, device=policy.device)
+            self.order = torch.tensor(samples).to(policy.device)
 
     def _lay_out(
         self,
