@@ -8,11 +8,9 @@ the tensors are in several files, see parts.py.
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import json
 import os
-import re
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -24,7 +22,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from lvrpo.runs.files import flush_to_disk, sha256, write_atomically
+from lvrpo.runs.files import flush_to_disk, sha256, why_not_written, write_atomically
 from lvrpo.runs.parts import have_parts, in_step, read_parts, write_parts
 from lvrpo.trainer.journal import Snapshot
 
@@ -107,7 +105,8 @@ def save_checkpoint(
     except (OSError, SafetensorError) as error:
         if is_first:
             shutil.rmtree(temporary, ignore_errors=True)
-        raise CheckpointError(_write_failed(final, error)) from error
+        said = why_not_written(final, error)
+        raise CheckpointError(f"{said}; the checkpoints before it are kept") from error
     if is_first:
         for old in checkpoints(folder)[:-keep]:
             _delete(old)
@@ -235,12 +234,3 @@ def _sync_folder(folder: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-def _write_failed(path: Path, error: OSError | SafetensorError) -> str:
-    reason = (error.strerror if isinstance(error, OSError) else None) or str(error)
-    number = error.errno if isinstance(error, OSError) else None
-    code = re.search(r"\(os error (\d+)\)", reason)  # all that safetensors says of it
-    if (int(code[1]) if code else number) in (errno.ENOSPC, errno.EDQUOT):
-        reason = "no space left on the disk"
-    return f"{path}: {reason}; the checkpoints before it are kept"

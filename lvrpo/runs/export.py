@@ -7,8 +7,10 @@ import shutil
 from functools import partial
 from pathlib import Path
 
+from safetensors import SafetensorError
+
 from lvrpo.runs.directory import RunDirectoryError
-from lvrpo.runs.files import flush_to_disk
+from lvrpo.runs.files import flush_to_disk, why_not_written
 from lvrpo.runs.inference import load_reference, policy_at, read_run
 from lvrpo.trainer.config import ConfigError
 
@@ -55,5 +57,7 @@ def export_run(
             if file.is_file():
                 flush_to_disk(file)
         os.rename(hidden, output)
+    except (OSError, SafetensorError) as error:
+        raise RunDirectoryError(why_not_written(output, error)) from error
     finally:
         shutil.rmtree(hidden, ignore_errors=True)

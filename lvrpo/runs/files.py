@@ -11,9 +11,12 @@ import hashlib
 import json
 import math
 import os
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+from safetensors import SafetensorError
 
 Row = dict[str, Any]
 
@@ -33,6 +36,16 @@ def flush_to_disk(path: Path) -> None:
     if path.exists():
         with path.open("rb") as file:
             os.fsync(file.fileno())
+
+
+def why_not_written(path: Path, error: OSError | SafetensorError) -> str:
+    """What to say of it, the path first."""
+    reason = (error.strerror if isinstance(error, OSError) else None) or str(error)
+    number = error.errno if isinstance(error, OSError) else None
+    code = re.search(r"\(os error (\d+)\)", reason)  # all that safetensors says of it
+    if (int(code[1]) if code else number) in (errno.ENOSPC, errno.EDQUOT):
+        reason = "no space left on the disk"
+    return f"{path}: {reason}"
 
 
 def read_rows(path: Path) -> list[tuple[bytes, Row]]:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import errno
 import json
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import torch
 from runs.test_bad_input import refused
 from runs.tiny import command
+from safetensors import SafetensorError
 
 from lvrpo.models.unified.folder import load_unified, save_unified
 from lvrpo.models.unified.latents import LinearAutoencoder
@@ -73,11 +76,13 @@ def test_nothing_is_replaced_and_nothing_is_left_half(trained, tmp_path, monkeyp
     assert "expected one of them" in both
     assert "is not a run" in refused("export", tmp_path, tmp_path / "new")
 
-    def full(*_: object) -> None:
-        raise OSError(28, "No space left on device", "model.safetensors")
-
-    monkeypatch.setattr("lvrpo.models.unified.folder.save_model", full)
-    assert "No space left" in refused("export", trained, tmp_path / "new")
+    for error in (
+        OSError(errno.ENOSPC, "No space left on device", "model.safetensors"),
+        SafetensorError("I/O error: No space left on device (os error 28)"),
+    ):
+        monkeypatch.setattr("lvrpo.models.unified.folder.save_model", Mock(side_effect=error))
+        said = refused("export", trained, tmp_path / "new")
+        assert f"{tmp_path / 'new'}: no space left on the disk" in said
     assert [path.name for path in tmp_path.iterdir()] == ["there"]
 
 
