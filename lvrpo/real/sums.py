@@ -53,7 +53,7 @@ truncated = "keep"  # the model goes on after the number, and is cut there
 format = 'regex:(-?\d+)(?!\d).*'  # the number that the text begins with
 
 [loss]
-text_kl = 0.0
+text_kl = 0.15
 text_clip_low = 0.2
 text_clip_high = 0.2
 
