@@ -94,8 +94,10 @@ def trl_command(folder: Path, steps: int, output: Path) -> list[str]:
 
 
 def lvrpo_command(folder: Path, steps: int, output: Path) -> list[str]:
-    settings = (f"run.steps={steps}", "run.eval_items=0", f"run.checkpoint_every={steps + 1}")
-    settings = (*settings, "loss.text_kl=0")  # as TRL's beta
+    settings = (
+        *(f"run.steps={steps}", "run.eval_items=0", f"run.checkpoint_every={steps + 1}"),
+        "loss.text_kl=0",  # as TRL's beta
+    )
     sets = [word for setting in settings for word in ("--set", setting)]
     config = ["--config", str(folder / "sums.toml"), "--no-report"]
     return [sys.executable, "-m", "lvrpo", "train", str(output / "run"), *config, *sets]
